@@ -1,0 +1,47 @@
+# make demo   pictures of all five modalities from the embedded model, offline once the packages are installed
+# make test   style and tests
+# make lint   style only
+# make clean  removes .venv and what the other targets made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	@rm -rf demo
+	$(BIN)/minim generate --prompts-file docs/demo.csv --num-images 2 --seed 0 --output-dir demo
+	@echo "The pictures: $(CURDIR)/demo/grid.png, and one by one in $(CURDIR)/demo (listed in data.csv)"
+
+# One thread a worker: on two cores, tests that share them are slower than tests side by side.
+test: lint
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache
+
+# Where Python comes without ensurepip (Debian's), pip outside of the environment puts one into it.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+		&& $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	@touch $@
+
+# Without build isolation an unchanged environment needs no network to install again.
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing packages into $(VENV); on a fresh machine this takes some minutes"
+	$(PIP) install "setuptools>=77"
+	$(PIP) install --no-build-isolation --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) install --no-build-isolation --constraint constraints.txt --editable ".[test]"
+	@touch $@

@@ -1,0 +1,40 @@
+"""minim: synthetic medical images from a modality and a sentence, as a diffusers pipeline.
+
+Names are imported on first use, because diffusers takes seconds to import and most of the package does without it.
+`from minim_pipeline import MinimPipeline` (or any other use of that name) also registers the class with diffusers, so
+that from then on `DiffusionPipeline.from_pretrained(...)` finds it too.
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+
+__version__ = "0.1.0"
+
+# The model that ships with the package: 256 px, five modalities, fp16 safetensors.
+EMBEDDED_CHECKPOINT: Path = Path(__file__).parent / "checkpoints" / "minim-256"
+
+_MODULE_OF = {
+    "MinimPipeline": "pipeline_minim",
+    "MinimPipelineOutput": "pipeline_minim",
+    "MODALITIES": "modalities",
+    "Modality": "modalities",
+    "names_a_side": "modalities",
+    "resolve_modality": "modalities",
+    "split_prefix": "modalities",
+    "add_modality_tokens": "tokens",
+    "negative_text": "tokens",
+    "prompt_text": "tokens",
+}
+
+__all__ = ["EMBEDDED_CHECKPOINT", "__version__", *_MODULE_OF]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,200 @@
+"""The command `minim`. Arguments are checked before torch and diffusers, which take seconds, are imported."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from . import EMBEDDED_CHECKPOINT, __version__
+from .data import DatasetWriter
+from .generate import SCHEDULERS, generate, plan_file, plan_prompt, read_model_index
+from .modalities import MODALITIES, resolve_modality, split_prefix
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def number(kind: type, least: float, multiple: int = 1) -> Callable[[str], float]:
+    """A type for argparse: a number of `kind` from `least` on, and a multiple of `multiple`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        # Written so that nan fails too.
+        if value is None or not least <= value < 2**63 or value % multiple:
+            what = "a whole number" if kind is int else "a number"
+            of = f", a multiple of {multiple}" if multiple > 1 else ""
+            raise argparse.ArgumentTypeError(f"has to be {what} from {least} on{of}, got {text!r}")
+        return value
+
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="minim", description="Synthetic medical images from a modality and a sentence.")
+    parser.add_argument("--version", action="version", version=f"minim {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    model = {
+        "default": str(EMBEDDED_CHECKPOINT),
+        "metavar": "PATH_OR_HUB_ID",
+        "help": "a folder or a model on the Hub (default: the embedded model)",
+    }
+
+    p = commands.add_parser(
+        "generate",
+        help="draw images of one prompt, or of a list of them",
+        description="Draws images of one prompt, or of a CSV of prompts, into a folder: NNNN.png, grid.png, and "
+        "data.csv in MINIM's format. At a terminal it asks for what is missing. The same command again goes on where "
+        "it was stopped and repeats nothing; several GPUs: accelerate launch -m minim_pipeline.cli generate ...",
+    )
+    p.set_defaults(run=run_generate)
+    p.add_argument("--modality", help="e.g. OCT, Fundus, CXR, ChestCT, BrainMRI; minim modalities lists them")
+    p.add_argument("--prompt", help="what the image shows, e.g. 'diabetic macular edema'")
+    p.add_argument(
+        "--prompts-file",
+        type=Path,
+        metavar="CSV",
+        help="many prompts: columns Text,modality, optional num_images,seed; others are carried through to data.csv",
+    )
+    p.add_argument("--num-images", type=number(int, 1), help="images of the prompt (default 4), or of each row (1)")
+    p.add_argument(
+        "--seed",
+        type=number(int, 0),
+        default=0,
+        help="image i uses seed + i; of a row with a seed of its own, image i uses that one + i (default 0)",
+    )
+    p.add_argument("--output-dir", type=Path, metavar="FOLDER")
+    p.add_argument("--model", **model)
+    p.add_argument("--num-inference-steps", type=number(int, 1), help="default: the model's own")
+    p.add_argument("--guidance-scale", type=number(float, 0), help="default: the model's own")
+    p.add_argument("--negative-prompt", help="what the image shall not show")
+    p.add_argument(
+        "--height", type=number(int, 8, multiple=8), help="pixels, a multiple of 8 (default: the model's own)"
+    )
+    p.add_argument(
+        "--width", type=number(int, 8, multiple=8), help="pixels, a multiple of 8 (default: the model's own)"
+    )
+    p.add_argument("--scheduler", choices=SCHEDULERS, help="default: the model's own")
+    p.add_argument("--lora", metavar="PATH_OR_HUB_ID", help="LoRA weights to add")
+    p.add_argument("--device", help="e.g. cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    p.add_argument("--batch-size", type=number(int, 1), help="images drawn together (default 4 on a CPU, else 8)")
+    p.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows of the CSV out instead of stopping")
+    p.add_argument("--quiet", action="store_true", help="no progress bar, and nothing said at the end")
+
+    p = commands.add_parser("modalities", help="list modalities, their aliases, and the findings that a model learned")
+    p.set_defaults(run=run_modalities)
+    p.add_argument("--model", **model)
+    return parser
+
+
+def ask(question: str, parse: Callable[[str], object], default: str | None = None) -> object:
+    """Asks at the terminal until `parse` takes the answer."""
+    while True:
+        answer = input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
+        try:
+            if answer:
+                return parse(answer)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            print(error)
+
+
+def complete(args: argparse.Namespace, trained: list[str] | None) -> None:
+    """Fills in what `args` lacks by asking for it, or raises ValueError where nobody can be asked."""
+    if args.prompts_file is not None:
+        if args.prompt is not None or args.modality is not None:
+            raise ValueError("--prompts-file names prompts and modalities itself: leave --prompt and --modality out.")
+        needed = ["output_dir"]
+    else:
+        if args.prompt is not None and args.modality is None:
+            args.modality, args.prompt = split_prefix(args.prompt)  # MINIM's own "OCT: macular edema"
+        needed = ["modality", "prompt", "output_dir"]
+    missing = [name for name in needed if getattr(args, name) is None]
+    if args.modality is not None:
+        args.modality = resolve_modality(args.modality, trained)
+    if args.prompt is not None and not args.prompt.strip():
+        raise ValueError(f"--prompt has to say what the image shows, got {args.prompt!r}.")
+    if missing and not sys.stdin.isatty():
+        options = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise ValueError(f"{options} missing (they are asked for at a terminal only).")
+
+    if "modality" in missing:
+        names = ", ".join(MODALITIES[id].name for id in trained or MODALITIES)
+        args.modality = ask(f"Modality ({names})", lambda answer: resolve_modality(answer, trained))
+    if "prompt" in missing:
+        args.prompt = ask("Prompt, e.g. diabetic macular edema", str)
+    if args.num_images is None:
+        if missing and args.prompts_file is None:
+            args.num_images = ask("Number of images", number(int, 1), "4")
+        else:
+            args.num_images = 4 if args.prompts_file is None else 1
+    if "output_dir" in missing:
+        args.output_dir = ask("Output folder", Path, "out")
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    trained = read_model_index(args.model).get("modalities") or None
+    complete(args, trained)
+    if args.prompts_file is not None:
+        items = plan_file(args.prompts_file, args.num_images, args.seed, trained, args.skip_bad_rows)
+    else:
+        items = plan_prompt(args.prompt.strip(), args.modality, args.num_images, args.seed)
+
+    own = ("command", "run", "modality", "prompt", "prompts_file", "num_images", "seed", "skip_bad_rows")
+    folder = args.output_dir
+    try:
+        generate(items, **{name: value for name, value in vars(args).items() if name not in own})
+    except KeyboardInterrupt:
+        done = sum((folder / DatasetWriter.name(item.index)).exists() for item in items)
+        say(f"\nStopped: {done} of {len(items)} images are in {folder}. The same command goes on from there.")
+        raise
+    if not args.quiet:
+        say(f"{len(items)} images in {folder}: {folder / 'grid.png'} shows them, {folder / 'data.csv'} lists them.")
+
+
+def run_modalities(args: argparse.Namespace) -> None:
+    index = read_model_index(args.model)
+    trained = index.get("modalities") or []
+    findings = index.get("findings") or {}
+    for modality in MODALITIES.values():
+        print(f"{modality.name} ({modality.id}), {'grey' if modality.grey else 'colour'}")
+        print(f"  also: {', '.join(modality.aliases)}")
+        if modality.id in trained:
+            print(f"  findings: {', '.join(findings.get(modality.id, [])) or '(none named)'}")
+        else:
+            print("  not learned by this model")
+
+
+def say(message: str) -> None:
+    """Prints to stderr, once where several processes run the same command."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `minim` with the arguments `argv` (default: those of the process), and returns its exit code.
+
+    0: done. 2: bad input, said in one message, and nothing written. 130: stopped by Ctrl-C; the same command goes on.
+    """
+    args, unknown = build_parser().parse_known_args(argv)
+    try:
+        if unknown:
+            raise ValueError(f"unknown arguments {' '.join(unknown)} (see minim {args.command} --help)")
+        args.run(args)
+    except (ValueError, OSError, EOFError) as error:
+        say(f"minim {args.command}: error: {error or 'no answer'}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

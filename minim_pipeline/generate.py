@@ -1,0 +1,334 @@
+"""What `minim generate` does: a plan of images, drawn in batches, written with provenance, resumed where stopped.
+
+torch and diffusers are imported by `generate` only, after everything that can be checked without them has been.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from . import EMBEDDED_CHECKPOINT
+from .data import DatasetWriter, read_csv
+from .modalities import Modality, resolve_modality
+from .provenance import save_png
+
+
+# Names on the command line, and diffusers' classes.
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+GRID_IMAGES = 64  # a grid shows so many at most
+# Of data.csv, after path, Text, modality and seed.
+COLUMNS = ("synthetic", "model", "revision", "steps", "guidance", "scheduler", "negative_prompt", "lora")
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to draw: its number in the folder, what it shows, its seed, and columns to carry through."""
+
+    index: int
+    text: str
+    modality: Modality
+    seed: int
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+def plan_prompt(text: str, modality: Modality, num_images: int, seed: int) -> list[Item]:
+    """`num_images` images of one prompt; image i has seed `seed + i`."""
+    return [Item(i, text, modality, seed + i) for i in range(num_images)]
+
+
+def plan_file(
+    path: str | Path, num_images: int, seed: int, trained: Sequence[str] | None = None, skip_bad_rows: bool = False
+) -> list[Item]:
+    """The images that a CSV of prompts asks for, in the order of its rows.
+
+    Columns: `Text,modality`; optional `num_images` (default: the argument) and `seed`. Image i of a row has the row's
+    seed + i; without one, `seed` + the image's number in the whole run, so that no two rows share seeds. Other columns
+    are carried through; `path`, which names the generated image there, as `source_path`.
+
+    Raises:
+        ValueError: as `read_csv`; a modality that is not among `trained`; `num_images` or `seed` is no number or out
+            of range. The message names the row.
+    """
+    items = []
+    for number, row in enumerate(
+        read_csv(path, require=("Text", "modality"), check_images=False, skip_bad_rows=skip_bad_rows), start=1
+    ):
+        try:
+            modality = resolve_modality(row["modality"], trained)
+            count = _whole_number("num_images", row.get("num_images") or num_images, 1)
+            first = _whole_number("seed", row.get("seed") or seed + len(items), 0)
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}: {error}") from error
+        known = ("Text", "modality", "num_images", "seed", "path")
+        extra = {name: value for name, value in row.items() if name not in known}
+        if row.get("path"):
+            extra["source_path"] = row["path"]
+        items += [Item(len(items) + i, row["Text"], modality, first + i, extra) for i in range(count)]
+    return items
+
+
+def _whole_number(name: str, value: str | int, least: int) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = None
+    if number is None or not least <= number <= MAX_SEED:
+        raise ValueError(f"{name} has to be a whole number from {least}, got {value!r}.")
+    return number
+
+
+def read_model_index(model: str) -> dict:
+    """The `model_index.json` of a pipeline: which modalities and findings it has learned, among others.
+
+    Args:
+        model: a folder, or an id on the Hub.
+
+    Raises:
+        ValueError: neither of them holds a pipeline, or the Hub cannot be reached.
+    """
+    file = Path(model) / "model_index.json"
+    if not file.is_file():
+        if Path(model).exists() or Path(model).is_absolute():
+            raise ValueError(f"{model} is no model: it holds no model_index.json.")
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = Path(hf_hub_download(model, "model_index.json"))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"{model!r} is neither a folder nor a model that the Hub gives: {reason}") from error
+    return json.loads(file.read_text())
+
+
+def model_identity(model: str) -> tuple[str, str]:
+    """The name and the revision that provenance gives of `model`.
+
+    On the Hub: its id and its commit. A folder: its name (never its path, which may tell of people), and a digest of
+    the files of its components.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        return model, Path(try_to_load_from_cache(model, "model_index.json")).parent.name
+    components = [name for name, value in read_model_index(model).items() if isinstance(value, list)]
+    files = [folder / "model_index.json", *(file for name in components for file in (folder / name).glob("*"))]
+    return folder.resolve().name, _digest(file for file in files if file.is_file())
+
+
+def _digest(files: Iterable[Path]) -> str:
+    total = hashlib.sha256()
+    for path in sorted(files):
+        with open(path, "rb") as file:
+            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return f"sha256-{total.hexdigest()[:16]}"
+
+
+def _lora_identity(lora: str) -> str:
+    path = Path(lora)
+    if not path.exists():
+        return lora
+    return f"{path.name} {_digest([path] if path.is_file() else path.glob('*.safetensors'))}"
+
+
+def generate(
+    items: Sequence[Item],
+    output_dir: str | Path,
+    model: str = str(EMBEDDED_CHECKPOINT),
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    scheduler: str | None = None,
+    lora: str | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    batch_size: int | None = None,
+    quiet: bool = False,
+) -> int:
+    """Draws the images of a plan into a folder: `NNNN.png`, `data.csv` in MINIM's format, `grid.png`, `run.json`.
+
+    An image depends on its own seed only, whatever the batch and the number of processes. Images that the folder holds
+    already are not drawn again. Under `accelerate launch` each process draws its share.
+
+    Args:
+        items: what to draw, see `plan_prompt` and `plan_file`.
+        output_dir: made when the first image is there.
+        model: a folder or an id on the Hub; by default the embedded model.
+        num_inference_steps, guidance_scale, negative_prompt, height, width: as of `MinimPipeline`; `None` takes the
+            model's own.
+        scheduler: a key of `SCHEDULERS`; `None` keeps the model's.
+        lora: a file, folder or Hub id of LoRA weights.
+        device: e.g. `"cuda"`; by default a GPU if there is one.
+        dtype: `"float32"`, `"float16"` or `"bfloat16"`.
+        batch_size: images drawn together; by default 4 on a CPU, 8 elsewhere.
+        quiet: no progress bar.
+
+    Returns:
+        How many images this process has drawn.
+
+    Raises:
+        ValueError: the pipeline refuses its arguments, or the folder holds a run of other settings.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    if state.num_processes > 1:
+        device = str(state.device)
+    pipe = load_pipeline(model, scheduler, lora, device, dtype)
+    # All of them before the first is drawn: an error in the last line of a long list is found now.
+    pipe.resolve_prompts([item.text for item in items], [item.modality.id for item in items], len(items))
+
+    name, revision = model_identity(model)
+    settings = {
+        "model": name,
+        "revision": revision,
+        "steps": num_inference_steps or pipe.config.num_inference_steps,
+        "guidance": pipe.config.guidance_scale if guidance_scale is None else guidance_scale,
+        "scheduler": type(pipe.scheduler).__name__,
+        "negative_prompt": negative_prompt,
+        "lora": lora and _lora_identity(lora),
+        "dtype": dtype,
+        "height": height,
+        "width": width,
+    }
+    columns = dict.fromkeys([*COLUMNS, *(column for item in items for column in item.extra)])
+    writer = DatasetWriter(output_dir, columns, settings, state.process_index if state.num_processes > 1 else None)
+    check_rows(writer, items)
+    missing = [item for item in items if writer.name(item.index) not in writer.rows]
+    state.wait_for_everyone()  # all have read what is there before any of them adds to it
+
+    mine = missing[state.process_index :: state.num_processes]
+    batch_size = batch_size or (4 if pipe.device.type == "cpu" else 8)
+    bar = tqdm(
+        total=len(mine),
+        disable=quiet or not state.is_local_main_process,
+        bar_format="{percentage:3.0f}% |{bar}| {n:.1f}/{total:.0f} images [{elapsed}<{remaining}]",
+    )
+    with bar:
+        for start in range(0, len(mine), batch_size):
+            batch = mine[start : start + batch_size]
+            images = draw(
+                pipe,
+                batch,
+                lambda done, start=start, batch=batch: bar.update(start + done * len(batch) - bar.n),
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
+                height=height,
+                width=width,
+            )
+            for item, image in zip(batch, images):
+                row = {"Text": item.text, "modality": item.modality.name, "seed": item.seed}
+                made = {"synthetic": "true"} | {key: value for key, value in settings.items() if value is not None}
+                metadata = settings | {"modality": item.modality.id, "prompt": item.text, "seed": item.seed}
+                writer.add(item.index, image, item.extra | made | row, metadata)
+
+    state.wait_for_everyone()
+    if state.is_main_process:
+        writer.finish()
+        save_grid(writer.output_dir, items, settings)
+    state.wait_for_everyone()
+    return len(mine)
+
+
+def load_pipeline(
+    model: str,
+    scheduler: str | None = None,
+    lora: str | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+):
+    """The `MinimPipeline` that the options of `generate` describe, without progress bars of its own."""
+    import diffusers
+    import torch
+    import transformers
+
+    from . import MinimPipeline
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used here: {reason}") from error
+
+    pipe = MinimPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
+    if scheduler is not None:
+        # DDIM and DDPM clip to [-1, 1] unless told otherwise, which is right for pixels and wrong for latents.
+        options = {"ddim": {"clip_sample": False}, "ddpm": {"clip_sample": False}}.get(scheduler, {})
+        if scheduler == "dpmsolver++":
+            options["algorithm_type"] = "dpmsolver++"
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config, **options)
+    if lora is not None:
+        pipe.load_lora_weights(lora)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, batch: Sequence[Item], progress: Callable[[float], object], **options) -> list[Image.Image]:
+    """The images of `batch`, each from a generator of its own; `progress` is told the share of steps that are done."""
+    import torch
+
+    def on_step_end(pipe, step, timestep, tensors):
+        progress((step + 1) / pipe.num_timesteps)
+        return tensors
+
+    return pipe(
+        [item.text for item in batch],
+        modality=[item.modality.id for item in batch],
+        generator=[torch.Generator("cpu").manual_seed(item.seed) for item in batch],
+        callback_on_step_end=on_step_end,
+        **options,
+    ).images
+
+
+def check_rows(writer: DatasetWriter, items: Sequence[Item]) -> None:
+    """Raises ValueError if an image that `writer` found in its folder is another than the plan says."""
+    for item in items:
+        row = writer.rows.get(writer.name(item.index))
+        if row is None:
+            continue
+        planned = {"Text": item.text, "modality": item.modality.name, "seed": str(item.seed)}
+        differing = [
+            f"{key}: {row[key]!r} there, {value!r} now" for key, value in planned.items() if row[key] != value
+        ]
+        if differing:
+            raise ValueError(
+                f"{writer.output_dir} holds a run of other settings ({row['path']} has {'; '.join(differing)}): "
+                "choose another folder, or the same settings."
+            )
+
+
+def save_grid(folder: Path, items: Sequence[Item], made: dict[str, object]) -> None:
+    """Writes `grid.png`: the first `GRID_IMAGES` images side by side, row after row, with their provenance."""
+    items = items[:GRID_IMAGES]
+    images = [Image.open(folder / DatasetWriter.name(item.index)) for item in items]
+    columns = math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
+    for i, image in enumerate(images):
+        grid.paste(image, (i % columns * width, i // columns * height))
+    metadata = {
+        "modality": ", ".join(dict.fromkeys(item.modality.id for item in items)),
+        "prompt": " | ".join(dict.fromkeys(item.text for item in items)),
+        "seeds": ", ".join(str(item.seed) for item in items),
+    }
+    save_png(grid, folder / "grid.png", made | metadata)

@@ -1,0 +1,118 @@
+"""The table of modalities: what each is called, which token it has, and what may be done to its images."""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One kind of image.
+
+    Attributes:
+        id: the key used in code, configs and seeds, e.g. `"chest_ct"`.
+        name: how MINIM's CSV files write it, e.g. `"ChestCT"`.
+        token: the special token of the tokenizer that stands for it, e.g. `"<chest_ct>"`.
+        words: the words from which a new token's embedding is started.
+        aliases: other spellings that are understood; case, spaces, hyphens and underscores never matter.
+        grey: images have three equal channels.
+        flip: a mirrored image is as plausible as the original (if its caption names no side).
+    """
+
+    id: str
+    name: str
+    words: str
+    aliases: tuple[str, ...] = ()
+    grey: bool = True
+    flip: bool = False
+
+    @property
+    def token(self) -> str:
+        return f"<{self.id}>"
+
+
+MODALITIES: dict[str, Modality] = {
+    m.id: m
+    for m in (
+        Modality("oct", "OCT", "optical coherence tomography of the retina", ("optical coherence tomography",), flip=True),
+        Modality(
+            "fundus",
+            "Fundus",
+            "color fundus photograph of the retina",
+            ("fundus photograph", "fundus photography", "color fundus", "colour fundus", "cfp", "retinal photograph"),
+            grey=False,
+            flip=True,
+        ),
+        # The heart lies on one side of the chest: a mirrored chest is another diagnosis (situs inversus).
+        Modality("cxr", "CXR", "chest x ray", ("chest x-ray", "chest xray", "chest radiograph", "x-ray", "xray")),
+        Modality("chest_ct", "ChestCT", "axial chest ct", ("chest computed tomography", "thoracic ct", "lung ct")),
+        Modality("brain_mri", "BrainMRI", "brain mri", ("brain mr", "head mri", "cranial mri"), flip=True),
+        Modality("breast_mri", "BreastMRI", "breast mri", ("breast mr", "dce-mri breast")),
+        Modality(
+            "breast_us", "BreastUS", "breast ultrasound", ("breast ultrasound", "breast ultrasonography"), flip=True
+        ),
+    )
+}
+
+# Words that fit more than one modality, and which.
+AMBIGUOUS: dict[str, tuple[str, ...]] = {
+    "mri": ("brain_mri", "breast_mri"),
+    "mr": ("brain_mri", "breast_mri"),
+    "ct": ("chest_ct", "oct"),
+    "breast": ("breast_mri", "breast_us"),
+    "chest": ("cxr", "chest_ct"),
+}
+
+_SIDE = re.compile(r"\b(left|right|od|os|oculus (?:dexter|sinister))\b", re.IGNORECASE)
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[\s_\-]+", "", name).lower()
+
+
+_BY_KEY = {_key(spelling): m for m in MODALITIES.values() for spelling in (m.id, m.name, *m.aliases)}
+
+
+def resolve_modality(name: str, trained: list[str] | tuple[str, ...] | None = None) -> Modality:
+    """The modality that `name` stands for.
+
+    Args:
+        name: an id, a name of MINIM's, or an alias, in any case and with any spaces, hyphens or underscores.
+        trained: ids that the model at hand has learned; `None` allows all of the table.
+
+    Raises:
+        ValueError: `name` is unknown, fits several modalities, or is not among `trained`.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"`modality` has to be a string, got {name!r} of type {type(name).__name__}.")
+    key = _key(name)
+    if key in AMBIGUOUS:
+        raise ValueError(f"modality {name!r} is ambiguous: it may be {' or '.join(map(repr, AMBIGUOUS[key]))}.")
+    allowed = list(MODALITIES if trained is None else trained)
+    if key not in _BY_KEY:
+        nearest = difflib.get_close_matches(key, _BY_KEY, n=1, cutoff=0.5)
+        hint = f" Did you mean {_BY_KEY[nearest[0]].id!r}?" if nearest else ""
+        raise ValueError(f"Unknown modality {name!r}; known: {', '.join(map(repr, MODALITIES))}.{hint}")
+    modality = _BY_KEY[key]
+    if modality.id not in allowed:
+        raise ValueError(
+            f"modality {modality.id!r} is known, but this model has not been trained on it; "
+            f"trained: {', '.join(map(repr, allowed))}."
+        )
+    return modality
+
+
+def split_prefix(text: str) -> tuple[str | None, str]:
+    """Splits MINIM's `"OCT: macular edema"` into `("OCT", "macular edema")`; without such a prefix, `(None, text)`.
+
+    The prefix counts only if it is a known or an ambiguous name, so that a colon inside a sentence stays there.
+    """
+    head, colon, rest = text.partition(":")
+    if colon and (_key(head) in _BY_KEY or _key(head) in AMBIGUOUS):
+        return head.strip(), rest.strip()
+    return None, text
+
+
+def names_a_side(caption: str) -> bool:
+    """Whether a caption speaks of left or right, so that mirroring its image would make it wrong."""
+    return _SIDE.search(caption) is not None

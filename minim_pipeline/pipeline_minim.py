@@ -1,0 +1,823 @@
+"""The pipeline: a modality and a sentence in, synthetic medical images out."""
+
+import inspect
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    ModelMixin,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput, logging, scale_lora_layers, unscale_lora_layers
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from .modalities import AMBIGUOUS, Modality, resolve_modality, split_prefix
+from .tokens import negative_text, prompt_text
+
+
+logger = logging.get_logger(__name__)
+
+# The only schedulers of diffusers that know `rescale_betas_zero_snr`; the others drop it without a word.
+ZERO_SNR_SCHEDULERS = (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class MinimPipelineOutput(BaseOutput):
+    """What a call returns; every list has one entry an image, in the order of `images`.
+
+    Args:
+        images: `len(prompt) * num_images_per_prompt` images, all of the first prompt first: `list[PIL.Image.Image]`,
+            `np.ndarray` (N, H, W, 3) in [0, 1], `torch.Tensor` (N, 3, H, W) in [0, 1], or latents (N, C, H/8, W/8).
+        scores: the filter's expected rating, 1.0 to 3.0; `None` where no filter ran.
+        accepted: whether the filter accepts the image; `None` where no filter ran.
+        seeds: the int64 that draws the image again as `seeds=[seed]`; `None` where no single number does, because the
+            noise came from `latents`, from one generator for several images, or from a generator already in use.
+        candidates: how many were drawn for the image.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    scores: list[float | None]
+    accepted: list[bool | None]
+    seeds: list[int | None]
+    candidates: list[int]
+
+
+# Copied from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion.rescale_noise_cfg
+def rescale_noise_cfg(noise_cfg, noise_pred_text, guidance_rescale=0.0):
+    r"""
+    Rescales `noise_cfg` tensor based on `guidance_rescale` to improve image quality and fix overexposure. Based on
+    Section 3.4 from [Common Diffusion Noise Schedules and Sample Steps are
+    Flawed](https://huggingface.co/papers/2305.08891).
+
+    Args:
+        noise_cfg (`torch.Tensor`):
+            The predicted noise tensor for the guided diffusion process.
+        noise_pred_text (`torch.Tensor`):
+            The predicted noise tensor for the text-guided diffusion process.
+        guidance_rescale (`float`, *optional*, defaults to 0.0):
+            A rescale factor applied to the noise predictions.
+
+    Returns:
+        noise_cfg (`torch.Tensor`): The rescaled noise prediction tensor.
+    """
+    std_text = noise_pred_text.std(dim=list(range(1, noise_pred_text.ndim)), keepdim=True)
+    std_cfg = noise_cfg.std(dim=list(range(1, noise_cfg.ndim)), keepdim=True)
+    # rescale the results from guidance (fixes overexposure)
+    noise_pred_rescaled = noise_cfg * (std_text / std_cfg)
+    # mix with the original results from guidance by factor guidance_rescale to avoid "plain looking" images
+    noise_cfg = guidance_rescale * noise_pred_rescaled + (1 - guidance_rescale) * noise_cfg
+    return noise_cfg
+
+
+def retrieve_timesteps(
+    scheduler,
+    num_inference_steps: int,
+    device: torch.device,
+    timesteps: list[int] | None = None,
+    sigmas: list[float] | None = None,
+) -> tuple[torch.Tensor, int]:
+    """The timesteps of `scheduler` and their number; `timesteps` or `sigmas` take the place of its own spacing.
+
+    Raises:
+        ValueError: both are given, or the scheduler does not take the one that is.
+    """
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("Pass `timesteps` or `sigmas`, not both.")
+    if timesteps is None and sigmas is None:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        return scheduler.timesteps, num_inference_steps
+    name, values = ("timesteps", timesteps) if timesteps is not None else ("sigmas", sigmas)
+    if name not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(f"{type(scheduler).__name__} takes no `{name}` of the caller's.")
+    scheduler.set_timesteps(**{name: values}, device=device)
+    return scheduler.timesteps, len(scheduler.timesteps)
+
+
+def redrawing_seed(generator: torch.Generator) -> int | None:
+    """The int64 that makes `generator` anew, or None if it has been drawn from or is no CPU generator."""
+    if generator.device.type != "cpu":
+        return None
+    fresh = torch.Generator("cpu").manual_seed(generator.initial_seed())
+    if not torch.equal(fresh.get_state(), generator.get_state()):
+        return None
+    return (generator.initial_seed() + 2**63) % 2**64 - 2**63  # torch tells a seed of -1 as 2**64 - 1
+
+
+class MinimPipeline(
+    DiffusionPipeline,
+    StableDiffusionMixin,
+    TextualInversionLoaderMixin,
+    StableDiffusionLoraLoaderMixin,
+    FromSingleFileMixin,
+):
+    r"""
+    Pipeline for medical images from a modality and a sentence. Works like [`StableDiffusionPipeline`], whose
+    checkpoints (1.x and 2.x) load too, as base models.
+
+    The pipeline inherits the following loading methods:
+        - [`~loaders.TextualInversionLoaderMixin.load_textual_inversion`] for loading textual inversion embeddings
+        - [`~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights`] for loading LoRA weights
+        - [`~loaders.StableDiffusionLoraLoaderMixin.save_lora_weights`] for saving LoRA weights
+        - [`~loaders.FromSingleFileMixin.from_single_file`] for loading `.ckpt` files
+
+    Args:
+        vae ([`AutoencoderKL`]): decodes latents (N, C, H/8, W/8) to images (N, 3, H, W) in [-1, 1].
+        text_encoder ([`~transformers.CLIPTextModel`]): encodes the modality's token and the prompt.
+        tokenizer ([`~transformers.CLIPTokenizer`]): holds the modalities' tokens as special tokens.
+        unet ([`UNet2DConditionModel`]): denoises the latents.
+        scheduler ([`SchedulerMixin`]): one of DDIM, DDPM, DPM-Solver++ (multistep), Euler, Euler ancestral and UniPC;
+            for a model with a non-zero terminal SNR any other of Stable Diffusion's as well.
+        filter_head: the filter; optional, and not part of this version.
+        modalities: ids of the modalities trained. `None` for a base model, which takes any known modality.
+        findings: the findings learned, by modality id.
+        num_inference_steps: default of the call's argument; saved with the model, as are the next three.
+        guidance_scale: likewise.
+        guidance_rescale: likewise.
+        num_candidates: likewise.
+        zero_terminal_snr: whether the model's noise schedule ends in pure noise. Read from `scheduler` if not given,
+            and kept when the scheduler is swapped.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components = ["filter_head"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        filter_head: ModelMixin | None = None,
+        modalities: list[str] | None = None,
+        findings: dict[str, list[str]] | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0,
+        num_candidates: int = 1,
+        zero_terminal_snr: bool | None = None,
+    ):
+        super().__init__()
+        if zero_terminal_snr is None:
+            zero_terminal_snr = scheduler is not None and scheduler.config.get("rescale_betas_zero_snr", False)
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            filter_head=filter_head,
+        )
+        self.register_to_config(
+            modalities=modalities,
+            findings=findings,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=float(guidance_scale),
+            guidance_rescale=float(guidance_rescale),
+            num_candidates=num_candidates,
+            zero_terminal_snr=zero_terminal_snr,
+        )
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As [`DiffusionPipeline.from_pretrained`], but everything is fp32 unless `dtype` says otherwise.
+
+        diffusers alone would load a text encoder in the dtype of its files and the rest in fp32.
+        """
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = torch.float32
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_config(self, save_directory: str | os.PathLike, **kwargs):
+        """Writes `model_index.json`, and takes this machine's paths out of all configs in `save_directory`.
+
+        `save_pretrained` calls it after it has written the components and before it uploads them.
+        """
+        super().save_config(save_directory, **kwargs)
+        folder = Path(save_directory)
+        components = [path for name in self.components for path in folder.glob(f"{name}/*config.json")]
+        for path in [folder / self.config_name, *components]:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config.pop("_name_or_path", None)
+            config.pop("name_or_path", None)
+            if path.parent.name == "text_encoder":
+                # transformers loads in the dtype that is written here, diffusers in fp32 whatever the files hold.
+                config["dtype"] = "float32"
+            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def enable_vae_slicing(self):
+        """Decodes one image at a time, for less memory."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self):
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self):
+        """Decodes large images tile by tile, for less memory."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self):
+        self.vae.disable_tiling()
+
+    def check_scheduler(self):
+        """Raises ValueError if the scheduler cannot sample this model."""
+        name, config = type(self.scheduler).__name__, self.scheduler.config
+        fitting = ", ".join(c.__name__ for c in ZERO_SNR_SCHEDULERS)
+        if self.config.zero_terminal_snr:
+            if not isinstance(self.scheduler, ZERO_SNR_SCHEDULERS):
+                raise ValueError(
+                    f"{name} does not fit this model, whose noise schedule ends in pure noise (zero terminal SNR);"
+                    f" use one of {fitting}."
+                )
+            if not config.rescale_betas_zero_snr or config.prediction_type == "epsilon":
+                raise ValueError(
+                    f"This model has zero terminal SNR, but its {name} has"
+                    f" rescale_betas_zero_snr={config.rescale_betas_zero_snr} and"
+                    f" prediction_type={config.prediction_type!r}; make it with"
+                    f" `{name}.from_config(...)` from the config of the scheduler that the model was saved with."
+                )
+        elif not hasattr(self.scheduler, "init_noise_sigma") or not hasattr(self.scheduler, "scale_model_input"):
+            raise ValueError(f"{name} does not fit this pipeline; use one of {fitting}.")
+
+    def check_inputs(
+        self,
+        prompt,
+        modality,
+        height,
+        width,
+        num_inference_steps,
+        num_images_per_prompt,
+        num_candidates=None,
+        max_rounds=1,
+        use_filter=None,
+        negative_prompt=None,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+        generator=None,
+        seeds=None,
+        latents=None,
+        output_type="pil",
+        callback_on_step_end_tensor_inputs=None,
+    ):
+        """Raises ValueError for anything the call cannot work with, before any work is done."""
+        counts = {
+            "num_inference_steps": num_inference_steps,
+            "num_images_per_prompt": num_images_per_prompt,
+            "num_candidates": 1 if num_candidates is None else num_candidates,
+            "max_rounds": max_rounds,
+        }
+        for name, count in counts.items():
+            if not isinstance(count, Integral) or count < 1:
+                raise ValueError(f"`{name}` has to be a positive integer, got {count!r}.")
+        for name, size in (("height", height), ("width", width)):
+            if not isinstance(size, Integral) or size < 1 or size % self.vae_scale_factor:
+                raise ValueError(f"`{name}` has to be a positive multiple of {self.vae_scale_factor}, got {size!r}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(
+                f"`output_type` has to be one of {', '.join(map(repr, OUTPUT_TYPES))}, got {output_type!r}."
+            )
+        for name in callback_on_step_end_tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                raise ValueError(
+                    f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, got {name!r}."
+                )
+
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("Pass exactly one of `prompt` and `prompt_embeds`.")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("Pass `negative_prompt` or `negative_prompt_embeds`, not both.")
+        if prompt is None:
+            batch_size = prompt_embeds.shape[0]
+            if negative_prompt_embeds is not None and prompt_embeds.shape != negative_prompt_embeds.shape:
+                raise ValueError(
+                    "`prompt_embeds` and `negative_prompt_embeds` must have the same shape, got"
+                    f" {tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}."
+                )
+        else:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
+                raise ValueError(f"`prompt` has to be a string or a list of strings, got {prompt!r}.")
+            batch_size = len(prompts)
+        self.resolve_prompts(prompt, modality, batch_size)
+        if isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) != batch_size:
+            raise ValueError(
+                f"`negative_prompt` has {len(negative_prompt)} entries for {batch_size} prompts: {negative_prompt!r}."
+            )
+
+        num_images = batch_size * num_images_per_prompt
+        if seeds is not None:
+            if generator is not None or latents is not None:
+                raise ValueError("`seeds` replaces `generator` and `latents`; pass only one of the three.")
+            if isinstance(seeds, Integral) or len(seeds) != num_images:
+                raise ValueError(
+                    f"`seeds` has to be a list with one seed for each of {num_images} images, got {seeds!r}."
+                )
+            for seed in seeds:
+                if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+                    raise ValueError(f"`seeds` have to be integers of 64 bits with a sign, got {seed!r}.")
+        if isinstance(generator, list) and len(generator) != num_images:
+            raise ValueError(f"`generator` has {len(generator)} entries for {num_images} images.")
+
+        if self.filter_head is None:
+            if use_filter:
+                raise ValueError("`use_filter=True`, but this pipeline has no filter head.")
+            for name, count in (("num_candidates", num_candidates), ("max_rounds", max_rounds)):
+                if count is not None and count > 1:
+                    raise ValueError(
+                        f"`{name}={count}` needs a filter to choose with, and this pipeline has no filter head;"
+                        " ask for more images with `num_images_per_prompt`."
+                    )
+        elif use_filter is not False:
+            raise NotImplementedError("This version does not run filter heads yet; pass `use_filter=False`.")
+
+    def resolve_prompts(
+        self, prompt: str | list[str] | None, modality: str | list[str] | None, batch_size: int
+    ) -> tuple[list[str] | None, list[Modality]]:
+        """The prompts without MINIM's "OCT: " in front, and the modality of each.
+
+        Raises:
+            ValueError: a prompt is empty, or its modality is missing, unknown, ambiguous, not trained, or another one
+                than its prefix says; or there are not as many modalities as prompts.
+        """
+        trained = self.config.modalities or None
+        names = list(modality) if isinstance(modality, (list, tuple)) else [modality] * batch_size
+        if len(names) != batch_size:
+            raise ValueError(f"`modality` has {len(names)} entries for {batch_size} prompts: {modality!r}.")
+        if prompt is None:
+            if modality is None:
+                raise ValueError("`prompt_embeds` need `modality`: it decides how the image is decoded.")
+            return None, [resolve_modality(name, trained) for name in names]
+
+        prompts, modalities = [], []
+        for text, name in zip([prompt] if isinstance(prompt, str) else prompt, names):
+            prefix, rest = split_prefix(text)
+            if name is None and prefix is None:
+                allowed = ", ".join(map(repr, trained)) if trained else "see `minim_pipeline.MODALITIES`"
+                raise ValueError(
+                    f"`modality` is missing for {text!r}: pass `modality=` ({allowed}), or begin the prompt with it,"
+                    ' as in "OCT: macular edema".'
+                )
+            resolved = resolve_modality(prefix if name is None else name, trained)
+            if prefix is not None and prefix.lower() in AMBIGUOUS and name is not None:
+                rest = text  # "CT: ..." beside modality="chest_ct" is part of the sentence
+            elif prefix is not None and resolve_modality(prefix) != resolved:
+                raise ValueError(f"The prompt {text!r} begins with {prefix!r}, but `modality` is {name!r}.")
+            if not rest.strip():
+                raise ValueError(f"`prompt` is empty: {text!r}.")
+            prompts.append(rest.strip())
+            modalities.append(resolved)
+        return prompts, modalities
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+        modality: str | list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encodes the modalities' tokens with the prompts, and for guidance the tokens with the negative prompts.
+
+        Arguments as in `__call__`; embeddings that are passed are only repeated for `num_images_per_prompt`. Needs
+        nothing of the pipeline but tokenizer and text encoder.
+
+        Returns:
+            Two tensors (N * num_images_per_prompt, L, hidden), for the prompts and for the negative side; the latter
+            is None without guidance.
+        """
+        device = device or self._execution_device
+        if lora_scale is not None:
+            # set lora scale so that the LoRA function of the text encoder can correctly access it
+            self._lora_scale = lora_scale
+            if self.text_encoder is not None:
+                scale_lora_layers(self.text_encoder, lora_scale)
+
+        if prompt is None:
+            batch_size = prompt_embeds.shape[0]
+        else:
+            batch_size = 1 if isinstance(prompt, str) else len(prompt)
+        if prompt_embeds is None or (do_classifier_free_guidance and negative_prompt_embeds is None):
+            prompts, modalities = self.resolve_prompts(prompt, modality, batch_size)
+        if prompt_embeds is None:
+            texts = [prompt_text(p, m, self.tokenizer) for p, m in zip(prompts, modalities)]
+            prompt_embeds = self.encode_texts(texts, device, clip_skip)
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            negatives = (
+                [negative_prompt or ""] * batch_size
+                if not isinstance(negative_prompt, (list, tuple))
+                else negative_prompt
+            )
+            texts = [negative_text(n, m, self.tokenizer) for n, m in zip(negatives, modalities)]
+            negative_prompt_embeds = self.encode_texts(texts, device, clip_skip, max_length=prompt_embeds.shape[1])
+
+        # The U-Net's dtype wherever there is one: a text encoder may run in another.
+        dtype = next((m.dtype for m in (self.unet, self.text_encoder) if m is not None), prompt_embeds.dtype)
+        prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
+        if do_classifier_free_guidance:
+            negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
+            negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        else:
+            negative_prompt_embeds = None
+
+        if lora_scale is not None and self.text_encoder is not None:
+            unscale_lora_layers(self.text_encoder, lora_scale)
+        return prompt_embeds, negative_prompt_embeds
+
+    def encode_texts(
+        self, texts: list[str], device: torch.device, clip_skip: int | None = None, max_length: int | None = None
+    ) -> torch.Tensor:
+        """The text encoder's hidden states (N, L, hidden) of texts as `prompt_text` makes them.
+
+        What is beyond the token limit is cut, with a warning that quotes it.
+        """
+        texts = self.maybe_convert_prompt(texts, self.tokenizer)
+        max_length = max_length or self.tokenizer.model_max_length
+        inputs = self.tokenizer(
+            texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
+        )
+        # The last id of the uncut sequence is the end-of-text token.
+        cut = [ids[max_length - 1 : -1] for ids in self.tokenizer(texts).input_ids]
+        if any(cut):
+            logger.warning(
+                "The following part of your input was truncated because the text encoder can only handle sequences up"
+                f" to {max_length} tokens: {self.tokenizer.batch_decode([ids for ids in cut if ids])}"
+            )
+
+        input_ids = inputs.input_ids.to(device)  # (N, L)
+        use_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
+        attention_mask = inputs.attention_mask.to(device) if use_mask else None
+        if clip_skip is None:
+            return self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+        output = self.text_encoder(input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        # The final LayerNorm belongs to the last layer's output, and is needed after an earlier one as well. Newer
+        # versions of transformers have it one level up.
+        text_model = getattr(self.text_encoder, "text_model", self.text_encoder)
+        return text_model.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
+
+    def prepare_generators(
+        self,
+        num_images: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        seeds: list[int] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> tuple[torch.Generator | list[torch.Generator] | None, list[int | None]]:
+        """Where the noise comes from, and for each image the seed that draws it again, if there is one.
+
+        Each seed makes a CPU generator of its own, so that an image depends neither on the rest of the batch nor on
+        the device. With neither `generator` nor `latents`, seeds are drawn from torch's global generator.
+        """
+        if seeds is None and generator is None and latents is None:
+            seeds = torch.randint(2**63 - 1, (num_images,)).tolist()
+        if seeds is not None:
+            seeds = [int(seed) for seed in seeds]
+            return [torch.Generator("cpu").manual_seed(seed) for seed in seeds], seeds
+
+        generators = generator if isinstance(generator, list) else [generator]
+        if latents is not None or len(set(map(id, generators))) != num_images:
+            return generator, [None] * num_images
+        return generator, [redrawing_seed(g) for g in generators]
+
+    def prepare_latents(self, batch_size, num_channels_latents, height, width, dtype, device, generator, latents=None):
+        """Noise (N, C, H/8, W/8) as the scheduler wants it to start from."""
+        shape = (batch_size, num_channels_latents, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        elif latents.shape != shape:
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, but {shape} is needed.")
+        else:
+            latents = latents.to(device, dtype)
+        # scale the initial noise by the standard deviation required by the scheduler
+        return latents * self.scheduler.init_noise_sigma
+
+    def prepare_extra_step_kwargs(self, generator, eta) -> dict[str, Any]:
+        """`eta` (DDIM only) and `generator` for those schedulers whose `step` takes them."""
+        parameters = inspect.signature(self.scheduler.step).parameters
+        return {k: v for k, v in (("eta", eta), ("generator", generator)) if k in parameters}
+
+    def decode_latents(self, latents: torch.Tensor, modalities: list[Modality]) -> torch.Tensor:
+        """Images (N, 3, H, W) in fp32, about [-1, 1]; those of grey modalities get three equal channels."""
+        # An autoencoder that overflows in fp16 says so in its config.
+        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
+        if upcast:
+            self.vae.float()
+        images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
+        if upcast:
+            self.vae.half()
+        images = images.float()
+        grey = torch.tensor([m.grey for m in modalities], device=images.device).view(-1, 1, 1, 1)
+        return torch.where(grey, images.mean(1, keepdim=True), images)
+
+    def score(self, images, prompt: str | list[str], modality: str | list[str] | None = None):
+        """The filter's scores of any images, real ones too.
+
+        Raises:
+            ValueError: the pipeline has no filter head.
+        """
+        raise ValueError("This pipeline has no filter head to score with.")
+
+    @property
+    def guidance_scale(self):
+        return self._guidance_scale
+
+    @property
+    def guidance_rescale(self):
+        return self._guidance_rescale
+
+    @property
+    def clip_skip(self):
+        return self._clip_skip
+
+    @property
+    def do_classifier_free_guidance(self):
+        return self._guidance_scale > 1
+
+    @property
+    def cross_attention_kwargs(self):
+        return self._cross_attention_kwargs
+
+    @property
+    def num_timesteps(self):
+        return self._num_timesteps
+
+    @property
+    def interrupt(self):
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        modality: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | PipelineCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        num_candidates: int | None = None,
+        max_rounds: int = 1,
+        use_filter: bool | None = None,
+        seeds: list[int] | None = None,
+    ) -> MinimPipelineOutput | tuple:
+        r"""
+        Generates `len(prompt) * num_images_per_prompt` images.
+
+        Where an argument's default is the model's, it is a number saved in the model's own config.
+
+        Args:
+            prompt: what the images show, one sentence or a list. May begin with the modality as MINIM writes it,
+                `"OCT: macular edema"`. Not together with `prompt_embeds`.
+            modality: id, name or alias of the modality, one for all prompts or a list. May be left out where the
+                prompts begin with it.
+            height: in pixels, a multiple of 8; defaults to the U-Net's `sample_size` times 8.
+            width: likewise.
+            num_inference_steps: denoising steps; defaults to the model's.
+            timesteps: timesteps in descending order instead of the scheduler's own, for schedulers that take them.
+            sigmas: likewise with noise levels.
+            guidance_scale: weight of classifier-free guidance, off at 1 and below; defaults to the model's.
+            negative_prompt: what to lead away from, one text or a list; defaults to the modality's token alone.
+            num_images_per_prompt: images for each prompt.
+            eta: η of [DDIM](https://huggingface.co/papers/2010.02502), in [0, 1]; other schedulers ignore it.
+            generator: one for all images, or a list with one for each. With one for each, an image is the same
+                whatever the batch.
+            latents: noise (N, C, H/8, W/8) of unit variance instead of drawing it.
+            prompt_embeds: embeddings (len(prompt), L, hidden) instead of `prompt`; needs `modality`.
+            negative_prompt_embeds: the same for the negative side.
+            output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict: `False` for a plain tuple in the order of [`MinimPipelineOutput`].
+            cross_attention_kwargs: passed to the U-Net's attention; `{"scale": s}` weighs a LoRA.
+            guidance_rescale: φ of section 3.4 of [Common Diffusion Noise Schedules and Sample Steps are
+                Flawed](https://huggingface.co/papers/2305.08891), in [0, 1]; defaults to the model's.
+            clip_skip: how many of the text encoder's last layers to leave out, on both sides of guidance.
+            callback_on_step_end: called after each step as `callback(pipe, step, timestep, tensors)`; tensors in the
+                dict it returns replace those of the call. Setting `pipe._interrupt = True` ends the loop.
+            callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds` and `negative_prompt_embeds` it
+                gets, by default `latents`. As in Stable Diffusion, `prompt_embeds` holds the negative side first.
+            num_candidates: candidates for each image, of which the filter chooses; defaults to the model's. More than
+                one needs a filter head.
+            max_rounds: rounds in which what falls short is drawn again; more than one needs a filter head.
+            use_filter: `False` switches the filter off for this call; by default it runs if there is one.
+            seeds: one int64 for each image, instead of `generator`: `out.seeds` of an earlier call draws its images
+                again, in any batch.
+
+        Examples:
+            ```py
+            >>> from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
+
+            >>> pipe = MinimPipeline.from_pretrained(EMBEDDED_CHECKPOINT)
+            >>> out = pipe("diabetic macular edema", modality="oct", num_images_per_prompt=4)
+            >>> again = pipe("diabetic macular edema", modality="oct", seeds=out.seeds[2:3])
+            ```
+
+        Returns:
+            [`MinimPipelineOutput`], or a tuple of its fields.
+
+        Raises:
+            ValueError: an argument is not possible; the message has the value given and those allowed.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        elif callback_on_step_end_tensor_inputs is None:
+            callback_on_step_end_tensor_inputs = ["latents"]
+
+        # 0. The model's defaults
+        sample_size = self.unet.config.sample_size
+        sample_height, sample_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        height = sample_height * self.vae_scale_factor if height is None else height
+        width = sample_width * self.vae_scale_factor if width is None else width
+        num_inference_steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+
+        # 1. Check inputs. Raise error if not correct
+        self.check_inputs(
+            prompt,
+            modality,
+            height,
+            width,
+            num_inference_steps,
+            num_images_per_prompt,
+            num_candidates,
+            max_rounds,
+            use_filter,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            generator,
+            seeds,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        self.check_scheduler()
+
+        self._guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        self._guidance_rescale = self.config.guidance_rescale if guidance_rescale is None else guidance_rescale
+        self._clip_skip = clip_skip
+        self._cross_attention_kwargs = cross_attention_kwargs
+        self._interrupt = False
+
+        # 2. Define call parameters
+        if prompt is None:
+            batch_size = prompt_embeds.shape[0]
+        else:
+            batch_size = 1 if isinstance(prompt, str) else len(prompt)
+        num_images = batch_size * num_images_per_prompt
+        device = self._execution_device
+        prompt, modalities = self.resolve_prompts(prompt, modality, batch_size)
+
+        # 3. Encode the prompts
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt,
+            device,
+            num_images_per_prompt,
+            self.do_classifier_free_guidance,
+            negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            lora_scale=cross_attention_kwargs.get("scale") if cross_attention_kwargs is not None else None,
+            clip_skip=clip_skip,
+            modality=[m.id for m in modalities],
+        )
+        # For classifier free guidance, we need to do two forward passes.
+        # Here we concatenate the unconditional and text embeddings into a single batch
+        # to avoid doing two forward passes
+        if self.do_classifier_free_guidance:
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+
+        # 4. Prepare timesteps
+        timesteps, num_inference_steps = retrieve_timesteps(
+            self.scheduler, num_inference_steps, device, timesteps, sigmas
+        )
+
+        # 5. Prepare the noise
+        generator, seeds = self.prepare_generators(num_images, generator, seeds, latents)
+        latents = self.prepare_latents(
+            num_images,
+            self.unet.config.in_channels,
+            height,
+            width,
+            prompt_embeds.dtype,
+            device,
+            generator,
+            latents,
+        )
+        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
+
+        # 6. Denoising loop
+        num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
+        self._num_timesteps = len(timesteps)
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+
+                # expand the latents if we are doing classifier free guidance
+                latent_model_input = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
+                latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
+
+                # predict the noise residual
+                noise_pred = self.unet(
+                    latent_model_input,
+                    t,
+                    encoder_hidden_states=prompt_embeds,
+                    cross_attention_kwargs=self.cross_attention_kwargs,
+                    return_dict=False,
+                )[0]
+
+                # perform guidance
+                if self.do_classifier_free_guidance:
+                    noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
+                    noise_pred = noise_pred_uncond + self.guidance_scale * (noise_pred_text - noise_pred_uncond)
+                    if self.guidance_rescale > 0.0:
+                        noise_pred = rescale_noise_cfg(noise_pred, noise_pred_text, self.guidance_rescale)
+
+                # compute the previous noisy sample x_t -> x_t-1
+                latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for k in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[k] = locals()[k]
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+
+                    latents = callback_outputs.pop("latents", latents)
+                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
+                    negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+
+                if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
+                    progress_bar.update()
+
+        # 7. Decode
+        if output_type == "latent":
+            images = latents
+        else:
+            images = self.decode_latents(latents, [m for m in modalities for _ in range(num_images_per_prompt)])
+            images = self.image_processor.postprocess(images, output_type=output_type)
+
+        # Offload all models
+        self.maybe_free_model_hooks()
+
+        output = MinimPipelineOutput(
+            images=images,
+            scores=[None] * num_images,
+            accepted=[None] * num_images,
+            seeds=seeds,
+            candidates=[1] * num_images,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+# `DiffusionPipeline.from_pretrained` looks up the class that a model_index.json names among diffusers' own.
+diffusers.MinimPipeline = MinimPipeline

@@ -1,0 +1,98 @@
+"""Every written image says that it is synthetic, and how it was made, in places that common tools read.
+
+PNG text chunks hold the details; an XMP packet holds IPTC's digital source type `trainedAlgorithmicMedia`, which is
+how image archives and search engines recognise generated pictures, and IPTC's properties for generative AI:
+https://iptc.org/std/photometadata/specification/IPTC-PhotoMetadata
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from . import __version__
+
+
+SOFTWARE = "minim-pipeline"
+DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+
+_TYPES = {"seed": int, "steps": int, "guidance": float}
+_XMP_KEY = "XML:com.adobe.xmp"
+_XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/">
+ <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+  <rdf:Description rdf:about=""
+    xmlns:xmp="http://ns.adobe.com/xap/1.0/"
+    xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">
+   <xmp:CreatorTool>{software}</xmp:CreatorTool>
+   <Iptc4xmpExt:DigitalSourceType>{source_type}</Iptc4xmpExt:DigitalSourceType>
+   <Iptc4xmpExt:AISystemUsed>{model}</Iptc4xmpExt:AISystemUsed>
+   <Iptc4xmpExt:AISystemVersionUsed>{revision}</Iptc4xmpExt:AISystemVersionUsed>
+   <Iptc4xmpExt:AIPromptInformation>{prompt}</Iptc4xmpExt:AIPromptInformation>
+  </rdf:Description>
+ </rdf:RDF>
+</x:xmpmeta>
+<?xpacket end="r"?>"""
+# Characters that neither XML nor a PNG text chunk may hold.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, which takes its place at the end, or is removed if anything fails."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:  # Ctrl-C too
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object]) -> None:
+    """Writes `image` as a PNG that says it is synthetic; the file appears whole or not at all.
+
+    Args:
+        image: any mode that PNG knows.
+        path: where to, mostly `NNNN.png`; the folder has to exist.
+        metadata: how it was made: `model`, `revision`, `modality`, `prompt`, `seed`, `steps`, `guidance`, `scheduler`,
+            and whatever else; each becomes a text chunk, `None` is left out. `synthetic`, `software` and `version`
+            are added here.
+    """
+    texts = {name: _CONTROL.sub(" ", str(value)) for name, value in metadata.items() if value is not None}
+    texts = {"synthetic": "true"} | texts | {"synthetic": "true", "software": SOFTWARE, "version": __version__}
+    info = PngInfo()
+    for name, value in texts.items():
+        info.add_text(name, value)  # becomes iTXt, UTF-8, where Latin-1 does not do
+    fields = {name: escape(texts.get(name, "")) for name in ("model", "revision", "prompt")}
+    software = escape(f"{SOFTWARE} {texts['version']}")
+    info.add_itxt(_XMP_KEY, _XMP.format(software=software, source_type=DIGITAL_SOURCE_TYPE, **fields))
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def read_provenance(path: str | Path) -> dict[str, object]:
+    """What `save_png` wrote into the file at `path`.
+
+    Returns:
+        The metadata, with `synthetic` a bool, `seed` and `steps` ints, `guidance` a float and all else strings, and
+        `digital_source_type`, IPTC's term. Empty if the file is not one of this package's.
+
+    Raises:
+        FileNotFoundError, PIL.UnidentifiedImageError: no such file, or no image.
+    """
+    with Image.open(path) as image:
+        texts = dict(getattr(image, "text", {}))
+    if texts.get("software") != SOFTWARE:
+        return {}
+    xmp = texts.pop(_XMP_KEY, "")
+    result = {name: _TYPES.get(name, str)(value) for name, value in texts.items()}
+    result["synthetic"] = texts["synthetic"] == "true"
+    result["digital_source_type"] = DIGITAL_SOURCE_TYPE if DIGITAL_SOURCE_TYPE in xmp else None
+    return result

@@ -1,0 +1,123 @@
+"""A MinimPipeline of the real classes in miniature, with random weights: 64 px images, milliseconds a call.
+
+diffusers is imported where it is needed, so that tests of the rest do not wait for it.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+MODALITIES = ["oct", "fundus", "cxr", "chest_ct", "brain_mri"]
+FINDINGS = {"oct": ["normal", "diabetic macular edema"], "fundus": ["no retinopathy"], "cxr": ["effusion"]}
+
+
+def _tokenizer(folder: Path, max_length: int):
+    """CLIP's tokenizer over single bytes, without merges of its own: a token a letter."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=max_length)
+
+
+@pytest.fixture(scope="session")
+def make_pipeline(tmp_path_factory) -> Callable:
+    """Builds tiny pipelines: `make_pipeline(kind="minim" | "sd1", **arguments of MinimPipeline)`.
+
+    `"minim"` is like the embedded model (8 latent channels, v-prediction, zero terminal SNR, modality tokens), `"sd1"`
+    like Stable Diffusion 1.x (4 latent channels, epsilon, PNDM, no tokens, the old `eos_token_id` of 2).
+    """
+    import torch
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PNDMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from minim_pipeline import MinimPipeline, add_modality_tokens
+
+    torch.set_num_threads(1)
+
+    def make(kind: str = "minim", **kwargs) -> MinimPipeline:
+        torch.manual_seed(0)
+        tokenizer = _tokenizer(tmp_path_factory.mktemp("tokenizer"), max_length=48)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=37,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=48,
+                bos_token_id=0,
+                eos_token_id=2,
+            )
+        )
+        channels = 8 if kind == "minim" else 4
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            latent_channels=channels,
+            norm_num_groups=4,
+            scaling_factor=1.0 if kind == "minim" else 0.18215,
+        )
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=32,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        )
+        if kind == "minim":
+            add_modality_tokens(tokenizer, text_encoder, MODALITIES)
+            scheduler = DPMSolverMultistepScheduler(
+                prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+            )
+            defaults = {"modalities": MODALITIES, "findings": FINDINGS, "num_inference_steps": 3}
+            kwargs = {**defaults, "guidance_scale": 2.0, "guidance_rescale": 0.5, **kwargs}
+        else:
+            scheduler = PNDMScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+            )
+        components = {
+            "vae": vae.eval(),
+            "text_encoder": text_encoder.eval(),
+            "tokenizer": tokenizer,
+            "unet": unet.eval(),
+            "scheduler": scheduler,
+        }
+        pipe = MinimPipeline(**{**components, **kwargs})
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def shared_pipeline(make_pipeline):
+    """One pipeline for the tests of a module, which leave it as they found it."""
+    return make_pipeline()
+
+
+@pytest.fixture
+def pipeline(make_pipeline):
+    """A pipeline of the test's own, to change at will."""
+    return make_pipeline()
+
+
+@pytest.fixture(scope="session")
+def pipeline_dir(make_pipeline, tmp_path_factory) -> Path:
+    """A folder with a saved tiny pipeline in fp32, to read from."""
+    folder = tmp_path_factory.mktemp("saved") / "minim-tiny"
+    make_pipeline().save_pretrained(folder)
+    return folder

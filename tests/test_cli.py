@@ -1,0 +1,346 @@
+import csv
+import io
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minim_pipeline.cli import main
+from minim_pipeline.data import read_csv
+from minim_pipeline.generate import SCHEDULERS, plan_file
+from minim_pipeline.provenance import read_provenance
+
+
+def run(pipeline_dir, out, *options):
+    """`minim generate` with a tiny model on the CPU; later options win over the first ones."""
+    common = ["--model", str(pipeline_dir), "--output-dir", str(out), "--device", "cpu", "--quiet"]
+    return main(["generate", *common, *map(str, options)])
+
+
+ONE_PROMPT = ("--modality", "OCT", "--prompt", "macular edema, left eye", "--num-images", 3, "--seed", 7)
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image).astype(float) / 255
+
+
+def names(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def table(path, header, *rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """Fails if images are drawn; gives what `generate` was called with, for tests of arguments alone."""
+    calls = []
+    monkeypatch.setattr("minim_pipeline.cli.generate", lambda items, **options: calls.append((items, options)))
+    return calls
+
+
+def test_one_prompt(pipeline_dir, tmp_path, capsys):
+    assert run(pipeline_dir, tmp_path / "out", *ONE_PROMPT) == 0
+    assert names(tmp_path / "out") == ["0000.png", "0001.png", "0002.png", "data.csv", "grid.png", "run.json"]
+    rows = read_csv(tmp_path / "out/data.csv")
+    assert [row["seed"] for row in rows] == ["7", "8", "9"]
+    assert {(row["Text"], row["modality"], row["synthetic"]) for row in rows} == {
+        ("macular edema, left eye", "OCT", "true")
+    }
+    found = read_provenance(tmp_path / "out/0001.png")
+    assert found.items() >= {
+        "synthetic": True,
+        "model": "minim-tiny",
+        "revision": rows[0]["revision"],
+        "modality": "oct",
+        "prompt": "macular edema, left eye",
+        "seed": 8,
+        "steps": 3,
+        "guidance": 2.0,
+        "scheduler": "DPMSolverMultistepScheduler",
+    }.items()  # fmt: skip
+    assert str(pipeline_dir.parent) not in str(found)
+    assert read_provenance(tmp_path / "out/grid.png")["seeds"] == "7, 8, 9"
+    assert pixels(tmp_path / "out/grid.png").shape == (128, 128, 3)
+    assert capsys.readouterr().err == ""  # --quiet
+
+
+def test_an_image_depends_on_its_seed_alone(pipeline_dir, tmp_path):
+    run(pipeline_dir, tmp_path / "three", *ONE_PROMPT, "--batch-size", 3)
+    run(pipeline_dir, tmp_path / "two", *ONE_PROMPT, "--batch-size", 2)
+    run(pipeline_dir, tmp_path / "last", *ONE_PROMPT, "--num-images", 1, "--seed", 9)
+    last = pixels(tmp_path / "three/0002.png")
+    assert np.abs(last - pixels(tmp_path / "two/0002.png")).max() < 1 / 200
+    assert np.abs(last - pixels(tmp_path / "last/0000.png")).max() < 1 / 200
+    assert np.abs(last - pixels(tmp_path / "three/0001.png")).max() > 1 / 20
+
+
+def test_prompts_file_carries_columns_through(pipeline_dir, tmp_path):
+    path = table(
+        tmp_path / "prompts.csv",
+        ["path", "Text", "modal", "num_images", "seed", "finding"],
+        ["real/a.png", "edema", "OCT", "2", "100", "dme"],
+        ["real/b.png", "no retinopathy", "fundus", "", "", "normal"],
+        ["", "CXR: effusion", "chest x-ray", "", "", ""],
+    )
+    assert run(pipeline_dir, tmp_path / "out", "--prompts-file", path, "--seed", 5) == 0
+    rows = read_csv(tmp_path / "out/data.csv")
+    assert [(row["path"], row["modality"], row["seed"], row["finding"], row["source_path"]) for row in rows] == [
+        ("0000.png", "OCT", "100", "dme", "real/a.png"),
+        ("0001.png", "OCT", "101", "dme", "real/a.png"),
+        ("0002.png", "Fundus", "7", "normal", "real/b.png"),
+        ("0003.png", "CXR", "8", "", ""),
+    ]
+
+
+def test_every_row_has_seeds_of_its_own(tmp_path):
+    path = table(tmp_path / "prompts.csv", ["Text", "modality"], ["edema", "OCT"], ["drusen", "OCT"])
+    assert [item.seed for item in plan_file(path, num_images=3, seed=10)] == [10, 11, 12, 13, 14, 15]
+
+
+def test_goes_on_after_ctrl_c_and_repeats_nothing(pipeline_dir, tmp_path, monkeypatch, capsys):
+    from minim_pipeline import generate
+
+    drawn = []
+    draw = generate.draw
+
+    def interrupted(pipe, batch, *args, **kwargs):
+        drawn.extend(item.index for item in batch)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return draw(pipe, batch, *args, **kwargs)
+
+    monkeypatch.setattr(generate, "draw", interrupted)
+    options = [*ONE_PROMPT, "--batch-size", 1]
+    assert run(pipeline_dir, tmp_path / "out", *options) == 130
+    assert "2 of 3 images are in" in capsys.readouterr().err
+    assert names(tmp_path / "out") == ["0000.png", "0001.png", "data.csv", "run.json"]
+    assert len(read_csv(tmp_path / "out/data.csv")) == 2
+
+    assert run(pipeline_dir, tmp_path / "out", *options) == 0
+    assert drawn == [0, 1, 2, 2]
+    run(pipeline_dir, tmp_path / "at_once", *options)
+    for name in ("0000.png", "0001.png", "0002.png", "grid.png", "data.csv", "run.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes()
+
+    drawn.clear()
+    assert run(pipeline_dir, tmp_path / "out", *options, "--num-images", 5) == 0  # more of the same is no other run
+    assert drawn == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--num-inference-steps", 2), "steps: 3 there, 2 now"),
+        (("--prompt", "drusen"), "Text: 'macular edema, left eye' there, 'drusen' now"),
+        (("--seed", 8), "seed: '7' there, '8' now"),
+        (("--scheduler", "ddim"), "scheduler: 'DPMSolverMultistepScheduler' there, 'DDIMScheduler' now"),
+    ],
+)
+def test_a_folder_with_a_run_of_other_settings(pipeline_dir, tmp_path, capsys, options, message):
+    out = tmp_path / "out"
+    run(pipeline_dir, out, *ONE_PROMPT, "--num-images", 1)
+    before = {name: (out / name).read_bytes() for name in names(out)}
+    assert run(pipeline_dir, out, *ONE_PROMPT, "--num-images", 1, *options) == 2
+    assert message in capsys.readouterr().err
+    assert before == {name: (out / name).read_bytes() for name in names(out)}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedulers(pipeline_dir, tmp_path, scheduler):
+    options = (*ONE_PROMPT, "--num-images", 1, "--scheduler", scheduler, "--num-inference-steps", 4)
+    assert run(pipeline_dir, tmp_path, *options) == 0
+    assert read_provenance(tmp_path / "0000.png")["scheduler"] == SCHEDULERS[scheduler]
+    assert pixels(tmp_path / "0000.png").std() > 0
+
+
+def test_other_options(pipeline_dir, tmp_path):
+    options = (
+        "--height",
+        32,
+        "--width",
+        48,
+        "--negative-prompt",
+        "blur",
+        "--guidance-scale",
+        3,
+        "--dtype",
+        "bfloat16",
+    )
+    assert run(pipeline_dir, tmp_path, *ONE_PROMPT, *options, "--num-images", 1) == 0
+    assert pixels(tmp_path / "0000.png").shape == (32, 48, 3)
+    found = read_provenance(tmp_path / "0000.png")
+    assert (found["guidance"], found["negative_prompt"], found["dtype"]) == (3.0, "blur", "bfloat16")
+
+
+def test_lora(pipeline_dir, tmp_path):
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    from minim_pipeline import MinimPipeline
+
+    pipe = MinimPipeline.from_pretrained(pipeline_dir)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    MinimPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+
+    options = (*ONE_PROMPT, "--num-images", 1)
+    assert run(pipeline_dir, tmp_path / "with", *options, "--lora", tmp_path / "lora") == 0
+    run(pipeline_dir, tmp_path / "without", *options)
+    assert np.abs(pixels(tmp_path / "with/0000.png") - pixels(tmp_path / "without/0000.png")).max() > 0
+    assert read_provenance(tmp_path / "with/0000.png")["lora"].startswith("lora sha256-")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--modality", "PET"), "Unknown modality 'PET'; known: 'oct'"),
+        (("--modality", "MRI"), "ambiguous"),
+        (("--modality", "BreastUS"), "not been trained on it; trained: 'oct', 'fundus'"),
+        (("--prompt", " "), "--prompt has to say what the image shows"),
+        (("--prompt", "CXR: effusion"), "begins with 'CXR', but `modality` is 'oct'"),
+        (("--num-images", "0"), "--num-images: has to be a whole number from 1 on, got '0'"),
+        (("--num-images", "two"), "got 'two'"),
+        (("--seed", "-1"), "has to be a whole number from 0 on"),
+        (("--height", "100"), "has to be a whole number from 8 on, a multiple of 8, got '100'"),
+        (("--guidance-scale", "nan"), "got 'nan'"),
+        (("--scheduler", "pndm"), "ddim"),
+        (("--dtype", "int8"), "bfloat16"),
+        (("--device", "gpu"), "device 'gpu' cannot be used here"),
+        (("--model", "/no/such/model"), "/no/such/model is no model"),
+        (("--model", "no/such-model"), "neither a folder nor a model that the Hub gives"),
+        (("--prompts-file", "a.csv"), "leave --prompt and --modality out"),
+        (("--colour",), "unknown arguments --colour"),
+    ],
+)
+def test_bad_input(pipeline_dir, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    try:
+        code = run(pipeline_dir, tmp_path / "out", *ONE_PROMPT, *options)
+    except SystemExit as error:  # what argparse finds
+        code = error.code
+    assert code == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("minim generate: error: ") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "message"),
+    [
+        (["caption", "modality"], ["edema", "OCT"], "lacks the column 'Text'; found: 'caption', 'modality'"),
+        (["Text", "modality"], ["edema", "PET"], "row 2 (line 3): Unknown modality 'PET'"),
+        (["Text", "modality"], ["edema", "BreastMRI"], "row 2: modality 'breast_mri' is known, but"),
+        (["Text", "modality"], ["Fundus: drusen", "OCT"], "begins with 'Fundus'"),
+        (["Text", "modality"], ["edema", " left eye", "OCT"], "row 2 (line 3): 3 fields, the header has 2"),
+        (
+            ["Text", "modality", "num_images"],
+            ["edema", "OCT", "0"],
+            "row 2: num_images has to be a whole number from 1",
+        ),
+        (["Text", "modality", "seed"], ["edema", "OCT", "x"], "row 2: seed has to be a whole number from 0, got 'x'"),
+    ],
+)
+def test_bad_prompts_files(pipeline_dir, tmp_path, capsys, header, row, message):
+    path = table(tmp_path / "prompts.csv", header, ["edema", "OCT", "1"][: len(header)], row)
+    assert run(pipeline_dir, tmp_path / "out", "--prompts-file", path) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_prompts_file(pipeline_dir, tmp_path, capsys):
+    assert run(pipeline_dir, tmp_path / "out", "--prompts-file", tmp_path / "none.csv") == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_asks_at_a_terminal_for_what_is_missing(pipeline_dir, tmp_path, monkeypatch, capsys, no_drawing):
+    answers = ["PET", "oct", "", "macular edema", "0", "", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "stdin", Terminal("\n".join(answers) + "\n"))
+    assert main(["generate", "--model", str(pipeline_dir), "--quiet"]) == 0
+    items, options = no_drawing[0]
+    assert [(item.text, item.modality.id, item.seed) for item in items] == [
+        ("macular edema", "oct", seed) for seed in range(4)
+    ]
+    assert options["output_dir"] == tmp_path / "out"
+    asked = capsys.readouterr().out
+    assert "Modality (OCT, Fundus, CXR, ChestCT, BrainMRI)" in asked
+    assert "Unknown modality 'PET'" in asked
+    assert "got '0'" in asked
+
+
+def test_no_answer(pipeline_dir, monkeypatch, capsys, no_drawing):
+    monkeypatch.setattr(sys, "stdin", Terminal(""))
+    assert main(["generate", "--model", str(pipeline_dir)]) == 2
+    assert not no_drawing
+
+
+def test_asks_nobody_elsewhere(pipeline_dir, monkeypatch, capsys, no_drawing):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("oct\n"))
+    assert main(["generate", "--model", str(pipeline_dir), "--prompt", "edema"]) == 2
+    assert "--modality, --output-dir missing" in capsys.readouterr().err
+    assert not no_drawing
+
+
+def test_minims_own_way_to_name_the_modality(pipeline_dir, tmp_path, no_drawing):
+    assert run(pipeline_dir, tmp_path, "--prompt", "Chest CT: COVID-19 pneumonia", "--num-images", 1) == 0
+    (item,) = no_drawing[0][0]
+    assert (item.modality.id, item.text) == ("chest_ct", "COVID-19 pneumonia")
+
+
+def test_modalities(pipeline_dir, capsys):
+    assert main(["modalities", "--model", str(pipeline_dir)]) == 0
+    listed = capsys.readouterr().out
+    assert (
+        "OCT (oct), grey\n  also: optical coherence tomography\n  findings: normal, diabetic macular edema\n" in listed
+    )
+    assert "Fundus (fundus), colour" in listed
+    assert "BreastUS (breast_us), grey\n  also: breast ultrasound, breast ultrasonography\n  not learned" in listed
+
+
+def test_help_and_lists_do_without_torch(pipeline_dir):
+    code = (
+        "import sys; from minim_pipeline.cli import main\n"
+        f"main(['modalities', '--model', {str(pipeline_dir)!r}])\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'accelerate'} & set(sys.modules); assert not heavy, heavy\n"
+        "main(['generate', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--prompts-file" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(pipeline_dir, tmp_path):
+    options = ["--model", pipeline_dir, *ONE_PROMPT, "--num-images", "5", "--batch-size", "1", "--device", "cpu"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    command = [
+        sys.executable,
+        *launch,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
+    command += ["-m", "minim_pipeline.cli", "generate", *options, "--output-dir", tmp_path / "two"]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert done.returncode == 0, done.stderr
+    assert run(pipeline_dir, tmp_path / "one", *ONE_PROMPT, "--num-images", 5, "--batch-size", 1) == 0
+    assert names(tmp_path / "two") == names(tmp_path / "one")
+    for name in names(tmp_path / "one"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()

@@ -1,0 +1,240 @@
+"""Both trainers end to end, in miniature: what they write loads, and a run that was stopped ends as if it had not."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+
+import latents  # noqa: E402
+import train_autoencoder  # noqa: E402
+import train_text_to_image  # noqa: E402
+
+
+def run(module, *arguments) -> None:
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    module.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A CSV with a dozen images of 64 px of two modalities: stripes of two widths, with noise."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for i in range(14):
+        generator = torch.Generator().manual_seed(i)
+        wave = (torch.arange(64) / (4 + 4 * (i % 2))).sin()[None].expand(64, 64)
+        grey = ((wave + 0.2 * torch.randn(64, 64, generator=generator)) * 60 + 128).clamp(0, 255).byte()
+        Image.fromarray(grey.numpy()).convert("RGB").save(folder / f"{i}.png")
+        modality, text, finding = (
+            ("OCT", "Diabetic macular edema, left eye.", "diabetic macular edema"),
+            ("BrainMRI", "Glioma.", "glioma"),
+        )[i % 2]
+        split = "train" if i < 10 else "val"
+        rows.append(dict(path=f"{i}.png", Text=text, modality=modality, finding=finding, split=split))
+    with open(folder / "data.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / "data.csv"
+
+
+@pytest.fixture(scope="module")
+def autoencoder_arguments(data):
+    return [
+        *("--train_data", data, "--preset", "tiny", "--resolution", 64, "--crop", 32, "--train_batch_size", 4),
+        *("--max_train_steps", 16, "--checkpointing_steps", 8, "--validation_steps", 8, "--lr_warmup_steps", 2),
+        *("--learning_rate", 5e-3, "--ema_decay", 0.5, "--whole_images_from", 0.7, "--texture_from", 0.4),
+    ]
+
+
+@pytest.fixture(scope="module")
+def autoencoder(autoencoder_arguments, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("autoencoder")
+    run(train_autoencoder, *autoencoder_arguments, "--output_dir", output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def unet_arguments(data, autoencoder, make_pipeline, tmp_path_factory):
+    text = tmp_path_factory.mktemp("text")
+    pipe = make_pipeline()
+    pipe.text_encoder.save_pretrained(text / "text_encoder")
+    pipe.tokenizer.save_pretrained(text / "tokenizer")
+    return [
+        *("--preset", "tiny", "--vae", autoencoder / "vae", "--text_encoder", text, *unet_sizes(data)),
+        *("--max_train_steps", 6, "--checkpointing_steps", 3, "--validation_steps", 3),
+    ]
+
+
+def unet_sizes(data) -> list:
+    return [
+        *("--train_data", data, "--resolution", 64, "--train_batch_size", 4, "--lr_warmup_steps", 1),
+        *("--latent_variants", 3, "--caption_variants", 3, "--validation_samples", 1, "--num_inference_steps", 2),
+        *("--learning_rate", 1e-3),
+    ]
+
+
+@pytest.fixture(scope="module")
+def unet(unet_arguments, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("unet")
+    run(train_text_to_image, *unet_arguments, "--output_dir", output)
+    return output
+
+
+def records(output: Path, kind: str) -> list[dict]:
+    lines = (output / "log.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_autoencoder_learns_and_gives_unit_latents(autoencoder, data):
+    from diffusers import AutoencoderKL
+
+    figures = records(autoencoder, "val")
+    assert figures[-1]["psnr"] > figures[0]["psnr"]
+    assert {"psnr_oct", "energy_oct", "psnr_brain_mri", "energy_brain_mri"} <= figures[-1].keys()
+
+    vae = AutoencoderKL.from_pretrained(autoencoder / "vae")
+    assert vae.config.scaling_factor == 1.0
+    rows, _ = train_autoencoder.read_splits(train_autoencoder.parse_args(["--train_data", str(data), "--output_dir", ""]))
+    images = train_autoencoder.load_images(rows, data, 64, trim=False).float() / 127.5 - 1
+    with torch.no_grad():
+        drawn = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(0))  # [N, 4, 8, 8]
+    assert drawn.mean((0, 2, 3)).abs().max() < 0.2
+    assert (drawn.std((0, 2, 3)) - 1).abs().max() < 0.2
+
+
+def test_normalised_latents_leave_images_alone(autoencoder):
+    final, last = records(autoencoder, "final")[0], records(autoencoder, "val")[-1]
+    assert final["psnr"] == pytest.approx(last["psnr"], abs=0.01)
+
+
+def test_autoencoder_resumes_as_if_unbroken(autoencoder, autoencoder_arguments, tmp_path):
+    run(
+        train_autoencoder,
+        *(*autoencoder_arguments, "--output_dir", tmp_path),
+        *("--resume_from_checkpoint", autoencoder / "checkpoint-8"),
+    )
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    assert same_weights(autoencoder / weights, tmp_path / weights)
+
+
+def test_unet_run_writes_a_pipeline_with_its_defaults(unet):
+    from minim_pipeline import MinimPipeline
+
+    pipe = MinimPipeline.from_pretrained(unet / "pipeline")
+    assert set(pipe.config.modalities) == {"oct", "brain_mri"}
+    assert pipe.config.findings["brain_mri"] == ["glioma"]
+    assert pipe.config.num_inference_steps == 2
+    out = pipe("glioma", modality="brain_mri", seeds=[0], output_type="np")
+    assert out.images.shape == (1, 64, 64, 3)
+    assert (unet / "samples-6" / "oct.png").is_file()
+    assert "memorised" in records(unet, "val")[-1]
+
+
+def test_unet_resumes_as_if_unbroken(unet, unet_arguments, tmp_path):
+    run(
+        train_text_to_image,
+        *(*unet_arguments, "--output_dir", tmp_path, "--resume_from_checkpoint", unet / "checkpoint-3"),
+    )
+    weights = "best/unet/diffusion_pytorch_model.safetensors"
+    assert same_weights(unet / weights, tmp_path / weights)
+
+
+def test_best_weights_are_kept_and_not_the_last(unet, unet_arguments, tmp_path):
+    """With a learning rate that destroys the model, the first validation stays the best."""
+    run(train_text_to_image, *unet_arguments, "--output_dir", tmp_path, "--learning_rate", 1.0, "--ema_decay", 0.0)
+    best, vals = records(tmp_path, "best")[0], records(tmp_path, "val")
+    assert best["loss"] == min(v["loss"] for v in vals)
+
+
+@pytest.mark.parametrize("extra", [[], ["--lora_rank", 2], ["--train_text_encoder", "--snr_gamma", 0]])
+def test_from_stable_diffusion(make_pipeline, data, tmp_path, extra):
+    """The reference's own use, on random weights of SD-1.x in miniature: tokens are added, old words stay."""
+    from minim_pipeline import MinimPipeline
+
+    base = make_pipeline("sd1")
+    base.save_pretrained(tmp_path / "sd")
+    arguments = [*unet_sizes(data), "--max_train_steps", 2, *extra]
+    run(
+        train_text_to_image,
+        *("--pretrained_model_name_or_path", tmp_path / "sd", *arguments, "--output_dir", tmp_path / "out"),
+        *("--gradient_accumulation_steps", 2, "--gradient_checkpointing"),
+        *("--text_encoder_learning_rate", 1e-2),
+    )
+    if "--lora_rank" in extra:
+        base.load_lora_weights(tmp_path / "out" / "best")
+        assert base.get_active_adapters()
+        return
+    pipe = MinimPipeline.from_pretrained(tmp_path / "out" / "pipeline")
+    assert pipe.scheduler.config.prediction_type == "epsilon"
+    token = pipe.tokenizer.convert_tokens_to_ids("<oct>")
+    assert pipe.text_encoder.config.eos_token_id == pipe.tokenizer.eos_token_id
+    old, new = (p.text_encoder.get_input_embeddings().weight for p in (base, pipe))
+    assert torch.equal(old, new[: len(old)]) == ("--train_text_encoder" not in extra)
+    assert token >= len(old) and new[token].abs().sum() > 0
+    assert pipe("macular edema", modality="oct", num_inference_steps=2).images
+
+
+def test_flips_only_where_they_leave_the_caption_true(data, autoencoder, monkeypatch):
+    """An image whose caption names a side is never mirrored, one that may be is, sometimes."""
+    x = torch.linspace(0, 1, 64).expand(2, 3, 64, 64)
+    may = torch.tensor([False, True])
+    mirrored = torch.zeros(2)
+    for seed in range(12):
+        y = latents.augment(x, may, 2, torch.Generator().manual_seed(seed))
+        mirrored += (y[:, 0, 32, 8] > y[:, 0, 32, 56]).float()
+    assert mirrored[0] == 0 and 0 < mirrored[1] < 12
+
+
+def test_memorised_share_finds_copies():
+    train = latents.Latents(torch.randn(20, 1, 4, 8, 8).half(), torch.zeros(20, 1, 4, 8, 8).half(), 1.0, 0.0)
+    rows, names = [{"modality": "OCT"}] * 20, ["oct"] * 10
+    copies = train.mean[:3, 0].float() + 0.05 * torch.randn(3, 4, 8, 8)
+    others = torch.randn(1, 4, 8, 8)
+    share = latents.memorised_share({"oct": torch.cat([copies, others])}, torch.randn(10, 4, 8, 8), names, train, rows)
+    assert share in (0.75, 1.0)  # a sample that is new may still fall under the nearest 1 % of 10
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (train_autoencoder, ["--max_train_steps", "0"], "--max_train_steps has to be at least 1, got 0"),
+        (train_autoencoder, ["--resolution", "100"], "multiple of 8, got 100"),
+        (train_autoencoder, ["--crop", "48"], "--crop has to be a multiple of 32"),
+        (train_text_to_image, [], "either --pretrained_model_name_or_path or --preset"),
+        (train_text_to_image, ["--preset", "tiny"], "needs --vae and --text_encoder"),
+    ],
+)
+def test_bad_arguments_are_told_before_any_work(module, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        module.parse_args(["--train_data", "none.csv", "--output_dir", "none", *arguments])
+
+
+def test_missing_images_are_told_before_training(data, tmp_path):
+    text = data.read_text().replace("3.png", "lost.png")
+    broken = data.with_name("broken.csv")
+    broken.write_text(text)
+    with pytest.raises(ValueError, match="lost.png"):
+        run(train_autoencoder, "--train_data", broken, "--output_dir", tmp_path / "out", "--preset", "tiny")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_run_is_not_overwritten(autoencoder, autoencoder_arguments):
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        run(train_autoencoder, *autoencoder_arguments, "--output_dir", autoencoder)

@@ -1,0 +1,141 @@
+"""Phrasings of every finding, and captions that vary from one reading to the next.
+
+`captions.json` holds, per modality id and finding, phrasings to train on (`"train"`) and phrasings that nothing is
+ever trained on (`"new"`), with which one measures whether a model understands what it was not taught.
+"""
+
+import json
+import random
+import re
+from pathlib import Path
+
+
+CAPTIONS = Path(__file__).with_name("captions.json")
+
+# A stage of retinopathy says more than the finding: a row may lose it, but must never get one that it does not have.
+_GRADE = re.compile(
+    r"\b(mild|moderate|severe|early|advanced|background|non[- ]?proliferative|npdr|proliferative|pdr|"
+    r"neovasculari[sz]ation)\b",
+    re.IGNORECASE,
+)
+_SAME_GRADE = {"npdr": "nonproliferative", "pdr": "proliferative"}
+
+# Words without which a caption says the same. Never a negation, a finding, a side or a grade.
+_FILLER = re.compile(r"\b(?:a|an|the|evidence of|signs of)\s+", re.IGNORECASE)
+
+_SUFFIXES = {
+    "right eye": ("right eye", "right eye", "OD"),
+    "left eye": ("left eye", "left eye", "OS"),
+    "PA view": ("PA view", "PA", "posteroanterior view"),
+    "AP view": ("AP view", "AP", "anteroposterior view"),
+    "supine AP view": ("supine AP view", "AP supine"),
+    "erect AP view": ("erect AP view", "AP erect"),
+    "pediatric AP view": ("pediatric AP view", "pediatric", "AP view of a child"),
+}
+_AGE = re.compile(r"(\d+)-year-old (male|female)")
+
+_BRITISH = (
+    ("edema", "oedema"),
+    ("tumor", "tumour"),
+    ("hemorrhage", "haemorrhage"),
+    ("color ", "colour "),
+    ("pediatric", "paediatric"),
+    ("gray ", "grey "),
+    ("etiology", "aetiology"),
+)
+
+
+def load_captions(path: str | Path | None = None) -> dict[str, dict[str, dict[str, list[str]]]]:
+    """Reads `{modality id: {finding: {"train": [...], "new": [...]}}}` from `path` (default: `captions.json`)."""
+    return json.loads(Path(path or CAPTIONS).read_text(encoding="utf-8"))
+
+
+def normalize(text: str) -> str:
+    """Lower case, letters and digits only: two captions that differ otherwise count as the same."""
+    return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
+
+
+def split_suffix(text: str, phrasings: list[str]) -> tuple[str | None, list[str]]:
+    """Splits `"Normal fundus, OS."` into a known phrasing and what follows it, `("Normal fundus", ["OS"])`.
+
+    The longest phrasing that `text` starts with counts; `(None, [])` if there is none.
+    """
+    text = text.strip().removesuffix(".")
+    bases = [p.removesuffix(".") for p in phrasings]
+    bases = [b for b in bases if f"{text.lower()}, ".startswith(f"{b.lower()}, ")]
+    if not bases:
+        return None, []
+    base = max(bases, key=len)
+    return text[: len(base)], [part for part in text[len(base) :].split(", ") if part]
+
+
+def grades(text: str) -> set[str]:
+    """The stages of disease that `text` names, e.g. `{"mild", "nonproliferative"}`."""
+    found = {re.sub(r"[- ]", "", g.lower()) for g in _GRADE.findall(text)}
+    return {_SAME_GRADE.get(g, g) for g in found}
+
+
+def vary_caption(
+    text: str,
+    modality_id: str,
+    finding: str | None,
+    rng: random.Random,
+    captions: dict[str, dict[str, dict[str, list[str]]]],
+) -> str:
+    """One of many ways to say what the caption `text` of an image says.
+
+    Takes the text itself or another phrasing of its finding (never one that names a stage of disease which `text` does
+    not name), keeps what `text` adds (side, view, age and sex; now and then dropped, never changed), and varies
+    spelling, case, filler words and the final period. A text of an unknown finding gets only these light changes.
+
+    Args:
+        text: the row's caption.
+        modality_id: a key of `minim_pipeline.modalities.MODALITIES`.
+        finding: the row's finding, or `None`.
+        rng: the only source of randomness.
+        captions: what [`load_captions`] returned.
+
+    Returns:
+        The caption; never one of the phrasings kept under `"new"`.
+    """
+    known = captions.get(modality_id, {}).get(finding or "", {"train": [], "new": []})
+    text = re.sub(r"\s+", " ", text.replace("___", " ")).strip()
+    base, suffix = split_suffix(text, known["train"])
+    varied = text
+    if base is not None:
+        named = grades(text)
+        detailed = named or any(part not in _SUFFIXES and not _AGE.fullmatch(part) for part in suffix)
+        if rng.random() > (0.5 if detailed else 0.3):
+            base = rng.choice([p for p in known["train"] if grades(p) <= named])
+        varied = _join(base.removesuffix("."), suffix, rng)
+    varied = _restyle(varied, rng)
+    return text if normalize(varied) in map(normalize, known["new"]) else varied
+
+
+def _join(base: str, suffix: list[str], rng: random.Random) -> str:
+    if rng.random() < 0.15:
+        return base + "."
+    parts = [base]
+    for part in suffix:
+        if age := _AGE.fullmatch(part):
+            years, sex = age.groups()
+            person = {"male": "man", "female": "woman"}[sex]
+            part = rng.choice(
+                (part, part, f"{years}-year-old {person}", f"{years} y/o {sex}", f"{sex}, {years} years")
+            )
+        elif part in ("right eye", "left eye") and rng.random() < 0.15:
+            parts.insert(0, part)
+            continue
+        parts.append(rng.choice(_SUFFIXES.get(part, (part,))))
+    return ", ".join(parts) + "."
+
+
+def _restyle(text: str, rng: random.Random) -> str:
+    if rng.random() < 0.3:
+        text = _FILLER.sub("", text)
+    if rng.random() < 0.1:
+        for american, british in _BRITISH:
+            text = re.sub(rf"\b{american}", british, text)
+    if rng.random() < 0.5:
+        text = text.removesuffix(".")
+    return text.lower() if rng.random() < 0.3 else text

@@ -1,0 +1,204 @@
+"""What the training scripts share: arguments, randomness that does not depend on history, checkpoints, the log."""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast
+from tqdm.auto import tqdm
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that every trainer has, named as in diffusers' examples."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--train_data", required=True, help="CSV in MINIM's format: path,Text,modality[,finding,split].")
+    data.add_argument("--split", default="train", help="Rows of this `split` are trained on; 'all' takes every row.")
+    data.add_argument("--val_split", default="val", help="Rows of this `split` are validated on; 'none' for none.")
+    data.add_argument("--resolution", type=int, default=256, help="Side of the images in pixels, a multiple of 8.")
+    data.add_argument("--skip_bad_rows", action="store_true", help="Leave out missing or broken images and rows.")
+    data.add_argument("--max_train_samples", type=int, help="Train on the first so many rows only (for debugging).")
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", required=True)
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--train_batch_size", type=int, default=64, help="Images a step and a process.")
+    run.add_argument("--max_train_steps", type=int, default=10_000)
+    run.add_argument(
+        "--max_train_minutes",
+        type=float,
+        help="Run the whole schedule in this time if it ends sooner than --max_train_steps. The steps then depend on "
+        "the machine's speed; runs that have to be repeated exactly are given by --max_train_steps alone.",
+    )
+    run.add_argument("--learning_rate", type=float, default=4e-4)
+    run.add_argument("--lr_warmup_steps", type=int, default=200)
+    run.add_argument("--adam_weight_decay", type=float, default=1e-2)
+    run.add_argument("--max_grad_norm", type=float, default=1.0)
+    run.add_argument("--ema_decay", type=float, default=0.999)
+    run.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    run.add_argument("--compile", action="store_true", help="torch.compile the networks.")
+    run.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, a quarter slower.")
+    run.add_argument("--validation_steps", type=int, default=1000)
+    run.add_argument("--checkpointing_steps", type=int, default=1000)
+    run.add_argument("--checkpoints_total_limit", type=int, default=2)
+    run.add_argument("--resume_from_checkpoint", help="A checkpoint's folder, or 'latest'.")
+    run.add_argument("--report_to", help="Trackers of accelerate: tensorboard, wandb, … ; none by default.")
+
+
+def check_common_arguments(args: argparse.Namespace) -> None:
+    """Raises ValueError for numbers no run can have, before any image is read."""
+    for name in ("train_batch_size", "max_train_steps", "validation_steps", "checkpointing_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
+    if args.resolution < 8 or args.resolution % 8:
+        raise ValueError(f"--resolution has to be a positive multiple of 8, got {args.resolution}.")
+
+
+def read_splits(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """The rows to train on and those to validate on; every image is looked at before training starts."""
+    from minim_pipeline.data import read_csv
+
+    def rows(split):
+        return read_csv(args.train_data, split=split, skip_bad_rows=args.skip_bad_rows)
+
+    train = rows(None if args.split == "all" else args.split)[: args.max_train_samples]
+    return train, [] if args.val_split == "none" else rows(args.val_split)[: args.max_train_samples]
+
+
+def step_generator(seed: int, step: int, rank: int, device: torch.device | str) -> torch.Generator:
+    """The source of everything random in one step on one process.
+
+    It depends on nothing but its arguments, so a run that is resumed draws what an unbroken run would have drawn.
+    """
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(2, dtype=np.uint32)
+    return torch.Generator(device).manual_seed(int(state[0]) << 20 ^ int(state[1]))
+
+
+def hold_images(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Keeps the images on the device if they take less than a quarter of its free memory, else where they are."""
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        return images.to(device)
+    return images
+
+
+class Schedule:
+    """How far a run is, from 0 to 1: by steps, or by time where that is further (`--max_train_minutes`)."""
+
+    def __init__(self, max_steps: int, max_minutes: float | None = None):
+        self.max_steps, self.max_seconds = max_steps, 60 * max_minutes if max_minutes else math.inf
+        self.step, self.spent, self.by_time, self._last = 0, 0.0, 0.0, None
+
+    def advance(self, accelerator) -> None:
+        now = time.monotonic()
+        # The clock starts with the second step, so that compiling does not count.
+        self.spent += now - self._last if self._last is not None else 0.0
+        self._last = now
+        self.step += 1
+        if self.step % 16 == 0 and self.max_seconds < math.inf:
+            # All processes go by the main process's clock; asking it makes them wait, so it is asked now and then.
+            clock = torch.tensor([self.spent / self.max_seconds], device=accelerator.device, dtype=torch.float32)
+            self.by_time = broadcast(clock).item()
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, max(self.step / self.max_steps, self.by_time))
+
+    @property
+    def done(self) -> bool:
+        return self.progress >= 1.0
+
+    def learning_rate(self, peak: float, warmup_steps: int) -> float:
+        """A linear rise over `warmup_steps`, then half a cosine down to 0."""
+        return peak * min(1.0, (self.step + 1) / max(1, warmup_steps)) * 0.5 * (1 + math.cos(math.pi * self.progress))
+
+    def state_dict(self) -> dict:
+        return {"step": self.step, "spent": self.spent, "by_time": self.by_time}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step, self.spent, self.by_time = state["step"], state["spent"], state["by_time"]
+
+
+class Log:
+    """A progress bar with images/s and time left, and a line of JSON for every record in `log.jsonl`."""
+
+    def __init__(self, accelerator, output_dir: str, schedule: Schedule, images_a_step: int):
+        self.accelerator, self.schedule, self.images_a_step = accelerator, schedule, images_a_step
+        self.path = Path(output_dir) / "log.jsonl"
+        self.bar = tqdm(
+            total=1000,
+            initial=int(1000 * schedule.progress),
+            disable=not accelerator.is_local_main_process,
+            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}",
+        )
+        self.rate, self._since = 0.0, (time.monotonic(), schedule.step)
+
+    def tick(self, **shown) -> None:
+        now, (then, step) = time.monotonic(), self._since
+        if now - then > 2:
+            self.rate = (self.schedule.step - step) * self.images_a_step / (now - then)
+            self._since = (now, self.schedule.step)
+            self.bar.set_description(f"step {self.schedule.step}")
+            self.bar.set_postfix_str(f"{self.rate:.0f} images/s " + " ".join(f"{k} {v:.3g}" for k, v in shown.items()))
+            self.bar.n = int(1000 * self.schedule.progress)
+            self.bar.refresh()
+
+    def write(self, kind: str, **values) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        record = {
+            "kind": kind,
+            "step": self.schedule.step,
+            "minutes": round(self.schedule.spent / 60, 2),
+            "images_per_second": round(self.rate),
+            **values,
+        }
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        flat = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        self.accelerator.log(flat, step=self.schedule.step)
+        self.bar.write(f"[{kind}] " + json.dumps({k: v for k, v in record.items() if k != "kind"}))
+
+
+def save_checkpoint(accelerator, output_dir: str, step: int, limit: int) -> None:
+    """Writes `checkpoint-<step>` whole or not at all, and removes the oldest beyond `limit`."""
+    final, unfinished = Path(output_dir) / f"checkpoint-{step}", Path(output_dir) / f".checkpoint-{step}"
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(unfinished, final)
+        for old in list_checkpoints(output_dir)[:-limit]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def list_checkpoints(output_dir: str) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def find_checkpoint(argument: str | None, output_dir: str) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` names; None if there is nothing to resume from.
+
+    Raises:
+        ValueError: a checkpoint is named that does not exist, or the folder holds a run and nothing was said of it.
+    """
+    existing = list_checkpoints(output_dir)
+    if argument is None:
+        if existing:
+            raise ValueError(
+                f"{output_dir} holds checkpoints of an earlier run ({', '.join(p.name for p in existing)}): "
+                "give --resume_from_checkpoint latest to go on with it, or another --output_dir."
+            )
+        return None
+    if argument == "latest":
+        return existing[-1] if existing else None
+    if not Path(argument).is_dir():
+        raise ValueError(f"--resume_from_checkpoint {argument!r} is no folder; there are: {[p.name for p in existing]}.")
+    return Path(argument)

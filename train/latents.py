@@ -1,0 +1,150 @@
+"""Latents of a data set, encoded once in several augmented versions, and how near samples come to them."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from common import hold_images, step_generator
+from diffusers import AutoencoderKL
+from image_preparation import load_images
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from minim_pipeline import names_a_side, resolve_modality
+
+
+class Latents:
+    """Means and standard deviations of the autoencoder's posterior: both [N, versions, C, h, w], half precision.
+
+    The first version of an image is the image itself.
+    """
+
+    def __init__(self, mean: torch.Tensor, std: torch.Tensor, scale: float, shift: float):
+        self.mean, self.std, self.scale, self.shift = mean, std, scale, shift
+
+    @classmethod
+    def encode(cls, args, accelerator: Accelerator, vae: AutoencoderKL, rows, name: str, versions: int) -> "Latents":
+        """Encodes `rows`; every process encodes its share and reads the others' from `output_dir`.
+
+        A run that is resumed finds the latents on disk, and so trains on the very same ones.
+        """
+        folder, world = Path(args.output_dir), accelerator.num_processes
+        folder.mkdir(parents=True, exist_ok=True)
+        key = {"versions": versions, "resolution": args.resolution, "seed": args.seed, "rows": len(rows)}
+        key["of"] = hashlib.sha256("".join(row["path"] + row["Text"] for row in rows).encode()).hexdigest()
+        key["vae"] = args.vae or args.pretrained_model_name_or_path
+        key = {"key": json.dumps(key)}
+
+        def file(rank):
+            return folder / f"latents-{name}-{rank}-of-{world}.safetensors"
+
+        mine = file(accelerator.process_index)
+        if not (mine.is_file() and safe_open(mine, "pt").metadata() == key):
+            part = cls._encode(args, accelerator, vae, rows[accelerator.process_index :: world], versions)
+            save_file(dict(zip(("mean", "std"), part, strict=True)), mine, metadata=key)
+        accelerator.wait_for_everyone()
+        mean = std = None
+        for rank in range(world):
+            with safe_open(file(rank), "pt") as stored:
+                if mean is None:
+                    shape = (len(rows), *stored.get_slice("mean").get_shape()[1:])
+                    mean, std = torch.empty(shape, dtype=torch.half), torch.empty(shape, dtype=torch.half)
+                mean[rank::world], std[rank::world] = stored.get_tensor("mean"), stored.get_tensor("std")
+        held = [hold_images(t, accelerator.device) for t in (mean, std)]
+        return cls(*held, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+
+    @staticmethod
+    @torch.no_grad()
+    def _encode(args, accelerator, vae, rows, versions) -> tuple[torch.Tensor, torch.Tensor]:
+        device = accelerator.device
+        images = load_images(rows, args.train_data, args.resolution)
+        mirrored = [resolve_modality(r["modality"]).flip and not names_a_side(r["Text"]) for r in rows]
+        mirrored = torch.tensor(mirrored, device=device)
+        generator = step_generator(args.seed, 2**31, accelerator.process_index, device)
+        means, stds = [], []
+        parts = tqdm(range(0, len(rows), 16), desc="encoding", disable=not accelerator.is_local_main_process)
+        for start in parts:
+            x = images[start : start + 16].to(device).float() / 255
+            mean, std = [], []
+            for version in range(versions):
+                y = augment(x, mirrored[start : start + 16], version, generator) if version else x
+                with accelerator.autocast():
+                    posterior = vae.encode(y * 2 - 1).latent_dist
+                mean.append(posterior.mean.half().cpu())
+                std.append(posterior.std.half().cpu())
+            means.append(torch.stack(mean, 1))
+            stds.append(torch.stack(std, 1))
+        return torch.cat(means).contiguous(), torch.cat(stds).contiguous()
+
+    def draw(self, index: torch.Tensor, version: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """A sample of the posterior of each: [B, C, h, w], scaled as the U-Net takes it."""
+        where = index.to(self.mean.device), version.to(self.mean.device)
+        mean, std = (t[where].to(generator.device).float() for t in (self.mean, self.std))
+        noise = torch.randn(mean.shape, device=generator.device, generator=generator)
+        return (mean + std * noise - self.shift) * self.scale
+
+    def plain(self) -> torch.Tensor:
+        """The posterior's means of the images themselves, scaled: [N, C, h, w]."""
+        return (self.mean[:, 0].float() - self.shift) * self.scale
+
+
+def augment(x: torch.Tensor, may_mirror: torch.Tensor, version: int, generator: torch.Generator) -> torch.Tensor:
+    """Mild changes that leave the diagnosis alone; x is [B, 3, H, W] in [0, 1].
+
+    Even versions are only shifted by whole pixels: resampling costs sharpness, and the model must not learn that all
+    images are a little soft. Odd versions are turned by up to 4 degrees and enlarged by up to 10 %.
+    """
+    batch, device, size = len(x), x.device, x.shape[-1]
+
+    def uniform(low, high):
+        return torch.rand(batch, device=device, generator=generator) * (high - low) + low
+
+    mirror = may_mirror & (uniform(0, 1) < 0.5)
+    x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
+    turn, zoom = uniform(-0.07, 0.07), uniform(0.9, 1.0)
+    dx, dy = uniform(-1, 1), uniform(-1, 1)
+    if version % 2:
+        margin = 1 - zoom
+        rows = [zoom * turn.cos(), -zoom * turn.sin(), dx * margin], [zoom * turn.sin(), zoom * turn.cos(), dy * margin]
+        theta = torch.stack([torch.stack(row, 1) for row in rows], 1)  # [B, 2, 3]
+        grid = F.affine_grid(theta, x.shape, align_corners=False)
+        x = F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False).clamp(0, 1)
+    else:
+        reach = size // 32
+        padded = F.pad(x, (reach,) * 4, mode="replicate")
+        top, left = (((d + 1) * reach).round().long()[:, None] + torch.arange(size, device=device) for d in (dy, dx))
+        channels = torch.arange(3, device=device)[None, :, None, None]
+        where = torch.arange(batch, device=device)[:, None, None, None]
+        x = padded[where, channels, top[:, None, :, None], left[:, None, None, :]]
+    return x.clamp(min=1e-4) ** uniform(-0.15, 0.15).exp()[:, None, None, None]
+
+
+def nearest(queries: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Cosine distance of each query [n, C, h, w] to the nearest reference [N, C, h, w]: [n] in 0 to 2.
+
+    On latents averaged over 2 x 2, where a copy stays near even if its noise differs.
+    """
+
+    def features(z):
+        return F.normalize(F.avg_pool2d(z.float(), 2).flatten(1), dim=1)
+
+    return 1 - (features(queries) @ features(references).T).amax(1)
+
+
+def memorised_share(samples: dict[str, torch.Tensor], val: torch.Tensor, val_names, train: Latents, train_rows) -> float:
+    """Share of samples that lie nearer to a training image than the nearest 1 % of val images of their modality do."""
+    copies = total = 0
+    names = [resolve_modality(row["modality"]).id for row in train_rows]
+    for name, latents in samples.items():
+        mine = torch.tensor([i for i, n in enumerate(names) if n == name])
+        references = train.mean[mine.to(train.mean.device)].flatten(0, 1).to(latents.device)
+        references = (references.float() - train.shift) * train.scale
+        real = val[[i for i, n in enumerate(val_names) if n == name]].to(latents.device)
+        limit = nearest(real, references).quantile(0.01)
+        copies += (nearest(latents, references) < limit).sum().item()
+        total += len(latents)
+    return round(copies / total, 4)

@@ -1,0 +1,393 @@
+"""Trains the autoencoder: images of 256 px to latents of 32 x 32 and back.
+
+Nothing that a latent diffusion model makes is sharper than its autoencoder, and a medical image lives by its fine
+texture (the speckle of an OCT, the vessels of a lung). Three things are asked for at once:
+
+- fidelity: the mean over images of log(MSE), which is PSNR itself (as the PSNR loss of NAFNet, arXiv 2204.04676);
+- smoothness of the latents: a KL term (arXiv 1312.6114). With log(MSE) beside it, its weight has a meaning: at the
+  optimum the noise of the latents causes `kl_weight / 2` of the squared error;
+- texture: a mean-squared error alone gives blurred texture. A patch discriminator (pix2pix, arXiv 1611.07004) and
+  the log power of small windows in the highest octave put it back. Texture costs PSNR, so only as much is asked for as
+  is missing: for each modality the weight follows the measured ratio of the energy in the highest octave,
+  reconstruction over original, towards `--target_energy`.
+
+Random crops of 128 px train four times as many images; the last part of the run sees whole images.
+
+    accelerate launch train/train_autoencoder.py --train_data data.csv --output_dir runs/autoencoder \
+        --mixed_precision bf16 --compile
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from common import (
+    Log,
+    Schedule,
+    add_common_arguments,
+    check_common_arguments,
+    find_checkpoint,
+    hold_images,
+    read_splits,
+    save_checkpoint,
+    step_generator,
+)
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from image_preparation import load_images
+from PIL import Image
+
+from minim_pipeline import resolve_modality
+
+PRESETS = {
+    # The embedded model's: 5.1 M parameters, no attention (so that crops and whole images see the same network).
+    "minim-256": dict(block_out_channels=(32, 64, 128, 128), layers_per_block=2, latent_channels=8, norm_num_groups=16),
+    "minim-256-4ch": dict(
+        block_out_channels=(32, 64, 128, 128), layers_per_block=2, latent_channels=4, norm_num_groups=16
+    ),
+    # For tests: trains in seconds on a CPU.
+    "tiny": dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4),
+}
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    model = parser.add_argument_group("model")
+    model.add_argument("--pretrained_model_name_or_path", help="Start from the `vae` of this pipeline (SD-1.x, minim).")
+    model.add_argument("--preset", choices=sorted(PRESETS), default="minim-256", help="Shape of a new autoencoder.")
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--crop", type=int, default=128, help="Side of the random crops in pixels.")
+    loss.add_argument("--whole_images_from", type=float, default=0.85, help="Share of the run after which none is cropped.")
+    loss.add_argument("--texture_from", type=float, default=0.5, help="Share of the run after which texture is asked for.")
+    loss.add_argument("--kl_weight", type=float, default=0.02)
+    loss.add_argument("--target_energy", type=float, default=0.9, help="Energy in the highest octave; 0: no texture.")
+    loss.add_argument("--discriminator_learning_rate", type=float, default=2e-4)
+    args = parser.parse_args(argv)
+    check_common_arguments(args)
+    if args.crop % 32 or not 32 <= args.crop <= args.resolution:
+        raise ValueError(f"--crop has to be a multiple of 32 and at most --resolution, got {args.crop}.")
+    return args
+
+
+def new_autoencoder(preset: str, resolution: int) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=resolution,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+        force_upcast=False,
+        **PRESETS[preset],
+    )
+
+
+class Reconstruct(nn.Module):
+    """Encoder, noise, decoder in one forward, which is what is compiled and distributed."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        posterior = self.vae.encode(x).latent_dist  # x [B, 3, H, W] in [-1, 1]
+        mean, std = posterior.mean.float(), posterior.std.float()  # [B, C, H/8, W/8]
+        y = self.vae.decode((mean + std * noise).to(x.dtype)).sample
+        kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
+        return y.float(), kl
+
+
+def new_discriminator(width: int = 64) -> nn.Sequential:
+    """A patch discriminator that sees 34 x 34 px: texture, not anatomy, which is the reconstruction's affair."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 4, 2, 1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(width, 2 * width, 4, 2, 1),
+        nn.GroupNorm(8, 2 * width),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(2 * width, 4 * width, 4, 1, 1),
+        nn.GroupNorm(8, 4 * width),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(4 * width, 1, 4, 1, 1),
+    )
+
+
+def highest_octave(images: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """Power of an image's grey values at frequencies above a quarter of a cycle a pixel.
+
+    Args:
+        images: [B, 3, H, W].
+        window: side of the Hann windows in pixels that are looked at one by one; None takes the whole image.
+
+    Returns:
+        [B, windows] or [B, 1]: sum over the frequencies with max(|fx|, |fy|) > 1/4, per pixel.
+    """
+    grey = images.float().mean(1)  # [B, H, W]
+    if window:
+        grey = grey.unfold(1, window, window // 2).unfold(2, window, window // 2).flatten(1, 2)  # [B, N, w, w]
+        hann = torch.hann_window(window, periodic=False, device=images.device)
+        grey = grey * hann[:, None] * hann
+    else:
+        grey = grey[:, None]
+    power = torch.fft.rfft2(grey, norm="ortho").abs().square()  # [B, N, h, w/2+1]
+    fy = torch.fft.fftfreq(grey.shape[-2], device=images.device).abs()[:, None]
+    fx = torch.fft.rfftfreq(grey.shape[-1], device=images.device)[None]
+    return (power * (torch.maximum(fy, fx) > 0.25)).sum((-2, -1)) / (grey.shape[-2] * grey.shape[-1])
+
+
+def energy_loss(y: torch.Tensor, x: torch.Tensor, window: int = 16) -> torch.Tensor:
+    """|log ratio| of the highest octave's power, window by window; flat windows (8-bit rounding) do not count."""
+    floor = (2 / 255) ** 2
+    return ((highest_octave(y, window) + floor).log() - (highest_octave(x, window) + floor).log()).abs().mean()
+
+
+def gradient(loss: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(loss, y)[0]
+
+
+def draw_batch(images, index, crop, generator, device) -> torch.Tensor:
+    """Random crops, mirrored half of the time, with a mild change of gamma: [B, 3, crop, crop] in [-1, 1]."""
+    batch, size = len(index), images.shape[-1]
+
+    def uniform(low, high):
+        return torch.rand(batch, device=generator.device, generator=generator) * (high - low) + low
+
+    top = (uniform(0, 1) * (size - crop + 1)).long().to(images.device)
+    left = (uniform(0, 1) * (size - crop + 1)).long().to(images.device)
+    span = torch.arange(crop, device=images.device)
+    rows, columns = (top[:, None] + span)[:, None, :, None], (left[:, None] + span)[:, None, None, :]
+    channels = torch.arange(3, device=images.device)[None, :, None, None]
+    x = images[index.to(images.device)[:, None, None, None], channels, rows, columns].to(device).float() / 255
+    x = torch.where(uniform(0, 1).to(device)[:, None, None, None] < 0.5, x.flip(-1), x)
+    gamma = uniform(-0.2, 0.2).exp().to(device)[:, None, None, None]
+    return x.clamp(min=1e-4) ** gamma * 2 - 1
+
+
+@torch.no_grad()
+def validate(vae: AutoencoderKL, images: torch.Tensor, modalities: list[str], batch_size: int = 32) -> dict:
+    """Mean PSNR in dB and ratio of the energy in the highest octave, of all images and per modality."""
+    device = next(vae.parameters()).device
+    psnr, energy = [], []
+    for part in images.split(batch_size):
+        x = part.to(device).float() / 127.5 - 1
+        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+        psnr += (-10 * torch.log10(((y - x) / 2).square().mean((1, 2, 3)))).tolist()
+        energy += torch.stack([highest_octave(y)[:, 0], highest_octave(x)[:, 0]], 1).tolist()
+    psnr, energy, modalities = np.array(psnr), np.array(energy), np.array(modalities)
+    figures = {"psnr": round(float(psnr.mean()), 3)}
+    for name in dict.fromkeys(modalities):
+        mine = modalities == name
+        figures[f"psnr_{name}"] = round(float(psnr[mine].mean()), 3)
+        figures[f"energy_{name}"] = round(float(energy[mine, 0].sum() / energy[mine, 1].sum()), 3)
+    return figures
+
+
+def save_pairs(vae: AutoencoderKL, images: torch.Tensor, path: Path) -> None:
+    """A sheet with originals above reconstructions. It shows real images: for looking at, not for publishing."""
+    device = next(vae.parameters()).device
+    with torch.no_grad():
+        x = images.to(device).float() / 127.5 - 1
+        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+    sheet = torch.cat([torch.cat(list(x), 2), torch.cat(list(y), 2)], 1)  # [3, 2H, nW]
+    Image.fromarray(((sheet + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()).save(path)
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64) -> None:
+    """Makes the latents of `images` zero-mean and of unit variance in every channel, without changing the images.
+
+    The affine map is folded into the 1 x 1 convolutions on both sides of the latents, so that `scaling_factor` is 1
+    and no code that uses the autoencoder has to know of it.
+    """
+    device = next(vae.parameters()).device
+    means, variances = [], []
+    for part in images.split(batch_size):
+        posterior = vae.encode(part.to(device).float() / 127.5 - 1).latent_dist
+        means.append(posterior.mean.double().transpose(0, 1).flatten(1))
+        variances.append(posterior.var.double().transpose(0, 1).flatten(1))
+    means, variances = torch.cat(means, 1), torch.cat(variances, 1)  # [C, pixels]
+    mean = means.mean(1).float()
+    std = (means.var(1) + variances.mean(1)).sqrt().float()
+    channels = len(mean)
+    out, back = vae.quant_conv, vae.post_quant_conv  # [2C, 2C, 1, 1] and [C, C, 1, 1]
+    out.weight[:channels] /= std[:, None, None, None]
+    out.bias[:channels] = (out.bias[:channels] - mean) / std
+    out.bias[channels:] -= 2 * std.log()  # the log variance
+    back.bias += back.weight[:, :, 0, 0] @ mean
+    back.weight *= std[None, :, None, None]
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_dir=args.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    set_seed(args.seed)
+    device, rank = accelerator.device, accelerator.process_index
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+
+    train_rows, val_rows = read_splits(args)
+    images = hold_images(load_images(train_rows, args.train_data, args.resolution, trim=False), device)
+    names = sorted({resolve_modality(row["modality"]).id for row in train_rows})
+    modality = torch.tensor([names.index(resolve_modality(row["modality"]).id) for row in train_rows], device=device)
+    if val_rows:
+        val_images = load_images(val_rows, args.train_data, args.resolution, trim=False)
+        val_names = [resolve_modality(row["modality"]).id for row in val_rows]
+
+    if args.pretrained_model_name_or_path:
+        vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae")
+    else:
+        vae = new_autoencoder(args.preset, args.resolution)
+    if args.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    discriminator = new_discriminator()
+    ema = EMAModel(vae.parameters(), decay=args.ema_decay, use_ema_warmup=True, foreach=True)
+    ema.to(device)
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), args.learning_rate, betas=(0.9, 0.99), weight_decay=args.adam_weight_decay, fused=fused
+    )
+    d_optimizer = torch.optim.AdamW(
+        discriminator.parameters(), args.discriminator_learning_rate, betas=(0.5, 0.9), weight_decay=0.0, fused=fused
+    )
+    reconstruct, discriminator, optimizer, d_optimizer = accelerator.prepare(
+        Reconstruct(vae), discriminator, optimizer, d_optimizer
+    )
+    critic = accelerator.unwrap_model(discriminator)
+    if args.compile:
+        vae.encoder.compile(dynamic=False)
+        vae.decoder.compile(dynamic=False)
+    schedule = Schedule(args.max_train_steps, args.max_train_minutes)
+    texture = TextureWeights(len(names), args.target_energy)
+    accelerator.register_for_checkpointing(ema, schedule, texture)
+    if checkpoint:
+        accelerator.load_state(str(checkpoint))
+        ema.to(device)
+    if accelerator.is_main_process:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        (Path(args.output_dir) / "arguments.json").write_text(json.dumps(vars(args), indent=2))
+    if args.report_to:
+        accelerator.init_trackers("minim-autoencoder", config=vars(args))
+    log = Log(accelerator, args.output_dir, schedule, args.train_batch_size * accelerator.num_processes)
+
+    def evaluate() -> None:
+        """Of the averaged weights, in full precision, by the main process."""
+        if val_rows and accelerator.is_main_process:
+            ema.store(vae.parameters())
+            ema.copy_to(vae.parameters())
+            vae.eval()
+            with torch.compiler.set_stance("force_eager"):  # not worth compiling for
+                log.write("val", **validate(vae, val_images, val_names))
+                shown = torch.linspace(0, len(val_images) - 1, min(10, len(val_images))).long()
+                save_pairs(vae, val_images[shown], Path(args.output_dir) / "pairs.png")
+            ema.restore(vae.parameters())
+            vae.train()
+        accelerator.wait_for_everyone()
+
+    vae.train()
+    while not schedule.done:
+        generator = step_generator(args.seed, schedule.step, rank, device)
+        whole = schedule.progress >= args.whole_images_from
+        ask_texture = schedule.progress >= args.texture_from and args.target_energy > 0
+        # As many pixels a step for whole images as for crops.
+        crop = args.resolution if whole else args.crop
+        batch = max(1, args.train_batch_size * args.crop**2 // crop**2)
+        index = torch.randint(len(images), (batch,), device=device, generator=generator)
+        x = draw_batch(images, index, crop, generator, device)
+        noise = torch.randn(batch, vae.config.latent_channels, crop // 8, crop // 8, device=device, generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.learning_rate(args.learning_rate, args.lr_warmup_steps)
+
+        with accelerator.autocast():
+            y, kl = reconstruct(x, noise)
+        mse = ((y - x) / 2).square().mean((1, 2, 3))
+        rec = (mse + 1e-5).log().mean()  # 1e-5: past 50 dB there is nothing to gain
+        at_y = gradient(rec, y)
+        shown = {"psnr": -4.343 * mse.detach().log().mean(), "kl": kl.detach()}
+        if ask_texture:
+            with accelerator.autocast():
+                adversarial = -critic(y).float().mean()
+            sharpen = [gradient(adversarial, y), gradient(energy_loss(y, x), y)]
+            sharpen = sum(g / (g.norm() + 1e-12) for g in sharpen) * at_y.norm()
+            at_y = at_y + texture.weights.to(device)[modality[index]][:, None, None, None] * sharpen
+            energy = torch.stack([highest_octave(t, 32).sum(1) for t in (y.detach(), x)], 1)  # [B, 2]
+            texture.update(*(accelerator.gather(t) for t in (energy, modality[index])))
+        # The gradient goes on from the image, so that the shares of its parts are what was set above.
+        torch.autograd.backward([y, kl], [at_y, torch.tensor(args.kl_weight, device=device)])
+        accelerator.clip_grad_norm_(vae.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(vae.parameters())
+
+        if ask_texture:
+            d_optimizer.zero_grad()
+            with accelerator.autocast():
+                real, fake = discriminator(torch.cat([x, y.detach()])).float().chunk(2)
+            d_loss = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+            accelerator.backward(d_loss)
+            d_optimizer.step()
+            shown["d"] = d_loss.detach()
+
+        schedule.advance(accelerator)
+        log.tick(**shown)
+        if schedule.step % 200 == 0:
+            values = {k: round(float(v), 4) for k, v in shown.items()}
+            log.write("train", **values, texture=dict(zip(names, texture.summary(), strict=True)))
+        if schedule.step % args.validation_steps == 0:
+            evaluate()
+        if schedule.step % args.checkpointing_steps == 0 and not schedule.done:
+            save_checkpoint(accelerator, args.output_dir, schedule.step, args.checkpoints_total_limit)
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        ema.copy_to(vae.parameters())
+        vae.eval()
+        with torch.compiler.set_stance("force_eager"):
+            if not args.pretrained_model_name_or_path:
+                normalise_latents(vae, images)
+            if val_rows:
+                log.write("final", **validate(vae, val_images, val_names))
+        vae.save_pretrained(Path(args.output_dir) / "vae")
+    accelerator.end_training()
+
+
+class TextureWeights:
+    """A weight for each modality that grows while its energy in the highest octave is below the target."""
+
+    def __init__(self, count: int, target: float, rate: float = 0.02, smoothing: float = 0.98):
+        self.target, self.rate, self.smoothing = target, rate, smoothing
+        self.weights = torch.full((count,), 0.1)
+        self.energy = torch.zeros(count, 2)  # running sums of reconstruction and original
+
+    def update(self, energy: torch.Tensor, modality: torch.Tensor) -> None:
+        """`energy` [B, 2] of reconstructions and originals, `modality` [B]; the same on every process."""
+        seen = torch.zeros_like(self.energy).index_add_(0, modality.cpu(), energy.float().cpu())
+        self.energy = self.smoothing * self.energy + (1 - self.smoothing) * seen
+        ratio = self.energy[:, 0] / self.energy[:, 1].clamp(min=1e-12)
+        self.weights = (self.weights * (self.rate * (self.target - ratio)).exp()).clamp(1e-3, 1.0)
+
+    def summary(self) -> list[list[float]]:
+        """Of each modality: weight and energy ratio."""
+        ratio = self.energy[:, 0] / self.energy[:, 1].clamp(min=1e-12)
+        return [[round(w, 3), round(r, 3)] for w, r in zip(self.weights.tolist(), ratio.tolist(), strict=True)]
+
+    def state_dict(self) -> dict:
+        return {"weights": self.weights, "energy": self.energy}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.weights, self.energy = state["weights"], state["energy"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,468 @@
+"""Trains the U-Net: latents of medical images from a modality and a sentence.
+
+A latent diffusion model (arXiv 2112.10752) on latents that are encoded once. What is not the textbook's:
+
+- every image is encoded in several versions (mild crop, rotation, gamma; mirrored only where the modality allows it
+  and the caption names no side), and every caption is phrased in several ways: few images, many epochs;
+- min-SNR weights (arXiv 2303.09556) and, for new models, v-prediction with zero terminal SNR (arXiv 2305.08891);
+- the text is dropped for classifier-free guidance in two ways: the sentence only (the modality's token stays, which is
+  what the pipeline uses as the negative prompt), or everything;
+- it watches for memorisation while it trains, and what is kept is the averaged weights of the lowest validation loss.
+
+From scratch, as the embedded model:
+
+    accelerate launch train/train_text_to_image.py --preset minim-256 --vae runs/autoencoder/vae \
+        --text_encoder runs/text_encoder --train_data data.csv --output_dir runs/unet --mixed_precision bf16 --compile
+
+From Stable Diffusion 1.x or 2.x, as the reference does (the modalities become new tokens), or from a MinimPipeline:
+
+    accelerate launch train/train_text_to_image.py --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 \
+        --resolution 512 --train_data data.csv --output_dir runs/sd --learning_rate 1e-5 --train_batch_size 8 \
+        --gradient_accumulation_steps 4 --gradient_checkpointing --mixed_precision bf16
+"""
+
+import argparse
+import json
+import random
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from captions import load_captions, vary_caption
+from common import (
+    Log,
+    Schedule,
+    add_common_arguments,
+    check_common_arguments,
+    find_checkpoint,
+    read_splits,
+    save_checkpoint,
+    step_generator,
+)
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers.training_utils import EMAModel, compute_snr
+from image_preparation import load_images
+from latents import Latents, memorised_share
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from minim_pipeline import MinimPipeline, resolve_modality
+from minim_pipeline.tokens import add_modality_tokens
+
+# The text reaches the U-Net by cross-attention and, pooled, by the time embedding (`addition_embed_type`): at this
+# size that makes it follow the finding sooner.
+_MINIM = dict(
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    addition_embed_type="text",
+    addition_embed_type_num_heads=4,
+)
+PRESETS = {
+    # The embedded model's: 27 M parameters, heads of 64 channels.
+    "minim-256": dict(_MINIM, block_out_channels=(128, 256, 256), attention_head_dim=(2, 4, 4)),
+    # For tests: trains in seconds on a CPU.
+    "tiny": dict(_MINIM, block_out_channels=(8, 16, 16), attention_head_dim=2, norm_num_groups=4),
+}
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--pretrained_model_name_or_path", help="Start from this pipeline: SD-1.x, SD-2.x or a MinimPipeline."
+    )
+    model.add_argument("--preset", choices=sorted(PRESETS), help="Shape of a new U-Net; needs --vae and --text_encoder.")
+    model.add_argument("--vae", help="Folder of a trained autoencoder (train_autoencoder.py).")
+    model.add_argument("--text_encoder", help="Folder with `tokenizer` and `text_encoder` (train_text_encoder.py).")
+    model.add_argument("--train_text_encoder", action="store_true", help="Train the text encoder along.")
+    model.add_argument("--text_encoder_learning_rate", type=float, default=1e-5)
+    model.add_argument("--lora_rank", type=int, default=0, help="Train a LoRA of this rank instead of the U-Net.")
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--prediction_type", choices=["epsilon", "v_prediction"], help="New models: v_prediction.")
+    loss.add_argument("--snr_gamma", type=float, default=5.0, help="min-SNR's gamma; 0 weighs all steps alike.")
+    loss.add_argument("--drop_text", type=float, default=0.10, help="Share of captions cut down to the token.")
+    loss.add_argument("--drop_all", type=float, default=0.05, help="Share of captions that are dropped whole.")
+    loss.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    data = parser.add_argument_group("variation")
+    data.add_argument("--captions", help="JSON with phrasings of every finding; default: train/captions.json.")
+    data.add_argument("--caption_variants", type=int, default=32, help="Phrasings of every caption.")
+    data.add_argument("--latent_variants", type=int, default=8, help="Augmented versions of every image.")
+    sampling = parser.add_argument_group("sampling, for the grids and as the pipeline's defaults")
+    sampling.add_argument("--num_inference_steps", type=int, default=20)
+    sampling.add_argument("--guidance_scale", type=float, default=3.0)
+    sampling.add_argument("--guidance_rescale", type=float, default=0.0)
+    sampling.add_argument("--validation_samples", type=int, default=8, help="Images a modality in every grid.")
+    args = parser.parse_args(argv)
+    check_common_arguments(args)
+    if bool(args.pretrained_model_name_or_path) == bool(args.preset):
+        raise ValueError("Give either --pretrained_model_name_or_path or --preset.")
+    if args.preset and not (args.vae and args.text_encoder):
+        raise ValueError("--preset needs --vae and --text_encoder, the folders of trained ones.")
+    for name in ("caption_variants", "latent_variants", "num_inference_steps", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
+    return args
+
+
+def build_pipeline(args: argparse.Namespace, modalities: list[str], findings: dict[str, list[str]]) -> MinimPipeline:
+    """The pipeline to train: loaded, with tokens added for modalities that it does not know, or new."""
+    if args.preset:
+        vae = AutoencoderKL.from_pretrained(args.vae)
+        text_encoder = CLIPTextModel.from_pretrained(args.text_encoder, subfolder="text_encoder")
+        tokenizer = CLIPTokenizer.from_pretrained(args.text_encoder, subfolder="tokenizer")
+        unet = UNet2DConditionModel(
+            sample_size=args.resolution // 2 ** (len(vae.config.block_out_channels) - 1),
+            in_channels=vae.config.latent_channels,
+            out_channels=vae.config.latent_channels,
+            cross_attention_dim=text_encoder.config.hidden_size,
+            **PRESETS[args.preset],
+        )
+        prediction_type = args.prediction_type or "v_prediction"
+        scheduler = DPMSolverMultistepScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type=prediction_type,
+            # Epsilon says nothing of the image where there is nothing but noise.
+            rescale_betas_zero_snr=prediction_type == "v_prediction",
+            timestep_spacing="trailing",
+        )
+    else:
+        base = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path)
+        vae, text_encoder, tokenizer, unet = base.vae, base.text_encoder, base.tokenizer, base.unet
+        scheduler = base.scheduler
+        if args.prediction_type not in (None, scheduler.config.prediction_type):
+            raise ValueError(
+                f"{args.pretrained_model_name_or_path} was trained for {scheduler.config.prediction_type!r}, "
+                f"--prediction_type asks for {args.prediction_type!r}."
+            )
+        modalities = list(dict.fromkeys([*(base.config.modalities or []), *modalities]))
+        findings = {**(base.config.findings or {}), **findings}
+    new = [m for m in modalities if f"<{m}>" not in tokenizer.get_vocab()]
+    if new:
+        add_modality_tokens(tokenizer, text_encoder, new)
+    pipe = MinimPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        modalities=modalities,
+        findings=findings,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        guidance_rescale=args.guidance_rescale,
+    )
+    pipe.new_tokens = tokenizer.convert_tokens_to_ids([f"<{m}>" for m in new])
+    return pipe
+
+
+class Denoise(nn.Module):
+    """Text encoder and U-Net in one forward, which is what is distributed."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        text = self.text_encoder(input_ids).last_hidden_state  # [B, L, D]
+        return self.unet(noisy, timesteps, text, return_dict=False)[0]  # [B, C, h, w]
+
+
+def phrase(rows: list[dict], captions: dict, tokenizer: CLIPTokenizer, variants: int, seed: int) -> torch.Tensor:
+    """Token ids [N, variants, L] of the rows' captions, each in several phrasings behind its modality's token."""
+    rng = random.Random(seed)
+    texts = []
+    for row in rows:
+        modality = resolve_modality(row["modality"])
+        for _ in range(variants):
+            text = vary_caption(row["Text"], modality.id, row.get("finding"), rng, captions) if variants > 1 else row["Text"]
+            texts.append(f"{modality.token} {text}")
+    return tokenize(tokenizer, texts).reshape(len(rows), variants, -1)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    return tokenizer(
+        texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
+
+
+def loss_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """min-SNR weights, arXiv 2303.09556, eq. 5 and its form for v-prediction: [B]."""
+    if not gamma:
+        return torch.ones_like(timesteps, dtype=torch.float32)
+    snr = compute_snr(scheduler, timesteps)
+    if scheduler.config.prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return snr.clamp(max=gamma) / snr.clamp(min=1e-8)
+
+
+def target(scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    if scheduler.config.prediction_type == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    return noise
+
+
+@torch.no_grad()
+def validation_loss(model: Denoise, scheduler: DDPMScheduler, latents: torch.Tensor, ids: torch.Tensor, names, args):
+    """The loss on val images, with noise and timesteps that are always the same: in all and per modality."""
+    device = next(model.parameters()).device
+    generator = torch.Generator("cpu").manual_seed(args.seed)
+    noise = torch.randn(latents.shape, generator=generator)
+    # Evenly over the timesteps: all of them are visited in every thousandth.
+    steps = torch.linspace(0, scheduler.config.num_train_timesteps - 1, len(latents)).round().long()
+    steps = steps[torch.randperm(len(steps), generator=generator)]
+    losses = []
+    for part in torch.arange(len(latents)).split(64):
+        x, e, t = latents[part].to(device).float(), noise[part].to(device), steps[part].to(device)
+        prediction = model(scheduler.add_noise(x, e, t), t, ids[part].to(device)).float()
+        mse = (prediction - target(scheduler, x, e, t)).square().mean((1, 2, 3))
+        losses.append((mse * loss_weights(scheduler, t, args.snr_gamma)).cpu())
+    losses = torch.cat(losses)
+    figures = {"loss": round(losses.mean().item(), 5)}
+    for name in dict.fromkeys(names):
+        mine = torch.tensor([n == name for n in names])
+        figures[f"loss_{name}"] = round(losses[mine].mean().item(), 5)
+    return figures
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to,
+        project_dir=args.output_dir,
+    )
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    output = Path(args.output_dir)
+    set_seed(args.seed)
+    device, rank = accelerator.device, accelerator.process_index
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    train_rows, val_rows = read_splits(args)
+    modalities = list(dict.fromkeys(resolve_modality(row["modality"]).id for row in train_rows))
+    findings: dict[str, list[str]] = {m: [] for m in modalities}
+    for row in train_rows:
+        known = findings[resolve_modality(row["modality"]).id]
+        if row.get("finding") and row["finding"] not in known:
+            known.append(row["finding"])
+    pipe = build_pipeline(args, modalities, findings)
+    vae, unet, text_encoder, tokenizer = pipe.vae, pipe.unet, pipe.text_encoder, pipe.tokenizer
+    noise_schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    noise_schedule.alphas_cumprod = noise_schedule.alphas_cumprod.to(device)
+
+    captions = load_captions(args.captions)
+    ids = phrase(train_rows, captions, tokenizer, args.caption_variants, args.seed).to(device)
+    token_only = tokenize(tokenizer, [resolve_modality(row["modality"]).token for row in train_rows]).to(device)
+    nothing = tokenize(tokenizer, [""]).to(device)
+    vae.requires_grad_(False).eval().to(device)
+    train_latents = Latents.encode(args, accelerator, vae, train_rows, "train", args.latent_variants)
+    if val_rows:
+        val_latents = Latents.encode(args, accelerator, vae, val_rows, "val", 1).plain()
+        val_ids = phrase(val_rows, captions, tokenizer, 1, args.seed)
+        val_names = [resolve_modality(row["modality"]).id for row in val_rows]
+    vae.to("cpu")
+
+    groups = trainable(args, unet, text_encoder, pipe.new_tokens)
+    averaged = [p for group in groups for p in group["params"]]
+    ema = EMAModel(averaged, decay=args.ema_decay, use_ema_warmup=True, foreach=True)
+    ema.to(device)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=device.type == "cuda")
+    model, optimizer = accelerator.prepare(Denoise(unet, text_encoder), optimizer)
+    if args.compile:
+        unet.compile(dynamic=False)
+    schedule = Schedule(args.max_train_steps, args.max_train_minutes)
+    best = Best()
+    accelerator.register_for_checkpointing(ema, schedule, best)
+    if checkpoint:
+        accelerator.load_state(str(checkpoint))
+        ema.to(device)
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "arguments.json").write_text(json.dumps(vars(args), indent=2))
+    if args.report_to:
+        accelerator.init_trackers("minim-text-to-image", config=vars(args))
+    batch = args.train_batch_size
+    log = Log(accelerator, args.output_dir, schedule, batch * accelerator.num_processes * args.gradient_accumulation_steps)
+
+    def evaluate() -> None:
+        """Loss, grids and nearest training images of the averaged weights, by the main process."""
+        if accelerator.is_main_process:
+            ema.store(averaged)
+            ema.copy_to(averaged)
+            unet.eval()
+            figures = {}
+            with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+                if val_rows:
+                    plain = Denoise(unet, text_encoder)
+                    figures = validation_loss(plain, noise_schedule, val_latents, val_ids, val_names, args)
+                rows = val_rows or train_rows
+                samples = draw_samples(pipe, rows, args, output / f"samples-{schedule.step}")
+            if val_rows:
+                figures["memorised"] = memorised_share(samples, val_latents, val_names, train_latents, train_rows)
+            log.write("val", **figures)
+            if figures.get("loss", 0.0) <= best.loss:
+                best.loss, best.step = figures.get("loss", 0.0), schedule.step
+                save_weights(args, pipe, output / "best")
+            ema.restore(averaged)
+            unet.train()
+        accelerator.wait_for_everyone()
+
+    unet.train()
+    text_encoder.train(args.train_text_encoder)
+    rates = [group["peak"] for group in groups]
+    while not schedule.done:
+        for group, peak in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = schedule.learning_rate(peak, args.lr_warmup_steps)
+        for part in range(args.gradient_accumulation_steps):
+            generator = step_generator(args.seed, schedule.step * args.gradient_accumulation_steps + part, rank, device)
+
+            def randint(high, generator=generator):
+                return torch.randint(high, (batch,), device=device, generator=generator)
+
+            index = randint(len(train_rows))
+            latents = train_latents.draw(index, randint(args.latent_variants), generator)  # [B, C, h, w]
+            text = ids[index, randint(args.caption_variants)]  # [B, L]
+            chance = torch.rand(batch, 1, device=device, generator=generator)
+            text = torch.where(chance < args.drop_text + args.drop_all, token_only[index], text)
+            text = torch.where(chance < args.drop_all, nothing, text)
+            timesteps = randint(noise_schedule.config.num_train_timesteps)
+            noise = torch.randn(latents.shape, device=device, generator=generator)
+            with accelerator.accumulate(model):
+                prediction = model(noise_schedule.add_noise(latents, noise, timesteps), timesteps, text).float()
+                mse = (prediction - target(noise_schedule, latents, noise, timesteps)).square().mean((1, 2, 3))
+                loss = (mse * loss_weights(noise_schedule, timesteps, args.snr_gamma)).mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    keep_old_tokens(text_encoder, pipe.new_tokens, args.train_text_encoder)
+                    accelerator.clip_grad_norm_(averaged, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        ema.step(averaged)
+
+        schedule.advance(accelerator)
+        log.tick(loss=loss.detach())
+        if schedule.step % 200 == 0:
+            log.write("train", loss=round(loss.item(), 5), lr=optimizer.param_groups[0]["lr"])
+        if schedule.step % args.validation_steps == 0 or schedule.done:
+            evaluate()
+        if schedule.step % args.checkpointing_steps == 0 and not schedule.done:
+            save_checkpoint(accelerator, args.output_dir, schedule.step, args.checkpoints_total_limit)
+
+    if accelerator.is_main_process:
+        log.write("best", loss=best.loss, at_step=best.step)
+        finish(args, pipe, output)
+    accelerator.end_training()
+
+
+class Best:
+    """The lowest validation loss so far, and when it was reached."""
+
+    def __init__(self):
+        self.loss, self.step = float("inf"), 0
+
+    def state_dict(self) -> dict:
+        return {"loss": self.loss, "step": self.step}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.loss, self.step = state["loss"], state["step"]
+
+
+def trainable(args, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, new_tokens: list[int]) -> list[dict]:
+    """Freezes what is not trained, and gives the optimizer's groups of what is."""
+    text_encoder.requires_grad_(args.train_text_encoder)
+    if args.lora_rank:
+        from peft import LoraConfig
+
+        unet.requires_grad_(False)
+        unet.add_adapter(
+            LoraConfig(
+                r=args.lora_rank,
+                lora_alpha=args.lora_rank,
+                init_lora_weights="gaussian",
+                target_modules=["to_k", "to_q", "to_v", "to_out.0"],
+            )
+        )
+    decay = args.adam_weight_decay
+    weights = [p for p in unet.parameters() if p.requires_grad]
+    groups = [{"params": weights, "peak": args.learning_rate, "weight_decay": decay}]
+    if args.train_text_encoder:
+        text = list(text_encoder.parameters())
+        groups.append({"params": text, "peak": args.text_encoder_learning_rate, "weight_decay": decay})
+    elif new_tokens:
+        # Textual inversion's way (arXiv 2208.01618): only the new rows learn. Weight decay would move the old ones.
+        table = text_encoder.get_input_embeddings().weight.requires_grad_(True)
+        groups.append({"params": [table], "peak": args.text_encoder_learning_rate, "weight_decay": 0.0})
+    return groups
+
+
+def keep_old_tokens(text_encoder: CLIPTextModel, new_tokens: list[int], train_text_encoder: bool) -> None:
+    """Without --train_text_encoder, only the embeddings of added tokens get a gradient."""
+    table = text_encoder.get_input_embeddings().weight
+    if table.grad is not None and not train_text_encoder:
+        mask = torch.zeros(len(table), 1, device=table.device)
+        mask[new_tokens] = 1
+        table.grad *= mask
+
+
+@torch.no_grad()
+def draw_samples(pipe: MinimPipeline, rows: list[dict], args, folder: Path) -> dict[str, torch.Tensor]:
+    """Draws a grid per modality for captions spread over the rows; returns the latents [n, C, h, w] of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe.vae.to(pipe.unet.device)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = {}
+    for name in dict.fromkeys(resolve_modality(row["modality"]).id for row in rows):
+        mine = [row for row in rows if resolve_modality(row["modality"]).id == name]
+        chosen = [mine[i * len(mine) // args.validation_samples] for i in range(args.validation_samples)]
+        latents = pipe(
+            [row["Text"] for row in chosen],
+            modality=name,
+            seeds=list(range(len(chosen))),
+            height=args.resolution,
+            width=args.resolution,
+            output_type="latent",
+        ).images
+        drawn[name] = latents.float()
+        images = pipe.vae.decode(latents.float() / pipe.vae.config.scaling_factor).sample.clamp(-1, 1)
+        sheet = ((torch.cat(list(images), 2) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+        Image.fromarray(sheet).save(folder / f"{name}.png")
+    pipe.vae.to("cpu")
+    return drawn
+
+
+def save_weights(args, pipe: MinimPipeline, folder: Path) -> None:
+    """Writes the trained parts, whole or not at all."""
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    if args.lora_rank:
+        from peft.utils import get_peft_model_state_dict
+
+        MinimPipeline.save_lora_weights(unfinished, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+    else:
+        pipe.unet.save_pretrained(unfinished / "unet")
+    pipe.text_encoder.save_pretrained(unfinished / "text_encoder")
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def finish(args, pipe: MinimPipeline, output: Path) -> None:
+    """The whole pipeline with the best weights in `pipeline/`; a LoRA stays in `best/`, beside its base model."""
+    if args.lora_rank:
+        return
+    pipe.unet = UNet2DConditionModel.from_pretrained(output / "best" / "unet")
+    pipe.text_encoder = CLIPTextModel.from_pretrained(output / "best" / "text_encoder")
+    pipe.save_pretrained(output / "pipeline")
+
+
+if __name__ == "__main__":
+    main()
