@@ -34,7 +34,9 @@ class Modality:
 MODALITIES: dict[str, Modality] = {
     m.id: m
     for m in (
-        Modality("oct", "OCT", "optical coherence tomography of the retina", ("optical coherence tomography",), flip=True),
+        Modality(
+            "oct", "OCT", "optical coherence tomography of the retina", ("optical coherence tomography",), flip=True
+        ),
         Modality(
             "fundus",
             "Fundus",

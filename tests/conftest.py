@@ -4,11 +4,14 @@ diffusers is imported where it is needed, so that tests of the rest do not wait 
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 MODALITIES = ["oct", "fundus", "cxr", "chest_ct", "brain_mri"]
 FINDINGS = {"oct": ["normal", "diabetic macular edema"], "fundus": ["no retinopathy"], "cxr": ["effusion"]}

@@ -2,20 +2,15 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 
+import latents
 import pytest
 import torch
+import train_autoencoder
+import train_text_to_image
 from PIL import Image
 from safetensors.torch import load_file
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-
-import latents  # noqa: E402
-import train_autoencoder  # noqa: E402
-import train_text_to_image  # noqa: E402
 
 
 def run(module, *arguments) -> None:
@@ -111,7 +106,9 @@ def test_autoencoder_learns_and_gives_unit_latents(autoencoder, data):
 
     vae = AutoencoderKL.from_pretrained(autoencoder / "vae")
     assert vae.config.scaling_factor == 1.0
-    rows, _ = train_autoencoder.read_splits(train_autoencoder.parse_args(["--train_data", str(data), "--output_dir", ""]))
+    rows, _ = train_autoencoder.read_splits(
+        train_autoencoder.parse_args(["--train_data", str(data), "--output_dir", ""])
+    )
     images = train_autoencoder.load_images(rows, data, 64, trim=False).float() / 127.5 - 1
     with torch.no_grad():
         drawn = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(0))  # [N, 4, 8, 8]

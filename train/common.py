@@ -200,5 +200,7 @@ def find_checkpoint(argument: str | None, output_dir: str) -> Path | None:
     if argument == "latest":
         return existing[-1] if existing else None
     if not Path(argument).is_dir():
-        raise ValueError(f"--resume_from_checkpoint {argument!r} is no folder; there are: {[p.name for p in existing]}.")
+        raise ValueError(
+            f"--resume_from_checkpoint {argument!r} is no folder; there are: {[p.name for p in existing]}."
+        )
     return Path(argument)

@@ -109,7 +109,10 @@ def augment(x: torch.Tensor, may_mirror: torch.Tensor, version: int, generator: 
     dx, dy = uniform(-1, 1), uniform(-1, 1)
     if version % 2:
         margin = 1 - zoom
-        rows = [zoom * turn.cos(), -zoom * turn.sin(), dx * margin], [zoom * turn.sin(), zoom * turn.cos(), dy * margin]
+        rows = (
+            [zoom * turn.cos(), -zoom * turn.sin(), dx * margin],
+            [zoom * turn.sin(), zoom * turn.cos(), dy * margin],
+        )
         theta = torch.stack([torch.stack(row, 1) for row in rows], 1)  # [B, 2, 3]
         grid = F.affine_grid(theta, x.shape, align_corners=False)
         x = F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False).clamp(0, 1)
@@ -135,7 +138,9 @@ def nearest(queries: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     return 1 - (features(queries) @ features(references).T).amax(1)
 
 
-def memorised_share(samples: dict[str, torch.Tensor], val: torch.Tensor, val_names, train: Latents, train_rows) -> float:
+def memorised_share(
+    samples: dict[str, torch.Tensor], val: torch.Tensor, val_names, train: Latents, train_rows
+) -> float:
     """Share of samples that lie nearer to a training image than the nearest 1 % of val images of their modality do."""
     copies = total = 0
     names = [resolve_modality(row["modality"]).id for row in train_rows]

@@ -45,9 +45,12 @@ from PIL import Image
 
 from minim_pipeline import resolve_modality
 
+
 PRESETS = {
     # The embedded model's: 5.1 M parameters, no attention (so that crops and whole images see the same network).
-    "minim-256": dict(block_out_channels=(32, 64, 128, 128), layers_per_block=2, latent_channels=8, norm_num_groups=16),
+    "minim-256": dict(
+        block_out_channels=(32, 64, 128, 128), layers_per_block=2, latent_channels=8, norm_num_groups=16
+    ),
     "minim-256-4ch": dict(
         block_out_channels=(32, 64, 128, 128), layers_per_block=2, latent_channels=4, norm_num_groups=16
     ),
@@ -60,14 +63,20 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
     model = parser.add_argument_group("model")
-    model.add_argument("--pretrained_model_name_or_path", help="Start from the `vae` of this pipeline (SD-1.x, minim).")
+    model.add_argument(
+        "--pretrained_model_name_or_path", help="Start from the `vae` of this pipeline (SD-1.x, minim)."
+    )
     model.add_argument("--preset", choices=sorted(PRESETS), default="minim-256", help="Shape of a new autoencoder.")
     loss = parser.add_argument_group("loss")
     loss.add_argument("--crop", type=int, default=128, help="Side of the random crops in pixels.")
-    loss.add_argument("--whole_images_from", type=float, default=0.85, help="Share of the run after which none is cropped.")
-    loss.add_argument("--texture_from", type=float, default=0.5, help="Share of the run after which texture is asked for.")
+    loss.add_argument(
+        "--whole_images_from", type=float, default=0.85, help="Share of the run after which none is cropped."
+    )
+    loss.add_argument(
+        "--texture_from", type=float, default=0.45, help="Share of the run after which texture is asked for."
+    )
     loss.add_argument("--kl_weight", type=float, default=0.02)
-    loss.add_argument("--target_energy", type=float, default=0.9, help="Energy in the highest octave; 0: no texture.")
+    loss.add_argument("--target_energy", type=float, default=0.88, help="Energy in the highest octave; 0: no texture.")
     loss.add_argument("--discriminator_learning_rate", type=float, default=2e-4)
     args = parser.parse_args(argv)
     check_common_arguments(args)
@@ -121,9 +130,11 @@ def new_discriminator(width: int = 64) -> nn.Sequential:
 def highest_octave(images: torch.Tensor, window: int | None = None) -> torch.Tensor:
     """Power of an image's grey values at frequencies above a quarter of a cycle a pixel.
 
+    A Hann window keeps out the jump from one border of the image to the other, which is no texture.
+
     Args:
         images: [B, 3, H, W].
-        window: side of the Hann windows in pixels that are looked at one by one; None takes the whole image.
+        window: side in pixels of the overlapping windows that are looked at one by one; None takes the whole image.
 
     Returns:
         [B, windows] or [B, 1]: sum over the frequencies with max(|fx|, |fy|) > 1/4, per pixel.
@@ -131,14 +142,14 @@ def highest_octave(images: torch.Tensor, window: int | None = None) -> torch.Ten
     grey = images.float().mean(1)  # [B, H, W]
     if window:
         grey = grey.unfold(1, window, window // 2).unfold(2, window, window // 2).flatten(1, 2)  # [B, N, w, w]
-        hann = torch.hann_window(window, periodic=False, device=images.device)
-        grey = grey * hann[:, None] * hann
     else:
         grey = grey[:, None]
-    power = torch.fft.rfft2(grey, norm="ortho").abs().square()  # [B, N, h, w/2+1]
-    fy = torch.fft.fftfreq(grey.shape[-2], device=images.device).abs()[:, None]
-    fx = torch.fft.rfftfreq(grey.shape[-1], device=images.device)[None]
-    return (power * (torch.maximum(fy, fx) > 0.25)).sum((-2, -1)) / (grey.shape[-2] * grey.shape[-1])
+    height, width = grey.shape[-2:]
+    rows, columns = (torch.hann_window(n, periodic=False, device=images.device) for n in (height, width))
+    power = torch.fft.rfft2(grey * rows[:, None] * columns, norm="ortho").abs().square()  # [B, N, h, w/2+1]
+    fy = torch.fft.fftfreq(height, device=images.device).abs()[:, None]
+    fx = torch.fft.rfftfreq(width, device=images.device)[None]
+    return (power * (torch.maximum(fy, fx) > 0.25)).sum((-2, -1)) / (height * width)
 
 
 def energy_loss(y: torch.Tensor, x: torch.Tensor, window: int = 16) -> torch.Tensor:
@@ -269,7 +280,7 @@ def main(argv=None) -> None:
         vae.encoder.compile(dynamic=False)
         vae.decoder.compile(dynamic=False)
     schedule = Schedule(args.max_train_steps, args.max_train_minutes)
-    texture = TextureWeights(len(names), args.target_energy)
+    texture = TextureWeights(len(names), args.target_energy, device)
     accelerator.register_for_checkpointing(ema, schedule, texture)
     if checkpoint:
         accelerator.load_state(str(checkpoint))
@@ -305,7 +316,9 @@ def main(argv=None) -> None:
         batch = max(1, args.train_batch_size * args.crop**2 // crop**2)
         index = torch.randint(len(images), (batch,), device=device, generator=generator)
         x = draw_batch(images, index, crop, generator, device)
-        noise = torch.randn(batch, vae.config.latent_channels, crop // 8, crop // 8, device=device, generator=generator)
+        noise = torch.randn(
+            batch, vae.config.latent_channels, crop // 8, crop // 8, device=device, generator=generator
+        )
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(args.learning_rate, args.lr_warmup_steps)
 
@@ -320,8 +333,8 @@ def main(argv=None) -> None:
                 adversarial = -critic(y).float().mean()
             sharpen = [gradient(adversarial, y), gradient(energy_loss(y, x), y)]
             sharpen = sum(g / (g.norm() + 1e-12) for g in sharpen) * at_y.norm()
-            at_y = at_y + texture.weights.to(device)[modality[index]][:, None, None, None] * sharpen
-            energy = torch.stack([highest_octave(t, 32).sum(1) for t in (y.detach(), x)], 1)  # [B, 2]
+            at_y = at_y + texture.weights[modality[index]][:, None, None, None] * sharpen
+            energy = torch.cat([highest_octave(y.detach()), highest_octave(x)], 1)  # [B, 2]
             texture.update(*(accelerator.gather(t) for t in (energy, modality[index])))
         # The gradient goes on from the image, so that the shares of its parts are what was set above.
         torch.autograd.backward([y, kl], [at_y, torch.tensor(args.kl_weight, device=device)])
@@ -365,28 +378,30 @@ def main(argv=None) -> None:
 class TextureWeights:
     """A weight for each modality that grows while its energy in the highest octave is below the target."""
 
-    def __init__(self, count: int, target: float, rate: float = 0.02, smoothing: float = 0.98):
+    def __init__(self, count: int, target: float, device, rate: float = 0.03, smoothing: float = 0.98):
         self.target, self.rate, self.smoothing = target, rate, smoothing
-        self.weights = torch.full((count,), 0.1)
-        self.energy = torch.zeros(count, 2)  # running sums of reconstruction and original
+        self.weights = torch.full((count,), 0.2, device=device)
+        self.energy = torch.zeros(count, 2, device=device)  # running sums of reconstruction and original
+
+    @property
+    def ratio(self) -> torch.Tensor:
+        return self.energy[:, 0] / self.energy[:, 1].clamp(min=1e-12)
 
     def update(self, energy: torch.Tensor, modality: torch.Tensor) -> None:
         """`energy` [B, 2] of reconstructions and originals, `modality` [B]; the same on every process."""
-        seen = torch.zeros_like(self.energy).index_add_(0, modality.cpu(), energy.float().cpu())
+        seen = torch.zeros_like(self.energy).index_add_(0, modality, energy.float())
         self.energy = self.smoothing * self.energy + (1 - self.smoothing) * seen
-        ratio = self.energy[:, 0] / self.energy[:, 1].clamp(min=1e-12)
-        self.weights = (self.weights * (self.rate * (self.target - ratio)).exp()).clamp(1e-3, 1.0)
+        self.weights = (self.weights * (self.rate * (self.target - self.ratio)).exp()).clamp(1e-3, 4.0)
 
     def summary(self) -> list[list[float]]:
         """Of each modality: weight and energy ratio."""
-        ratio = self.energy[:, 0] / self.energy[:, 1].clamp(min=1e-12)
-        return [[round(w, 3), round(r, 3)] for w, r in zip(self.weights.tolist(), ratio.tolist(), strict=True)]
+        return [[round(v, 3) for v in pair] for pair in torch.stack([self.weights, self.ratio], 1).tolist()]
 
     def state_dict(self) -> dict:
         return {"weights": self.weights, "energy": self.energy}
 
     def load_state_dict(self, state: dict) -> None:
-        self.weights, self.energy = state["weights"], state["energy"]
+        self.weights, self.energy = (state[k].to(self.weights.device) for k in ("weights", "energy"))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from captions import load_captions, vary_caption
@@ -45,13 +44,13 @@ from common import (
 )
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_snr
-from image_preparation import load_images
 from latents import Latents, memorised_share
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minim_pipeline import MinimPipeline, resolve_modality
 from minim_pipeline.tokens import add_modality_tokens
+
 
 # The text reaches the U-Net by cross-attention and, pooled, by the time embedding (`addition_embed_type`): at this
 # size that makes it follow the finding sooner.
@@ -77,7 +76,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     model.add_argument(
         "--pretrained_model_name_or_path", help="Start from this pipeline: SD-1.x, SD-2.x or a MinimPipeline."
     )
-    model.add_argument("--preset", choices=sorted(PRESETS), help="Shape of a new U-Net; needs --vae and --text_encoder.")
+    model.add_argument(
+        "--preset", choices=sorted(PRESETS), help="Shape of a new U-Net; needs --vae and --text_encoder."
+    )
     model.add_argument("--vae", help="Folder of a trained autoencoder (train_autoencoder.py).")
     model.add_argument("--text_encoder", help="Folder with `tokenizer` and `text_encoder` (train_text_encoder.py).")
     model.add_argument("--train_text_encoder", action="store_true", help="Train the text encoder along.")
@@ -182,7 +183,11 @@ def phrase(rows: list[dict], captions: dict, tokenizer: CLIPTokenizer, variants:
     for row in rows:
         modality = resolve_modality(row["modality"])
         for _ in range(variants):
-            text = vary_caption(row["Text"], modality.id, row.get("finding"), rng, captions) if variants > 1 else row["Text"]
+            text = (
+                vary_caption(row["Text"], modality.id, row.get("finding"), rng, captions)
+                if variants > 1
+                else row["Text"]
+            )
             texts.append(f"{modality.token} {text}")
     return tokenize(tokenizer, texts).reshape(len(rows), variants, -1)
 
@@ -203,7 +208,9 @@ def loss_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float
     return snr.clamp(max=gamma) / snr.clamp(min=1e-8)
 
 
-def target(scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+def target(
+    scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
     if scheduler.config.prediction_type == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)
     return noise
@@ -292,7 +299,9 @@ def main(argv=None) -> None:
     if args.report_to:
         accelerator.init_trackers("minim-text-to-image", config=vars(args))
     batch = args.train_batch_size
-    log = Log(accelerator, args.output_dir, schedule, batch * accelerator.num_processes * args.gradient_accumulation_steps)
+    log = Log(
+        accelerator, args.output_dir, schedule, batch * accelerator.num_processes * args.gradient_accumulation_steps
+    )
 
     def evaluate() -> None:
         """Loss, grids and nearest training images of the averaged weights, by the main process."""
@@ -324,7 +333,9 @@ def main(argv=None) -> None:
         for group, peak in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = schedule.learning_rate(peak, args.lr_warmup_steps)
         for part in range(args.gradient_accumulation_steps):
-            generator = step_generator(args.seed, schedule.step * args.gradient_accumulation_steps + part, rank, device)
+            generator = step_generator(
+                args.seed, schedule.step * args.gradient_accumulation_steps + part, rank, device
+            )
 
             def randint(high, generator=generator):
                 return torch.randint(high, (batch,), device=device, generator=generator)
@@ -421,7 +432,8 @@ def draw_samples(pipe: MinimPipeline, rows: list[dict], args, folder: Path) -> d
     pipe.vae.to(pipe.unet.device)
     pipe.set_progress_bar_config(disable=True)
     drawn = {}
-    for name in dict.fromkeys(resolve_modality(row["modality"]).id for row in rows):
+    present = {resolve_modality(row["modality"]).id for row in rows}
+    for name in filter(present.__contains__, pipe.config.modalities):
         mine = [row for row in rows if resolve_modality(row["modality"]).id == name]
         chosen = [mine[i * len(mine) // args.validation_samples] for i in range(args.validation_samples)]
         latents = pipe(
