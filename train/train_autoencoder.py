@@ -1,17 +1,18 @@
 """Trains the autoencoder: images of 256 px to latents of 32 x 32 and back.
 
 Nothing that a latent diffusion model makes is sharper than its autoencoder, and a medical image lives by its fine
-texture (the speckle of an OCT, the vessels of a lung). Three things are asked for at once:
+detail. Three things are asked for at once:
 
 - fidelity: the mean over images of log(MSE), which is PSNR itself (as the PSNR loss of NAFNet, arXiv 2204.04676);
 - smoothness of the latents: a KL term (arXiv 1312.6114). With log(MSE) beside it, its weight has a meaning: at the
   optimum the noise of the latents causes `kl_weight / 2` of the squared error;
-- texture: a mean-squared error alone gives blurred texture. A patch discriminator (pix2pix, arXiv 1611.07004) and
-  the log power of small windows in the highest octave put it back. Texture costs PSNR, so only as much is asked for as
-  is missing: for each modality the weight follows the measured ratio of the energy in the highest octave,
-  reconstruction over original, towards `--target_energy`.
+- sharpness: the reconstruction of least squared error is a conditional mean, and so too smooth: in the highest octave
+  it holds as little as a fifth of the image's energy. Of all reconstructions with a given energy there, the one of
+  least squared error is the mean with its highest octave scaled up. That is the stationary point of
+  MSE - lambda * energy, so this is the loss; lambda follows, for each modality, the measured ratio of energies towards
+  `--target_energy`. It costs a few tenths of a dB. A discriminator's texture, which is not the image's, costs more.
 
-Random crops of 128 px train four times as many images; the last part of the run sees whole images.
+Random crops of 128 px train four times as many images. Without attention, whole images are reconstructed as well.
 
     accelerate launch train/train_autoencoder.py --train_data data.csv --output_dir runs/autoencoder \
         --mixed_precision bf16 --compile
@@ -19,14 +20,14 @@ Random crops of 128 px train four times as many images; the last part of the run
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 from common import (
     Log,
     Schedule,
@@ -69,15 +70,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     model.add_argument("--preset", choices=sorted(PRESETS), default="minim-256", help="Shape of a new autoencoder.")
     loss = parser.add_argument_group("loss")
     loss.add_argument("--crop", type=int, default=128, help="Side of the random crops in pixels.")
-    loss.add_argument(
-        "--whole_images_from", type=float, default=0.85, help="Share of the run after which none is cropped."
-    )
-    loss.add_argument(
-        "--texture_from", type=float, default=0.45, help="Share of the run after which texture is asked for."
-    )
     loss.add_argument("--kl_weight", type=float, default=0.02)
-    loss.add_argument("--target_energy", type=float, default=0.88, help="Energy in the highest octave; 0: no texture.")
-    loss.add_argument("--discriminator_learning_rate", type=float, default=2e-4)
+    loss.add_argument(
+        "--target_energy",
+        type=float,
+        default=0.9,
+        help="Energy in the highest octave, of the original's; 0: no matter.",
+    )
+    loss.add_argument("--sharpen_from", type=float, default=0.3, help="Share of the run after which lambda moves.")
     args = parser.parse_args(argv)
     check_common_arguments(args)
     if args.crop % 32 or not 32 <= args.crop <= args.resolution:
@@ -112,54 +112,19 @@ class Reconstruct(nn.Module):
         return y.float(), kl
 
 
-def new_discriminator(width: int = 64) -> nn.Sequential:
-    """A patch discriminator that sees 34 x 34 px: texture, not anatomy, which is the reconstruction's affair."""
-    return nn.Sequential(
-        nn.Conv2d(3, width, 4, 2, 1),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(width, 2 * width, 4, 2, 1),
-        nn.GroupNorm(8, 2 * width),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(2 * width, 4 * width, 4, 1, 1),
-        nn.GroupNorm(8, 4 * width),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(4 * width, 1, 4, 1, 1),
-    )
+def highest_octave(images: torch.Tensor) -> torch.Tensor:
+    """Power of the grey values of images [B, 3, S, S] in the highest octave, a pixel: [B].
 
-
-def highest_octave(images: torch.Tensor, window: int | None = None) -> torch.Tensor:
-    """Power of an image's grey values at frequencies above a quarter of a cycle a pixel.
-
-    A Hann window keeps out the jump from one border of the image to the other, which is no texture.
-
-    Args:
-        images: [B, 3, H, W].
-        window: side in pixels of the overlapping windows that are looked at one by one; None takes the whole image.
-
-    Returns:
-        [B, windows] or [B, 1]: sum over the frequencies with max(|fx|, |fy|) > 1/4, per pixel.
+    By the cosine transform, which knows no jump from one border to the other as the Fourier transform does: the
+    coefficients of which at least one index is in the upper half, a quarter of a cycle a pixel and above.
     """
-    grey = images.float().mean(1)  # [B, H, W]
-    if window:
-        grey = grey.unfold(1, window, window // 2).unfold(2, window, window // 2).flatten(1, 2)  # [B, N, w, w]
-    else:
-        grey = grey[:, None]
-    height, width = grey.shape[-2:]
-    rows, columns = (torch.hann_window(n, periodic=False, device=images.device) for n in (height, width))
-    power = torch.fft.rfft2(grey * rows[:, None] * columns, norm="ortho").abs().square()  # [B, N, h, w/2+1]
-    fy = torch.fft.fftfreq(height, device=images.device).abs()[:, None]
-    fx = torch.fft.rfftfreq(width, device=images.device)[None]
-    return (power * (torch.maximum(fy, fx) > 0.25)).sum((-2, -1)) / (height * width)
-
-
-def energy_loss(y: torch.Tensor, x: torch.Tensor, window: int = 16) -> torch.Tensor:
-    """|log ratio| of the highest octave's power, window by window; flat windows (8-bit rounding) do not count."""
-    floor = (2 / 255) ** 2
-    return ((highest_octave(y, window) + floor).log() - (highest_octave(x, window) + floor).log()).abs().mean()
-
-
-def gradient(loss: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return torch.autograd.grad(loss, y)[0]
+    grey = images.float().mean(1)  # [B, S, S]
+    size = grey.shape[-1]
+    n = torch.arange(size, device=grey.device)
+    basis = torch.cos(math.pi / size * (n + 0.5) * n[:, None]) * math.sqrt(2 / size)  # [S, S], DCT-II
+    basis[0] /= math.sqrt(2)
+    power = (basis @ grey @ basis.T).square()  # [B, S, S]
+    return (power * (torch.maximum(n, n[:, None]) >= size // 2)).sum((-2, -1)) / size**2
 
 
 def draw_batch(images, index, crop, generator, device) -> torch.Tensor:
@@ -189,7 +154,7 @@ def validate(vae: AutoencoderKL, images: torch.Tensor, modalities: list[str], ba
         x = part.to(device).float() / 127.5 - 1
         y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
         psnr += (-10 * torch.log10(((y - x) / 2).square().mean((1, 2, 3)))).tolist()
-        energy += torch.stack([highest_octave(y)[:, 0], highest_octave(x)[:, 0]], 1).tolist()
+        energy += torch.stack([highest_octave(y), highest_octave(x)], 1).tolist()
     psnr, energy, modalities = np.array(psnr), np.array(energy), np.array(modalities)
     figures = {"psnr": round(float(psnr.mean()), 3)}
     for name in dict.fromkeys(modalities):
@@ -237,10 +202,7 @@ def normalise_latents(vae: AutoencoderKL, images: torch.Tensor, batch_size: int 
 def main(argv=None) -> None:
     args = parse_args(argv)
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
-        project_dir=args.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir
     )
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     set_seed(args.seed)
@@ -262,26 +224,19 @@ def main(argv=None) -> None:
         vae = new_autoencoder(args.preset, args.resolution)
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    discriminator = new_discriminator()
     ema = EMAModel(vae.parameters(), decay=args.ema_decay, use_ema_warmup=True, foreach=True)
     ema.to(device)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(
         vae.parameters(), args.learning_rate, betas=(0.9, 0.99), weight_decay=args.adam_weight_decay, fused=fused
     )
-    d_optimizer = torch.optim.AdamW(
-        discriminator.parameters(), args.discriminator_learning_rate, betas=(0.5, 0.9), weight_decay=0.0, fused=fused
-    )
-    reconstruct, discriminator, optimizer, d_optimizer = accelerator.prepare(
-        Reconstruct(vae), discriminator, optimizer, d_optimizer
-    )
-    critic = accelerator.unwrap_model(discriminator)
+    reconstruct, optimizer = accelerator.prepare(Reconstruct(vae), optimizer)
     if args.compile:
         vae.encoder.compile(dynamic=False)
         vae.decoder.compile(dynamic=False)
     schedule = Schedule(args.max_train_steps, args.max_train_minutes)
-    texture = TextureWeights(len(names), args.target_energy, device)
-    accelerator.register_for_checkpointing(ema, schedule, texture)
+    sharpening = Sharpening(len(names), args.target_energy, device)
+    accelerator.register_for_checkpointing(ema, schedule, sharpening)
     if checkpoint:
         accelerator.load_state(str(checkpoint))
         ema.to(device)
@@ -306,57 +261,37 @@ def main(argv=None) -> None:
             vae.train()
         accelerator.wait_for_everyone()
 
+    batch = args.train_batch_size
+    latents_shape = (batch, vae.config.latent_channels, args.crop // 8, args.crop // 8)
     vae.train()
     while not schedule.done:
         generator = step_generator(args.seed, schedule.step, rank, device)
-        whole = schedule.progress >= args.whole_images_from
-        ask_texture = schedule.progress >= args.texture_from and args.target_energy > 0
-        # As many pixels a step for whole images as for crops.
-        crop = args.resolution if whole else args.crop
-        batch = max(1, args.train_batch_size * args.crop**2 // crop**2)
         index = torch.randint(len(images), (batch,), device=device, generator=generator)
-        x = draw_batch(images, index, crop, generator, device)
-        noise = torch.randn(
-            batch, vae.config.latent_channels, crop // 8, crop // 8, device=device, generator=generator
-        )
+        x = draw_batch(images, index, args.crop, generator, device)
+        noise = torch.randn(latents_shape, device=device, generator=generator)
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(args.learning_rate, args.lr_warmup_steps)
 
-        with accelerator.autocast():
-            y, kl = reconstruct(x, noise)
+        y, kl = reconstruct(x, noise)
         mse = ((y - x) / 2).square().mean((1, 2, 3))
-        rec = (mse + 1e-5).log().mean()  # 1e-5: past 50 dB there is nothing to gain
-        at_y = gradient(rec, y)
-        shown = {"psnr": -4.343 * mse.detach().log().mean(), "kl": kl.detach()}
-        if ask_texture:
-            with accelerator.autocast():
-                adversarial = -critic(y).float().mean()
-            sharpen = [gradient(adversarial, y), gradient(energy_loss(y, x), y)]
-            sharpen = sum(g / (g.norm() + 1e-12) for g in sharpen) * at_y.norm()
-            at_y = at_y + texture.weights[modality[index]][:, None, None, None] * sharpen
-            energy = torch.cat([highest_octave(y.detach()), highest_octave(x)], 1)  # [B, 2]
-            texture.update(*(accelerator.gather(t) for t in (energy, modality[index])))
-        # The gradient goes on from the image, so that the shares of its parts are what was set above.
-        torch.autograd.backward([y, kl], [at_y, torch.tensor(args.kl_weight, device=device)])
+        energy = highest_octave(y) / 4
+        # Divided by its own value the loss has the gradient of log(MSE); past 50 dB there is nothing to gain.
+        fidelity = ((mse - sharpening.weights[modality[index]] * energy) / (mse.detach() + 1e-5)).mean()
+        accelerator.backward(fidelity + args.kl_weight * kl)
         accelerator.clip_grad_norm_(vae.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         ema.step(vae.parameters())
-
-        if ask_texture:
-            d_optimizer.zero_grad()
-            with accelerator.autocast():
-                real, fake = discriminator(torch.cat([x, y.detach()])).float().chunk(2)
-            d_loss = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-            accelerator.backward(d_loss)
-            d_optimizer.step()
-            shown["d"] = d_loss.detach()
+        if args.target_energy and schedule.progress >= args.sharpen_from:
+            pairs = torch.stack([energy.detach(), highest_octave(x) / 4], 1)  # [B, 2]
+            sharpening.update(*(accelerator.gather(t) for t in (pairs, modality[index])))
+        shown = {"psnr": -4.343 * mse.detach().log().mean(), "kl": kl.detach()}
 
         schedule.advance(accelerator)
         log.tick(**shown)
         if schedule.step % 200 == 0:
             values = {k: round(float(v), 4) for k, v in shown.items()}
-            log.write("train", **values, texture=dict(zip(names, texture.summary(), strict=True)))
+            log.write("train", **values, sharpening=dict(zip(names, sharpening.summary(), strict=True)))
         if schedule.step % args.validation_steps == 0:
             evaluate()
         if schedule.step % args.checkpointing_steps == 0 and not schedule.done:
@@ -367,7 +302,7 @@ def main(argv=None) -> None:
         ema.copy_to(vae.parameters())
         vae.eval()
         with torch.compiler.set_stance("force_eager"):
-            if not args.pretrained_model_name_or_path:
+            if vae.config.scaling_factor == 1.0:  # that of a Stable Diffusion keeps its latents
                 normalise_latents(vae, images)
             if val_rows:
                 log.write("final", **validate(vae, val_images, val_names))
@@ -375,13 +310,13 @@ def main(argv=None) -> None:
     accelerator.end_training()
 
 
-class TextureWeights:
-    """A weight for each modality that grows while its energy in the highest octave is below the target."""
+class Sharpening:
+    """lambda of every modality: it grows while the energy in the highest octave is below the target."""
 
-    def __init__(self, count: int, target: float, device, rate: float = 0.03, smoothing: float = 0.98):
+    def __init__(self, count: int, target: float, device, rate: float = 2e-3, smoothing: float = 0.98):
         self.target, self.rate, self.smoothing = target, rate, smoothing
-        self.weights = torch.full((count,), 0.2, device=device)
-        self.energy = torch.zeros(count, 2, device=device)  # running sums of reconstruction and original
+        self.weights = torch.zeros(count, device=device)
+        self.energy = torch.zeros(count, 2, device=device)  # running means of reconstruction and original
 
     @property
     def ratio(self) -> torch.Tensor:
@@ -391,10 +326,11 @@ class TextureWeights:
         """`energy` [B, 2] of reconstructions and originals, `modality` [B]; the same on every process."""
         seen = torch.zeros_like(self.energy).index_add_(0, modality, energy.float())
         self.energy = self.smoothing * self.energy + (1 - self.smoothing) * seen
-        self.weights = (self.weights * (self.rate * (self.target - self.ratio)).exp()).clamp(1e-3, 4.0)
+        # At lambda the octave is scaled by 1 / (1 - lambda); at 1 it would grow without end.
+        self.weights = (self.weights + self.rate * (self.target - self.ratio)).clamp(0, 0.7)
 
     def summary(self) -> list[list[float]]:
-        """Of each modality: weight and energy ratio."""
+        """Of each modality: lambda and the ratio of energies."""
         return [[round(v, 3) for v in pair] for pair in torch.stack([self.weights, self.ratio], 1).tolist()]
 
     def state_dict(self) -> dict:

@@ -1,0 +1,216 @@
+"""Judges: classifiers that say which modality and finding an image shows, to read what a generator drew.
+
+They are trained by `train/train_classifier.py` on real images of a part of the data that no filter learns from.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+
+class Judges:
+    """Several classifiers over the same classes, each a pair of modality and finding; their word is the mean.
+
+    Args:
+        models: name -> a transformers image classifier over `classes`.
+        classes: (modality id, finding) of each output, in order.
+        image_size: side in pixels of what the models see.
+    """
+
+    def __init__(self, models: dict[str, nn.Module], classes: list[tuple[str, str]], image_size: int):
+        self.models = {name: model.eval() for name, model in models.items()}
+        self.classes = [(modality, finding) for modality, finding in classes]
+        self.image_size = image_size
+
+    def to(self, device: torch.device | str) -> "Judges":
+        for model in self.models.values():
+            model.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(next(iter(self.models.values())).parameters()).device
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes `judges.json` and a folder for each model (config and safetensors)."""
+        for name, model in self.models.items():
+            model.save_pretrained(Path(path) / name)
+        config = {"models": list(self.models), "classes": self.classes, "image_size": self.image_size}
+        (Path(path) / "judges.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @torch.no_grad()
+    def judge_each(self, images: torch.Tensor, batch_size: int = 128) -> dict[str, torch.Tensor]:
+        """The probabilities of every model: name -> float32 [N, classes] on the CPU.
+
+        Args:
+            images: [N, 3, H, W], uint8 or float in [0, 1], square; of any size.
+        """
+        probabilities = {name: [] for name in self.models}
+        for part in images.split(batch_size):
+            x = to_input(part.to(self.device), self.image_size)
+            for name, model in self.models.items():
+                probabilities[name].append(model(x).logits.float().softmax(1).cpu())
+        return {name: torch.cat(parts) for name, parts in probabilities.items()}
+
+    def judge(self, images: torch.Tensor, batch_size: int = 128) -> torch.Tensor:
+        """Mean probabilities of the models: float32 [N, classes]; `images` as in `judge_each`."""
+        return torch.stack(list(self.judge_each(images, batch_size).values())).mean(0)
+
+
+def load_judges(path: str | Path, device: torch.device | str = "cpu") -> Judges:
+    """The judges that `save_pretrained` wrote to `path`."""
+    config = json.loads((Path(path) / "judges.json").read_text())
+    models = {
+        name: AutoModelForImageClassification.from_pretrained(Path(path) / name, dtype=torch.float32)
+        for name in config["models"]
+    }
+    return Judges(models, config["classes"], config["image_size"]).to(device)
+
+
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images as float32 in [0, 1]; float images as they are, in float32."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
+def to_input(images: torch.Tensor, size: int) -> torch.Tensor:
+    """What the classifiers see of images [N, 3, H, W], uint8 or float in [0, 1]: float32, resized, about -2 to 2."""
+    x = to_unit(images)
+    if x.shape[-2:] != (size, size):
+        x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
+    return (x - 0.5) * 4
+
+
+# Findings of different sources that look alike: what is called apart in them is mostly the source.
+LOOK_ALIKE = {
+    ("fundus", "no diabetic retinopathy"): "normal",
+    ("oct", "no diabetic macular edema"): "normal",
+}
+
+
+def read(
+    probabilities: torch.Tensor, classes: list[tuple[str, str]], modality: str, findings: list[str], merge=False
+) -> np.ndarray:
+    """Whether the asked-for finding of one modality is found, within that modality.
+
+    Args:
+        probabilities: [N, classes].
+        modality: the id that all N have.
+        findings: the asked-for finding of each.
+        merge: look-alike findings (`LOOK_ALIKE`) count as one; their probabilities are added.
+
+    Returns:
+        bool [N].
+    """
+
+    def merged(finding: str) -> str:
+        return LOOK_ALIKE.get((modality, finding), finding) if merge else finding
+
+    mine = [i for i, (name, _) in enumerate(classes) if name == modality]
+    names = list(dict.fromkeys(merged(classes[i][1]) for i in mine))
+    scores = np.zeros((len(probabilities), len(names)))
+    for i in mine:
+        scores[:, names.index(merged(classes[i][1]))] += probabilities[:, i].numpy()
+    found = [names[i] for i in scores.argmax(1)]
+    return np.array([a == merged(b) for a, b in zip(found, findings)], dtype=bool)
+
+
+def balanced_accuracy(right: np.ndarray, findings: list[str]) -> float:
+    """Mean over the findings of the share that is right."""
+    labels = np.array(findings)
+    return float(np.mean([right[labels == finding].mean() for finding in dict.fromkeys(findings)]))
+
+
+def bootstrap_interval(right: np.ndarray, findings: list[str], draws: int = 1000, seed: int = 0) -> tuple:
+    """95 % interval of `balanced_accuracy`, images drawn anew within each finding."""
+    generator = np.random.default_rng(seed)
+    labels = np.array(findings)
+    means = []
+    for finding in dict.fromkeys(findings):
+        mine = right[labels == finding]
+        means.append(mine[generator.integers(0, len(mine), (draws, len(mine)))].mean(1))
+    return tuple(round(float(q), 4) for q in np.quantile(np.mean(means, 0), [0.025, 0.975]))
+
+
+def accuracy_report(
+    probabilities: torch.Tensor,
+    classes: list[tuple[str, str]],
+    modalities: list[str],
+    findings: list[str],
+    sources: list[str] | None = None,
+) -> dict:
+    """How often the judges find what is asked for, given their probabilities [N, classes].
+
+    Returns:
+        `balanced_accuracy`: mean over modalities of the balanced accuracy of the finding within its modality;
+        `balanced_accuracy_merged`: the same with look-alike findings as one;
+        `modality_accuracy`: share of images whose most probable modality is theirs; `n`; and `modalities`: for each
+        the same figures, a 95 % interval, and the accuracy and n of each finding. With `sources`, also the balanced
+        accuracy within each source that has at least two findings of five images each.
+    """
+    names = list(dict.fromkeys(modality for modality, _ in classes))
+    by_modality = torch.stack(
+        [probabilities[:, [i for i, (m, _) in enumerate(classes) if m == name]].sum(1) for name in names], 1
+    )
+    modality_right = np.array([names[i] for i in by_modality.argmax(1)]) == np.array(modalities)
+    report = {}
+    for name in [name for name in names if name in modalities]:
+        mine = np.flatnonzero(np.array(modalities) == name)
+        asked = [findings[i] for i in mine]
+        right = read(probabilities[mine], classes, name, asked)
+        merged = read(probabilities[mine], classes, name, asked, merge=True)
+        merged_asked = [LOOK_ALIKE.get((name, finding), finding) for finding in asked]
+        report[name] = {
+            "balanced_accuracy": round(balanced_accuracy(right, asked), 4),
+            "interval": bootstrap_interval(right, asked),
+            "balanced_accuracy_merged": round(balanced_accuracy(merged, merged_asked), 4),
+            "chance": round(1 / sum(m == name for m, _ in classes), 4),
+            "modality_accuracy": round(float(modality_right[mine].mean()), 4),
+            "n": len(mine),
+            "findings": {
+                finding: {
+                    "accuracy": round(float(right[np.array(asked) == finding].mean()), 4),
+                    "n": asked.count(finding),
+                }
+                for finding in dict.fromkeys(asked)
+            },
+        }
+        if sources is not None:
+            report[name]["within_source"] = _within_source(
+                probabilities[mine], classes, name, asked, [sources[i] for i in mine]
+            )
+    return {
+        "balanced_accuracy": round(float(np.mean([r["balanced_accuracy"] for r in report.values()])), 4),
+        "balanced_accuracy_merged": round(float(np.mean([r["balanced_accuracy_merged"] for r in report.values()])), 4),
+        "modality_accuracy": round(float(modality_right.mean()), 4),
+        "n": len(modalities),
+        "modalities": report,
+    }
+
+
+def _within_source(
+    probabilities, classes, modality: str, asked: list[str], sources: list[str], least: int = 5
+) -> dict:
+    """Balanced accuracy among the findings that a source has, so that telling sources apart does not help."""
+    report = {}
+    for source in sorted(set(sources)):
+        mine = [i for i, s in enumerate(sources) if s == source]
+        labels = [asked[i] for i in mine]
+        known = [finding for finding in dict.fromkeys(labels) if labels.count(finding) >= least]
+        if len(known) < 2:
+            continue
+        kept = [i for i in mine if asked[i] in known]
+        columns = [classes.index((modality, finding)) for finding in known]
+        found = probabilities[kept][:, columns].argmax(1)
+        labels = [asked[i] for i in kept]
+        right = np.array([known[i] for i in found]) == np.array(labels)
+        report[source] = {
+            "balanced_accuracy": round(balanced_accuracy(right, labels), 4),
+            "chance": round(1 / len(known), 4),
+            "n": len(kept),
+        }
+    return report

@@ -1,0 +1,291 @@
+"""The figures of a trained model: its autoencoder, what judges see in its images, copies, and sheets to look at.
+
+    python train/report_model.py --model minim_pipeline/checkpoints/minim-256 --judges runs/judges \
+        --data data.csv --captions train/captions.json --output report.json --sheets docs/sheets
+
+- Autoencoder, on val images as they are delivered (bars not trimmed): mean PSNR, and energy in the highest octave of
+  reconstructions over that of originals (`highest_octave` in train_autoencoder.py).
+- Judges (train_classifier.py): equally many images of each finding, at the model's default settings, for phrasings as
+  in training and for new ones; beside the judges' own accuracy on val images.
+- Memorisation (minim_pipeline/evaluation/memorisation.py), in latents and in pixels.
+- Checks: equal channels, letterboxes, specks; and a sheet a modality, seeds in order, nothing picked.
+
+Findings that the judges do not know (too few images) are left out.
+"""
+
+import argparse
+import json
+import platform
+import re
+import time
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from image_preparation import load_images, trim_letterbox
+from PIL import Image
+from tqdm.auto import tqdm
+from train_autoencoder import validate
+from train_classifier import format_report
+
+from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
+from minim_pipeline.data import read_csv
+from minim_pipeline.evaluation.judges import accuracy_report, load_judges, to_unit
+from minim_pipeline.evaluation.memorisation import latent_features, memorisation_report, pixel_features
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="A MinimPipeline's folder or Hub id.")
+    parser.add_argument("--judges", required=True, help="The output_dir of train_classifier.py.")
+    parser.add_argument("--data", required=True, help="CSV with path,Text,modality,finding,split.")
+    parser.add_argument("--captions", default=str(Path(__file__).parent / "captions.json"))
+    parser.add_argument("--output", required=True, help="The report, JSON.")
+    parser.add_argument("--sheets", help="Folder for a sheet of 5 x 8 generated images a modality.")
+    parser.add_argument("--save_images", help="Folder for the generated images; found there, they are not made again.")
+    parser.add_argument("--phrasings", nargs="+", choices=["train", "new"], default=["train", "new"])
+    parser.add_argument("--images_per_finding", type=int, default=64)
+    parser.add_argument("--num_inference_steps", type=int, help="Default: the model's.")
+    parser.add_argument("--guidance_scale", type=float, help="Default: the model's.")
+    parser.add_argument("--guidance_rescale", type=float, help="Default: the model's.")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0, help="Image i of each set of phrasings has this seed plus i.")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile U-Net and decoder.")
+    parser.add_argument("--skip_autoencoder", action="store_true")
+    parser.add_argument("--skip_memorisation", action="store_true")
+    parser.add_argument("--threads", type=int, help="CPU threads.")
+    return parser.parse_args(argv)
+
+
+def plan(classes, learned, captions: dict, phrasing: str, count: int, seed: int) -> list[dict]:
+    """What to generate: `count` images a finding that judges and model both know, phrasings in turn."""
+    planned = []
+    for modality, finding in classes:
+        if finding not in learned.get(modality, []):
+            continue
+        texts = captions[modality][finding][phrasing]
+        planned += [
+            {
+                "modality": modality,
+                "finding": finding,
+                "prompt": texts[i % len(texts)],
+                "seed": seed + len(planned) + i,
+            }
+            for i in range(count)
+        ]
+    return planned
+
+
+def generate(pipe, planned: list[dict], batch_size: int, settings: dict, cache: Path | None = None) -> torch.Tensor:
+    """The planned images, uint8 [N, 3, H, W]. With `cache`, each batch is a file there, and made only if missing.
+
+    Raises:
+        ValueError: `cache` holds images of other settings.
+    """
+    if cache:
+        cache.mkdir(parents=True, exist_ok=True)
+        note = cache / "settings.json"
+        text = json.dumps({"settings": settings, "images": planned}, indent=1)
+        if note.exists() and note.read_text() != text:
+            raise ValueError(f"{cache} holds images of other settings: choose another --save_images.")
+        note.write_text(text)
+    images = []
+    for start in tqdm(range(0, len(planned), batch_size), "generating", mininterval=2):
+        part = planned[start : start + batch_size]
+        file = cache / f"{start:05d}.npz" if cache else None
+        if file and file.exists():
+            images.append(torch.from_numpy(np.load(file)["images"]))
+            continue
+        # A compiled network is compiled anew for every batch size: the last batch is filled up.
+        padded = part + part[-1:] * (batch_size - len(part))
+        output = pipe(
+            [p["prompt"] for p in padded],
+            modality=[p["modality"] for p in padded],
+            seeds=[p["seed"] for p in padded],
+            output_type="pt",
+            **{
+                k: v for k, v in settings.items() if k in ("num_inference_steps", "guidance_scale", "guidance_rescale")
+            },
+        )
+        images.append((output.images[: len(part)].float() * 255).round().to(torch.uint8).cpu())
+        if file:
+            temporary = file.with_suffix(".tmp.npz")
+            np.savez_compressed(temporary, images=images[-1].numpy())
+            temporary.replace(file)
+    return torch.cat(images)
+
+
+def specks(images: torch.Tensor, threshold: float = 0.25) -> float:
+    """Share of pixels that differ by more than `threshold` of the range from the median of their 3 x 3 neighbours."""
+    total = 0.0
+    for part in images.split(16):
+        grey = to_unit(part).mean(1, keepdim=True)  # [B, 1, H, W]
+        median = F.unfold(F.pad(grey, (1,) * 4, mode="replicate"), 3).median(1).values  # [B, H*W]
+        total += ((grey.flatten(1) - median).abs() > threshold).float().mean(1).sum().item()
+    return total / len(images)
+
+
+def checks(images: torch.Tensor, real: torch.Tensor, modality: str) -> dict:
+    """Flaws that show without a judge; specks beside those of real images, whose texture may look like them."""
+    boxed = [trim_letterbox(image) is not image for image in images.permute(0, 2, 3, 1).numpy()]
+    equal = bool((images == images[:, :1]).all())
+    return {
+        "equal_channels": equal if MODALITIES[modality].grey else None,
+        "letterboxes": round(float(np.mean(boxed)), 4),
+        "specks": round(specks(images), 6),
+        "specks_real": round(specks(real), 6),
+        "n": len(images),
+    }
+
+
+def save_sheet(images: torch.Tensor, findings: list[str], path: Path, rows: int = 5, columns: int = 8) -> None:
+    """A sheet of `rows` x `columns` images: the findings in turn, each in the order of its seeds."""
+    queues = {finding: [i for i, f in enumerate(findings) if f == finding] for finding in dict.fromkeys(findings)}
+    order = [
+        queue[turn] for turn in range(max(map(len, queues.values()))) for queue in queues.values() if turn < len(queue)
+    ]
+    order = order[: rows * columns]
+    height, width = images.shape[-2:]
+    sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
+    for place, i in enumerate(order):
+        y, x = place // columns * height, place % columns * width
+        sheet[y : y + height, x : x + width] = images[i].permute(1, 2, 0).numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(path, optimize=True)
+
+
+def by_modality(images: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
+    return {name: images[[i for i, n in enumerate(names) if n == name]] for name in dict.fromkeys(names)}
+
+
+def format_memorisation(name: str, report: dict) -> str:
+    lines = [f"nearer than the nearest 1 % of val images, in {name}: {report['share']:.3f} of {report['n']}"]
+    for modality, r in report["modalities"].items():
+        lines.append(
+            f"  {modality:10s} {r['share']:.3f} of {r['n']} (limit {r['limit']:.4f} of {r['n_val']} val; "
+            f"median {r['median']:.4f}, val {r['median_val']:.4f})"
+        )
+    return "\n".join(lines)
+
+
+def main(argv=None) -> dict:
+    args = parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    start = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = MinimPipeline.from_pretrained(args.model).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    judges = load_judges(args.judges, device)
+    captions = json.loads(Path(args.captions).read_text())
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+
+    def read_split(split):
+        rows = read_csv(args.data, split=split, require=("path", "Text", "modality", "finding"), check_images=False)
+        return rows, [resolve_modality(row["modality"]).id for row in rows]
+
+    val_rows, val_names = read_split("val")
+    val = load_images(val_rows, args.data, size)
+    report = {
+        "model": re.sub(r".*/", "", str(args.model).rstrip("/")),
+        "settings": {
+            "num_inference_steps": args.num_inference_steps or pipe.config.num_inference_steps,
+            "guidance_scale": pipe.config.guidance_scale if args.guidance_scale is None else args.guidance_scale,
+            "guidance_rescale": (
+                pipe.config.guidance_rescale if args.guidance_rescale is None else args.guidance_rescale
+            ),
+            "scheduler": type(pipe.scheduler).__name__,
+            "seed": args.seed,
+            "batch_size": args.batch_size,
+            "dtype": args.dtype,
+            "compiled": args.compile,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+        "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
+    }
+    print(json.dumps(report["settings"]), report["device"])
+
+    if not args.skip_autoencoder:
+        figures = validate(pipe.vae, load_images(val_rows, args.data, size, trim=False), val_names)
+        report["autoencoder"] = {**figures, "n": len(val_rows)}
+        print("autoencoder on val:", json.dumps(figures))
+
+    known = [i for i, row in enumerate(val_rows) if (val_names[i], row["finding"]) in judges.classes]
+    report["judges_on_val"] = accuracy_report(
+        judges.judge(val[known]),
+        judges.classes,
+        [val_names[i] for i in known],
+        [val_rows[i]["finding"] for i in known],
+        [val_rows[i].get("source", "") for i in known],
+    )
+    print(format_report("judges on val images", report["judges_on_val"]))
+
+    if args.skip_memorisation:
+        vae = None
+    else:
+        # Latents are compared in fp32, whatever the images are generated in.
+        vae = type(pipe.vae).from_config(pipe.vae.config).to(device).eval()
+        vae.load_state_dict(pipe.vae.state_dict())
+    pipe.to(dtype=getattr(torch, args.dtype))
+    if args.compile:
+        pipe.unet.compile()
+        pipe.vae.decoder.compile()
+
+    generated, names, findings = [], [], []
+    report["generated"] = {}
+    for phrasing in args.phrasings:
+        planned = plan(judges.classes, pipe.config.findings, captions, phrasing, args.images_per_finding, args.seed)
+        begun = time.monotonic()
+        cache = Path(args.save_images) / phrasing if args.save_images else None
+        images = generate(pipe, planned, args.batch_size, report["settings"], cache)
+        asked = [p["modality"] for p in planned], [p["finding"] for p in planned]
+        figures = accuracy_report(judges.judge(images), judges.classes, *asked)
+        each = judges.judge_each(images)
+        figures["each_judge"] = {
+            name: accuracy_report(p, judges.classes, *asked)["balanced_accuracy"] for name, p in each.items()
+        }
+        figures["seconds"] = round(time.monotonic() - begun, 1)
+        report["generated"][phrasing] = figures
+        print(format_report(f"judges on generated images, phrasings {phrasing!r}", figures))
+        if args.sheets and phrasing == args.phrasings[0]:
+            for name, mine in by_modality(images, asked[0]).items():
+                of = [f for n, f in zip(*asked) if n == name]
+                save_sheet(mine, of, Path(args.sheets) / f"{name}.png")
+        generated.append(images)
+        names += asked[0]
+        findings += asked[1]
+
+    samples, real = by_modality(torch.cat(generated), names), by_modality(val, val_names)
+    report["checks"] = {name: checks(images, real[name], name) for name, images in samples.items()}
+    for name, figures in report["checks"].items():
+        print(f"checks {name:10s} {json.dumps(figures)}")
+
+    if vae is not None:
+        train_rows, train_names = read_split("train")
+        train = by_modality(load_images(train_rows, args.data, size), train_names)
+        mirror = {name: MODALITIES[name].flip for name in samples}
+        report["memorisation"] = {
+            "latents": memorisation_report(
+                samples, real, train, lambda images: latent_features(images, vae), mirror, remove_mean=True
+            ),
+            "pixels": memorisation_report(samples, real, train, lambda i: pixel_features(i.to(device)), mirror),
+        }
+        for name, figures in report["memorisation"].items():
+            print(format_memorisation(name, figures))
+    report["minutes"] = round((time.monotonic() - start) / 60, 2)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    main()
