@@ -133,6 +133,21 @@ def test_guidance_and_its_rescaling_matter(shared_pipeline):
     assert min(differ(a, b), differ(b, c)) > 1e-4
 
 
+def test_guidance_interval_saves_the_negative_side_elsewhere(shared_pipeline):
+    batches = []
+    hook = shared_pipeline.unet.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    call = {**CALL, "seeds": [0], "num_inference_steps": 4, "guidance_scale": 9.0}
+    first_half = shared_pipeline(**call, guidance_interval=(0.0, 0.5)).images
+    hook.remove()
+    assert batches == [2, 2, 1, 1]
+    never = shared_pipeline(**call, guidance_interval=(0.5, 0.5)).images
+    assert differ(never, shared_pipeline(**{**call, "guidance_scale": 1.0}).images) < 1e-6
+    assert min(differ(first_half, never), differ(first_half, shared_pipeline(**call).images)) > 1e-4
+    for interval in ((0.5, 0.2), (0.0, 1.5), (0.5,)):
+        with pytest.raises(ValueError, match="guidance_interval.*ascending"):
+            shared_pipeline(**call, guidance_interval=interval)
+
+
 def test_callback_sees_the_tensors_and_may_change_them(shared_pipeline):
     seen = []
 

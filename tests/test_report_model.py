@@ -45,7 +45,7 @@ def test_images_are_read_in_order_trimmed_and_resized(tmp_path):
     boxed[:10] = boxed[-10:] = 200
     for name, image in (("a.png", boxed), ("b.png", gradient(32, 32))):
         Image.fromarray(image).save(tmp_path / name)
-    rows = [{"path": "a.png"}, {"path": "b.png"}, {"path": "a.png"}]
+    rows = [{"path": name, "modality": "ChestCT"} for name in ("a.png", "b.png", "a.png")]
     images = load_images(rows, tmp_path / "data.csv", 64, num_workers=2)
     assert images.shape == (3, 3, 64, 64) and images.dtype == torch.uint8
     assert torch.equal(images[0], images[2])
@@ -53,6 +53,8 @@ def test_images_are_read_in_order_trimmed_and_resized(tmp_path):
         load_images(rows[:1], tmp_path / "data.csv", 64, trim=False)[0], torch.tensor(boxed).movedim(2, 0)
     )
     assert not torch.equal(images[0], torch.tensor(boxed).movedim(2, 0))
+    oct = load_images([{"path": "a.png", "modality": "OCT"}], tmp_path / "data.csv", 64)[0]
+    assert torch.equal(oct, torch.tensor(boxed).movedim(2, 0)), "a bright vitreous is no letterbox"
 
 
 def test_specks_and_letterboxes_are_counted():

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from minim_pipeline import resolve_modality
 from minim_pipeline.data import resolve_path
 
 
@@ -19,7 +20,8 @@ def load_images(
     def load(row: dict) -> torch.Tensor:
         with Image.open(resolve_path(row, csv_path)) as file:
             image = file.convert("RGB")
-        if trim:
+        # In an OCT what is flat and not black is the vitreous.
+        if trim and resolve_modality(row["modality"]).id != "oct":
             image = Image.fromarray(trim_letterbox(np.asarray(image)))
         if image.size != (resolution, resolution):
             image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)

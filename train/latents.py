@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from minim_pipeline import names_a_side, resolve_modality
+from minim_pipeline.evaluation.memorisation import copy_share, nearest_distances
 
 
 class Latents:
@@ -126,30 +127,27 @@ def augment(x: torch.Tensor, may_mirror: torch.Tensor, version: int, generator: 
     return x.clamp(min=1e-4) ** uniform(-0.15, 0.15).exp()[:, None, None, None]
 
 
-def nearest(queries: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Cosine distance of each query [n, C, h, w] to the nearest reference [N, C, h, w]: [n] in 0 to 2.
-
-    On latents averaged over 2 x 2, where a copy stays near even if its noise differs.
-    """
-
-    def features(z):
-        return F.normalize(F.avg_pool2d(z.float(), 2).flatten(1), dim=1)
-
-    return 1 - (features(queries) @ features(references).T).amax(1)
-
-
 def memorised_share(
     samples: dict[str, torch.Tensor], val: torch.Tensor, val_names, train: Latents, train_rows
 ) -> float:
-    """Share of samples that lie nearer to a training image than the nearest 1 % of val images of their modality do."""
+    """Share of samples that lie nearer to a training image than the nearest 1 % of val images of their modality do.
+
+    On latents [N, C, h, w] averaged over 2 x 2, where a copy stays near even if its noise differs.
+    """
     copies = total = 0
     names = [resolve_modality(row["modality"]).id for row in train_rows]
+
+    def features(latents):
+        return F.avg_pool2d(latents.float(), 2).flatten(1)
+
     for name, latents in samples.items():
         mine = torch.tensor([i for i, n in enumerate(names) if n == name])
         references = train.mean[mine.to(train.mean.device)].flatten(0, 1).to(latents.device)
-        references = (references.float() - train.shift) * train.scale
-        real = val[[i for i, n in enumerate(val_names) if n == name]].to(latents.device)
-        limit = nearest(real, references).quantile(0.01)
-        copies += (nearest(latents, references) < limit).sum().item()
+        references = features((references.float() - train.shift) * train.scale)
+        real = features(val[[i for i, n in enumerate(val_names) if n == name]].to(latents.device))
+        mean = references.mean(0)
+        distances = [nearest_distances(queries, references, mean)[0] for queries in (features(latents), real)]
+        share, _ = copy_share(*distances)
+        copies += share * len(latents)
         total += len(latents)
     return round(copies / total, 4)

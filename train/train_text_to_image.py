@@ -98,6 +98,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     sampling.add_argument("--num_inference_steps", type=int, default=20)
     sampling.add_argument("--guidance_scale", type=float, default=3.0)
     sampling.add_argument("--guidance_rescale", type=float, default=0.0)
+    sampling.add_argument("--guidance_interval", type=float, nargs=2, default=[0.0, 1.0])
     sampling.add_argument("--validation_samples", type=int, default=8, help="Images a modality in every grid.")
     args = parser.parse_args(argv)
     check_common_arguments(args)
@@ -159,6 +160,7 @@ def build_pipeline(args: argparse.Namespace, modalities: list[str], findings: di
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         guidance_rescale=args.guidance_rescale,
+        guidance_interval=args.guidance_interval,
     )
     pipe.new_tokens = tokenizer.convert_tokens_to_ids([f"<{m}>" for m in new])
     return pipe
