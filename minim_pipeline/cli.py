@@ -3,12 +3,13 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from . import EMBEDDED_CHECKPOINT, __version__
 from .data import DatasetWriter
-from .generate import SCHEDULERS, generate, plan_file, plan_prompt, read_model_index
+from .generate import DTYPES, SCHEDULERS, generate, plan_file, plan_prompt, read_model_index
 from .modalities import MODALITIES, resolve_modality, split_prefix
 
 
@@ -84,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--scheduler", choices=SCHEDULERS, help="default: the model's own")
     p.add_argument("--lora", metavar="PATH_OR_HUB_ID", help="LoRA weights to add")
     p.add_argument("--device", help="e.g. cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    p.add_argument("--dtype", choices=DTYPES, default="float32")
     p.add_argument("--batch-size", type=number(int, 1), help="images drawn together (default 4 on a CPU, else 8)")
     p.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows of the CSV out instead of stopping")
     p.add_argument("--quiet", action="store_true", help="no progress bar, and nothing said at the end")
@@ -121,6 +122,10 @@ def complete(args: argparse.Namespace, trained: list[str] | None) -> None:
         args.modality = resolve_modality(args.modality, trained)
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError(f"--prompt has to say what the image shows, got {args.prompt!r}.")
+    for name in ("prompt", "negative_prompt"):
+        text = getattr(args, name)
+        if text is not None and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"--{name.replace('_', '-')} is not UTF-8: {text!r}.")
     if missing and not sys.stdin.isatty():
         options = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise ValueError(f"{options} missing (they are asked for at a terminal only).")
@@ -143,7 +148,10 @@ def run_generate(args: argparse.Namespace) -> None:
     trained = read_model_index(args.model).get("modalities") or None
     complete(args, trained)
     if args.prompts_file is not None:
-        items = plan_file(args.prompts_file, args.num_images, args.seed, trained, args.skip_bad_rows)
+        with warnings.catch_warnings(record=True) as caught:
+            items = plan_file(args.prompts_file, args.num_images, args.seed, trained, args.skip_bad_rows)
+        for warning in caught:
+            say(f"minim generate: warning: {warning.message}")
     else:
         items = plan_prompt(args.prompt.strip(), args.modality, args.num_images, args.seed)
 

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,6 +36,7 @@ def read_csv(
     skip_bad_rows: bool = False,
     require: Sequence[str] = ("path", "Text", "modality"),
     check_images: bool = True,
+    check: Callable[[dict[str, str]], object] | None = None,
 ) -> list[dict[str, str]]:
     """Reads a CSV in MINIM's format.
 
@@ -48,6 +49,7 @@ def read_csv(
         skip_bad_rows: leaves bad rows out, with one warning that lists them, instead of raising.
         require: columns that have to be there, and filled in every row.
         check_images: decodes every image of the rows kept, in threads (6,000 of 256 px take some 10 s on 2 cores).
+        check: called with every row kept; raises ValueError, with what is wrong, for a bad one.
 
     Returns:
         One dict a row, from column names to strings: those of `require`, and all other columns as they are.
@@ -76,14 +78,16 @@ def read_csv(
     splits = set()
     for number, (line, values) in enumerate(records, start=1):
         if len(values) != len(columns):
-            comma = "an unquoted comma? " if len(values) > len(columns) else ""
-            bad[number] = line, f"{len(values)} fields, the header has {len(columns)} ({comma}{','.join(values)!r})"
+            text = ",".join(values)
+            guess = "an unquoted comma? " if len(values) > len(columns) else "an open quote? " if "\n" in text else ""
+            shown = repr(text if len(text) <= 100 else text[:100] + "…")
+            bad[number] = line, f"{len(values)} fields, the header has {len(columns)} ({guess}{shown})"
             continue
         row = {name: value for name, value in zip(columns, values) if name}
         splits.add(row.get("split"))
         if split is not None and row["split"] != split:
             continue
-        problem = _problem(row, require)
+        problem = _problem(row, require, check)
         if problem:
             bad[number] = line, problem
         else:
@@ -139,15 +143,17 @@ def _read_records(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     return columns, records[1:]
 
 
-def _problem(row: Mapping[str, str], require: Sequence[str]) -> str | None:
+def _problem(row: dict[str, str], require: Sequence[str], check: Callable | None) -> str | None:
     empty = [name for name in require if not row[name]]
     if empty:
         return f"no value for {', '.join(map(repr, empty))}"
-    if "modality" in require:
-        try:
+    try:
+        if "modality" in require:
             resolve_modality(row["modality"])
-        except ValueError as error:
-            return str(error)
+        if check is not None:
+            check(row)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -181,7 +187,7 @@ class DatasetWriter:
 
     Raises:
         ValueError: the folder holds a run of other settings (the message names those that differ), or a `data.csv`
-            that no run of this writer made.
+            or `run.json` that no run of this writer made.
     """
 
     def __init__(
@@ -246,8 +252,9 @@ class DatasetWriter:
         return [*self.output_dir.glob("data.csv"), *sorted(self.output_dir.glob("data-[0-9]*.csv"))]
 
     def _check_settings(self) -> None:
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise ValueError(f"{self.output_dir} is a file, not a folder.")
+        nearest = next(path for path in (self.output_dir, *self.output_dir.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            raise ValueError(f"{nearest} is a file, not a folder.")
         file = self.output_dir / "run.json"
         if not file.exists():
             # run.json is the first file of a run, so what lies here without it is somebody's own.
@@ -257,7 +264,7 @@ class DatasetWriter:
                     f"{self.output_dir} holds files that no run has written ({own[0].name}): choose another folder."
                 )
             return
-        earlier = json.loads(file.read_text())
+        earlier = read_json(file)
         names = [name for name in {**earlier, **self.settings} if earlier.get(name) != self.settings.get(name)]
         if names:
             differing = [f"{name}: {earlier.get(name)!r} there, {self.settings.get(name)!r} now" for name in names]
@@ -265,6 +272,21 @@ class DatasetWriter:
                 f"{self.output_dir} holds a run of other settings ({'; '.join(differing)}): "
                 "choose another folder, or the same settings."
             )
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it holds anything else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object, but {str(value)[:40]!r}.")
+    return value
 
 
 def _in_order(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
@@ -302,9 +324,13 @@ def _whole_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV that `DatasetWriter` wrote, without one that a crash of the machine has cut."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
+    # As bytes, so that line breaks inside of values stay what they are; a spreadsheet may have put a mark in front.
+    text = path.read_bytes().decode("utf-8-sig")
     reader = csv.reader(io.StringIO(text, newline=""))
     header, *rows = [*reader] or [[]]
+    missing = [name for name in ("path", "Text", "modality", "seed") if header and name not in header]
+    if missing:
+        raise ValueError(f"{path} lacks the columns {', '.join(map(repr, missing))}: no run has written it.")
     if not text.endswith("\n"):
         rows = rows[:-1]
     return [dict(zip(header, values)) for values in rows if len(values) == len(header)]

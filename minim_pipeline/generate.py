@@ -4,7 +4,6 @@ torch and diffusers are imported by `generate` only, after everything that can b
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import EMBEDDED_CHECKPOINT
-from .data import DatasetWriter, read_csv
+from .data import DatasetWriter, read_csv, read_json
 from .modalities import Modality, resolve_modality
 from .provenance import save_png
 
@@ -31,6 +30,7 @@ SCHEDULERS = {
 GRID_IMAGES = 64  # a grid shows so many at most
 # Of data.csv, after path, Text, modality and seed.
 COLUMNS = ("synthetic", "model", "revision", "steps", "guidance", "scheduler", "negative_prompt", "lora")
+DTYPES = ("float32", "float16", "bfloat16")
 MAX_SEED = 2**63 - 1
 
 
@@ -47,6 +47,7 @@ class Item:
 
 def plan_prompt(text: str, modality: Modality, num_images: int, seed: int) -> list[Item]:
     """`num_images` images of one prompt; image i has seed `seed + i`."""
+    _check_seeds(seed, num_images)
     return [Item(i, text, modality, seed + i) for i in range(num_images)]
 
 
@@ -60,25 +61,34 @@ def plan_file(
     are carried through; `path`, which names the generated image there, as `source_path`.
 
     Raises:
-        ValueError: as `read_csv`; a modality that is not among `trained`; `num_images` or `seed` is no number or out
-            of range. The message names the row.
+        ValueError: as `read_csv`; for it a row is bad, too, if its modality is not among `trained`, or `num_images`
+            or `seed` is no number or out of range.
     """
+
+    def number_of(row: dict[str, str]) -> int:
+        return _whole_number("num_images", row.get("num_images") or num_images, 1)
+
+    def check(row: dict[str, str]) -> None:
+        resolve_modality(row["modality"], trained)
+        _check_seeds(_whole_number("seed", row.get("seed") or seed, 0), number_of(row))
+
     items = []
-    for number, row in enumerate(
-        read_csv(path, require=("Text", "modality"), check_images=False, skip_bad_rows=skip_bad_rows), start=1
-    ):
-        try:
-            modality = resolve_modality(row["modality"], trained)
-            count = _whole_number("num_images", row.get("num_images") or num_images, 1)
-            first = _whole_number("seed", row.get("seed") or seed + len(items), 0)
-        except ValueError as error:
-            raise ValueError(f"{path}, row {number}: {error}") from error
+    for row in read_csv(path, None, None, skip_bad_rows, ("Text", "modality"), check_images=False, check=check):
+        modality = resolve_modality(row["modality"], trained)
+        count = number_of(row)
+        first = int(row.get("seed") or seed + len(items))
         known = ("Text", "modality", "num_images", "seed", "path")
         extra = {name: value for name, value in row.items() if name not in known}
         if row.get("path"):
             extra["source_path"] = row["path"]
         items += [Item(len(items) + i, row["Text"], modality, first + i, extra) for i in range(count)]
+    _check_seeds(seed, len(items))
     return items
+
+
+def _check_seeds(first: int, count: int) -> None:
+    if first + count - 1 > MAX_SEED:
+        raise ValueError(f"seed has to be at most {MAX_SEED} for the last image too, got {first} for {count} images.")
 
 
 def _whole_number(name: str, value: str | int, least: int) -> int:
@@ -101,9 +111,11 @@ def read_model_index(model: str) -> dict:
         ValueError: neither of them holds a pipeline, or the Hub cannot be reached.
     """
     file = Path(model) / "model_index.json"
+    if Path(model) == EMBEDDED_CHECKPOINT and not file.is_file():
+        raise ValueError(f"the embedded model is missing ({file}): name another one with --model.")
     if not file.is_file():
         if Path(model).exists() or Path(model).is_absolute():
-            raise ValueError(f"{model} is no model: it holds no model_index.json.")
+            raise ValueError(f"{model!r} is no model: it holds no model_index.json.")
         from huggingface_hub import hf_hub_download
 
         try:
@@ -111,7 +123,10 @@ def read_model_index(model: str) -> dict:
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{model!r} is neither a folder nor a model that the Hub gives: {reason}") from error
-    return json.loads(file.read_text())
+    index = read_json(file)
+    if isinstance(index.get("modalities"), str):
+        index["modalities"] = index["modalities"].split()
+    return index
 
 
 def model_identity(model: str) -> tuple[str, str]:
@@ -183,8 +198,13 @@ def generate(
         How many images this process has drawn.
 
     Raises:
-        ValueError: the pipeline refuses its arguments, or the folder holds a run of other settings.
+        ValueError: there is nothing to draw, the pipeline refuses its arguments, the images do not fit into memory,
+            or the folder holds a run of other settings.
     """
+    if not items:
+        raise ValueError("there is nothing to draw: the plan has no images.")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size has to be at least 1, got {batch_size}.")
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu")
@@ -195,17 +215,22 @@ def generate(
     pipe.resolve_prompts([item.text for item in items], [item.modality.id for item in items], len(items))
 
     name, revision = model_identity(model)
+    size = pipe.unet.config.sample_size
+    sample_height, sample_width = (size, size) if isinstance(size, int) else size
+    # With the prompt, the modality and the seed all that it takes to draw an image again.
     settings = {
         "model": name,
         "revision": revision,
         "steps": num_inference_steps or pipe.config.num_inference_steps,
         "guidance": pipe.config.guidance_scale if guidance_scale is None else guidance_scale,
+        "guidance_rescale": pipe.config.guidance_rescale,
+        "guidance_interval": list(pipe.config.guidance_interval),
         "scheduler": type(pipe.scheduler).__name__,
         "negative_prompt": negative_prompt,
         "lora": lora and _lora_identity(lora),
         "dtype": dtype,
-        "height": height,
-        "width": width,
+        "height": sample_height * pipe.vae_scale_factor if height is None else height,
+        "width": sample_width * pipe.vae_scale_factor if width is None else width,
     }
     columns = dict.fromkeys([*COLUMNS, *(column for item in items for column in item.extra)])
     writer = DatasetWriter(output_dir, columns, settings, state.process_index if state.num_processes > 1 else None)
@@ -217,25 +242,35 @@ def generate(
     batch_size = batch_size or (4 if pipe.device.type == "cpu" else 8)
     bar = tqdm(
         total=len(mine),
-        disable=quiet or not state.is_local_main_process,
+        disable=quiet or not mine or not state.is_local_main_process,
         bar_format="{percentage:3.0f}% |{bar}| {n:.1f}/{total:.0f} images [{elapsed}<{remaining}]",
     )
     with bar:
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
-            images = draw(
-                pipe,
-                batch,
-                lambda done, start=start, batch=batch: bar.update(start + done * len(batch) - bar.n),
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                negative_prompt=negative_prompt,
-                height=height,
-                width=width,
-            )
+            try:
+                images = draw(
+                    pipe,
+                    batch,
+                    lambda done, start=start, batch=batch: bar.update(start + done * len(batch) - bar.n),
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    negative_prompt=negative_prompt,
+                    height=height,
+                    width=width,
+                )
+            except RuntimeError as error:
+                if "memory" not in str(error):
+                    raise
+                size = f"{settings['width']} x {settings['height']}"
+                raise ValueError(
+                    f"{len(batch)} images of {size} px at once do not fit into the memory of {str(pipe.device)!r}: "
+                    "choose a smaller batch size, height or width."
+                ) from error
             for item, image in zip(batch, images):
                 row = {"Text": item.text, "modality": item.modality.name, "seed": item.seed}
-                made = {"synthetic": "true"} | {key: value for key, value in settings.items() if value is not None}
+                # Empty rather than absent: a column of that name in the CSV of prompts speaks of another image.
+                made = {"synthetic": "true"} | {key: "" if v is None else v for key, v in settings.items()}
                 metadata = settings | {"modality": item.modality.id, "prompt": item.text, "seed": item.seed}
                 writer.add(item.index, image, item.extra | made | row, metadata)
 
@@ -254,10 +289,19 @@ def load_pipeline(
     device: str | None = None,
     dtype: str = "float32",
 ):
-    """The `MinimPipeline` that the options of `generate` describe, without progress bars of its own."""
+    """The `MinimPipeline` that the options of `generate` describe, without progress bars of its own.
+
+    `scheduler` may also be the name of diffusers' class, as provenance has it.
+    """
+    names = {key: key for key in SCHEDULERS} | {value: key for key, value in SCHEDULERS.items()}
+    if scheduler is not None and scheduler not in names:
+        raise ValueError(f"scheduler has to be one of {', '.join(SCHEDULERS)}, got {scheduler!r}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype has to be one of {', '.join(DTYPES)}, got {dtype!r}.")
     import diffusers
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     from . import MinimPipeline
 
@@ -265,20 +309,28 @@ def load_pipeline(
     transformers.utils.logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device {device!r} cannot be used here: {reason}") from error
 
-    pipe = MinimPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
+    try:
+        pipe = MinimPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
+    except SafetensorError as error:
+        raise ValueError(f"{model!r} has broken weights: {error}.") from error
     if scheduler is not None:
+        scheduler = names[scheduler]
         # DDIM and DDPM clip to [-1, 1] unless told otherwise, which is right for pixels and wrong for latents.
         options = {"ddim": {"clip_sample": False}, "ddpm": {"clip_sample": False}}.get(scheduler, {})
         if scheduler == "dpmsolver++":
             options["algorithm_type"] = "dpmsolver++"
         pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config, **options)
     if lora is not None:
-        pipe.load_lora_weights(lora)
+        try:
+            pipe.load_lora_weights(lora)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split()).partition(": copying a param")[0]
+            raise ValueError(f"{lora!r} holds no LoRA for this model: {reason}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -159,7 +159,8 @@ class MinimPipeline(
         scheduler ([`SchedulerMixin`]): one of DDIM, DDPM, DPM-Solver++ (multistep), Euler, Euler ancestral and UniPC;
             for a model with a non-zero terminal SNR any other of Stable Diffusion's as well.
         filter_head: the filter; optional, and not part of this version.
-        modalities: ids of the modalities trained. `None` for a base model, which takes any known modality.
+        modalities: ids of the modalities trained, a list or, as `model_index.json` has it, one string with spaces
+            between. `None` for a base model, which takes any known modality.
         findings: the findings learned, by modality id.
         num_inference_steps: default of the call's argument; saved with the model, as are the next four.
         guidance_scale: likewise.
@@ -182,18 +183,20 @@ class MinimPipeline(
         unet: UNet2DConditionModel,
         scheduler: KarrasDiffusionSchedulers,
         filter_head: ModelMixin | None = None,
-        modalities: list[str] | None = None,
+        modalities: list[str] | str | None = None,
         findings: dict[str, list[str]] | None = None,
         num_inference_steps: int = 25,
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: list[float] | tuple[float, float] = (0.0, 1.0),
         num_candidates: int = 1,
         zero_terminal_snr: bool | None = None,
     ):
         super().__init__()
         if zero_terminal_snr is None:
             zero_terminal_snr = scheduler is not None and scheduler.config.get("rescale_betas_zero_snr", False)
+        if isinstance(modalities, str):
+            modalities = modalities.split()
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -237,6 +240,9 @@ class MinimPipeline(
             config = json.loads(path.read_text(encoding="utf-8"))
             config.pop("_name_or_path", None)
             config.pop("name_or_path", None)
+            if isinstance(config.get("modalities"), list):
+                # diffusers takes a list of strings for a component, and then refuses to download the model.
+                config["modalities"] = " ".join(config["modalities"]) or None
             if path.parent.name == "text_encoder":
                 # transformers loads in the dtype that is written here, diffusers in fp32 whatever the files hold.
                 config["dtype"] = "float32"

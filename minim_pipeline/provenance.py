@@ -5,6 +5,7 @@ how image archives and search engines recognise generated pictures, and IPTC's p
 https://iptc.org/std/photometadata/specification/IPTC-PhotoMetadata
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,8 @@ from . import __version__
 SOFTWARE = "minim-pipeline"
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
-_TYPES = {"seed": int, "steps": int, "guidance": float}
+_TYPES = {"seed": int, "steps": int, "guidance": float, "guidance_rescale": float, "guidance_interval": json.loads}
+_TYPES |= {"height": int, "width": int}
 _XMP_KEY = "XML:com.adobe.xmp"
 _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/">
@@ -81,7 +83,8 @@ def read_provenance(path: str | Path) -> dict[str, object]:
     """What `save_png` wrote into the file at `path`.
 
     Returns:
-        The metadata, with `synthetic` a bool, `seed` and `steps` ints, `guidance` a float and all else strings, and
+        The metadata, with `synthetic` a bool, `seed`, `steps`, `height` and `width` ints, `guidance` and
+        `guidance_rescale` floats, `guidance_interval` a list of two floats and all else strings, and
         `digital_source_type`, IPTC's term. Empty if the file is not one of this package's.
 
     Raises:

@@ -116,7 +116,7 @@ def build_pipeline(args: argparse.Namespace, modalities: list[str], findings: di
     """The pipeline to train: loaded, with tokens added for modalities that it does not know, or new."""
     if args.preset:
         vae = AutoencoderKL.from_pretrained(args.vae)
-        text_encoder = CLIPTextModel.from_pretrained(args.text_encoder, subfolder="text_encoder")
+        text_encoder = CLIPTextModel.from_pretrained(args.text_encoder, subfolder="text_encoder", dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(args.text_encoder, subfolder="tokenizer")
         unet = UNet2DConditionModel(
             sample_size=args.resolution // 2 ** (len(vae.config.block_out_channels) - 1),
@@ -474,7 +474,7 @@ def finish(args, pipe: MinimPipeline, output: Path) -> None:
     if args.lora_rank:
         return
     pipe.unet = UNet2DConditionModel.from_pretrained(output / "best" / "unet")
-    pipe.text_encoder = CLIPTextModel.from_pretrained(output / "best" / "text_encoder")
+    pipe.text_encoder = CLIPTextModel.from_pretrained(output / "best" / "text_encoder", dtype=torch.float32)
     pipe.save_pretrained(output / "pipeline")
 
 
