@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"unknown arguments {' '.join(unknown)} (see minim {args.command} --help)")
         args.run(args)
     except (ValueError, OSError, EOFError) as error:
-        say(f"minim {args.command}: error: {error or 'no answer'}")
+        say(f"minim {args.command}: error: {str(error) or 'no answer'}")
         return 2
     except KeyboardInterrupt:
         return 130

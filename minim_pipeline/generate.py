@@ -73,7 +73,8 @@ def plan_file(
         _check_seeds(_whole_number("seed", row.get("seed") or seed, 0), number_of(row))
 
     items = []
-    for row in read_csv(path, None, None, skip_bad_rows, ("Text", "modality"), check_images=False, check=check):
+    columns = ("Text", "modality")
+    for row in read_csv(path, skip_bad_rows=skip_bad_rows, require=columns, check_images=False, check=check):
         modality = resolve_modality(row["modality"], trained)
         count = number_of(row)
         first = int(row.get("seed") or seed + len(items))
@@ -260,7 +261,7 @@ def generate(
                     width=width,
                 )
             except RuntimeError as error:
-                if "memory" not in str(error):
+                if "out of memory" not in str(error) and "allocate memory" not in str(error):
                     raise
                 size = f"{settings['width']} x {settings['height']}"
                 raise ValueError(

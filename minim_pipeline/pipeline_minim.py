@@ -240,9 +240,9 @@ class MinimPipeline(
             config = json.loads(path.read_text(encoding="utf-8"))
             config.pop("_name_or_path", None)
             config.pop("name_or_path", None)
-            if isinstance(config.get("modalities"), list):
+            if path.name == self.config_name and config["modalities"] is not None:
                 # diffusers takes a list of strings for a component, and then refuses to download the model.
-                config["modalities"] = " ".join(config["modalities"]) or None
+                config["modalities"] = " ".join(config["modalities"])
             if path.parent.name == "text_encoder":
                 # transformers loads in the dtype that is written here, diffusers in fp32 whatever the files hold.
                 config["dtype"] = "float32"

@@ -1,15 +1,10 @@
 import random
 import re
-import sys
-from pathlib import Path
 
 import pytest
+from captions import grades, load_captions, normalize, split_suffix, vary_caption
 
 from minim_pipeline.modalities import MODALITIES, names_a_side
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-from captions import grades, load_captions, normalize, split_suffix, vary_caption  # noqa: E402
 
 
 FINDINGS = {

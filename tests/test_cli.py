@@ -1,6 +1,7 @@
 import csv
 import io
 import os
+import shutil
 import subprocess
 import sys
 
@@ -213,10 +214,16 @@ def test_lora(pipeline_dir, tmp_path):
         (("--scheduler", "pndm"), "ddim"),
         (("--dtype", "int8"), "bfloat16"),
         (("--device", "gpu"), "device 'gpu' cannot be used here"),
-        (("--model", "/no/such/model"), "/no/such/model is no model"),
+        (("--model", "/no/such/model"), "'/no/such/model' is no model"),
         (("--model", "no/such-model"), "neither a folder nor a model that the Hub gives"),
         (("--prompts-file", "a.csv"), "leave --prompt and --modality out"),
         (("--colour",), "unknown arguments --colour"),
+        (("--prompt", "a\udcffb"), "--prompt is not UTF-8: 'a\\udcffb'"),
+        (("--negative-prompt", "\udcff"), "--negative-prompt is not UTF-8"),
+        (("--seed", 2**63 - 1), "seed has to be at most 9223372036854775807 for the last image too"),
+        (("--height", 8_000_000, "--width", 8_000_000), "3 images of 8000000 x 8000000 px at once do not fit"),
+        (("--device", "meta"), "device 'meta' cannot be used here"),
+        (("--lora", "/no/such/lora"), "'/no/such/lora' holds no LoRA for this model"),
     ],
 )
 def test_bad_input(pipeline_dir, tmp_path, capsys, monkeypatch, options, message):
@@ -237,21 +244,118 @@ def test_bad_input(pipeline_dir, tmp_path, capsys, monkeypatch, options, message
     [
         (["caption", "modality"], ["edema", "OCT"], "lacks the column 'Text'; found: 'caption', 'modality'"),
         (["Text", "modality"], ["edema", "PET"], "row 2 (line 3): Unknown modality 'PET'"),
-        (["Text", "modality"], ["edema", "BreastMRI"], "row 2: modality 'breast_mri' is known, but"),
+        (["Text", "modality"], ["edema", "BreastMRI"], "row 2 (line 3): modality 'breast_mri' is known, but"),
         (["Text", "modality"], ["Fundus: drusen", "OCT"], "begins with 'Fundus'"),
         (["Text", "modality"], ["edema", " left eye", "OCT"], "row 2 (line 3): 3 fields, the header has 2"),
         (
             ["Text", "modality", "num_images"],
             ["edema", "OCT", "0"],
-            "row 2: num_images has to be a whole number from 1",
+            "row 2 (line 3): num_images has to be a whole number from 1",
         ),
-        (["Text", "modality", "seed"], ["edema", "OCT", "x"], "row 2: seed has to be a whole number from 0, got 'x'"),
+        (["Text", "modality", "seed"], ["edema", "OCT", "x"], "row 2 (line 3): seed has to be a whole number from 0"),
+        (["Text", "modality", "seed"], ["edema", "OCT", str(2**63)], "row 2 (line 3): seed has to be a whole number"),
     ],
 )
 def test_bad_prompts_files(pipeline_dir, tmp_path, capsys, header, row, message):
     path = table(tmp_path / "prompts.csv", header, ["edema", "OCT", "1"][: len(header)], row)
     assert run(pipeline_dir, tmp_path / "out", "--prompts-file", path) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_rows_are_left_out_if_asked_to(pipeline_dir, tmp_path, capsys, no_drawing):
+    rows = (["a", "OCT", "1"], ["b", "PET", "1"], ["c", "BreastUS", "1"], ["d", "OCT", "0"], ["e", "OCT"])
+    path = table(tmp_path / "prompts.csv", ["Text", "modality", "num_images"], *rows)
+    assert run(pipeline_dir, tmp_path / "out", "--prompts-file", path, "--skip-bad-rows") == 0
+    assert [item.text for item in no_drawing[0][0]] == ["a"]
+    err = capsys.readouterr().err
+    assert err.startswith("minim generate: warning: Left out: ") and "generate.py" not in err
+    assert [f"row {number} (line {number + 1})" in err for number in range(1, 6)] == [False, True, True, True, True]
+
+
+def test_an_image_is_drawn_again_from_its_provenance(pipeline_dir, tmp_path):
+    from minim_pipeline.generate import load_pipeline
+
+    options = ("--scheduler", "ddim", "--guidance-scale", 3, "--negative-prompt", "blur", "--height", 32)
+    assert run(pipeline_dir, tmp_path, *ONE_PROMPT, *options) == 0
+    found = read_provenance(tmp_path / "0001.png")
+    assert (found["height"], found["width"], found["guidance_rescale"]) == (32, 64, 0.5)
+    assert found["guidance_interval"] == [0.0, 1.0]
+    pipe = load_pipeline(str(pipeline_dir), found["scheduler"], device="cpu", dtype=found["dtype"])
+    (again,) = pipe(
+        found["prompt"],
+        modality=found["modality"],
+        seeds=[found["seed"]],
+        num_inference_steps=found["steps"],
+        guidance_scale=found["guidance"],
+        **{name: found[name] for name in ("guidance_rescale", "guidance_interval", "height", "width")},
+        negative_prompt=found["negative_prompt"],
+    ).images
+    assert np.abs(np.asarray(again) / 255 - pixels(tmp_path / "0001.png")).max() < 1 / 200
+
+
+def test_columns_of_the_writers_own_are_not_carried_through(pipeline_dir, tmp_path):
+    path = table(tmp_path / "prompts.csv", ["Text", "modality", "negative_prompt", "width"], ["a", "OCT", "blur", "9"])
+    assert run(pipeline_dir, tmp_path / "out", "--prompts-file", path) == 0
+    (row,) = read_csv(tmp_path / "out/data.csv")
+    assert (row["negative_prompt"], row["width"]) == ("", "64")
+
+
+@pytest.mark.parametrize("text", ["{bad", "[1]"])
+@pytest.mark.parametrize("name", ["run.json", "model_index.json"])
+def test_broken_files_are_named(pipeline_dir, tmp_path, capsys, name, text):
+    (tmp_path / name).write_text(text)
+    model = tmp_path if name == "model_index.json" else pipeline_dir
+    assert run(pipeline_dir, tmp_path, *ONE_PROMPT, "--model", model) == 2
+    err = capsys.readouterr().err
+    assert str(tmp_path / name) in err and err.count("\n") == 1
+    assert names(tmp_path) == [name]
+
+
+def test_broken_weights(pipeline_dir, tmp_path, capsys):
+    shutil.copytree(pipeline_dir, tmp_path / "model")
+    (tmp_path / "model/text_encoder/model.safetensors").write_bytes(b"xx")
+    assert run(tmp_path / "model", tmp_path / "out", *ONE_PROMPT) == 2
+    assert "has broken weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["modalities", "generate"])
+def test_without_the_embedded_model(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr("minim_pipeline.generate.EMBEDDED_CHECKPOINT", tmp_path)
+    assert main([command, "--model", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "the embedded model is missing" in err and "--model" in err and err.count("\n") == 1
+
+
+def test_a_model_on_the_hub_is_downloaded(pipeline_dir, monkeypatch):
+    """diffusers takes every list in model_index.json for a component, unless it holds no strings."""
+    import json
+
+    from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders
+
+    from minim_pipeline.generate import read_model_index
+
+    index = json.loads((pipeline_dir / "model_index.json").read_text())
+    assert _get_custom_components_and_folders("org/minim", index, [])[0] == {}
+    assert read_model_index(str(pipeline_dir))["modalities"] == ["oct", "fundus", "cxr", "chest_ct", "brain_mri"]
+
+
+def test_nothing_is_said_about_annotations(pipeline_dir, tmp_path, monkeypatch):
+    """diffusers warns at every load of those that it cannot read."""
+    said = []
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.logger.warning", lambda *message: said.append(message))
+    run(pipeline_dir, tmp_path, *ONE_PROMPT, "--num-images", 1)
+    assert not said
+
+
+@pytest.mark.parametrize("options", [{"scheduler": "pndm"}, {"dtype": "int8"}, {"batch_size": 0}, {"items": []}])
+def test_bad_arguments_in_python(pipeline_dir, tmp_path, options):
+    from minim_pipeline.generate import generate, plan_prompt
+    from minim_pipeline.modalities import MODALITIES
+
+    items = plan_prompt("edema", MODALITIES["oct"], 1, 0)
+    with pytest.raises(ValueError, match="has to be|nothing to draw"):
+        generate(**{"items": items, "output_dir": tmp_path / "out", "model": str(pipeline_dir), **options})
     assert not (tmp_path / "out").exists()
 
 

@@ -178,8 +178,26 @@ def test_a_foreign_data_csv_is_not_touched(folder):
     write(folder, "path,Text,modality\na.png,Edema,OCT\n")
     with pytest.raises(ValueError, match="no run has written"):
         DatasetWriter(folder)
-    with pytest.raises(ValueError, match="is a file"):
-        DatasetWriter(folder / "a.png")
+    for inside in ("a.png", "a.png/out"):
+        with pytest.raises(ValueError, match="a.png is a file"):
+            DatasetWriter(folder / inside)
+
+
+def test_an_open_quote_is_told_without_the_rest_of_the_file(folder):
+    path = write(folder, 'path,Text,modality\na.png,"Edema,OCT\n' + "a.png,Edema,OCT\n" * 100)
+    with pytest.raises(ValueError, match=r"row 1 \(line 2\): 2 fields.*an open quote") as caught:
+        read_csv(path)
+    assert len(str(caught.value)) < 400
+
+
+def test_goes_on_after_a_spreadsheet_has_saved_the_table(tmp_path):
+    add(DatasetWriter(tmp_path, ["note"]), 0, Text="a\r\nb")
+    saved = (tmp_path / "data.csv").read_bytes().decode()
+    (tmp_path / "data.csv").write_text("\ufeff" + saved, encoding="utf-8", newline="")
+    assert DatasetWriter(tmp_path, ["note"]).rows["0000.png"]["Text"] == "a\r\nb"
+    (tmp_path / "data.csv").write_text("file,caption\n0000.png,x\n")
+    with pytest.raises(ValueError, match="data.csv lacks the columns 'path', 'Text'"):
+        DatasetWriter(tmp_path)
 
 
 def test_processes_write_parts_that_one_of_them_merges(tmp_path):

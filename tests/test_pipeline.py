@@ -302,7 +302,7 @@ def test_bad_input(shared_pipeline, arguments, message):
         shared_pipeline(**{"prompt": "edema", "modality": "oct", **arguments})
 
 
-@pytest.mark.parametrize("name", ["PNDM", "LMSDiscrete", "HeunDiscrete", "DEISMultistep", "FlowMatchEulerDiscrete"])
+@pytest.mark.parametrize("name", ["PNDM", "HeunDiscrete", "DEISMultistep", "FlowMatchEulerDiscrete"])
 def test_schedulers_that_do_not_fit_zero_terminal_snr(pipeline, name):
     pipeline.scheduler = getattr(diffusers, f"{name}Scheduler")()
     with pytest.raises(ValueError, match=f"{name}Scheduler does not fit this model.*DDIMScheduler.*UniPC"):

@@ -120,7 +120,7 @@ def test_stable_diffusion_is_a_base_model(make_pipeline, tmp_path):
     assert torch.allclose(positive, pipe.encode_texts(["breast ultrasound, mass"], "cpu"))
     assert torch.allclose(negative, pipe.encode_texts([""], "cpu"))
 
-    for name in ("HeunDiscrete", "LMSDiscrete", "DDIM"):
+    for name in ("HeunDiscrete", "DEISMultistep", "DDIM"):
         pipe.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config)
         draw(pipe, num_inference_steps=3)
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()

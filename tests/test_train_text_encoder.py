@@ -1,16 +1,11 @@
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import train_text_encoder as script
+from corpus import abbreviate, expand, generate
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextModel, CLIPTokenizer
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-import train_text_encoder as script  # noqa: E402
-from corpus import abbreviate, expand, generate  # noqa: E402
 
 
 CAPTIONS = {

@@ -199,6 +199,18 @@ def test_flips_only_where_they_leave_the_caption_true(data, autoencoder, monkeyp
     assert mirrored[0] == 0 and 0 < mirrored[1] < 12
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights_fall_with_the_noise_but_never_to_nothing(prediction_type):
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(
+        prediction_type=prediction_type, rescale_betas_zero_snr=prediction_type == "v_prediction"
+    )
+    weights = train_text_to_image.loss_weights(scheduler, torch.arange(1000), gamma=5.0)
+    assert weights[-1] == 1 and weights[0] < 0.02
+    assert (weights.diff() >= -1e-6).all()
+
+
 def test_memorised_share_finds_copies():
     train = latents.Latents(torch.randn(20, 1, 4, 8, 8).half(), torch.zeros(20, 1, 4, 8, 8).half(), 1.0, 0.0)
     rows, names = [{"modality": "OCT"}] * 20, ["oct"] * 10

@@ -201,12 +201,16 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
 
 
 def loss_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-    """min-SNR weights, arXiv 2303.09556, eq. 5 and its form for v-prediction: [B]."""
+    """min-SNR weights, arXiv 2303.09556, section 3.4: [B].
+
+    For v-prediction min(SNR, gamma) / (SNR + 1) would be 0 where the SNR is, so that with zero terminal SNR the first
+    step of sampling would never be trained. With SNR + 1 in both places it is 1 there.
+    """
     if not gamma:
         return torch.ones_like(timesteps, dtype=torch.float32)
     snr = compute_snr(scheduler, timesteps)
     if scheduler.config.prediction_type == "v_prediction":
-        return snr.clamp(max=gamma) / (snr + 1)
+        return (snr + 1).clamp(max=gamma) / (snr + 1)
     return snr.clamp(max=gamma) / snr.clamp(min=1e-8)
 
 
