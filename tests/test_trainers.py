@@ -153,6 +153,15 @@ def test_unet_resumes_as_if_unbroken(unet, unet_arguments, tmp_path):
     assert same_weights(unet / weights, tmp_path / weights)
 
 
+def test_a_run_goes_on_only_with_its_own_arguments(unet, unet_arguments, tmp_path):
+    with pytest.raises(ValueError, match="--seed was 0, now 5"):
+        run(
+            train_text_to_image,
+            *(*unet_arguments, "--output_dir", tmp_path, "--seed", 5),
+            *("--resume_from_checkpoint", unet / "checkpoint-3"),
+        )
+
+
 def test_best_weights_are_kept_and_not_the_last(unet, unet_arguments, tmp_path):
     """With a learning rate that destroys the model, the first validation stays the best."""
     run(train_text_to_image, *unet_arguments, "--output_dir", tmp_path, "--learning_rate", 1.0, "--ema_decay", 0.0)
@@ -174,11 +183,13 @@ def test_from_stable_diffusion(make_pipeline, data, tmp_path, extra):
         *("--gradient_accumulation_steps", 2, "--gradient_checkpointing"),
         *("--text_encoder_learning_rate", 1e-2),
     )
-    if "--lora_rank" in extra:
-        base.load_lora_weights(tmp_path / "out" / "best")
-        assert base.get_active_adapters()
-        return
     pipe = MinimPipeline.from_pretrained(tmp_path / "out" / "pipeline")
+    assert pipe.unet.config.sample_size == 8 and pipe.config.guidance_scale == base.config.guidance_scale
+    if "--lora_rank" in extra:
+        old, new = base.unet.state_dict(), pipe.unet.state_dict()
+        assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+        pipe.load_lora_weights(tmp_path / "out" / "best")
+        assert pipe.get_active_adapters()
     assert pipe.scheduler.config.prediction_type == "epsilon"
     token = pipe.tokenizer.convert_tokens_to_ids("<oct>")
     assert pipe.text_encoder.config.eos_token_id == pipe.tokenizer.eos_token_id
@@ -228,6 +239,8 @@ def test_memorised_share_finds_copies():
         (train_autoencoder, ["--crop", "48"], "--crop has to be a multiple of 32"),
         (train_text_to_image, [], "either --pretrained_model_name_or_path or --preset"),
         (train_text_to_image, ["--preset", "tiny"], "needs --vae and --text_encoder"),
+        (train_text_to_image, ["--pretrained_model_name_or_path", "x", "--vae", "y"], "belong to --preset"),
+        (train_autoencoder, ["--split", "val"], "both 'val'"),
     ],
 )
 def test_bad_arguments_are_told_before_any_work(module, arguments, message):

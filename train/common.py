@@ -55,6 +55,8 @@ def check_common_arguments(args: argparse.Namespace) -> None:
     for name in ("train_batch_size", "max_train_steps", "validation_steps", "checkpointing_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
+    if args.split == args.val_split:
+        raise ValueError(f"--split and --val_split are both {args.split!r}; --val_split none validates on nothing.")
     if args.resolution < 8 or args.resolution % 8:
         raise ValueError(f"--resolution has to be a positive multiple of 8, got {args.resolution}.")
 
@@ -66,8 +68,23 @@ def read_splits(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     def rows(split):
         return read_csv(args.train_data, split=split, skip_bad_rows=args.skip_bad_rows)
 
-    train = rows(None if args.split == "all" else args.split)[: args.max_train_samples]
-    return train, [] if args.val_split == "none" else rows(args.val_split)[: args.max_train_samples]
+    train = rows(None if args.split == "all" else args.split)
+    if args.val_split == "none":
+        return train[: args.max_train_samples], []
+    # What is validated on is never trained on, also with --split all.
+    train = [row for row in train if row.get("split") != args.val_split]
+    return train[: args.max_train_samples], rows(args.val_split)[: args.max_train_samples]
+
+
+def note_arguments(args: argparse.Namespace, checkpoint: Path | None) -> None:
+    """Writes `arguments.json`; of an earlier log only what is before the checkpoint stays."""
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "arguments.json").write_text(json.dumps(vars(args), indent=2, default=str))
+    log, step = output / "log.jsonl", int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    if log.is_file():
+        kept = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+        log.write_text("".join(kept))
 
 
 def step_generator(seed: int, step: int, rank: int, device: torch.device | str) -> torch.Generator:
@@ -183,24 +200,36 @@ def list_checkpoints(output_dir: str) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
-def find_checkpoint(argument: str | None, output_dir: str) -> Path | None:
+# What may differ between a run and its continuation: where it lies, and how long and how closely it is watched.
+_MAY_CHANGE = {
+    *("output_dir", "resume_from_checkpoint", "max_train_steps", "max_train_minutes", "validation_steps"),
+    *("checkpointing_steps", "checkpoints_total_limit", "report_to", "compile", "gradient_checkpointing"),
+}
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` names; None if there is nothing to resume from.
 
     Raises:
-        ValueError: a checkpoint is named that does not exist, or the folder holds a run and nothing was said of it.
+        ValueError: a checkpoint is named that does not exist; the folder holds a run and nothing was said of it; or
+            the run had other arguments, and so could not be continued as if it had never stopped.
     """
-    existing = list_checkpoints(output_dir)
-    if argument is None:
-        if existing:
-            raise ValueError(
-                f"{output_dir} holds checkpoints of an earlier run ({', '.join(p.name for p in existing)}): "
-                "give --resume_from_checkpoint latest to go on with it, or another --output_dir."
-            )
-        return None
-    if argument == "latest":
-        return existing[-1] if existing else None
-    if not Path(argument).is_dir():
+    argument, existing = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
+    if argument is None and existing:
         raise ValueError(
-            f"--resume_from_checkpoint {argument!r} is no folder; there are: {[p.name for p in existing]}."
+            f"{args.output_dir} holds checkpoints of an earlier run ({', '.join(p.name for p in existing)}): "
+            "give --resume_from_checkpoint latest to go on with it, or another --output_dir."
         )
-    return Path(argument)
+    if argument is None or (argument == "latest" and not existing):
+        return None
+    checkpoint = existing[-1] if argument == "latest" else Path(argument)
+    if not re.fullmatch(r"checkpoint-\d+", checkpoint.name) or not checkpoint.is_dir():
+        raise ValueError(f"{argument!r} is no folder `checkpoint-<step>`; there are: {[p.name for p in existing]}.")
+    if (checkpoint.parent / "arguments.json").is_file():
+        before = json.loads((checkpoint.parent / "arguments.json").read_text())
+        now = json.loads(json.dumps(vars(args), default=str))
+        other = [k for k in now if k not in _MAY_CHANGE and k in before and before[k] != now[k]]
+        if other:
+            told = "; ".join(f"--{k} was {before[k]!r}, now {now[k]!r}" for k in other)
+            raise ValueError(f"{checkpoint} is of a run with other arguments: {told}.")
+    return checkpoint

@@ -35,9 +35,12 @@ class Latents:
         """
         folder, world = Path(args.output_dir), accelerator.num_processes
         folder.mkdir(parents=True, exist_ok=True)
-        key = {"versions": versions, "resolution": args.resolution, "seed": args.seed, "rows": len(rows)}
-        key["of"] = hashlib.sha256("".join(row["path"] + row["Text"] for row in rows).encode()).hexdigest()
-        key["vae"] = args.vae or args.pretrained_model_name_or_path
+        key = {"versions": versions, "resolution": args.resolution, "seed": args.seed, "data": args.train_data}
+        key["rows"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for tensor in vae.state_dict().values():
+            digest.update(tensor.cpu().numpy().tobytes())
+        key["vae"], key["mixed_precision"] = digest.hexdigest(), args.mixed_precision
         key = {"key": json.dumps(key)}
 
         def file(rank):
@@ -46,7 +49,9 @@ class Latents:
         mine = file(accelerator.process_index)
         if not (mine.is_file() and safe_open(mine, "pt").metadata() == key):
             part = cls._encode(args, accelerator, vae, rows[accelerator.process_index :: world], versions)
-            save_file(dict(zip(("mean", "std"), part, strict=True)), mine, metadata=key)
+            unfinished = mine.with_suffix(".tmp")
+            save_file(dict(zip(("mean", "std"), part, strict=True)), unfinished, metadata=key)
+            unfinished.replace(mine)
         accelerator.wait_for_everyone()
         mean = std = None
         for rank in range(world):

@@ -19,7 +19,6 @@ Random crops of 128 px train four times as many images. Without attention, whole
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from common import (
     check_common_arguments,
     find_checkpoint,
     hold_images,
+    note_arguments,
     read_splits,
     save_checkpoint,
     step_generator,
@@ -204,7 +204,7 @@ def main(argv=None) -> None:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir
     )
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = find_checkpoint(args)
     set_seed(args.seed)
     device, rank = accelerator.device, accelerator.process_index
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -241,8 +241,7 @@ def main(argv=None) -> None:
         accelerator.load_state(str(checkpoint))
         ema.to(device)
     if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        (Path(args.output_dir) / "arguments.json").write_text(json.dumps(vars(args), indent=2))
+        note_arguments(args, checkpoint)
     if args.report_to:
         accelerator.init_trackers("minim-autoencoder", config=vars(args))
     log = Log(accelerator, args.output_dir, schedule, args.train_batch_size * accelerator.num_processes)

@@ -22,7 +22,7 @@ From Stable Diffusion 1.x or 2.x, as the reference does (the modalities become n
 """
 
 import argparse
-import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -38,6 +38,7 @@ from common import (
     add_common_arguments,
     check_common_arguments,
     find_checkpoint,
+    note_arguments,
     read_splits,
     save_checkpoint,
     step_generator,
@@ -95,10 +96,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     data.add_argument("--caption_variants", type=int, default=32, help="Phrasings of every caption.")
     data.add_argument("--latent_variants", type=int, default=8, help="Augmented versions of every image.")
     sampling = parser.add_argument_group("sampling, for the grids and as the pipeline's defaults")
-    sampling.add_argument("--num_inference_steps", type=int, default=20)
-    sampling.add_argument("--guidance_scale", type=float, default=3.0)
-    sampling.add_argument("--guidance_rescale", type=float, default=0.0)
-    sampling.add_argument("--guidance_interval", type=float, nargs=2, default=[0.0, 1.0])
+    sampling.add_argument("--num_inference_steps", type=int, help="Default, as for the next three: the base's, or 20.")
+    sampling.add_argument("--guidance_scale", type=float, help="Of a new model: 3.")
+    sampling.add_argument("--guidance_rescale", type=float, help="Of a new model: 0.")
+    sampling.add_argument("--guidance_interval", type=float, nargs=2, help="Of a new model: all steps, 0 1.")
     sampling.add_argument("--validation_samples", type=int, default=8, help="Images a modality in every grid.")
     args = parser.parse_args(argv)
     check_common_arguments(args)
@@ -106,14 +107,18 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise ValueError("Give either --pretrained_model_name_or_path or --preset.")
     if args.preset and not (args.vae and args.text_encoder):
         raise ValueError("--preset needs --vae and --text_encoder, the folders of trained ones.")
-    for name in ("caption_variants", "latent_variants", "num_inference_steps", "gradient_accumulation_steps"):
-        if getattr(args, name) < 1:
+    if args.pretrained_model_name_or_path and (args.vae or args.text_encoder):
+        raise ValueError("--vae and --text_encoder belong to --preset; a pretrained pipeline brings its own.")
+    counts = ("caption_variants", "latent_variants", "validation_samples", "gradient_accumulation_steps")
+    for name in (*counts, "num_inference_steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
     return args
 
 
 def build_pipeline(args: argparse.Namespace, modalities: list[str], findings: dict[str, list[str]]) -> MinimPipeline:
     """The pipeline to train: loaded, with tokens added for modalities that it does not know, or new."""
+    defaults = dict(num_inference_steps=20, guidance_scale=3.0, guidance_rescale=0.0, guidance_interval=[0.0, 1.0])
     if args.preset:
         vae = AutoencoderKL.from_pretrained(args.vae)
         text_encoder = CLIPTextModel.from_pretrained(args.text_encoder, subfolder="text_encoder", dtype=torch.float32)
@@ -145,7 +150,10 @@ def build_pipeline(args: argparse.Namespace, modalities: list[str], findings: di
                 f"--prediction_type asks for {args.prediction_type!r}."
             )
         modalities = list(dict.fromkeys([*(base.config.modalities or []), *modalities]))
-        findings = {**(base.config.findings or {}), **findings}
+        known = base.config.findings or {}
+        findings = {m: list(dict.fromkeys([*known.get(m, []), *findings.get(m, [])])) for m in modalities}
+        defaults = {name: base.config[name] for name in defaults}
+        unet.register_to_config(sample_size=args.resolution // base.vae_scale_factor)
     new = [m for m in modalities if f"<{m}>" not in tokenizer.get_vocab()]
     if new:
         add_modality_tokens(tokenizer, text_encoder, new)
@@ -157,10 +165,7 @@ def build_pipeline(args: argparse.Namespace, modalities: list[str], findings: di
         scheduler=scheduler,
         modalities=modalities,
         findings=findings,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        guidance_rescale=args.guidance_rescale,
-        guidance_interval=args.guidance_interval,
+        **{name: value if getattr(args, name) is None else getattr(args, name) for name, value in defaults.items()},
     )
     pipe.new_tokens = tokenizer.convert_tokens_to_ids([f"<{m}>" for m in new])
     return pipe
@@ -253,7 +258,7 @@ def main(argv=None) -> None:
         log_with=args.report_to,
         project_dir=args.output_dir,
     )
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = find_checkpoint(args)
     output = Path(args.output_dir)
     set_seed(args.seed)
     device, rank = accelerator.device, accelerator.process_index
@@ -300,8 +305,7 @@ def main(argv=None) -> None:
         accelerator.load_state(str(checkpoint))
         ema.to(device)
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "arguments.json").write_text(json.dumps(vars(args), indent=2))
+        note_arguments(args, checkpoint)
     if args.report_to:
         accelerator.init_trackers("minim-text-to-image", config=vars(args))
     batch = args.train_batch_size
@@ -315,6 +319,7 @@ def main(argv=None) -> None:
             ema.store(averaged)
             ema.copy_to(averaged)
             unet.eval()
+            text_encoder.eval()
             figures = {}
             with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 if val_rows:
@@ -325,11 +330,14 @@ def main(argv=None) -> None:
             if val_rows:
                 figures["memorised"] = memorised_share(samples, val_latents, val_names, train_latents, train_rows)
             log.write("val", **figures)
-            if figures.get("loss", 0.0) <= best.loss:
+            if not math.isfinite(figures.get("loss", 0.0)):
+                raise ValueError(f"The loss is {figures['loss']} at step {schedule.step}: lower --learning_rate.")
+            if figures.get("loss", 0.0) <= best.loss or not (output / "best").is_dir():
                 best.loss, best.step = figures.get("loss", 0.0), schedule.step
                 save_weights(args, pipe, output / "best")
             ema.restore(averaged)
             unet.train()
+            text_encoder.train(args.train_text_encoder)
         accelerator.wait_for_everyone()
 
     unet.train()
@@ -474,10 +482,14 @@ def save_weights(args, pipe: MinimPipeline, folder: Path) -> None:
 
 
 def finish(args, pipe: MinimPipeline, output: Path) -> None:
-    """The whole pipeline with the best weights in `pipeline/`; a LoRA stays in `best/`, beside its base model."""
+    """Writes the whole pipeline with the best weights to `pipeline/`.
+
+    With --lora_rank that is the base with its new tokens, and the LoRA lies beside it in `best/`.
+    """
     if args.lora_rank:
-        return
-    pipe.unet = UNet2DConditionModel.from_pretrained(output / "best" / "unet")
+        pipe.unet.unload_lora()
+    else:
+        pipe.unet = UNet2DConditionModel.from_pretrained(output / "best" / "unet")
     pipe.text_encoder = CLIPTextModel.from_pretrained(output / "best" / "text_encoder", dtype=torch.float32)
     pipe.save_pretrained(output / "pipeline")
 
