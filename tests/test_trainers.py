@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import latents
@@ -160,6 +163,23 @@ def test_a_run_goes_on_only_with_its_own_arguments(unet, unet_arguments, tmp_pat
             *(*unet_arguments, "--output_dir", tmp_path, "--seed", 5),
             *("--resume_from_checkpoint", unet / "checkpoint-3"),
         )
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(unet_arguments, tmp_path):
+    """As `accelerate launch` starts them; each encodes its half of the images."""
+    script = Path(train_text_to_image.__file__)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = subprocess.run(
+        [*launch, script, *map(str, unet_arguments), "--output_dir", tmp_path / "two", "--max_train_steps", "3"],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "two" / "latents-train-1-of-2.safetensors").is_file()
+    assert (tmp_path / "two" / "pipeline" / "model_index.json").is_file()
 
 
 def test_best_weights_are_kept_and_not_the_last(unet, unet_arguments, tmp_path):
