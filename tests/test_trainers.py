@@ -277,6 +277,10 @@ def test_missing_images_are_told_before_training(data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_earlier_run_is_not_overwritten(autoencoder, autoencoder_arguments):
-    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+def test_an_earlier_run_is_not_overwritten(autoencoder, autoencoder_arguments, tmp_path):
+    with pytest.raises(ValueError, match="holds an earlier run .checkpoints: checkpoint-8"):
         run(train_autoencoder, *autoencoder_arguments, "--output_dir", autoencoder)
+    (tmp_path / "log.jsonl").write_text((autoencoder / "log.jsonl").read_text())  # finished, without checkpoints
+    with pytest.raises(ValueError, match="holds an earlier run .checkpoints: none"):
+        run(train_autoencoder, *autoencoder_arguments, "--output_dir", tmp_path)
+    assert records(tmp_path, "final")

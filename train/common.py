@@ -215,10 +215,11 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
             the run had other arguments, and so could not be continued as if it had never stopped.
     """
     argument, existing = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
-    if argument is None and existing:
+    if argument is None and (existing or (Path(args.output_dir) / "log.jsonl").is_file()):
+        found = ", ".join(p.name for p in existing) or "none"
         raise ValueError(
-            f"{args.output_dir} holds checkpoints of an earlier run ({', '.join(p.name for p in existing)}): "
-            "give --resume_from_checkpoint latest to go on with it, or another --output_dir."
+            f"{args.output_dir} holds an earlier run (checkpoints: {found}): give --resume_from_checkpoint latest to "
+            "go on with it, or another --output_dir."
         )
     if argument is None or (argument == "latest" and not existing):
         return None
