@@ -52,7 +52,7 @@ def autoencoder_arguments(data):
     return [
         *("--train_data", data, "--preset", "tiny", "--resolution", 64, "--crop", 32, "--train_batch_size", 4),
         *("--max_train_steps", 16, "--checkpointing_steps", 8, "--validation_steps", 8, "--lr_warmup_steps", 2),
-        *("--learning_rate", 5e-3, "--ema_decay", 0.5, "--sharpen_from", 0.4),
+        *("--learning_rate", 5e-3, "--ema_decay", 0.5, "--sharpen_from", 0.4, "--sharpen_steps", 2),
     ]
 
 

@@ -20,13 +20,14 @@ Random crops of 128 px train four times as many images. Without attention, whole
 
 import argparse
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from common import (
     Log,
     Schedule,
@@ -68,6 +69,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--pretrained_model_name_or_path", help="Start from the `vae` of this pipeline (SD-1.x, minim)."
     )
     model.add_argument("--preset", choices=sorted(PRESETS), default="minim-256", help="Shape of a new autoencoder.")
+    model.add_argument(
+        "--freeze_encoder",
+        action="store_true",
+        help="Train the decoder only: latents, and what was trained on them, stay valid.",
+    )
     loss = parser.add_argument_group("loss")
     loss.add_argument("--crop", type=int, default=128, help="Side of the random crops in pixels.")
     loss.add_argument("--kl_weight", type=float, default=0.02)
@@ -78,6 +84,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="Energy in the highest octave, of the original's; 0: no matter.",
     )
     loss.add_argument("--sharpen_from", type=float, default=0.3, help="Share of the run after which lambda moves.")
+    loss.add_argument("--sharpen_steps", type=int, default=50, help="Steps from one measurement to the next.")
     args = parser.parse_args(argv)
     check_common_arguments(args)
     if args.crop % 32 or not 32 <= args.crop <= args.resolution:
@@ -105,7 +112,9 @@ class Reconstruct(nn.Module):
         self.vae = vae
 
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        posterior = self.vae.encode(x).latent_dist  # x [B, 3, H, W] in [-1, 1]
+        frozen = not self.vae.encoder.conv_in.weight.requires_grad
+        with torch.no_grad() if frozen else nullcontext():
+            posterior = self.vae.encode(x).latent_dist  # x [B, 3, H, W] in [-1, 1]
         mean, std = posterior.mean.float(), posterior.std.float()  # [B, C, H/8, W/8]
         y = self.vae.decode((mean + std * noise).to(x.dtype)).sample
         kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
@@ -224,18 +233,22 @@ def main(argv=None) -> None:
         vae = new_autoencoder(args.preset, args.resolution)
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    ema = EMAModel(vae.parameters(), decay=args.ema_decay, use_ema_warmup=True, foreach=True)
+    if args.freeze_encoder:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    ema = EMAModel(trained, decay=args.ema_decay, use_ema_warmup=True, foreach=True)
     ema.to(device)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(
-        vae.parameters(), args.learning_rate, betas=(0.9, 0.99), weight_decay=args.adam_weight_decay, fused=fused
+        trained, args.learning_rate, betas=(0.9, 0.99), weight_decay=args.adam_weight_decay, fused=fused
     )
     reconstruct, optimizer = accelerator.prepare(Reconstruct(vae), optimizer)
     if args.compile:
         vae.encoder.compile(dynamic=False)
         vae.decoder.compile(dynamic=False)
     schedule = Schedule(args.max_train_steps, args.max_train_minutes)
-    sharpening = Sharpening(len(names), args.target_energy, device)
+    sharpening = Sharpening(images, modality, args.target_energy)
     accelerator.register_for_checkpointing(ema, schedule, sharpening)
     if checkpoint:
         accelerator.load_state(str(checkpoint))
@@ -249,14 +262,14 @@ def main(argv=None) -> None:
     def evaluate() -> None:
         """Of the averaged weights, in full precision, by the main process."""
         if val_rows and accelerator.is_main_process:
-            ema.store(vae.parameters())
-            ema.copy_to(vae.parameters())
+            ema.store(trained)
+            ema.copy_to(trained)
             vae.eval()
             with torch.compiler.set_stance("force_eager"):  # not worth compiling for
                 log.write("val", **validate(vae, val_images, val_names))
                 shown = torch.linspace(0, len(val_images) - 1, min(10, len(val_images))).long()
                 save_pairs(vae, val_images[shown], Path(args.output_dir) / "pairs.png")
-            ema.restore(vae.parameters())
+            ema.restore(trained)
             vae.train()
         accelerator.wait_for_everyone()
 
@@ -277,13 +290,12 @@ def main(argv=None) -> None:
         # Divided by its own value the loss has the gradient of log(MSE); past 50 dB there is nothing to gain.
         fidelity = ((mse - sharpening.weights[modality[index]] * energy) / (mse.detach() + 1e-5)).mean()
         accelerator.backward(fidelity + args.kl_weight * kl)
-        accelerator.clip_grad_norm_(vae.parameters(), args.max_grad_norm)
+        accelerator.clip_grad_norm_(trained, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        ema.step(vae.parameters())
-        if args.target_energy and schedule.progress >= args.sharpen_from:
-            pairs = torch.stack([energy.detach(), highest_octave(x) / 4], 1)  # [B, 2]
-            sharpening.update(*(accelerator.gather(t) for t in (pairs, modality[index])))
+        ema.step(trained)
+        if args.target_energy and schedule.progress >= args.sharpen_from and schedule.step % args.sharpen_steps == 0:
+            sharpening.update(vae)
         shown = {"psnr": -4.343 * mse.detach().log().mean(), "kl": kl.detach()}
 
         schedule.advance(accelerator)
@@ -298,10 +310,12 @@ def main(argv=None) -> None:
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        ema.copy_to(vae.parameters())
+        ema.copy_to(trained)
         vae.eval()
         with torch.compiler.set_stance("force_eager"):
-            if vae.config.scaling_factor == 1.0:  # that of a Stable Diffusion keeps its latents
+            if (
+                vae.config.scaling_factor == 1.0 and not args.freeze_encoder
+            ):  # that of a Stable Diffusion keeps its latents
                 normalise_latents(vae, images)
             if val_rows:
                 log.write("final", **validate(vae, val_images, val_names))
@@ -310,33 +324,54 @@ def main(argv=None) -> None:
 
 
 class Sharpening:
-    """lambda of every modality: it grows while the energy in the highest octave is below the target."""
+    """lambda of every modality, found by measuring what it does to whole images, as the autoencoder will be used.
 
-    def __init__(self, count: int, target: float, device, rate: float = 2e-3, smoothing: float = 0.98):
-        self.target, self.rate, self.smoothing = target, rate, smoothing
-        self.weights = torch.zeros(count, device=device)
-        self.energy = torch.zeros(count, 2, device=device)  # running means of reconstruction and original
+    Measured on the batches it would come out wrong: on crops, group norms see other statistics than on whole images.
+    A lambda scales the octave by 1 / (1 - lambda), so that 1 - lambda is what follows the ratio of energies.
+    """
+
+    def __init__(
+        self, images: torch.Tensor, modality: torch.Tensor, target: float, count: int = 32, gain: float = 0.1
+    ):
+        """`images` uint8 [N, 3, H, W] to train on and their `modality` [N], of which `count` each are measured."""
+        chosen = []
+        for i in range(int(modality.max()) + 1):
+            mine = (modality == i).nonzero().flatten()
+            chosen.append(mine[:: math.ceil(len(mine) / count)])
+        self.sizes = [len(mine) for mine in chosen]
+        self.images = images[torch.cat(chosen).to(images.device)]
+        self.target, self.gain = target, gain
+        self.gap = torch.ones(len(chosen), device=modality.device)  # 1 - lambda
+        self.ratio = torch.zeros_like(self.gap)
 
     @property
-    def ratio(self) -> torch.Tensor:
-        return self.energy[:, 0] / self.energy[:, 1].clamp(min=1e-12)
+    def weights(self) -> torch.Tensor:
+        return 1 - self.gap
 
-    def update(self, energy: torch.Tensor, modality: torch.Tensor) -> None:
-        """`energy` [B, 2] of reconstructions and originals, `modality` [B]; the same on every process."""
-        seen = torch.zeros_like(self.energy).index_add_(0, modality, energy.float())
-        self.energy = self.smoothing * self.energy + (1 - self.smoothing) * seen
-        # At lambda the octave is scaled by 1 / (1 - lambda); at 1 it would grow without end.
-        self.weights = (self.weights + self.rate * (self.target - self.ratio)).clamp(0, 0.7)
+    @torch.no_grad()
+    def update(self, vae: AutoencoderKL) -> None:
+        """Moves every lambda a little towards the target; the same on every process, as its images are."""
+        energy = []
+        vae.eval()
+        with torch.compiler.set_stance("force_eager"), torch.autocast(self.gap.device.type, enabled=False):
+            for part in self.images.split(32):
+                x = part.to(self.gap.device).float() / 127.5 - 1
+                y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+                energy.append(torch.stack([highest_octave(y), highest_octave(x)], 1))
+        vae.train()
+        sums = torch.stack([part.sum(0) for part in torch.cat(energy).split(self.sizes)])  # [modalities, 2]
+        self.ratio = broadcast(sums[:, 0] / sums[:, 1].clamp(min=1e-12))
+        self.gap = (self.gap * (self.ratio / self.target) ** self.gain).clamp(0.2, 1)
 
     def summary(self) -> list[list[float]]:
         """Of each modality: lambda and the ratio of energies."""
         return [[round(v, 3) for v in pair] for pair in torch.stack([self.weights, self.ratio], 1).tolist()]
 
     def state_dict(self) -> dict:
-        return {"weights": self.weights, "energy": self.energy}
+        return {"gap": self.gap, "ratio": self.ratio}
 
     def load_state_dict(self, state: dict) -> None:
-        self.weights, self.energy = (state[k].to(self.weights.device) for k in ("weights", "energy"))
+        self.gap, self.ratio = (state[k].to(self.gap.device) for k in ("gap", "ratio"))
 
 
 if __name__ == "__main__":
