@@ -52,7 +52,7 @@ def autoencoder_arguments(data):
     return [
         *("--train_data", data, "--preset", "tiny", "--resolution", 64, "--crop", 32, "--train_batch_size", 4),
         *("--max_train_steps", 16, "--checkpointing_steps", 8, "--validation_steps", 8, "--lr_warmup_steps", 2),
-        *("--learning_rate", 5e-3, "--ema_decay", 0.5, "--sharpen_from", 0.4, "--sharpen_steps", 2),
+        *("--learning_rate", 5e-3, "--ema_decay", 0.5, "--sharpen_from", 0.4),
     ]
 
 
@@ -122,6 +122,24 @@ def test_autoencoder_learns_and_gives_unit_latents(autoencoder, data):
 def test_normalised_latents_leave_images_alone(autoencoder):
     final, last = records(autoencoder, "final")[0], records(autoencoder, "val")[-1]
     assert final["psnr"] == pytest.approx(last["psnr"], abs=0.01)
+
+
+def test_decoder_alone_learns_detail_for_the_same_latents(autoencoder, data, tmp_path):
+    for name, sharpening in (("sharp", 0.8), ("plain", 0)):
+        options = ["--train_data", data, "--output_dir", tmp_path / name, "--sharpening", sharpening]
+        options += ["--pretrained_model_name_or_path", autoencoder, "--freeze_encoder", "--sharpen_from", 0]
+        options += ["--resolution", 64, "--crop", 64, "--train_batch_size", 4, "--max_train_steps", 40]
+        options += ["--learning_rate", 5e-3, "--lr_warmup_steps", 2, "--ema_decay", 0.5]
+        run(train_autoencoder, *options)
+    sharp, plain, before = (
+        load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+        for folder in (tmp_path / "sharp", tmp_path / "plain", autoencoder)
+    )
+    for key, value in before.items():
+        if key.startswith(("encoder.", "quant_conv.")):
+            assert torch.equal(sharp[key], value) and torch.equal(plain[key], value)
+    sharp, plain = (records(tmp_path / name, "final")[0] for name in ("sharp", "plain"))
+    assert sharp["energy_oct"] > plain["energy_oct"] and sharp["energy_brain_mri"] > plain["energy_brain_mri"]
 
 
 def test_autoencoder_resumes_as_if_unbroken(autoencoder, autoencoder_arguments, tmp_path):
@@ -257,6 +275,7 @@ def test_memorised_share_finds_copies():
         (train_autoencoder, ["--max_train_steps", "0"], "--max_train_steps has to be at least 1, got 0"),
         (train_autoencoder, ["--resolution", "100"], "multiple of 8, got 100"),
         (train_autoencoder, ["--crop", "48"], "--crop has to be a multiple of 32"),
+        (train_autoencoder, ["--sharpening", "1"], "has to be in \\[0, 1\\)"),
         (train_text_to_image, [], "either --pretrained_model_name_or_path or --preset"),
         (train_text_to_image, ["--preset", "tiny"], "needs --vae and --text_encoder"),
         (train_text_to_image, ["--pretrained_model_name_or_path", "x", "--vae", "y"], "belong to --preset"),

@@ -1,7 +1,7 @@
 """The figures of a trained model: its autoencoder, what judges see in its images, copies, and sheets to look at.
 
-    python train/report_model.py --model minim_pipeline/checkpoints/minim-256 --judges runs/judges \
-        --data data.csv --captions train/captions.json --output report.json --sheets docs/sheets
+    python train/report_model.py --model minim_pipeline/checkpoints/minim-256 --data data.csv \
+        --output report.json --sheets docs/sheets
 
 - Autoencoder, on val images as they are delivered (bars not trimmed): mean PSNR, and energy in the highest octave of
   reconstructions over that of originals (`highest_octave` in train_autoencoder.py).
@@ -37,10 +37,16 @@ from minim_pipeline.evaluation.judges import accuracy_report, load_judges, to_un
 from minim_pipeline.evaluation.memorisation import latent_features, memorisation_report, pixel_features
 
 
+# The call's arguments that the report may be asked to change.
+SAMPLING = ("num_inference_steps", "guidance_scale", "guidance_rescale", "guidance_interval")
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="A MinimPipeline's folder or Hub id.")
-    parser.add_argument("--judges", required=True, help="The output_dir of train_classifier.py.")
+    parser.add_argument(
+        "--judges", default=str(Path(__file__).parent / "judges"), help="The output_dir of train_classifier.py."
+    )
     parser.add_argument("--data", required=True, help="CSV with path,Text,modality,finding,split.")
     parser.add_argument("--captions", default=str(Path(__file__).parent / "captions.json"))
     parser.add_argument("--output", required=True, help="The report, JSON.")
@@ -51,6 +57,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=int, help="Default: the model's.")
     parser.add_argument("--guidance_scale", type=float, help="Default: the model's.")
     parser.add_argument("--guidance_rescale", type=float, help="Default: the model's.")
+    parser.add_argument("--guidance_interval", type=float, nargs=2, help="Default: the model's.")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0, help="Image i of each set of phrasings has this seed plus i.")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
@@ -107,9 +114,7 @@ def generate(pipe, planned: list[dict], batch_size: int, settings: dict, cache: 
             modality=[p["modality"] for p in padded],
             seeds=[p["seed"] for p in padded],
             output_type="pt",
-            **{
-                k: v for k, v in settings.items() if k in ("num_inference_steps", "guidance_scale", "guidance_rescale")
-            },
+            **{name: settings[name] for name in SAMPLING if name in settings},
         )
         images.append((output.images[: len(part)].float() * 255).round().to(torch.uint8).cpu())
         if file:
@@ -155,7 +160,20 @@ def save_sheet(images: torch.Tensor, findings: list[str], path: Path, rows: int 
         y, x = place // columns * height, place % columns * width
         sheet[y : y + height, x : x + width] = images[i].permute(1, 2, 0).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
+    if (sheet == sheet[:, :, :1]).all():
+        sheet = sheet[:, :, 0]
     Image.fromarray(sheet).save(path, optimize=True)
+
+
+def save_overview(folder: Path, names: list[str], rows: int = 5) -> None:
+    """`overview.png`: the first row of the sheet of every modality in `names`, at half the size."""
+    strips = [Image.open(folder / f"{name}.png").convert("RGB") for name in names]
+    width, height = strips[0].width, strips[0].height // rows
+    overview = Image.new("RGB", (width // 2, len(strips) * (height // 2)))
+    for i, strip in enumerate(strips):
+        row = strip.crop((0, 0, width, height)).resize((width // 2, height // 2), Image.Resampling.LANCZOS)
+        overview.paste(row, (0, i * (height // 2)))
+    overview.save(folder / "overview.png", optimize=True)
 
 
 def by_modality(images: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
@@ -193,11 +211,7 @@ def main(argv=None) -> dict:
     report = {
         "model": re.sub(r".*/", "", str(args.model).rstrip("/")),
         "settings": {
-            "num_inference_steps": args.num_inference_steps or pipe.config.num_inference_steps,
-            "guidance_scale": pipe.config.guidance_scale if args.guidance_scale is None else args.guidance_scale,
-            "guidance_rescale": (
-                pipe.config.guidance_rescale if args.guidance_rescale is None else args.guidance_rescale
-            ),
+            **{k: pipe.config[k] if getattr(args, k) is None else getattr(args, k) for k in SAMPLING},
             "scheduler": type(pipe.scheduler).__name__,
             "seed": args.seed,
             "batch_size": args.batch_size,
@@ -260,6 +274,7 @@ def main(argv=None) -> dict:
             for name, mine in by_modality(images, asked[0]).items():
                 of = [f for n, f in zip(*asked) if n == name]
                 save_sheet(mine, of, Path(args.sheets) / f"{name}.png")
+            save_overview(Path(args.sheets), list(dict.fromkeys(asked[0])))
         generated.append(images)
         names += asked[0]
         findings += asked[1]
