@@ -311,13 +311,12 @@ def main(argv=None) -> None:
         ema.copy_to(trained)
         vae.eval()
         with torch.compiler.set_stance("force_eager"):
-            if (
-                vae.config.scaling_factor == 1.0 and not args.freeze_encoder
-            ):  # that of a Stable Diffusion keeps its latents
+            # That of a Stable Diffusion keeps its latents, and so does one whose encoder is frozen.
+            if vae.config.scaling_factor == 1.0 and not args.freeze_encoder:
                 normalise_latents(vae, images)
+            vae.save_pretrained(Path(args.output_dir) / "vae")
             if val_rows:
                 log.write("final", **validate(vae, val_images, val_names))
-        vae.save_pretrained(Path(args.output_dir) / "vae")
     accelerator.end_training()
 
 
