@@ -1,0 +1,77 @@
+"""The project's own image-text encoder: features, retrieval, and nearness to copies.
+
+A transformers `VisionTextDualEncoderModel` (arXiv 2111.07991's layout) of some 3 M parameters, trained by
+`train/train_encoder.py` on real images of a part of the data that no judge learns from.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import CLIPTokenizer, VisionTextDualEncoderModel
+
+from minim_pipeline.evaluation.judges import to_input
+from minim_pipeline.modalities import resolve_modality
+
+
+class ImageTextEncoder:
+    """Images and sentences in one space, and features of images of their own.
+
+    Args:
+        model: its vision tower gives pooled features [B, D], its projections lead into the shared space [B, P].
+        tokenizer: knows the modality tokens.
+        image_size: side in pixels of what the vision tower sees.
+    """
+
+    def __init__(self, model: VisionTextDualEncoderModel, tokenizer: CLIPTokenizer, image_size: int):
+        self.model, self.tokenizer, self.image_size = model.eval(), tokenizer, image_size
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: torch.device | str = "cpu") -> "ImageTextEncoder":
+        """Loads what `save_pretrained` wrote; in fp32 whatever the files hold.
+
+        Raises:
+            OSError: `path` holds no encoder.
+        """
+        model = VisionTextDualEncoderModel.from_pretrained(path, dtype=torch.float32)
+        return cls(model.to(device), CLIPTokenizer.from_pretrained(path), model.config.vision_config.image_size)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @torch.no_grad()
+    def encode_images(self, images: torch.Tensor, batch_size: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features [N, D] for distances and copies, embeddings [N, P] to lay beside those of texts: fp32, of length 1.
+
+        Args:
+            images: [N, 3, H, W], uint8 or float in [0, 1], square; of any size.
+        """
+        features, embeddings = [], []
+        for part in images.split(batch_size):
+            pooled = self.model.vision_model(to_input(part.to(self.device), self.image_size)).pooler_output
+            features.append(F.normalize(pooled, dim=1).cpu())
+            embeddings.append(F.normalize(self.model.visual_projection(pooled), dim=1).cpu())
+        return torch.cat(features), torch.cat(embeddings)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: list[str], modalities: list[str], batch_size: int = 256) -> torch.Tensor:
+        """Embeddings [N, P] of length 1, fp32, of sentences and their modalities (ids or aliases)."""
+        prompts = [f"{resolve_modality(m).token} {text}" for text, m in zip(texts, modalities, strict=True)]
+        embeddings = []
+        for start in range(0, len(prompts), batch_size):
+            ids = tokenize(self.tokenizer, prompts[start : start + batch_size]).to(self.device)
+            pooled = self.model.text_model(ids).pooler_output
+            embeddings.append(F.normalize(self.model.text_projection(pooled), dim=1).cpu())
+        return torch.cat(embeddings)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Token ids [N, L], cut and filled up to the tokenizer's length."""
+    return tokenizer(
+        texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
