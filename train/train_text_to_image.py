@@ -63,7 +63,7 @@ _MINIM = dict(
     addition_embed_type_num_heads=4,
 )
 PRESETS = {
-    # The embedded model's: 27 M parameters, heads of 64 channels; dropout, since each image is seen some hundred times.
+    # The embedded model's: 27 M parameters, heads of 64 channels; dropout, since it sees an image some hundred times.
     "minim-256": dict(_MINIM, block_out_channels=(128, 256, 256), attention_head_dim=(2, 4, 4), dropout=0.1),
     # For tests: trains in seconds on a CPU.
     "tiny": dict(_MINIM, block_out_channels=(8, 16, 16), attention_head_dim=2, norm_num_groups=4),
