@@ -166,8 +166,10 @@ def train(model: VisionTextDualEncoderModel, images, ids, labels, grey, args, de
 
 def disguise(images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Copies that were changed a little, as people change them; of uint8 images [N, 3, H, W]."""
+    # Edges are repeated where the picture moved away from them: wrapped around they would make a line of their own.
+    shifted = F.pad(images.float(), (4, 0, 4, 0), mode="replicate")[:, :, :-4, :-4].to(torch.uint8)
     return {
-        "shifted by 4 px": torch.roll(images, (4, 4), (2, 3)),
+        "shifted by 4 px": shifted,
         "12 % brighter": (images.float() * 1.12).clamp(0, 255).to(torch.uint8),
         "mirrored": images.flip(3),
     }
@@ -231,7 +233,7 @@ def main(argv=None) -> dict:
     # A little larger than what the vision tower sees, so that zooming in finds detail.
     size = min(256, args.resolution * 5 // 4 // 8 * 8)
     images = load_images(rows, args.train_data, size).to(device)
-    val_images = load_images(val_rows, args.train_data, size)
+    val_images = load_images(val_rows, args.train_data, 256)
 
     start = time.monotonic()
     model = train(make_model(args, tokenizer), images, ids, labels, grey, args, device)
