@@ -10,6 +10,7 @@ import train_encoder
 from PIL import Image
 
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
+from minim_pipeline.evaluation.extractors import load_extractor
 
 
 torch.set_num_threads(1)
@@ -55,6 +56,9 @@ def test_trained_encoder_loads_and_tells_what_it_is(data, tmp_path):
         assert torch.allclose(vectors.norm(dim=1), torch.ones(len(vectors)), atol=1e-5)
     as_floats = encoder.encode_images(images.float() / 255)[0]
     assert torch.allclose(as_floats, features, atol=1e-5)
+
+    extractor = load_extractor(tmp_path)
+    assert torch.allclose(extractor.extract(images), features, atol=1e-6) and extractor.name == tmp_path.name
 
     encoder.model.half().save_pretrained(tmp_path)
     halved = ImageTextEncoder.from_pretrained(tmp_path)

@@ -1,0 +1,110 @@
+"""What figures look through: networks that turn images into features.
+
+Every figure of a report depends on its extractor, so each carries a name and a hash of its weights. The project's own
+encoder (encoder.py) and any vision model of transformers do: DINOv2, RAD-DINO, CLIP and its relatives, a ResNet.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModel
+from transformers.utils import cached_file
+
+from minim_pipeline.evaluation.encoder import ImageTextEncoder
+from minim_pipeline.evaluation.judges import to_unit
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Features of images, and whose they are.
+
+    Args:
+        name: of the model, without the folders above it.
+        digest: the first 16 digits of the SHA-256 of its weights.
+        extract: images [N, 3, H, W], uint8 or float in [0, 1], square -> features [N, D], fp32, on the CPU.
+    """
+
+    name: str
+    digest: str
+    extract: Callable[[torch.Tensor], torch.Tensor]
+
+
+def load_extractor(model: str | Path, device: torch.device | str = "cpu", batch_size: int = 64) -> Extractor:
+    """An extractor from a folder or a Hub id.
+
+    Of a vision model the pooled output is taken, or the mean over positions where there is none; of an image-text
+    model its image embedding.
+
+    Raises:
+        OSError: there is no model at `model`.
+        ValueError: the model at `model` takes no images.
+    """
+    config = AutoConfig.from_pretrained(model)
+    if config.model_type == "vision-text-dual-encoder":
+        encoder = ImageTextEncoder.from_pretrained(model, device)
+        return Extractor(
+            _name(model), digest(encoder.model), lambda images: encoder.encode_images(images, batch_size)[0]
+        )
+    network = AutoModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
+    if network.main_input_name != "pixel_values" and not hasattr(network, "get_image_features"):
+        raise ValueError(f"{model} is a {config.model_type}, which takes no images.")
+    size, mean, std = _preprocessing(model, config)
+
+    @torch.no_grad()
+    def extract(images: torch.Tensor) -> torch.Tensor:
+        features = []
+        for part in images.split(batch_size):
+            x = to_unit(part.to(device))
+            if x.shape[-2:] != (size, size):
+                x = F.interpolate(x, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+            x = (x - mean.to(device)) / std.to(device)
+            features.append(_pooled(network, x).flatten(1).float().cpu())
+        return torch.cat(features)
+
+    return Extractor(_name(model), digest(network), extract)
+
+
+def _pooled(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if hasattr(network, "get_image_features"):
+        found = network.get_image_features(pixel_values=x)
+        return found if isinstance(found, torch.Tensor) else found.pooler_output
+    output = network(pixel_values=x)
+    if getattr(output, "pooler_output", None) is not None:
+        return output.pooler_output
+    hidden = output.last_hidden_state  # [N, L, D] of a transformer, [N, D, h, w] of a convolutional network
+    return hidden.mean(1) if hidden.ndim == 3 else hidden.mean((2, 3))
+
+
+def _preprocessing(model, config) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """Side in pixels, mean and standard deviation [1, 3, 1, 1]: the model's own, read without its image processor.
+
+    The processors of transformers crop the middle of what they get; medical pictures are square and are taken whole.
+    """
+    file = cached_file(model, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    vision = getattr(config, "vision_config", config)
+    given = json.loads(Path(file).read_text()) if file else {}
+    size = given.get("crop_size") or given.get("size") or getattr(vision, "image_size", 224)
+    if isinstance(size, dict):
+        size = size.get("height") or size.get("shortest_edge")
+    # ImageNet's, where a model does not say.
+    mean, std = given.get("image_mean", [0.485, 0.456, 0.406]), given.get("image_std", [0.229, 0.224, 0.225])
+    return int(size), torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
+
+
+def _name(model: str | Path) -> str:
+    """A Hub id as it is, of a folder its last part: reports must not tell where a machine keeps its files."""
+    return Path(model).resolve().name if Path(model).exists() else str(model)
+
+
+def digest(network: torch.nn.Module) -> str:
+    """16 hexadecimal digits that name the weights, whatever device and file they are in."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().float().numpy().tobytes())
+    return sha.hexdigest()[:16]
