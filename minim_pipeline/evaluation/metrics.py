@@ -270,8 +270,7 @@ def bootstrap_interval(
 
     Each draw takes a random half of every array without repetition; the spread of a mean over such halves is that of
     the mean over all (McCarthy, 1969), and it is laid about the figure of all items. The usual bootstrap draws items
-    twice, and an image drawn twice is its own neighbour: of 60 sets of 150 features, its 95 % interval held the
-    expected Fréchet distance at that n in 13 % of the cases and the coverage in 5 %; this one in 93 % and 95 %.
+    twice, and an image drawn twice is its own neighbour: its interval hardly ever holds the expected Fréchet distance.
 
     Args:
         function: of as many arrays, a number or a dict of numbers.
