@@ -55,6 +55,7 @@ def main(argv=None) -> dict:
         "batch_size": args.batch_size,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": pipe.config.guidance_scale if args.guidance_scale is None else args.guidance_scale,
+        "guidance_interval": pipe.config.guidance_interval,
         "eager_images_per_second": round(args.batch_size / seconds_a_call(pipe, args), 2),
     }
     if not args.no_compile:

@@ -7,6 +7,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from .modalities import Modality, resolve_modality
 
 
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Token ids [N, L], cut and filled up to the tokenizer's length L."""
+    return tokenizer(
+        texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
+
+
 def add_modality_tokens(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, ids: list[str]) -> dict[str, int]:
     """Adds the modalities' tokens to `tokenizer` and `text_encoder`, in place. Tokens that are there already stay.
 

@@ -11,9 +11,9 @@ from PIL import Image
 torch.set_num_threads(1)
 
 from minim_pipeline.evaluation.judges import (  # noqa: E402
+    accuracy_interval,
     accuracy_report,
     balanced_accuracy,
-    bootstrap_interval,
     load_judges,
     read,
 )
@@ -135,9 +135,9 @@ def test_report_agrees_with_counting_by_hand():
 def test_interval_holds_the_accuracy_and_narrows_with_n():
     findings = ["a"] * 40 + ["b"] * 10
     right = np.array([True] * 30 + [False] * 10 + [True] * 5 + [False] * 5)
-    low, high = bootstrap_interval(right, findings)
+    low, high = accuracy_interval(right, findings)
     assert low < balanced_accuracy(right, findings) == 0.625 < high
-    many = bootstrap_interval(np.tile(right, 20), findings * 20)
+    many = accuracy_interval(np.tile(right, 20), findings * 20)
     assert many[1] - many[0] < (high - low) / 3
 
 

@@ -275,6 +275,7 @@ def test_memorised_share_finds_copies():
         (train_autoencoder, ["--max_train_steps", "0"], "--max_train_steps has to be at least 1, got 0"),
         (train_autoencoder, ["--resolution", "100"], "multiple of 8, got 100"),
         (train_autoencoder, ["--crop", "48"], "--crop has to be a multiple of 32"),
+        (train_autoencoder, ["--freeze_encoder"], "needs --pretrained_model_name_or_path"),
         (train_autoencoder, ["--sharpening", "1"], "has to be in \\[0, 1\\)"),
         (train_text_to_image, [], "either --pretrained_model_name_or_path or --preset"),
         (train_text_to_image, ["--preset", "tiny"], "needs --vae and --text_encoder"),

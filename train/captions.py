@@ -9,6 +9,12 @@ import random
 import re
 from pathlib import Path
 
+import torch
+from transformers import CLIPTokenizer
+
+from minim_pipeline.modalities import resolve_modality
+from minim_pipeline.tokens import tokenize
+
 
 CAPTIONS = Path(__file__).with_name("captions.json")
 
@@ -139,3 +145,22 @@ def _restyle(text: str, rng: random.Random) -> str:
     if rng.random() < 0.5:
         text = text.removesuffix(".")
     return text.lower() if rng.random() < 0.3 else text
+
+
+def phrase(rows: list[dict], captions: dict, tokenizer: CLIPTokenizer, variants: int, seed: int) -> torch.Tensor:
+    """Token ids [N, variants, L] of the rows' captions, each in several phrasings behind its modality's token.
+
+    A single variant is the caption as it stands.
+    """
+    rng = random.Random(seed)
+    texts = []
+    for row in rows:
+        modality = resolve_modality(row["modality"])
+        for _ in range(variants):
+            text = (
+                vary_caption(row["Text"], modality.id, row.get("finding"), rng, captions)
+                if variants > 1
+                else row["Text"]
+            )
+            texts.append(f"{modality.token} {text}")
+    return tokenize(tokenizer, texts).reshape(len(rows), variants, -1)

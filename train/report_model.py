@@ -33,7 +33,8 @@ from train_classifier import format_report
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
 from minim_pipeline.data import read_csv
-from minim_pipeline.evaluation.judges import accuracy_report, load_judges, to_unit
+from minim_pipeline.evaluation.images import to_unit
+from minim_pipeline.evaluation.judges import accuracy_report, load_judges
 from minim_pipeline.evaluation.memorisation import latent_features, memorisation_report, pixel_features
 
 

@@ -1,8 +1,8 @@
 """Trains the judges: two classifiers of modality and finding, of different build, from scratch, on few real images.
 
 They are to read generated images, which are a little smoother and of slightly other colours than real ones, so colour,
-contrast, sharpness and noise are varied so strongly that none of them can be relied on. The number of steps is fixed
-beforehand: the val split is looked at once, at the end.
+contrast, sharpness and noise are varied so strongly that none of them can be relied on. A run has a fixed number of
+steps and looks at the val split once, at the end: nothing is chosen by it.
 
     python train/train_classifier.py --train_data data.csv --output_dir runs/judges
 """
@@ -39,7 +39,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--architectures", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--width", type=int, default=64, help="Channels of the first stage; each later one doubles.")
     parser.add_argument("--resolution", type=int, default=192, help="What the classifiers see, in pixels.")
-    parser.add_argument("--max_train_steps", type=int, default=3000)
+    parser.add_argument("--max_train_steps", type=int, default=2000)
     parser.add_argument("--train_batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--adam_weight_decay", type=float, default=0.05)
@@ -168,11 +168,8 @@ def mix(x: torch.Tensor, y: torch.Tensor, g: torch.Generator) -> tuple[torch.Ten
     return x, y.lerp(y[order], (side / x.shape[-1]) ** 2)
 
 
-def train_one(
-    model: nn.Module, images, labels, may_mirror, grey, num_classes: int, args, device, name=""
-) -> nn.Module:
-    """Trains on uint8 images [N, 3, H, W] for a fixed number of steps; the running average of the weights."""
-    model.to(device).train()
+def prepare_training(model: nn.Module, args: argparse.Namespace) -> tuple:
+    """Running average of the weights, AdamW that spares biases and norms, and its schedule: a rise, half a cosine."""
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -183,6 +180,15 @@ def train_one(
         optimizer,
         lambda s: min(1, (s + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * s / args.max_train_steps)),
     )
+    return average, optimizer, schedule
+
+
+def train_one(
+    model: nn.Module, images, labels, may_mirror, grey, num_classes: int, args, device, name=""
+) -> nn.Module:
+    """Trains on uint8 images [N, 3, H, W] for a fixed number of steps; the running average of the weights."""
+    model.to(device).train()
+    average, optimizer, schedule = prepare_training(model, args)
     g = torch.Generator(device).manual_seed(args.seed)
     # Every class is drawn equally often: the figures are balanced.
     frequency = 1 / torch.bincount(labels, minlength=num_classes).clamp(min=1)[labels].float()

@@ -16,17 +16,15 @@ It learns from part A of the train split, the judges from part B: neither steers
 import argparse
 import json
 import math
-import random
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from captions import load_captions, vary_caption
+from captions import load_captions, phrase
 from image_preparation import load_images
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
-from train_classifier import augment
+from train_classifier import augment, prepare_training
 from transformers import (
     CLIPTextConfig,
     CLIPTokenizer,
@@ -37,7 +35,7 @@ from transformers import (
 
 from minim_pipeline import EMBEDDED_CHECKPOINT
 from minim_pipeline.data import read_csv
-from minim_pipeline.evaluation.encoder import ImageTextEncoder, tokenize
+from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.modalities import resolve_modality
 
 
@@ -126,15 +124,7 @@ def copy_loss(first: torch.Tensor, second: torch.Tensor, temperature: float) -> 
 def train(model: VisionTextDualEncoderModel, images, ids, labels, grey, args, device) -> VisionTextDualEncoderModel:
     """Trains on uint8 images [N, 3, H, W] and token ids [N, variants, L]; the running average of the weights."""
     model.to(device).train()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": args.adam_weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98))
-    warmup = max(1, args.max_train_steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1, (s + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * s / args.max_train_steps))
-    )
+    average, optimizer, schedule = prepare_training(model, args)
     g = torch.Generator(device).manual_seed(args.seed)
     batch = min(args.train_batch_size, len(images))
     mirror = torch.ones(batch, dtype=torch.bool, device=device)
@@ -222,14 +212,7 @@ def main(argv=None) -> dict:
     labels = torch.tensor(labels_of(rows), device=device)
     grey = torch.tensor([resolve_modality(row["modality"]).grey for row in rows], device=device)
     tokenizer = CLIPTokenizer.from_pretrained(args.tokenizer)
-    captions, rng = load_captions(args.captions), random.Random(args.seed)
-    texts = []
-    for row in rows:
-        modality = resolve_modality(row["modality"])
-        for _ in range(args.caption_variants):
-            text = vary_caption(row["Text"], modality.id, row["finding"], rng, captions)
-            texts.append(f"{modality.token} {text}")
-    ids = tokenize(tokenizer, texts).reshape(len(rows), args.caption_variants, -1).to(device)
+    ids = phrase(rows, load_captions(args.captions), tokenizer, args.caption_variants, args.seed).to(device)
     # A little larger than what the vision tower sees, so that zooming in finds detail.
     size = min(256, args.resolution * 5 // 4 // 8 * 8)
     images = load_images(rows, args.train_data, size).to(device)

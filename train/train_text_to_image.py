@@ -23,7 +23,6 @@ From Stable Diffusion 1.x or 2.x, as the reference does (the modalities become n
 
 import argparse
 import math
-import random
 import shutil
 from pathlib import Path
 
@@ -31,7 +30,7 @@ import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from captions import load_captions, vary_caption
+from captions import load_captions, phrase
 from common import (
     Log,
     Schedule,
@@ -50,7 +49,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
-from minim_pipeline.tokens import add_modality_tokens
+from minim_pipeline.tokens import add_modality_tokens, tokenize
 
 
 # The text reaches the U-Net by cross-attention and, pooled, by the time embedding (`addition_embed_type`): at this
@@ -181,28 +180,6 @@ class Denoise(nn.Module):
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         text = self.text_encoder(input_ids).last_hidden_state  # [B, L, D]
         return self.unet(noisy, timesteps, text, return_dict=False)[0]  # [B, C, h, w]
-
-
-def phrase(rows: list[dict], captions: dict, tokenizer: CLIPTokenizer, variants: int, seed: int) -> torch.Tensor:
-    """Token ids [N, variants, L] of the rows' captions, each in several phrasings behind its modality's token."""
-    rng = random.Random(seed)
-    texts = []
-    for row in rows:
-        modality = resolve_modality(row["modality"])
-        for _ in range(variants):
-            text = (
-                vary_caption(row["Text"], modality.id, row.get("finding"), rng, captions)
-                if variants > 1
-                else row["Text"]
-            )
-            texts.append(f"{modality.token} {text}")
-    return tokenize(tokenizer, texts).reshape(len(rows), variants, -1)
-
-
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    return tokenizer(
-        texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-    ).input_ids
 
 
 def loss_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:

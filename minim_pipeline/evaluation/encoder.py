@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPTokenizer, VisionTextDualEncoderModel
 
-from minim_pipeline.evaluation.judges import to_input
-from minim_pipeline.modalities import resolve_modality
+from ..modalities import resolve_modality
+from ..tokens import tokenize
+from .images import to_input
 
 
 class ImageTextEncoder:
@@ -68,10 +69,3 @@ class ImageTextEncoder:
             pooled = self.model.text_model(ids).pooler_output
             embeddings.append(F.normalize(self.model.text_projection(pooled), dim=1).cpu())
         return torch.cat(embeddings)
-
-
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """Token ids [N, L], cut and filled up to the tokenizer's length."""
-    return tokenizer(
-        texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-    ).input_ids

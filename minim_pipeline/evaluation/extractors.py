@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 
-from minim_pipeline.evaluation.encoder import ImageTextEncoder
-from minim_pipeline.evaluation.judges import to_unit
+from .encoder import ImageTextEncoder
+from .images import to_unit
 
 
 @dataclass(frozen=True)

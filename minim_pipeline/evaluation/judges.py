@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForImageClassification
+
+from .images import to_input
 
 
 class Judges:
@@ -72,19 +73,6 @@ def load_judges(path: str | Path, device: torch.device | str = "cpu") -> Judges:
     return Judges(models, config["classes"], config["image_size"]).to(device)
 
 
-def to_unit(images: torch.Tensor) -> torch.Tensor:
-    """uint8 images as float32 in [0, 1]; float images as they are, in float32."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
-
-
-def to_input(images: torch.Tensor, size: int) -> torch.Tensor:
-    """What the classifiers see of images [N, 3, H, W], uint8 or float in [0, 1]: float32, resized, about -2 to 2."""
-    x = to_unit(images)
-    if x.shape[-2:] != (size, size):
-        x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
-    return (x - 0.5) * 4
-
-
 # Findings of different sources that look alike: what is called apart in them is mostly the source.
 LOOK_ALIKE = {
     ("fundus", "no diabetic retinopathy"): "normal",
@@ -125,7 +113,7 @@ def balanced_accuracy(right: np.ndarray, findings: list[str]) -> float:
     return float(np.mean([right[labels == finding].mean() for finding in dict.fromkeys(findings)]))
 
 
-def bootstrap_interval(right: np.ndarray, findings: list[str], draws: int = 1000, seed: int = 0) -> tuple:
+def accuracy_interval(right: np.ndarray, findings: list[str], draws: int = 1000, seed: int = 0) -> tuple:
     """95 % interval of `balanced_accuracy`, images drawn anew within each finding."""
     generator = np.random.default_rng(seed)
     labels = np.array(findings)
@@ -166,7 +154,7 @@ def accuracy_report(
         merged_asked = [LOOK_ALIKE.get((name, finding), finding) for finding in asked]
         report[name] = {
             "balanced_accuracy": round(balanced_accuracy(right, asked), 4),
-            "interval": bootstrap_interval(right, asked),
+            "interval": accuracy_interval(right, asked),
             "balanced_accuracy_merged": round(balanced_accuracy(merged, merged_asked), 4),
             "chance": round(1 / sum(m == name for m, _ in classes), 4),
             "modality_accuracy": round(float(modality_right[mine].mean()), 4),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .judges import to_unit
+from .images import to_unit
 
 
 def pixel_features(images: torch.Tensor, size: int = 64) -> torch.Tensor:

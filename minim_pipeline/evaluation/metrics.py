@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from .judges import to_unit
+from .images import to_unit
 
 
 def frechet_distance(real: torch.Tensor, synthetic: torch.Tensor) -> float:
