@@ -99,7 +99,7 @@ def test_more_architectures_join_those_that_are_there(trained, data_csv):
 
 
 def test_augmentation_keeps_grey_images_grey_and_range():
-    from train_classifier import augment
+    from minim_pipeline.evaluation.classifier import augment
 
     x = torch.rand(6, 1, 40, 40).expand(-1, 3, -1, -1)
     grey = torch.tensor([True] * 3 + [False] * 3)

@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from image_preparation import load_images, trim_letterbox
 from PIL import Image
+
+from minim_pipeline.image_loading import load_images, trim_letterbox
 
 
 torch.set_num_threads(1)
@@ -46,7 +47,7 @@ def test_images_are_read_in_order_trimmed_and_resized(tmp_path):
     for name, image in (("a.png", boxed), ("b.png", gradient(32, 32))):
         Image.fromarray(image).save(tmp_path / name)
     rows = [{"path": name, "modality": "ChestCT"} for name in ("a.png", "b.png", "a.png")]
-    images = load_images(rows, tmp_path / "data.csv", 64, num_workers=2)
+    images = load_images(rows, tmp_path / "data.csv", 64)
     assert images.shape == (3, 3, 64, 64) and images.dtype == torch.uint8
     assert torch.equal(images[0], images[2])
     assert torch.equal(
@@ -86,8 +87,8 @@ def test_sheet_takes_the_findings_in_turn(tmp_path):
 
 def test_report_end_to_end(make_pipeline, tmp_path):
     import report_model
-    from train_classifier import ARCHITECTURES
 
+    from minim_pipeline.evaluation.classifier import ARCHITECTURES
     from minim_pipeline.evaluation.judges import Judges
 
     findings = {"oct": ["normal", "diabetic macular edema"], "cxr": ["normal"]}

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from common import hold_images, step_generator
 from diffusers import AutoencoderKL
-from image_preparation import load_images
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from minim_pipeline import names_a_side, resolve_modality
 from minim_pipeline.evaluation.memorisation import copy_share, nearest_distances
+from minim_pipeline.image_loading import load_images
 
 
 class Latents:

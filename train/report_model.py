@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from image_preparation import load_images, trim_letterbox
 from PIL import Image
 from tqdm.auto import tqdm
 from train_autoencoder import validate
@@ -36,6 +35,7 @@ from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.images import to_unit
 from minim_pipeline.evaluation.judges import accuracy_report, load_judges
 from minim_pipeline.evaluation.memorisation import latent_features, memorisation_report, pixel_features
+from minim_pipeline.image_loading import load_images, trim_letterbox
 
 
 # The call's arguments that the report may be asked to change.

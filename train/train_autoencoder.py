@@ -44,10 +44,10 @@ from common import (
 )
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
-from image_preparation import load_images
 from PIL import Image
 
 from minim_pipeline import resolve_modality
+from minim_pipeline.image_loading import load_images
 
 
 PRESETS = {

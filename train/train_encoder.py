@@ -22,9 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from captions import load_captions, phrase
-from image_preparation import load_images
 from tqdm.auto import tqdm
-from train_classifier import augment, prepare_training
 from transformers import (
     CLIPTextConfig,
     CLIPTokenizer,
@@ -35,7 +33,9 @@ from transformers import (
 
 from minim_pipeline import EMBEDDED_CHECKPOINT
 from minim_pipeline.data import read_csv
+from minim_pipeline.evaluation.classifier import augment, prepare_training
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
+from minim_pipeline.image_loading import load_images
 from minim_pipeline.modalities import resolve_modality
 
 
@@ -124,7 +124,9 @@ def copy_loss(first: torch.Tensor, second: torch.Tensor, temperature: float) -> 
 def train(model: VisionTextDualEncoderModel, images, ids, labels, grey, args, device) -> VisionTextDualEncoderModel:
     """Trains on uint8 images [N, 3, H, W] and token ids [N, variants, L]; the running average of the weights."""
     model.to(device).train()
-    average, optimizer, schedule = prepare_training(model, args)
+    average, optimizer, schedule = prepare_training(
+        model, args.max_train_steps, args.learning_rate, args.adam_weight_decay, args.ema_decay
+    )
     g = torch.Generator(device).manual_seed(args.seed)
     batch = min(args.train_batch_size, len(images))
     mirror = torch.ones(batch, dtype=torch.bool, device=device)

@@ -1,5 +1,7 @@
-"""Reads images for training, without the bars that whoever collected them put around them."""
+"""Reads images as training and evaluation see them: one size, and without bars that somebody put around them."""
 
+import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,27 +10,60 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from minim_pipeline import resolve_modality
-from minim_pipeline.data import resolve_path
+from .data import resolve_path
+from .modalities import resolve_modality
 
 
 def load_images(
-    rows: list[dict], csv_path: str | Path, resolution: int, trim: bool = True, num_workers: int = 8
+    rows: list[dict],
+    csv_path: str | Path,
+    resolution: int,
+    trim: bool = True,
+    changes: Counter | None = None,
+    image_root: str | Path | None = None,
 ) -> torch.Tensor:
-    """The images of `rows` as uint8 [N, 3, resolution, resolution]; `trim` takes letterboxes away."""
+    """The images of `rows` as uint8 [N, 3, resolution, resolution]; those of grey modalities with equal channels.
 
-    def load(row: dict) -> torch.Tensor:
-        with Image.open(resolve_path(row, csv_path)) as file:
+    Args:
+        rows: as `read_csv` gives them.
+        csv_path: the file they came from; `path` is relative to its folder, or to `image_root`.
+        resolution: side in pixels; what is no square is stretched to one.
+        trim: take letterboxes away (`trim_letterbox`); never from an OCT, where what is flat and not black is the
+            vitreous.
+        changes: counts what had to be done to the images, in words.
+    """
+
+    def load(row: dict) -> tuple[torch.Tensor, list[str]]:
+        modality, done = resolve_modality(row["modality"]), []
+        with Image.open(resolve_path(row, csv_path, image_root)) as file:
             image = file.convert("RGB")
-        # In an OCT what is flat and not black is the vitreous.
-        if trim and resolve_modality(row["modality"]).id != "oct":
-            image = Image.fromarray(trim_letterbox(np.asarray(image)))
+        if modality.grey:
+            grey = image.convert("L").convert("RGB")
+            if changes is not None and np.ptp(np.asarray(image), axis=2).max() > GREY_TOLERANCE:
+                done.append(f"{modality.name} is grey: colour taken away")
+            image = grey
+        if trim and modality.id != "oct":
+            pixels = np.asarray(image)
+            trimmed = trim_letterbox(pixels)
+            if trimmed is not pixels:
+                done.append("letterbox taken away")
+                image = Image.fromarray(trimmed)
         if image.size != (resolution, resolution):
+            done.append(f"resized from {image.width} x {image.height} to {resolution} x {resolution} px")
             image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), done
 
-    with ThreadPoolExecutor(num_workers) as pool:
-        return torch.stack(list(tqdm(pool.map(load, rows), "reading", len(rows), disable=None)))
+    images = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for image, done in tqdm(pool.map(load, rows), "reading", len(rows), disable=None):
+            images.append(image)
+            if changes is not None:
+                changes.update(done)
+    return torch.stack(images)
+
+
+# Channels of a grey picture differ by so much after lossy compression in colour.
+GREY_TOLERANCE = 24
 
 
 def trim_letterbox(image: np.ndarray, max_stretch: float = 1.15) -> np.ndarray:
