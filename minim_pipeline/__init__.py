@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 # The model that ships with the package: 256 px, five modalities, fp16 safetensors.
 EMBEDDED_CHECKPOINT: Path = Path(__file__).parent / "checkpoints" / "minim-256"
+# The image-text encoder that reports and copy checks look through: 6 MB.
+EMBEDDED_ENCODER: Path = Path(__file__).parent / "checkpoints" / "minim-encoder"
 
 _MODULE_OF = {
     "MinimPipeline": "pipeline_minim",
@@ -27,7 +29,7 @@ _MODULE_OF = {
     "prompt_text": "tokens",
 }
 
-__all__ = ["EMBEDDED_CHECKPOINT", "__version__", *_MODULE_OF]
+__all__ = ["EMBEDDED_CHECKPOINT", "EMBEDDED_ENCODER", "__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str):
