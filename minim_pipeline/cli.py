@@ -9,6 +9,8 @@ from pathlib import Path
 
 from . import EMBEDDED_CHECKPOINT, __version__
 from .data import DatasetWriter
+from .evaluation.command import add_arguments as add_evaluate_arguments
+from .evaluation.command import run as evaluate
 from .generate import DTYPES, SCHEDULERS, generate, plan_file, plan_prompt, read_model_index
 from .modalities import MODALITIES, resolve_modality, split_prefix
 
@@ -90,6 +92,16 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows of the CSV out instead of stopping")
     p.add_argument("--quiet", action="store_true", help="no progress bar, and nothing said at the end")
 
+    p = commands.add_parser(
+        "evaluate",
+        help="measure synthetic images against real ones",
+        description="Measures synthetic images against real ones: are they faithful, diverse, what was asked for, "
+        "useful, and new? Writes report.json and report.html, a page that stands alone. The same command again draws "
+        "and trains nothing twice; several GPUs: accelerate launch -m minim_pipeline.cli evaluate ...",
+    )
+    p.set_defaults(run=run_evaluate)
+    add_evaluate_arguments(p)
+
     p = commands.add_parser("modalities", help="list modalities, their aliases, and the findings that a model learned")
     p.set_defaults(run=run_modalities)
     p.add_argument("--model", **model)
@@ -165,6 +177,11 @@ def run_generate(args: argparse.Namespace) -> None:
         raise
     if not args.quiet:
         say(f"{len(items)} images in {folder}: {folder / 'grid.png'} shows them, {folder / 'data.csv'} lists them.")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    evaluate(args)
+    say(f"The report is in {args.output_dir}: report.html to look at, report.json with every figure.")
 
 
 def run_modalities(args: argparse.Namespace) -> None:

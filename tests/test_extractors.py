@@ -87,3 +87,29 @@ def test_what_is_no_image_model_is_refused(make_model, tmp_path):
         load_extractor(folder)
     with pytest.raises(OSError):
         load_extractor(tmp_path / "none")
+
+
+class Inception(torch.nn.Module):
+    """Called as StyleGAN2-ADA's file is: uint8 images, and features or what the classifier says."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = torch.nn.Linear(3, 6)
+
+    def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        assert img.dtype == torch.uint8
+        features = self.features(img.float().mean((2, 3)))
+        return features if return_features else features.softmax(1)
+
+
+def test_torchscript_inception(tmp_path):
+    network = Inception()
+    file = tmp_path / "inception-2015-12-05.pt"
+    torch.jit.script(network).save(file)
+    extractor = load_extractor(file, batch_size=2)
+    expected = network.features(images().float().mean((2, 3)))
+    assert torch.allclose(extractor.extract(images()), expected, atol=1e-4)
+    assert torch.allclose(extractor.extract(images().float() / 255), expected, atol=1e-4)
+    assert extractor.name == "inception-2015-12-05" and len(extractor.digest) == 16
+    with pytest.raises(OSError, match="no file .*missing.pt"):
+        load_extractor(tmp_path / "missing.pt")

@@ -14,7 +14,7 @@ from minim_pipeline.evaluation.metrics import (
     image_text_retrieval,
     inception_score,
     kernel_distance,
-    mean_pairwise_ms_ssim,
+    ms_ssim_of_pairs,
     multiscale_ssim,
     precision_recall_density_coverage,
     retrieval,
@@ -240,18 +240,24 @@ def test_ms_ssim_by_hand():
 def test_one_image_repeated_has_ms_ssim_one():
     pytest.importorskip("torchmetrics")
     image = (picture(channels=3) * 255).to(torch.uint8)
-    assert mean_pairwise_ms_ssim(image.repeat(4, 1, 1, 1), pairs=3) == pytest.approx(1, abs=1e-5)
+    values = ms_ssim_of_pairs(image.repeat(4, 1, 1, 1), "aaaa", pairs=3)
+    assert values.tolist() == pytest.approx([1] * 3, abs=1e-5)
 
 
-def test_mean_over_pairs_is_over_distinct_pairs():
+def test_pairs_are_distinct_and_share_their_prompt():
     pytest.importorskip("torchmetrics")
-    images = torch.stack([picture(seed=i) for i in range(4)])
-    each = [multiscale_ssim(images[i : i + 1], images[j : j + 1]).item() for i in range(4) for j in range(i)]
-    assert mean_pairwise_ms_ssim(images) == pytest.approx(np.mean(each), abs=1e-5)
-    few = [mean_pairwise_ms_ssim(images, 2, torch.Generator().manual_seed(7)) for _ in range(2)]
-    assert few[0] == few[1]
-    assert min(abs(few[0] - (x + y) / 2) for i, x in enumerate(each) for y in each[:i]) < 1e-5
-    assert few[0] != pytest.approx(np.mean(each), abs=1e-4)
+    images = torch.stack([0.7 * picture(seed=9) + 0.3 * picture(seed=i) for i in range(5)])
+    prompts = ["a", "b", "a", "a", "b"]
+    each = [
+        multiscale_ssim(images[i : i + 1], images[j : j + 1]).item()
+        for i in range(5)
+        for j in range(i)
+        if prompts[i] == prompts[j]
+    ]
+    assert sorted(ms_ssim_of_pairs(images, prompts).tolist()) == pytest.approx(sorted(each), abs=1e-5)
+    few = [ms_ssim_of_pairs(images, prompts, 2, torch.Generator().manual_seed(7)).tolist() for _ in range(2)]
+    assert few[0] == few[1] and len(few[0]) == 2 and few[0][0] != few[0][1]
+    assert all(min(abs(value - other) for other in each) < 1e-5 for value in few[0])
 
 
 # Retrieval
@@ -357,7 +363,7 @@ def test_paired_arrays_are_drawn_together():
         (lambda: inception_score(torch.ones(1, 3) / 3), 1, 2),
         (lambda: precision_recall_density_coverage(features(9), features(5)), 5, 6),
         (lambda: precision_recall_density_coverage(features(3), features(9), k=3), 3, 4),
-        (lambda: mean_pairwise_ms_ssim(torch.rand(1, 3, 192, 192)), 1, 2),
+        (lambda: ms_ssim_of_pairs(torch.rand(2, 3, 192, 192), ["a", "b"]), 1, 2),
         (lambda: image_image_retrieval(features(9), features(10), "a" * 9, "a" * 10), 10, 11),
         (lambda: image_text_retrieval(features(30), features(30), ["a", "b"] * 15), 2, 11),
         (lambda: retrieval("R", features(9), features(20), "b" * 9, "a" * 20), 0, 1),

@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from tqdm.auto import tqdm
 from train_autoencoder import validate
 from train_classifier import format_report
 
@@ -35,6 +34,7 @@ from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.images import to_unit
 from minim_pipeline.evaluation.judges import accuracy_report, load_judges
 from minim_pipeline.evaluation.memorisation import latent_features, memorisation_report, pixel_features
+from minim_pipeline.evaluation.sampling import draw_images, kept
 from minim_pipeline.image_loading import load_images, trim_letterbox
 
 
@@ -89,40 +89,23 @@ def plan(classes, learned, captions: dict, phrasing: str, count: int, seed: int)
 
 
 def generate(pipe, planned: list[dict], batch_size: int, settings: dict, cache: Path | None = None) -> torch.Tensor:
-    """The planned images, uint8 [N, 3, H, W]. With `cache`, each batch is a file there, and made only if missing.
+    """The planned images, uint8 [N, 3, H, W]; kept in the file `cache`, and made only if that is missing.
 
     Raises:
         ValueError: `cache` holds images of other settings.
     """
-    if cache:
-        cache.mkdir(parents=True, exist_ok=True)
-        note = cache / "settings.json"
-        text = json.dumps({"settings": settings, "images": planned}, indent=1)
-        if note.exists() and note.read_text() != text:
-            raise ValueError(f"{cache} holds images of other settings: choose another --save_images.")
-        note.write_text(text)
-    images = []
-    for start in tqdm(range(0, len(planned), batch_size), "generating", mininterval=2):
-        part = planned[start : start + batch_size]
-        file = cache / f"{start:05d}.npz" if cache else None
-        if file and file.exists():
-            images.append(torch.from_numpy(np.load(file)["images"]))
-            continue
-        # A compiled network is compiled anew for every batch size: the last batch is filled up.
-        padded = part + part[-1:] * (batch_size - len(part))
-        output = pipe(
-            [p["prompt"] for p in padded],
-            modality=[p["modality"] for p in padded],
-            seeds=[p["seed"] for p in padded],
-            output_type="pt",
+
+    def draw():
+        return draw_images(
+            pipe,
+            [p["prompt"] for p in planned],
+            [p["modality"] for p in planned],
+            [p["seed"] for p in planned],
+            batch_size,
             **{name: settings[name] for name in SAMPLING if name in settings},
         )
-        images.append((output.images[: len(part)].float() * 255).round().to(torch.uint8).cpu())
-        if file:
-            temporary = file.with_suffix(".tmp.npz")
-            np.savez_compressed(temporary, images=images[-1].numpy())
-            temporary.replace(file)
-    return torch.cat(images)
+
+    return kept(cache, json.dumps({"settings": settings, "images": planned}), draw) if cache else draw()
 
 
 def specks(images: torch.Tensor, threshold: float = 0.25) -> float:
@@ -260,7 +243,7 @@ def main(argv=None) -> dict:
     for phrasing in args.phrasings:
         planned = plan(judges.classes, pipe.config.findings, captions, phrasing, args.images_per_finding, args.seed)
         begun = time.monotonic()
-        cache = Path(args.save_images) / phrasing if args.save_images else None
+        cache = Path(args.save_images) / f"{phrasing}.npz" if args.save_images else None
         images = generate(pipe, planned, args.batch_size, report["settings"], cache)
         asked = [p["modality"] for p in planned], [p["finding"] for p in planned]
         figures = accuracy_report(judges.judge(images), judges.classes, *asked)

@@ -16,7 +16,7 @@ import torch
 
 from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.classifier import ARCHITECTURES, Recipe, train_classifier
-from minim_pipeline.evaluation.judges import Judges, accuracy_report, load_judges
+from minim_pipeline.evaluation.judges import Judges, accuracy_report, claimed_classes, load_judges
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.modalities import resolve_modality
 
@@ -42,17 +42,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads.")
     return parser.parse_args(argv)
-
-
-def claimed_classes(train_rows: list[dict], val_rows: list[dict], min_train: int, min_val: int) -> list:
-    """(modality id, finding) of all findings with enough images, modalities in the order of the data."""
-
-    def count(rows):
-        keys = [(resolve_modality(row["modality"]).id, row["finding"]) for row in rows]
-        return {key: keys.count(key) for key in sorted(set(keys))}
-
-    train, val = count(train_rows), count(val_rows)
-    return [k for k in train if train[k] >= min_train and val.get(k, 0) >= min_val]
 
 
 def format_report(title: str, report: dict) -> str:

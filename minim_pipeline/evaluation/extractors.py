@@ -27,15 +27,20 @@ class Extractor:
         name: of the model, without the folders above it.
         digest: the first 16 digits of the SHA-256 of its weights.
         extract: images [N, 3, H, W], uint8 or float in [0, 1], square -> features [N, D], fp32, on the CPU.
+        encoder: set if it is the project's own, which does more than that.
     """
 
     name: str
     digest: str
     extract: Callable[[torch.Tensor], torch.Tensor]
+    encoder: ImageTextEncoder | None = None
 
 
-def load_extractor(model: str | Path, device: torch.device | str = "cpu", batch_size: int = 64) -> Extractor:
-    """An extractor from a folder or a Hub id.
+def load_extractor(model: str | Path, device: torch.device | str = "cpu", batch_size: int = 16) -> Extractor:
+    """An extractor from a folder, a Hub id, or a file of TorchScript.
+
+    Inception's weights cannot be shipped. The file that the field computes FID with is StyleGAN2-ADA's
+    `inception-2015-12-05.pt`, TorchScript that takes uint8 images and `return_features=True`: its path may be given.
 
     Of a vision model the pooled output is taken, or the mean over positions where there is none; of an image-text
     model its image embedding.
@@ -44,12 +49,19 @@ def load_extractor(model: str | Path, device: torch.device | str = "cpu", batch_
         OSError: there is no model at `model`.
         ValueError: the model at `model` takes no images.
     """
-    config = AutoConfig.from_pretrained(model)
+    if Path(model).suffix == ".pt":
+        return _torchscript(Path(model), device, batch_size)
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise OSError(
+            f"{str(model)!r} is neither a folder with a model nor one that the Hub gives: {reason}"
+        ) from error
     if config.model_type == "vision-text-dual-encoder":
         encoder = ImageTextEncoder.from_pretrained(model, device)
-        return Extractor(
-            _name(model), digest(encoder.model), lambda images: encoder.encode_images(images, batch_size)[0]
-        )
+        extract = lambda images: encoder.encode_images(images)[0]  # noqa: E731
+        return Extractor(_name(model), digest(encoder.model), extract, encoder)
     network = AutoModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
     if network.main_input_name != "pixel_values" and not hasattr(network, "get_image_features"):
         raise ValueError(f"{model} is a {config.model_type}, which takes no images.")
@@ -67,6 +79,19 @@ def load_extractor(model: str | Path, device: torch.device | str = "cpu", batch_
         return torch.cat(features)
 
     return Extractor(_name(model), digest(network), extract)
+
+
+def _torchscript(file: Path, device: torch.device | str, batch_size: int) -> Extractor:
+    if not file.is_file():
+        raise OSError(f"There is no file {file}.")
+    network = torch.jit.load(file, map_location=device).eval()
+
+    @torch.no_grad()
+    def extract(images: torch.Tensor) -> torch.Tensor:
+        parts = [(to_unit(part.to(device)) * 255).round().to(torch.uint8) for part in images.split(batch_size)]
+        return torch.cat([network(part, return_features=True).flatten(1).float().cpu() for part in parts])
+
+    return Extractor(file.stem, digest(network), extract)
 
 
 def _pooled(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

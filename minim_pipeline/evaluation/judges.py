@@ -4,6 +4,7 @@ They are trained by `train/train_classifier.py` on real images of a part of the 
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification
 
+from ..modalities import resolve_modality
 from .images import to_input
 
 
@@ -45,12 +47,14 @@ class Judges:
         (Path(path) / "judges.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @torch.no_grad()
-    def judge_each(self, images: torch.Tensor, batch_size: int = 128) -> dict[str, torch.Tensor]:
+    def judge_each(self, images: torch.Tensor, batch_size: int | None = None) -> dict[str, torch.Tensor]:
         """The probabilities of every model: name -> float32 [N, classes] on the CPU.
 
         Args:
             images: [N, 3, H, W], uint8 or float in [0, 1], square; of any size.
+            batch_size: default 16 on a CPU, which is slower with more, else 128.
         """
+        batch_size = batch_size or (16 if self.device.type == "cpu" else 128)
         probabilities = {name: [] for name in self.models}
         for part in images.split(batch_size):
             x = to_input(part.to(self.device), self.image_size)
@@ -58,7 +62,7 @@ class Judges:
                 probabilities[name].append(model(x).logits.float().softmax(1).cpu())
         return {name: torch.cat(parts) for name, parts in probabilities.items()}
 
-    def judge(self, images: torch.Tensor, batch_size: int = 128) -> torch.Tensor:
+    def judge(self, images: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
         """Mean probabilities of the models: float32 [N, classes]; `images` as in `judge_each`."""
         return torch.stack(list(self.judge_each(images, batch_size).values())).mean(0)
 
@@ -71,6 +75,20 @@ def load_judges(path: str | Path, device: torch.device | str = "cpu") -> Judges:
         for name in config["models"]
     }
     return Judges(models, config["classes"], config["image_size"]).to(device)
+
+
+def class_of(row: dict[str, str], column: str = "finding") -> tuple[str, str]:
+    """Modality id and finding of a row."""
+    return resolve_modality(row["modality"]).id, row[column]
+
+
+def claimed_classes(
+    train_rows: list[dict], val_rows: list[dict], min_train: int, min_val: int, column: str = "finding"
+) -> list[tuple[str, str]]:
+    """(modality id, finding) of all findings with enough images on both sides, in alphabetical order."""
+    train = Counter(class_of(row, column) for row in train_rows)
+    val = Counter(class_of(row, column) for row in val_rows)
+    return [key for key in sorted(train) if train[key] >= min_train and val[key] >= min_val]
 
 
 # Findings of different sources that look alike: what is called apart in them is mostly the source.

@@ -4,7 +4,7 @@ The rule: a sample is called a copy if it lies nearer to some training image tha
 do. A generator that remembers nothing then has a share of about 1 %; one that copies has far more.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,20 @@ def nearest_distances(
     return 1 - nearest, index
 
 
+def nearest_in_any_view(
+    views: Sequence[torch.Tensor], references: torch.Tensor, mean: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`nearest_distances` of whichever view of a query comes nearest, for instance the image and its mirror image.
+
+    Args:
+        views: tensors [n, D], the same queries in the same order.
+    """
+    found = [nearest_distances(view, references, mean) for view in views]
+    distances, indices = (torch.stack(part) for part in zip(*found))  # [views, n]
+    distance, best = distances.min(0)
+    return distance, indices.gather(0, best[None])[0]
+
+
 def copy_share(samples: torch.Tensor, val: torch.Tensor, quantile: float = 0.01) -> tuple[float, float]:
     """Share of samples nearer to the training images than the nearest 1 % of val images, and that distance.
 
@@ -63,6 +77,31 @@ def copy_share(samples: torch.Tensor, val: torch.Tensor, quantile: float = 0.01)
     """
     limit = torch.quantile(val.float(), quantile)
     return (samples < limit).float().mean().item(), limit.item()
+
+
+def copy_figures(samples: torch.Tensor, val: torch.Tensor) -> dict:
+    """What a report says of distances to the nearest training image: of samples [n] and of val images [m].
+
+    Returns:
+        `share` and number of `copies`, `n`, `n_val`, the `limit` below which a sample is a copy, both medians.
+    """
+    share, limit = copy_share(samples, val)
+    return {
+        "share": round(share, 4),
+        "copies": int((samples < limit).sum()),
+        "n": len(samples),
+        "n_val": len(val),
+        "limit": round(limit, 5),
+        "median": round(samples.median().item(), 5),
+        "median_val": round(val.median().item(), 5),
+    }
+
+
+def total(modalities: Iterable[dict]) -> dict:
+    """`share`, `copies` and `n` of all modalities together, from the figures of each."""
+    modalities = list(modalities)
+    copies, n = sum(m["copies"] for m in modalities), sum(m["n"] for m in modalities)
+    return {"share": round(copies / n, 4), "copies": copies, "n": n}
 
 
 def memorisation_report(
@@ -84,39 +123,25 @@ def memorisation_report(
             what every image of the modality shares.
 
     Returns:
-        `share` (of all samples), `copies`, `n`, and `modalities`: for each the same, `limit`, `n_val`, the medians of
-        both distances, and of the nearest five samples (index of the sample, of the training image, distance).
+        `share` (of all samples), `copies`, `n`, and `modalities`: `copy_figures` of each, and of its nearest five
+        samples (index of the sample, of the training image, distance).
     """
 
     def features(images):
         return torch.cat([extract(part).float().cpu() for part in images.split(batch_size)])
 
-    def distances(images, references, mean, mirror):
-        distance, index = nearest_distances(features(images), references, mean)
-        if mirror:
-            mirrored, mirrored_index = nearest_distances(features(images.flip(-1)), references, mean)
-            index = torch.where(mirrored < distance, mirrored_index, index)
-            distance = torch.minimum(distance, mirrored)
-        return distance, index
-
-    modalities, copies, total = {}, 0, 0
+    modalities = {}
     for name, images in samples.items():
         references = features(train[name])
         mean = references.mean(0) if remove_mean else None
 
-        mine, which = distances(images, references, mean, may_mirror[name])
-        theirs, _ = distances(val[name], references, mean, may_mirror[name])
-        share, limit = copy_share(mine, theirs)
-        found = int((mine < limit).sum())
-        copies, total = copies + found, total + len(mine)
+        def distances(images, mirror=may_mirror[name], references=references, mean=mean):
+            views = [features(images), features(images.flip(-1))] if mirror else [features(images)]
+            return nearest_in_any_view(views, references, mean)
+
+        mine, which = distances(images)
         modalities[name] = {
-            "share": round(share, 4),
-            "copies": found,
-            "n": len(mine),
-            "n_val": len(theirs),
-            "limit": round(limit, 5),
-            "median": round(mine.median().item(), 5),
-            "median_val": round(theirs.median().item(), 5),
+            **copy_figures(mine, distances(val[name])[0]),
             "nearest": [[int(i), int(which[i]), round(mine[i].item(), 5)] for i in mine.argsort()[:5]],
         }
-    return {"share": round(copies / total, 4), "copies": copies, "n": total, "modalities": modalities}
+    return {**total(modalities.values()), "modalities": modalities}

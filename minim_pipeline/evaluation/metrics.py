@@ -159,22 +159,29 @@ def multiscale_ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return ms_ssim(to_unit(a), to_unit(b), data_range=1.0, reduction="none")
 
 
-def mean_pairwise_ms_ssim(
-    images: torch.Tensor, pairs: int = 100, generator: torch.Generator | None = None, batch_size: int = 16
-) -> float:
-    """Mean MS-SSIM among images of one prompt, low where they differ (1610.09585); 1 where one image is repeated.
+def ms_ssim_of_pairs(
+    images: torch.Tensor,
+    prompts: Sequence[str],
+    pairs: int = 100,
+    generator: torch.Generator | None = None,
+    batch_size: int = 16,
+) -> torch.Tensor:
+    """MS-SSIM of pairs of images that share a prompt, low where they differ (1610.09585): float32 [pairs or fewer].
 
     Args:
-        images: [N, C, H, W], N >= 2, uint8 or float in [0, 1], as `multiscale_ssim` takes them. Three equal channels
-            give what one of them gives in a third of the time.
-        pairs: how many of the N (N - 1) / 2 are drawn, without repetition; all where there are no more.
+        images: [N, C, H, W], uint8 or float in [0, 1], as `multiscale_ssim` takes them. Three equal channels give what
+            one of them gives in a third of the time.
+        prompts: of each image; at least one of them has to have two images.
+        pairs: how many pairs are drawn, without repetition; all where there are no more.
         generator: of torch, on the CPU, draws them.
     """
-    _need("MS-SSIM among images of one prompt", len(images), 2)
-    chosen = torch.combinations(torch.arange(len(images)))  # [N (N - 1) / 2, 2]
+    groups = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(index)
+    _need("MS-SSIM, images of one prompt", max(map(len, groups.values()), default=0), 2)
+    chosen = torch.cat([torch.combinations(torch.tensor(mine)) for mine in groups.values() if len(mine) > 1])  # [P, 2]
     chosen = chosen[torch.randperm(len(chosen), generator=generator)[:pairs]]
-    parts = [multiscale_ssim(images[part[:, 0]], images[part[:, 1]]) for part in chosen.split(batch_size)]
-    return torch.cat(parts).mean().item()
+    return torch.cat([multiscale_ssim(images[part[:, 0]], images[part[:, 1]]) for part in chosen.split(batch_size)])
 
 
 def image_image_retrieval(

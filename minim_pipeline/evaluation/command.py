@@ -1,0 +1,332 @@
+"""`minim evaluate`, and `train/evaluate.py`: reads the sets, measures, and writes report.json and report.html.
+
+torch and transformers are imported when everything that can be checked without them has been.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections import Counter
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from .. import EMBEDDED_ENCODER, __version__
+from ..data import read_csv, resolve_path
+from ..provenance import atomic_path
+
+
+PERCENTS = (100, 200, 500, 1000, 2000)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of an evaluation; spelled with hyphens or, as in diffusers' examples, with underscores."""
+
+    def add(group, name: str, **options) -> None:
+        spellings = dict.fromkeys([name, "--" + name[2:].replace("-", "_")])
+        group.add_argument(*spellings, **options)
+
+    sets = parser.add_argument_group("sets of images", "CSV files in MINIM's format: path,Text,modality[,finding,...]")
+    add(sets, "--real", type=Path, required=True, metavar="CSV", help="real images that the generator has not seen")
+    add(sets, "--real-split", help="take only its rows of this `split`")
+    add(sets, "--synthetic", type=Path, metavar="CSV", help="the images to measure; or --pipeline")
+    add(sets, "--pipeline", metavar="PATH_OR_HUB_ID", help="draw them from the captions of --real with this model")
+    add(sets, "--train", type=Path, metavar="CSV", help="what the generator learned from; without: no audit of copies")
+    add(sets, "--train-split", help="take only its rows of this `split`")
+    add(sets, "--label-column", default="finding", help="column of the finding (default: finding)")
+    add(sets, "--skip-bad-rows", action="store_true", help="leave bad rows out instead of stopping")
+    add(sets, "--resolution", type=int, default=256, help="side in pixels to which all are brought (default 256)")
+    look = parser.add_argument_group("what looks at them")
+    add(look, "--encoder", default=str(EMBEDDED_ENCODER), metavar="FOLDER", help="image-text encoder (default: ours)")
+    add(
+        look,
+        "--extractor",
+        action="append",
+        default=[],
+        metavar="PATH_OR_HUB_ID",
+        help="also measure distances through this vision model of transformers, or TorchScript Inception (.pt); "
+        "may be given several times",
+    )
+    add(look, "--judges", metavar="FOLDER", help="classifiers of the finding, of train/train_classifier.py")
+    out = parser.add_argument_group("output")
+    add(out, "--output-dir", type=Path, required=True, metavar="FOLDER", help="for report.json and report.html")
+    add(out, "--no-real-images", action="store_true", help="no picture of a real image in report.html")
+    add(out, "--sheet-images", type=int, default=24, help="images of a modality in report.html (default 24)")
+    draw = parser.add_argument_group("drawing, with --pipeline")
+    add(draw, "--num-images", type=int, default=1, help="images of each caption of --real (default 1)")
+    add(draw, "--seed", type=int, default=0, help="image i has seed + i (default 0)")
+    add(draw, "--num-inference-steps", type=int, help="default: the model's own")
+    add(draw, "--guidance-scale", type=float, help="default: the model's own")
+    add(draw, "--batch-size", type=int, help="images drawn together (default 4 on a CPU, else 64)")
+    add(draw, "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="to draw in")
+    add(draw, "--device", help="e.g. cpu, cuda (default: a GPU if there is one)")
+    add(draw, "--compile", action="store_true", help="torch.compile the model")
+    add(draw, "--extraction-captions", type=int, default=0, help="try to draw training images out of the model by "
+        "repeating the rarest captions of --train, so many a modality (default 0: no attempt)")  # fmt: skip
+    add(draw, "--extraction-images", type=int, default=8, help="images of each of them (default 8)")
+    use = parser.add_argument_group("worth as training data, for a GPU")
+    add(use, "--downstream", action="store_true", help="train classifiers with the synthetic images")
+    add(use, "--low-data-share", type=float, default=0.1, help="share of --train for low data (default 0.1)")
+    add(use, "--low-data-pipeline", metavar="PATH", help="a model trained on OUTPUT/low_data.csv: honest low data")
+    add(use, "--percents", type=int, nargs="+", default=list(PERCENTS), help="synthetic images, %% of the real ones")
+    add(use, "--seeds", type=int, default=3, help="classifiers of each kind (default 3)")
+    add(use, "--classifier-steps", type=int, default=1500, help="steps of each (default 1500)")
+    add(use, "--classifier-resolution", type=int, default=128, help="what they see, in pixels (default 128)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for what cannot be done, before anything is."""
+    if bool(args.synthetic) == bool(args.pipeline):
+        raise ValueError("give either --synthetic, images that are there, or --pipeline, a model that draws them.")
+    counts = ("resolution", "num_images", "extraction_images", "seeds", "classifier_steps", "classifier_resolution")
+    for name in counts:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} has to be at least 1, got {getattr(args, name)}.")
+    for name in ("sheet_images", "extraction_captions"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} has to be at least 0, got {getattr(args, name)}.")
+    if args.extraction_captions and not (args.pipeline and args.train):
+        raise ValueError("--extraction-captions needs --pipeline to draw with and --train to compare with.")
+    if args.downstream and not args.train:
+        raise ValueError("--downstream needs --train, the real images to train on.")
+    if args.low_data_pipeline and not (args.downstream and args.pipeline):
+        raise ValueError("--low-data-pipeline belongs to --downstream with --pipeline.")
+    if not 0 < args.low_data_share < 1:
+        raise ValueError(f"--low-data-share has to be between 0 and 1, got {args.low_data_share}.")
+    if min(args.percents) < 1:
+        raise ValueError(f"--percents have to be at least 1, got {min(args.percents)}.")
+    same = args.train and args.train.resolve() == args.real.resolve() and args.train_split == args.real_split
+    if same:
+        raise ValueError("--real and --train are the same rows: real images have to be ones that the model never saw.")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Evaluates as `args` say and writes the report.
+
+    Returns:
+        The report, as `report.json` holds it.
+
+    Raises:
+        ValueError: arguments that do not fit, CSV files with bad rows, no modality in common.
+        OSError: a model, a file or a folder is not there.
+    """
+    check(args)
+    start = time.monotonic()
+    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"the page needs {' and '.join(missing)}: pip install 'minim-pipeline[evaluate]'.")
+
+    def rows_of(path: Path, split: str | None) -> list[dict]:
+        return read_csv(path, split=split, skip_bad_rows=args.skip_bad_rows)
+
+    real_rows = rows_of(args.real, args.real_split)
+    train_rows = rows_of(args.train, args.train_split) if args.train else None
+    synthetic_rows = rows_of(args.synthetic, None) if args.synthetic else None
+
+    import torch
+    from accelerate import PartialState
+
+    from ..image_loading import load_images
+    from .extractors import load_extractor
+    from .judges import load_judges
+    from .report import ImageSet, evaluate
+
+    # Whatever may be wrong with them shows before images are drawn, which takes long.
+    state = PartialState(cpu=args.device == "cpu")
+    device = state.device
+    own = load_extractor(args.encoder, device)
+    if own.encoder is None:
+        raise ValueError(f"--encoder has to be an image-text encoder of train_encoder.py, got {args.encoder}.")
+    extractors = [own, *(load_extractor(model, device) for model in args.extractor)]
+    judges = load_judges(args.judges, device) if args.judges else None
+
+    def load(rows: list[dict], path: Path) -> ImageSet:
+        changes = Counter()
+        return ImageSet(rows, load_images(rows, path, args.resolution, changes=changes), changes)
+
+    synthetic_csv = args.synthetic
+    if args.pipeline:
+        synthetic_csv = draw_synthetic(args, real_rows)
+        synthetic_rows = rows_of(synthetic_csv, None)
+    real, synthetic = load(real_rows, args.real), load(synthetic_rows, synthetic_csv)
+    train = load(train_rows, args.train) if train_rows else None
+
+    report = {"made": None, "sets": describe(args, real, synthetic, train), "conversions": []}
+    for name, images in (("real", real), ("synthetic", synthetic), ("train", train)):
+        for change, count in images.changes.items() if images else ():
+            report["conversions"].append(f"{count} of {len(images.rows)} {name} images: {change}")
+    report["extractors"] = [{"name": extractor.name, "digest": extractor.digest} for extractor in extractors]
+    if state.is_main_process:  # the others go ahead to the classifiers
+        measured, copies, readings = evaluate(
+            real, synthetic, train, own.encoder, extractors, judges, args.label_column
+        )
+        report |= measured
+        if args.extraction_captions:
+            from .extraction import extract_training_images
+
+            drawn = args.extraction_captions, args.extraction_images, batch_size(args)
+            pipe = pipeline(args, args.pipeline)
+            report["extraction"] = extract_training_images(pipe, train, own.encoder, copies, *drawn)
+    if args.downstream:
+        report["downstream"] = run_downstream(args, state, real, synthetic, train)
+
+    if state.is_main_process:
+        from .page import render
+        from .pictures import collect
+
+        packages = ("torch", "diffusers", "transformers", "torchmetrics")
+        found = {name: version(name) for name in packages if find_spec(name) is not None}
+        report["made"] = {
+            "minim": __version__,
+            "versions": {"python": platform.python_version(), **found},
+            "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
+            "minutes": round((time.monotonic() - start) / 60, 2),
+        }
+        shown = args.sheet_images, 6, args.no_real_images
+        # The page is made before anything is written: a report is there whole or not at all.
+        page = render(report, *collect(synthetic, train, copies, readings, *shown))
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        for name, text in (("report.json", json.dumps(report, indent=2) + "\n"), ("report.html", page)):
+            with atomic_path(args.output_dir / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+    state.wait_for_everyone()
+    return report
+
+
+def describe(args: argparse.Namespace, real, synthetic, train) -> dict:
+    """What was compared, without saying where it lies."""
+    sets = {"real": {"file": args.real.name, "split": args.real_split, "n": len(real.rows)}, "train": None}
+    if train:
+        sets["train"] = {"file": args.train.name, "split": args.train_split, "n": len(train.rows)}
+    made = {"file": args.synthetic.name if args.synthetic else "synthetic/data.csv", "n": len(synthetic.rows)}
+    settings = {}
+    for name in ("model", "revision", "steps", "guidance", "scheduler", "negative_prompt", "lora"):
+        values = sorted({row[name] for row in synthetic.rows if row.get(name)})
+        if values:
+            settings[name] = ", ".join(values)
+    made |= {"model": settings.pop("model", None), "revision": settings.pop("revision", None), "settings": settings}
+    return sets | {"synthetic": made}
+
+
+def draw_synthetic(args: argparse.Namespace, real_rows: list[dict]) -> Path:
+    """Draws `--num-images` for every caption of the real images into OUTPUT/synthetic, or goes on with that."""
+    from ..generate import Item, generate, read_model_index
+    from ..modalities import resolve_modality
+
+    trained = read_model_index(args.pipeline).get("modalities") or None
+    items, unknown = [], Counter()
+    for row in real_rows:
+        modality = resolve_modality(row["modality"])
+        if trained is not None and modality.id not in trained:
+            unknown[modality.name] += 1
+            continue
+        extra = {key: value for key, value in row.items() if key not in ("path", "Text", "modality", "seed", "split")}
+        for _ in range(args.num_images):
+            items.append(Item(len(items), row["Text"], modality, args.seed + len(items), extra))
+    if not items:
+        raise ValueError(f"{args.pipeline} has learned no modality of {args.real}: {', '.join(unknown)}.")
+    folder = args.output_dir / "synthetic"
+    generate(
+        items,
+        folder,
+        args.pipeline,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        device=args.device,
+        dtype=args.dtype,
+        batch_size=batch_size(args),
+    )
+    return folder / "data.csv"
+
+
+def batch_size(args: argparse.Namespace) -> int:
+    import torch
+
+    return args.batch_size or (64 if torch.cuda.is_available() and args.device != "cpu" else 4)
+
+
+def pipeline(args: argparse.Namespace, model: str):
+    from accelerate import PartialState
+
+    from ..generate import load_pipeline
+
+    pipe = load_pipeline(model, device=str(PartialState().device), dtype=args.dtype)
+    if args.compile:
+        pipe.unet.compile()
+        pipe.vae.decoder.compile()
+    return pipe
+
+
+def run_downstream(args: argparse.Namespace, state, real, synthetic, train) -> dict:
+    """`downstream` with the images of the sets and, with `--pipeline`, with as many drawn ones as it needs."""
+    from ..generate import model_identity
+    from .classifier import Recipe
+    from .downstream import downstream, drawn_by, take_share, taken_from
+
+    missing = [name for name, s in (("real", real), ("train", train)) if not s.has(args.label_column)]
+    if missing:
+        return {"left_out": f"not every {' and '.join(missing)} image has a value in {args.label_column!r}"}
+    low_rows = take_share(train.rows, args.low_data_share, args.label_column)
+    folder = args.output_dir / "downstream"
+    if state.is_main_process:
+        write_low_data(args.output_dir / "low_data.csv", low_rows, args.train)
+    state.wait_for_everyone()
+    # A little larger than what the classifiers see, so that zooming in finds detail.
+    size = min(args.resolution, args.classifier_resolution * 5 // 4 // 8 * 8)
+    sources = {}
+    models = {"data sharing": args.pipeline, "honest low data": args.low_data_pipeline}
+    settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    for setting, model in models.items():
+        if model:
+            kept = folder / setting.replace(" ", "-")
+            identity = " ".join([*model_identity(model), args.dtype])
+            pipe = pipeline(args, model)
+            sources[setting] = drawn_by(pipe, state, kept, size, batch_size(args), identity, **settings)
+    if not sources:
+        sources["data sharing"] = taken_from(_shrink(synthetic.images, size), synthetic.rows, args.label_column)
+    recipe = Recipe(
+        max_train_steps=args.classifier_steps,
+        resolution=args.classifier_resolution,
+        bf16=state.device.type == "cuda",
+    )
+    return downstream(
+        (train.rows, _shrink(train.images, size)),
+        (real.rows, real.images),
+        low_rows,
+        sources,
+        folder,
+        state,
+        recipe,
+        seeds=range(args.seeds),
+        percents=args.percents,
+        column=args.label_column,
+    )
+
+
+def _shrink(images, size: int):
+    """uint8 images [N, 3, H, W] at `size` px, all in the same way."""
+    import torch
+    import torch.nn.functional as F
+
+    if images.shape[-1] == size:
+        return images
+    parts = [
+        F.interpolate(part.float(), size=(size, size), mode="bicubic", antialias=True).round().clamp(0, 255)
+        for part in images.split(256)
+    ]
+    return torch.cat([part.to(torch.uint8) for part in parts])
+
+
+def write_low_data(path: Path, rows: list[dict], source: Path) -> None:
+    """The rows of the low-data settings as a CSV to train a generator on, paths relative to it."""
+    import csv
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        for row in rows:
+            place = os.path.relpath(resolve_path(row, source).resolve(), path.parent.resolve())
+            writer.writerow(row | {"path": Path(place).as_posix()})

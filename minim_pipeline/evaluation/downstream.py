@@ -1,0 +1,317 @@
+"""What synthetic images are worth as training data: classifiers of the finding, trained with them, read real images.
+
+- All the real images of a train set, and as many synthetic ones in their stead: the ratio of the two accuracies is the
+  classification accuracy score, CAS (arXiv 1905.10887), over the score of real images.
+- A share of the real images (10 %), and with them 100 to 2000 % as many synthetic ones: MINIM's curve. There are two
+  settings, and what they promise differs. "Data sharing": the generator has seen all real images, the classifier only
+  its share, as where a hospital with few images is given a generator that was trained elsewhere. "Honest low data":
+  the generator has seen no other images than the classifier's.
+
+A classifier has the same number of steps whatever it learns from; each condition is trained with several seeds. All
+classifiers tell all findings of all modalities apart, and are judged within the modality.
+"""
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..modalities import resolve_modality
+from .classifier import ARCHITECTURES, Recipe, train_classifier
+from .judges import Judges, balanced_accuracy, claimed_classes, class_of, read
+from .sampling import draw_images, kept
+
+
+PERCENTS = (100, 200, 500, 1000, 2000)
+MEANING = {
+    "data sharing": "The generator was trained on all real images, the classifier has only its share of them.",
+    "honest low data": "The generator's U-Net was trained on no other real images than the classifier's share.",
+}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images uint8 [N, 3, S, S] and the class of each, int64 [N]."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __getitem__(self, index) -> "Labelled":
+        return Labelled(self.images[index], self.labels[index])
+
+
+# Given rows of real images and a number, so many synthetic images for each: round after round, in the rows' order.
+Source = Callable[[list[dict], int], torch.Tensor]
+
+
+def take_share(rows: list[dict], share: float, column: str = "finding", seed: int = 0) -> list[dict]:
+    """A share of `rows`, the same of every finding of every modality and at least one of each; in their order."""
+    groups = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(class_of(row, column), []).append(i)
+    generator = random.Random(seed)
+    chosen = [i for mine in groups.values() for i in generator.sample(mine, max(1, round(share * len(mine))))]
+    return [rows[i] for i in sorted(chosen)]
+
+
+def drawn_by(pipe, state, folder: Path, resolution: int, batch_size: int, identity: str, **settings) -> Source:
+    """Draws from the captions of the rows; image i has seed i. Processes share the work, and files keep it.
+
+    Args:
+        pipe: a MinimPipeline.
+        state: accelerate's PartialState.
+        folder: where the images are kept, so that a run that was stopped goes on from there.
+        identity: of the model, so that images of another one are not taken for its own.
+        settings: of the pipeline's call.
+    """
+
+    def draw(rows: list[dict], copies: int) -> torch.Tensor:
+        total = len(rows) * copies
+        prompts, modalities = [row["Text"] for row in rows] * copies, [row["modality"] for row in rows] * copies
+        parts = np.array_split(np.arange(total), max(1, total // 1024))
+
+        def part(i: int) -> torch.Tensor:
+            mine = parts[i]
+            asked = [prompts[j] for j in mine], [modalities[j] for j in mine], mine.tolist()
+            key = hashlib.sha256(json.dumps([identity, resolution, settings, asked]).encode()).hexdigest()
+            file = folder / f"{total:06d}-{i:03d}.npz"
+            return kept(file, key, lambda: draw_images(pipe, *asked, batch_size, resolution, **settings))
+
+        for i in range(state.process_index, len(parts), state.num_processes):
+            part(i)
+        state.wait_for_everyone()
+        return torch.cat([part(i) for i in range(len(parts))])
+
+    return draw
+
+
+def taken_from(images: torch.Tensor, rows: list[dict], column: str = "finding") -> Source:
+    """Takes synthetic images that are there already, each at most once, by the finding of the rows."""
+    stock = {}
+    for i, row in enumerate(rows):
+        stock.setdefault(class_of(row, column), []).append(i)
+
+    def take(wanted: list[dict], copies: int) -> torch.Tensor:
+        left = {key: iter(mine) for key, mine in stock.items()}
+        chosen = [next(left.get(class_of(row, column), iter(())), None) for row in wanted * copies]
+        if None in chosen:
+            short = class_of((wanted * copies)[chosen.index(None)], column)
+            have = len(stock.get(short, []))
+            raise ValueError(f"{have} synthetic images of {': '.join(short)}, more are needed for {100 * copies} %")
+        return images[chosen]
+
+    return take
+
+
+def downstream(
+    train: tuple[list[dict], torch.Tensor],
+    val: tuple[list[dict], torch.Tensor],
+    low_rows: list[dict],
+    sources: dict[str, Source],
+    folder: Path,
+    state,
+    recipe: Recipe,
+    seeds: Sequence[int] = (0, 1, 2),
+    percents: Iterable[int] = PERCENTS,
+    column: str = "finding",
+    architecture: str = "resnet",
+    width: int = 32,
+    min_train: int = 20,
+    min_val: int = 9,
+) -> dict:
+    """Trains every classifier and compares what they read right on real val images.
+
+    Args:
+        train, val: rows and their images, uint8 [N, 3, S, S].
+        low_rows: the rows of `train` that the low-data settings have.
+        sources: "data sharing" and, if there is one, "honest low data": where their synthetic images come from.
+        folder: keeps what each classifier said on the val images; a run that was stopped goes on from there.
+        state: accelerate's PartialState; its processes share the classifiers.
+        recipe: how each is trained; its seed is replaced.
+        min_train, min_val: findings with fewer images are left out.
+
+    Returns:
+        `real`, `synthetic`: accuracy (mean over modalities, then over seeds), a 95 % interval over val images,
+            accuracies of the seeds, and the same per modality;
+        `cas_ratio`: synthetic over real, with an interval of paired draws;
+        `low_data`: for each setting `real`, `points` (accuracy and gain over real for each per cent), `gain` at the
+            largest per cent; `settings`. What could not be had has `left_out` with the reason.
+    """
+    classes = claimed_classes(train[0], val[0], min_train, min_val, column)
+    number = {key: i for i, key in enumerate(classes)}
+
+    def labelled(rows: list[dict], images: torch.Tensor) -> Labelled:
+        known = [i for i, row in enumerate(rows) if class_of(row, column) in number]
+        labels = torch.tensor([number[class_of(rows[i], column)] for i in known])
+        return Labelled(images[known], labels)
+
+    if not classes:
+        raise ValueError(f"no finding has {min_train} train and {min_val} val images")
+    known_rows = [row for row in train[0] if class_of(row, column) in number]
+    low_rows = [row for row in low_rows if class_of(row, column) in number]
+    all_real, val_set = labelled(*train), labelled(*val)
+    position = {id(row): i for i, row in enumerate(known_rows)}
+    low = all_real[[position[id(row)] for row in low_rows]]
+
+    # What each classifier learns from, put together when its turn comes; or why it cannot be had.
+    conditions: dict[str, list[Labelled] | str] = {"real": [all_real], "low": [low]}
+    sharing = next(iter(sources))
+    try:
+        conditions["synthetic"] = [Labelled(sources[sharing](known_rows, 1), all_real.labels)]
+    except ValueError as error:
+        conditions["synthetic"] = str(error)
+    for setting, source in sources.items():
+        # The largest first: the smaller ones are its beginning.
+        most = None
+        for percent in sorted(percents, reverse=True):
+            name, copies = f"{setting} {percent}", math.ceil(percent / 100)
+            try:
+                if most is None:
+                    most = Labelled(source(low_rows, copies), low.labels.repeat(copies))
+                conditions[name] = [low, most[: len(low_rows) * percent // 100]]
+            except ValueError as error:
+                conditions[name] = str(error)
+
+    flags = [resolve_modality(modality) for modality, _ in classes]
+    flip, grey = torch.tensor([m.flip for m in flags]), torch.tensor([m.grey for m in flags])
+    device = state.device
+
+    def said(name: str, parts: list[Labelled], seed: int) -> torch.Tensor:
+        """Probabilities [n, classes] on the val images of a classifier that was trained on `parts`."""
+
+        def make() -> torch.Tensor:
+            torch.manual_seed(seed)
+            model = ARCHITECTURES[architecture](len(classes), width)
+            images = torch.cat([part.images for part in parts]).to(device)
+            labels = torch.cat([part.labels for part in parts]).to(device)
+            mine = flip.to(device)[labels], grey.to(device)[labels]
+            plan = replace(recipe, seed=seed)
+            model = train_classifier(model, images, labels, *mine, len(classes), plan, f"{name}, seed {seed}")
+            return Judges({"cnn": model}, classes, recipe.resolution).judge(val_set.images)
+
+        digest = hashlib.sha256()
+        for tensor in [val_set.images, *(tensor for part in parts for tensor in (part.images, part.labels))]:
+            digest.update(tensor.contiguous().numpy())
+        key = json.dumps([digest.hexdigest(), classes, architecture, width, asdict(recipe)])
+        return kept(folder / f"{name.replace(' ', '-')}-{seed}.npz", key, make)
+
+    possible = {name: parts for name, parts in conditions.items() if not isinstance(parts, str)}
+    jobs = [(name, parts, seed) for name, parts in possible.items() for seed in seeds]
+    for name, parts, seed in tqdm(jobs[state.process_index :: state.num_processes], "classifiers"):
+        said(name, parts, seed)
+    state.wait_for_everyone()
+
+    modalities, findings = zip(*(classes[i] for i in val_set.labels.tolist()))
+    scores = {}
+    for name, parts in possible.items():
+        right = [_right(said(name, parts, seed), classes, modalities, findings) for seed in seeds]
+        scores[name] = Score(np.stack(right), modalities, findings, sum(len(part.labels) for part in parts))
+
+    def result(name: str) -> dict:
+        return scores[name].report() if name in scores else {"left_out": conditions[name]}
+
+    report = {
+        "settings": {
+            **asdict(recipe),
+            "architecture": architecture,
+            "width": width,
+            "seeds": list(seeds),
+            "findings": len(classes),
+            "share_of_real_images": round(len(low.labels) / len(all_real.labels), 3),
+            "n_val": len(val_set.labels),
+        },
+        "real": result("real"),
+        "synthetic": result("synthetic"),
+        "cas_ratio": _compare(scores, "synthetic", "real", conditions, lambda a, b: a / b),
+        "low_data": {},
+    }
+    report["settings"].pop("seed")
+    for setting in sources:
+        names = {percent: f"{setting} {percent}" for percent in sorted(percents)}
+        gains = {p: _compare(scores, name, "low", conditions, lambda a, b: a - b) for p, name in names.items()}
+        report["low_data"][setting] = {
+            "meaning": MEANING.get(setting, ""),
+            "real": result("low"),
+            "points": [{"percent": p, **result(name), "gain": gains[p]} for p, name in names.items()],
+            "gain": gains[max(names)],
+            "gain_at": max(names),
+        }
+    return report
+
+
+class Score:
+    """What the classifiers of one condition read right: bool [seeds, n], and whose images they are."""
+
+    def __init__(self, right: np.ndarray, modalities: Sequence[str], findings: Sequence[str], n_train: int):
+        self.right, self.modalities, self.findings, self.n_train = right, modalities, findings, n_train
+        self.names = list(dict.fromkeys(modalities))
+
+    def of(self, name: str, draws: int = 0) -> np.ndarray:
+        """Balanced accuracy of a modality, mean over seeds: [1], or for `draws` > 0 of images drawn anew: [draws].
+
+        The same images are drawn for every condition, so that two of them can be compared draw by draw.
+        """
+        generator = np.random.default_rng(0)
+        right, mine = self.right.mean(0), np.array(self.modalities) == name
+        means = []
+        for finding in dict.fromkeys(np.array(self.findings)[mine]):
+            values = right[mine & (np.array(self.findings) == finding)]
+            index = generator.integers(0, len(values), (draws, len(values))) if draws else np.arange(len(values))[None]
+            means.append(values[index].mean(1))
+        return np.mean(means, 0)
+
+    def total(self, draws: int = 0) -> np.ndarray:
+        return np.mean([self.of(name, draws) for name in self.names], 0)
+
+    def report(self) -> dict:
+        def each_seed(right) -> float:
+            labels, names = np.array(self.findings), np.array(self.modalities)
+            return np.mean([balanced_accuracy(right[names == n], list(labels[names == n])) for n in self.names])
+
+        return {
+            "accuracy": round(float(self.total()[0]), 4),
+            "interval": interval(self.total(1000)),
+            "n_train": self.n_train,
+            "seeds": [round(float(each_seed(right)), 4) for right in self.right],
+            "modalities": {
+                name: {"accuracy": round(float(self.of(name)[0]), 4), "interval": interval(self.of(name, 1000))}
+                for name in self.names
+            },
+        }
+
+
+def interval(draws: np.ndarray) -> list[float]:
+    return [round(float(q), 4) for q in np.quantile(draws, [0.025, 0.975])]
+
+
+def _right(probabilities, classes, modalities, findings) -> np.ndarray:
+    right = np.zeros(len(findings), dtype=bool)
+    for name in dict.fromkeys(modalities):
+        mine = np.flatnonzero(np.array(modalities) == name)
+        right[mine] = read(probabilities[mine], classes, name, [findings[i] for i in mine])
+    return right
+
+
+def _compare(scores: dict, first: str, second: str, conditions: dict, how: Callable) -> dict:
+    """One condition against another, in all and per modality, with intervals of paired draws."""
+    if first not in scores:
+        return {"left_out": conditions[first]}
+    a, b = scores[first], scores[second]
+
+    def figure(get) -> dict:
+        value = how(get(a, 0), get(b, 0))[0]
+        return {"value": round(float(value), 4), "interval": interval(how(get(a, 1000), get(b, 1000)))}
+
+    return {
+        **figure(lambda score, draws: score.total(draws)),
+        "modalities": {
+            name: figure(lambda score, draws, name=name: score.of(name, draws)) for name in scores[first].names
+        },
+    }

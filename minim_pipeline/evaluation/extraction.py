@@ -1,0 +1,77 @@
+"""An attempt to draw training images out of a model: rare captions, repeated (after Carlini et al., arXiv 2301.13188).
+
+A caption that one training image alone has is where a generator most likely answers with that image.
+"""
+
+import random
+from collections import Counter
+
+import torch
+
+from .encoder import ImageTextEncoder
+from .memorisation import nearest_distances
+from .report import Copies, ImageSet
+from .sampling import draw_images
+
+
+def rare_captions(train: ImageSet, modality: str, count: int, seed: int = 0) -> list[tuple[str, int]]:
+    """Captions of a modality that the fewest training images have, and how many; chance decides among equals."""
+    numbers = Counter(train.column("Text", train.of(modality)))
+    captions = sorted(numbers)
+    random.Random(seed).shuffle(captions)
+    return [(caption, numbers[caption]) for caption in sorted(captions, key=numbers.get)[:count]]
+
+
+def extract_training_images(
+    pipe,
+    train: ImageSet,
+    encoder: ImageTextEncoder,
+    copies: dict[str, dict[str, Copies]],
+    captions: int,
+    images: int,
+    batch_size: int,
+    seed: int = 0,
+) -> dict:
+    """Draws `images` images for each of the `captions` rarest captions of every modality, and counts copies.
+
+    Args:
+        copies: as `evaluate` gives them; its limits tell what a copy is.
+        seed: image i has seed + i.
+
+    Returns:
+        `encoder`: `share`, `copies`, `n` and `captions`; `prompts`: of every caption `modality`, `Text`, how many
+        `train_images` have it, `images` drawn, `copies` among them, the least `distance` to any training image, and
+        the least to one with this caption (`own_distance`).
+    """
+    prompts = []
+    for modality in copies:
+        for text, number in rare_captions(train, modality, captions):
+            prompts.append({"modality": modality, "Text": text, "train_images": number, "images": images})
+    asked = [prompt for prompt in prompts for _ in range(images)]
+    drawn = draw_images(
+        pipe,
+        [prompt["Text"] for prompt in asked],
+        [prompt["modality"] for prompt in asked],
+        [seed + i for i in range(len(asked))],
+        batch_size,
+        name="rare captions",
+    )
+    features = encoder.encode_images(drawn)[0].split(images)
+    references = {name: encoder.encode_images(train.images[train.of(name)])[0] for name in copies}
+    for prompt, mine in zip(prompts, features):
+        name = prompt["modality"]
+        distance, _ = nearest_distances(mine, references[name])
+        own = torch.tensor([text == prompt["Text"] for text in train.column("Text", train.of(name))])
+        prompt["copies"] = int((distance < copies[name]["encoder"].limit).sum())
+        prompt["distance"] = round(distance.min().item(), 5)
+        prompt["own_distance"] = round(nearest_distances(mine, references[name][own])[0].min().item(), 5)
+    found = sum(prompt["copies"] for prompt in prompts)
+    return {
+        "encoder": {
+            "share": round(found / len(asked), 4),
+            "copies": found,
+            "n": len(asked),
+            "captions": len(prompts),
+        },
+        "prompts": prompts,
+    }

@@ -1,0 +1,391 @@
+"""The report of a set of synthetic images against real ones: features in, `report.json`'s dict out.
+
+Each figure is `{"value", "interval", "n", ...}`, or `{"left_out": reason}` where there are too few images, no labels
+or no package for it: the others still come. Figures are per modality, since one that mixes modalities mostly says how
+many there are of each.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..modalities import resolve_modality
+from .encoder import ImageTextEncoder
+from .extractors import Extractor
+from .judges import Judges, accuracy_report
+from .memorisation import copy_figures, nearest_distances, nearest_in_any_view, pixel_features, total
+from .metrics import (
+    bootstrap_interval,
+    frechet_distance,
+    frechet_floor,
+    image_image_retrieval,
+    image_text_retrieval,
+    inception_score,
+    kernel_distance,
+    ms_ssim_of_pairs,
+    precision_recall_density_coverage,
+)
+
+
+@dataclass
+class ImageSet:
+    """Images of one kind, real or synthetic, and what is known of each.
+
+    Args:
+        rows: as `read_csv` gives them: `path`, `Text`, `modality`, and perhaps a label.
+        images: uint8 [N, 3, S, S], as `load_images` gives them.
+        changes: what `load_images` had to do to them.
+    """
+
+    rows: list[dict]
+    images: torch.Tensor
+    changes: Counter = field(default_factory=Counter)
+
+    def __post_init__(self):
+        self.modalities = np.array([resolve_modality(row["modality"]).id for row in self.rows])
+
+    def of(self, modality: str) -> np.ndarray:
+        """Numbers of the images of a modality."""
+        return np.flatnonzero(self.modalities == modality)
+
+    def column(self, name: str, numbers) -> list[str]:
+        return [self.rows[i].get(name, "") for i in numbers]
+
+    def has(self, column: str) -> bool:
+        """Whether every row has a value in this column."""
+        return all(row.get(column) for row in self.rows)
+
+
+def figure(compute: Callable[[], dict]) -> dict:
+    """What `compute` gives, or why it cannot."""
+    try:
+        return {key: _rounded(value) for key, value in compute().items()}
+    except (ValueError, ModuleNotFoundError) as error:
+        return {"left_out": str(error)}
+
+
+def _rounded(value):
+    if isinstance(value, (list, tuple)):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def fidelity(real: torch.Tensor, synthetic: torch.Tensor, train: torch.Tensor | None, draws: int = 200) -> dict:
+    """Distances and neighbourhoods of features [N, D], [M, D]; beside them those of other real images, if there are.
+
+    The Fréchet distance depends on n, so it and its floor take equally many images on each side.
+    """
+    n = min(len(real), len(synthetic))
+    generator = torch.Generator().manual_seed(0)
+    some_real, some_synthetic = (x[torch.randperm(len(x), generator=generator)[:n]] for x in (real, synthetic))
+    above = (0.0, torch.inf)
+
+    def floor() -> dict:
+        if train is None:
+            return {"value": frechet_floor(real, n), "n": n}
+        return {"value": frechet_floor(train, n, real), "n": n}
+
+    def kernel_floor() -> dict:
+        if train is None:
+            raise ValueError("it needs other real images: give --train")
+        return {"value": kernel_distance(train, real), "n": len(real), "n_train": len(train)}
+
+    report = {
+        "frechet_distance": figure(
+            lambda: {
+                "value": frechet_distance(some_real, some_synthetic),
+                "interval": bootstrap_interval(frechet_distance, some_real, some_synthetic, draws=draws, bounds=above),
+                "n": n,
+            }
+        ),
+        "frechet_floor": figure(floor),
+        "kernel_distance": figure(
+            lambda: {
+                "value": kernel_distance(real, synthetic),
+                "interval": bootstrap_interval(kernel_distance, real, synthetic, draws=draws),
+                "n": len(synthetic),
+                "n_real": len(real),
+            }
+        ),
+        "kernel_floor": figure(kernel_floor),
+    }
+    unit = (0.0, 1.0)
+    bounds = {"precision": unit, "recall": unit, "density": above, "coverage": unit}
+    try:
+        values = precision_recall_density_coverage(real, synthetic)
+        intervals = bootstrap_interval(precision_recall_density_coverage, real, synthetic, draws=draws, bounds=bounds)
+    except ValueError as error:
+        return report | dict.fromkeys(bounds, {"left_out": str(error)})
+    for name, value in values.items():
+        report[name] = figure(
+            lambda value=value, name=name: {"value": value, "interval": intervals[name], "n": len(synthetic)}
+        )
+    return report
+
+
+def diversity(images: torch.Tensor, prompts: list[str], grey: bool, probabilities: torch.Tensor | None) -> dict:
+    """MS-SSIM among images uint8 [N, 3, H, W] of one prompt, and the Inception-style score of [N, classes]."""
+
+    def ms_ssim() -> dict:
+        x = images[:, :1] if grey else images
+        values = ms_ssim_of_pairs(x, prompts, generator=torch.Generator().manual_seed(0))
+        interval = None
+        if len(values) > 1:
+            interval = bootstrap_interval(lambda v: v.mean().item(), values, bounds=(0.0, 1.0))
+        repeated = sum(count > 1 for count in Counter(prompts).values())
+        report = {"value": values.mean().item(), "pairs": len(values), "prompts": repeated, "n": len(images)}
+        return report | ({"interval": interval} if interval else {})
+
+    def score() -> dict:
+        if probabilities is None:
+            raise ValueError("it needs classifiers of the finding: give --judges")
+        value = inception_score(probabilities)
+        classes = probabilities.shape[1]
+        interval = bootstrap_interval(inception_score, probabilities, bounds=(1.0, float(classes)))
+        return {"value": value, "interval": interval, "n": len(probabilities), "classes": classes}
+
+    return {"ms_ssim": figure(ms_ssim), "inception_score": figure(score)}
+
+
+def retrieval_figure(compute: Callable[[], dict]) -> dict:
+    """A rate of retrieval as a figure: `value`, `interval`, `chance`, `pool`, `n`, `top`."""
+
+    def both() -> dict:
+        found = compute()
+        hits = found.pop("hits").double()
+        found["value"] = found.pop("rate")
+        if len(hits) > 1:
+            found["interval"] = bootstrap_interval(lambda h: h.mean().item(), hits, bounds=(0.0, 1.0))
+        return found
+
+    return figure(both)
+
+
+@dataclass
+class Copies:
+    """The nearest training image of each synthetic one of a modality, and how near val images come to one."""
+
+    distances: torch.Tensor  # [n], cosine
+    nearest: torch.Tensor  # [n], numbers among the train images of the modality
+    val: torch.Tensor  # [m]
+
+    @property
+    def limit(self) -> float:
+        return copy_figures(self.distances, self.val)["limit"]
+
+    def report(self, synthetic: list[str], train: list[str], most: int = 50) -> dict:
+        """Figures, and the copies by name, the nearest first; `nearest` names the five nearest, copies or not."""
+        figures = copy_figures(self.distances, self.val)
+
+        def named(numbers) -> list[dict]:
+            return [
+                {
+                    "synthetic": synthetic[i],
+                    "train": train[int(self.nearest[i])],
+                    "distance": round(self.distances[i].item(), 5),
+                }
+                for i in numbers
+            ]
+
+        order = self.distances.argsort().tolist()
+        return {**figures, "copied": named(order[: min(figures["copies"], most)]), "nearest": named(order[:5])}
+
+
+def copies_by_features(synthetic: torch.Tensor, real: torch.Tensor, train: torch.Tensor) -> Copies:
+    """By the encoder's features, which are blind to mirroring, small shifts and brightness."""
+    return Copies(*nearest_distances(synthetic, train), nearest_distances(real, train)[0])
+
+
+def copies_by_pixels(synthetic: torch.Tensor, real: torch.Tensor, train: torch.Tensor) -> Copies:
+    """By correlation of the pixels, mirrored too, of images uint8 [N, 3, H, W]."""
+    references = pixel_features(train)
+
+    def nearest(images):
+        return nearest_in_any_view([pixel_features(images), pixel_features(images.flip(-1))], references)
+
+    return Copies(*nearest(synthetic), nearest(real)[0])
+
+
+def evaluate(
+    real: ImageSet,
+    synthetic: ImageSet,
+    train: ImageSet | None,
+    encoder: ImageTextEncoder,
+    extractors: list[Extractor],
+    judges: Judges | None = None,
+    label_column: str = "finding",
+) -> tuple[dict, dict[str, dict[str, Copies]], list[str] | None]:
+    """Everything but extraction and downstream use.
+
+    Args:
+        real: images that neither generator nor judges have learned from.
+        synthetic: what is measured.
+        train: what the generator has learned from; None leaves copies and floors out.
+        encoder: for retrieval and copies.
+        extractors: for distances and neighbourhoods; the figures of each stand beside one another.
+        judges: classifiers of the finding; None leaves out what needs them.
+        label_column: of the finding.
+
+    Returns:
+        The report; the distances to the training images, modality -> "encoder" or "pixels" -> Copies; and what the
+        judges read in each synthetic image.
+    """
+    sets = {"real": real, "synthetic": synthetic, **({"train": train} if train else {})}
+    unlabelled = [name for name in ("real", "synthetic") if not sets[name].has(label_column)]
+    report = {"labels": {"column": label_column}}
+    if unlabelled:
+        which = " and ".join(unlabelled)
+        report["labels"] = {"left_out": f"not every {which} image has a value in the column {label_column!r}"}
+
+    features, embeddings, said = look(sets, encoder, extractors, judges)
+    texts = {}
+    for name in ("real", "synthetic"):
+        rows = sets[name].rows
+        texts[name] = encoder.encode_texts([row["Text"] for row in rows], [row["modality"] for row in rows])
+    probabilities = {name: torch.stack(list(each.values())).mean(0) for name, each in said.items()}
+
+    shared = [name for name in dict.fromkeys(synthetic.modalities) if name in set(real.modalities)]
+    only = {name: "no real images" for name in dict.fromkeys(synthetic.modalities) if name not in shared}
+    only |= {name: "no synthetic images" for name in dict.fromkeys(real.modalities) if name not in shared}
+    if not shared:
+        raise ValueError(f"real and synthetic images share no modality: {only}")
+    report["modalities"], copies = {}, {}
+    for modality in tqdm(shared, "comparing"):
+        grey = resolve_modality(modality).grey
+        index = {name: images.of(modality) for name, images in sets.items()}
+
+        def mine(values, name, index=index):
+            return values[name][index[name]] if name in index and len(index[name]) else None
+
+        part = {"n": {name: len(numbers) for name, numbers in index.items()}, "fidelity": {}}
+        for extractor in extractors:
+            each = [mine({name: features[extractor.name, name]}, name) for name in sets]
+            part["fidelity"][extractor.name] = fidelity(*each, *[None] * (3 - len(each)))
+
+        part["diversity"], part["retrieval"] = {}, {}
+        for name, suffix in (("synthetic", ""), ("real", "_real")):
+            columns = [i for i, (m, _) in enumerate(judges.classes) if m == modality] if judges else []
+            p = probabilities[name][index[name]][:, columns] if columns else None
+            p = p / p.sum(1, keepdim=True) if columns else None
+            captions = sets[name].column("Text", index[name])
+            found = diversity(sets[name].images[index[name]], captions, grey, p)
+            part["diversity"] |= {key + suffix: value for key, value in found.items()}
+            part["retrieval"]["image_text" + suffix] = retrieval_figure(
+                lambda name=name, captions=captions: image_text_retrieval(
+                    mine(embeddings, name), mine(texts, name), captions
+                )
+            )
+        part["retrieval"] |= _image_retrieval(
+            *(features["encoder", name][index[name]] for name in ("synthetic", "real")),
+            *(sets[name].column(label_column, index[name]) for name in ("synthetic", "real")),
+            report["labels"].get("left_out"),
+        )
+
+        if train is None:
+            part["memorisation"] = dict.fromkeys(("encoder", "pixels"), {"left_out": "no training images were given"})
+        elif not len(index["train"]):
+            reason = "there are no training images of this modality"
+            part["memorisation"] = dict.fromkeys(("encoder", "pixels"), {"left_out": reason})
+        else:
+            order = ("synthetic", "real", "train")
+            copies[modality] = {
+                "encoder": copies_by_features(*(features["encoder", name][index[name]] for name in order)),
+                "pixels": copies_by_pixels(*(sets[name].images[index[name]] for name in order)),
+            }
+            names = synthetic.column("path", index["synthetic"]), train.column("path", index["train"])
+            part["memorisation"] = {key: found.report(*names) for key, found in copies[modality].items()}
+        report["modalities"][modality] = part
+
+    report["modalities_left_out"] = only
+    report["memorisation"] = {"left_out": "no training images were given"}
+    if copies:
+        found = [report["modalities"][modality]["memorisation"] for modality in copies]
+        report["memorisation"] = {key: total(part[key] for part in found) for key in ("encoder", "pixels")}
+    report["judges"] = _judged(judges, sets, said, label_column, report["labels"].get("left_out"))
+    return report, copies, _readings(judges, synthetic, probabilities)
+
+
+def look(
+    sets: dict[str, ImageSet], encoder: ImageTextEncoder, extractors: list[Extractor], judges: Judges | None
+) -> tuple[dict, dict, dict]:
+    """What every network says of the images, each looking once.
+
+    Returns:
+        Features [N, D] by (extractor's name or "encoder", set), the encoder's embeddings [N, P] by set, and
+        probabilities [N, classes] by set and judge, of the real and the synthetic set.
+    """
+    others = [extractor for extractor in extractors if extractor.encoder is not encoder]
+    features, embeddings, said = {}, {}, {}
+    passes = len(sets) * (1 + len(others)) + (2 if judges else 0)
+    with tqdm(total=passes, desc="looking at images", unit="pass") as bar:
+        for name, images in sets.items():
+            features["encoder", name], embeddings[name] = encoder.encode_images(images.images)
+            bar.update()
+            for extractor in extractors:
+                if extractor.encoder is encoder:
+                    features[extractor.name, name] = features["encoder", name]
+                else:
+                    features[extractor.name, name] = extractor.extract(images.images)
+                    bar.update()
+        for name in ("real", "synthetic") if judges else ():
+            said[name] = judges.judge_each(sets[name].images)
+            bar.update()
+    return features, embeddings, said
+
+
+def _image_retrieval(synthetic, real, labels, real_labels, left_out: str | None) -> dict:
+    """IIR of synthetic images, and of real ones among the others of their kind, as what could be reached."""
+    if left_out:
+        return dict.fromkeys(("image_image", "image_image_real"), {"left_out": left_out})
+
+    def halves() -> dict:
+        order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+        one, other = order[: len(order) // 2], order[len(order) // 2 :]
+        return image_image_retrieval(real[one], real[other], *([real_labels[i] for i in x] for x in (one, other)))
+
+    return {
+        "image_image": retrieval_figure(lambda: image_image_retrieval(synthetic, real, labels, real_labels)),
+        "image_image_real": retrieval_figure(halves),
+    }
+
+
+def _judged(judges: Judges | None, sets: dict[str, ImageSet], said: dict, column: str, left_out: str | None) -> dict:
+    """What the judges read of the findings that they know; each of them, and their mean."""
+    if judges is None:
+        return {"left_out": "no classifiers of the finding were given (--judges)"}
+    if left_out:
+        return {"left_out": left_out}
+    known = {}
+    for name in said:
+        pairs = zip(sets[name].modalities, sets[name].column(column, range(len(sets[name].rows))))
+        known[name] = [i for i, pair in enumerate(pairs) if pair in judges.classes]
+        if not known[name]:
+            return {"left_out": f"the classifiers know no finding of the {name} images"}
+
+    def read(name: str, probabilities: torch.Tensor) -> dict:
+        numbers = known[name]
+        asked = list(sets[name].modalities[numbers]), sets[name].column(column, numbers)
+        sources = sets[name].column("source", numbers) if sets[name].has("source") else None
+        return accuracy_report(probabilities[numbers], judges.classes, *asked, sources)
+
+    report = {"names": list(judges.models), "each": {}}
+    for judge in judges.models:
+        report["each"][judge] = {name: read(name, said[name][judge]) for name in said}
+    mean = {name: torch.stack(list(each.values())).mean(0) for name, each in said.items()}
+    return report | {name: read(name, mean[name]) for name in said}
+
+
+def _readings(judges: Judges | None, synthetic: ImageSet, probabilities: dict) -> list[str] | None:
+    """What the judges take each synthetic image for, within its modality, such as "glioma 0.93"; or nothing."""
+    if judges is None:
+        return None
+    readings = []
+    for modality, p in zip(synthetic.modalities, probabilities["synthetic"]):
+        known = [i for i, (name, _) in enumerate(judges.classes) if name == modality]
+        best = max(known, key=lambda i: p[i], default=None)
+        readings.append("" if best is None else f"{judges.classes[best][1]} {p[best] / p[known].sum():.2f}")
+    return readings

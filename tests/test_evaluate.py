@@ -1,0 +1,168 @@
+"""`minim evaluate`, end to end with the real encoder, on generated images of docs/sheets; some play real ones."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+from minim_pipeline.cli import main
+
+
+pytest.importorskip("torchmetrics")
+pytest.importorskip("matplotlib")
+torch.set_num_threads(1)
+
+SHEETS = Path(__file__).parent.parent / "docs" / "sheets"
+NAMES = {"oct": "OCT", "cxr": "CXR"}
+FINDINGS = {"oct": ("normal", "diabetic macular edema"), "cxr": ("normal", "COVID-19")}
+
+
+def cut(modality: str, number: int) -> Image.Image:
+    with Image.open(SHEETS / f"{modality}.png") as sheet:
+        x, y = number % 8 * 256, number // 8 * 256
+        return sheet.convert("RGB").crop((x, y, x + 256, y + 256))
+
+
+def shifted(image: Image.Image) -> Image.Image:
+    return ImageOps.expand(image, (4, 4, 0, 0), fill=0).crop((0, 0, 256, 256))
+
+
+# What was done to training image i of every modality to plant it among the synthetic ones.
+DISGUISES = (shifted, lambda image: ImageEnhance.Brightness(image).enhance(1.12), ImageOps.mirror)
+
+
+def write(folder: Path, images: dict[str, list[Image.Image]], columns=("finding", "source")) -> Path:
+    folder.mkdir(parents=True)
+    rows = []
+    for modality, mine in images.items():
+        for i, image in enumerate(mine):
+            finding = FINDINGS[modality][i % 2]
+            row = {"path": f"{modality}-{i}.png", "Text": f"{finding}, case {i % 6}", "modality": NAMES[modality]}
+            rows.append(row | {name: finding if name == "finding" else "sheet" for name in columns})
+            image.save(folder / row["path"])
+    with open(folder / "data.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / "data.csv"
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """CSV files of train (14 images a modality), real (13) and synthetic (10 and 3 copies of training images)."""
+    folder = tmp_path_factory.mktemp("sets")
+    train, real, synthetic = {}, {}, {}
+    for modality in NAMES:
+        images = [cut(modality, i) for i in range(40)]
+        train[modality], real[modality] = images[:14], images[14:27]
+        synthetic[modality] = images[27:37] + [change(images[i]) for i, change in enumerate(DISGUISES)]
+    files = {"train": train, "real": real, "synthetic": synthetic}
+    return {name: write(folder / name, images) for name, images in files.items()}
+
+
+def evaluate(sets: dict, folder: Path, *options: str) -> dict:
+    arguments = [part for name in sets for part in (f"--{name}", str(sets[name]))]
+    assert main(["evaluate", *arguments, "--output-dir", str(folder), *options]) == 0
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def report(sets, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    return evaluate(sets, folder, "--sheet-images", "4"), (folder / "report.html").read_text()
+
+
+def test_planted_copies_are_named(report):
+    for modality in NAMES:
+        found = report[0]["modalities"][modality]["memorisation"]["encoder"]
+        named = {pair["synthetic"]: pair["train"] for pair in found["copied"]}
+        for i in range(len(DISGUISES)):
+            assert named.get(f"{modality}-{10 + i}.png") == f"{modality}-{i}.png"
+        assert found["copies"] <= 5, "what is no copy is not called one"
+    assert report[0]["memorisation"]["encoder"]["n"] == 26
+    pixels = report[0]["modalities"]["cxr"]["memorisation"]["pixels"]
+    assert pixels["nearest"][0]["distance"] < pixels["limit"]
+
+
+def test_figures_are_there_with_their_n_and_whose_they_are(report):
+    figures, _ = report
+    assert figures["extractors"][0]["name"] == "minim-encoder" and len(figures["extractors"][0]["digest"]) == 16
+    assert figures["sets"]["train"] == {"file": "data.csv", "split": None, "n": 28}
+    oct = figures["modalities"]["oct"]
+    near = oct["fidelity"]["minim-encoder"]
+    assert near["frechet_distance"]["n"] == near["frechet_floor"]["n"] == 13
+    assert near["frechet_distance"]["interval"][0] <= near["frechet_distance"]["value"]
+    assert 0 <= near["recall"]["value"] <= 1 and near["coverage"]["n"] == 13
+    assert oct["diversity"]["ms_ssim"]["prompts"] == 6 and 0 < oct["diversity"]["ms_ssim"]["value"] < 1
+    assert oct["retrieval"]["image_image"]["pool"] == 13 and oct["retrieval"]["image_image"]["chance"] > 0.9
+    # Six captions are fewer than the ten that are looked at; there are no judges: left out, and told.
+    assert "6 given, at least 11 needed" in oct["retrieval"]["image_text"]["left_out"]
+    assert "--judges" in oct["diversity"]["inception_score"]["left_out"]
+    assert "--judges" in figures["judges"]["left_out"]
+
+
+def test_page_stands_alone(report):
+    figures, page = report
+    assert "oct-12.png" in page and f"{figures['modalities']['cxr']['memorisation']['encoder']['limit']:.2g}" in page
+    assert page.count("data:image/webp") == 2 * 4 + 2 * 2 * 6
+    without_names = re.sub(r'xmlns[:a-z]*="[^"]*"', "", page)
+    assert "http://" not in without_names and "https://" not in without_names
+
+
+def test_no_path_of_this_machine_is_told(report, sets):
+    root = str(sets["real"].parent.parent)
+    assert root not in json.dumps(report[0]) and root not in report[1]
+
+
+def test_sets_that_differ_in_size_colour_and_labels(sets, tmp_path):
+    """Both sides are brought to one size, which is said; what needs labels or training images is left out."""
+    images = {"oct": [cut("oct", i).resize((300, 200)) for i in range(6)]}
+    images["oct"][0] = ImageOps.colorize(images["oct"][0].convert("L"), "black", "orange")
+    synthetic = write(tmp_path / "odd", images, columns=())
+    report = evaluate({"real": sets["real"], "synthetic": synthetic}, tmp_path / "report", "--no-real-images")
+    assert "6 of 6 synthetic images: resized from 300 x 200 to 256 x 256 px" in report["conversions"]
+    assert "1 of 6 synthetic images: OCT is grey: colour taken away" in report["conversions"]
+    assert report["modalities_left_out"] == {"cxr": "no synthetic images"}
+    oct = report["modalities"]["oct"]
+    assert oct["fidelity"]["minim-encoder"]["frechet_distance"]["n"] == 6
+    assert "not every synthetic image has a value in the column 'finding'" in report["labels"]["left_out"]
+    assert oct["retrieval"]["image_image"]["left_out"] == report["labels"]["left_out"]
+    assert oct["fidelity"]["minim-encoder"]["kernel_floor"]["left_out"] == "it needs other real images: give --train"
+    assert report["memorisation"]["left_out"] == "no training images were given"
+
+
+def test_too_few_images_leave_metrics_out(sets, tmp_path):
+    synthetic = write(tmp_path / "few", {"oct": [cut("oct", 30)]})
+    report = evaluate({**sets, "synthetic": synthetic}, tmp_path / "report", "--no-real-images")
+    oct = report["modalities"]["oct"]
+    assert "1 given, at least 2 needed" in oct["fidelity"]["minim-encoder"]["frechet_distance"]["left_out"]
+    assert "1 given, at least 6 needed" in oct["fidelity"]["minim-encoder"]["recall"]["left_out"]
+    assert oct["retrieval"]["image_image"]["n"] == 1 and oct["memorisation"]["encoder"]["n"] == 1
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "at least 2 needed" in page and page.count("data:image/webp") == 2, "no real image is shown"
+
+
+BAD = [
+    (["--real", "{real}", "--output-dir", "out"], "give either --synthetic"),
+    (["--real", "{real}", "--synthetic", "{real}", "--pipeline", "x", "--output-dir", "out"], "give either"),
+    (["--real", "{real}", "--train", "{real}", "--synthetic", "{real}", "--output-dir", "out"], "the same rows"),
+    (["--real", "{real}", "--synthetic", "none.csv", "--output-dir", "out"], "none.csv"),
+    (["--real", "{real}", "--synthetic", "{real}", "--resolution", "0", "--output-dir", "out"], "at least 1, got 0"),
+    (
+        ["--real", "{real}", "--synthetic", "{real}", "--downstream", "--output-dir", "out"],
+        "--downstream needs --train",
+    ),
+    (["--real", "{real}", "--synthetic", "{real}", "--encoder", "none", "--output-dir", "out"], "'none' is neither"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_arguments_write_nothing(arguments, message, sets, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    filled = [argument.format(real=sets["real"]) for argument in arguments]
+    assert main(["evaluate", *filled]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
