@@ -149,3 +149,25 @@ def test_within_source_looks_only_at_findings_of_that_source():
     report = accuracy_report(probabilities, CLASSES, ["oct"] * 12, findings, ["tvhl"] * 12)["modalities"]["oct"]
     assert report["balanced_accuracy"] == 0
     assert report["within_source"] == {"tvhl": {"balanced_accuracy": 1.0, "chance": 0.5, "n": 12}}
+
+
+def test_each_origin_is_drawn_equally_often(monkeypatch):
+    """One real image among 50 synthetic ones of its class is half of what the classifier sees of that class."""
+    from minim_pipeline.evaluation import classifier
+
+    seen = []
+
+    def note(x, *rest):
+        seen.append(x[:, 0, 0, 0])
+        return x
+
+    monkeypatch.setattr(classifier, "augment", note)
+    images = torch.zeros(102, 3, 32, 32, dtype=torch.uint8)
+    images[0], images[51] = 255, 255
+    labels, origin = torch.arange(102) // 51, torch.ones(102, dtype=torch.long)
+    origin[0] = origin[51] = 0
+    recipe = classifier.Recipe(max_train_steps=10, train_batch_size=64, resolution=32, mix=0.0)
+    flags = torch.zeros(102, dtype=torch.bool)
+    model = classifier.make_resnet(2, 8)
+    classifier.train_classifier(model, images, labels, flags, flags, 2, recipe, origin=origin)
+    assert 0.4 < torch.cat(seen).mean().item() < 0.6

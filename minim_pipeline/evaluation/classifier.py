@@ -171,7 +171,7 @@ def train_classifier(
     num_classes: int,
     recipe: Recipe,
     name: str = "",
-    progress: bool = True,
+    origin: torch.Tensor | None = None,
 ) -> nn.Module:
     """Trains for a fixed number of steps where the images lie; gives the running average of the weights.
 
@@ -181,6 +181,7 @@ def train_classifier(
         labels: int64 [N]; every class that occurs is drawn equally often, since what is measured is balanced.
         may_mirror, grey: bool [N], see `augment`.
         name: what the progress bar is called.
+        origin: int64 [N], where each image comes from; of every class, images of each origin are drawn equally often.
     """
     device = images.device
     model.to(device).train()
@@ -188,8 +189,9 @@ def train_classifier(
         model, recipe.max_train_steps, recipe.learning_rate, recipe.adam_weight_decay, recipe.ema_decay
     )
     g = torch.Generator(device).manual_seed(recipe.seed)
-    frequency = 1 / torch.bincount(labels, minlength=num_classes).clamp(min=1)[labels].float()
-    with tqdm(range(recipe.max_train_steps), name, mininterval=2, disable=not progress) as bar:
+    kinds = labels if origin is None else labels + num_classes * origin
+    frequency = 1 / torch.bincount(kinds)[kinds].float()
+    with tqdm(range(recipe.max_train_steps), name, mininterval=2) as bar:
         for step in bar:
             index = torch.multinomial(frequency, recipe.train_batch_size, replacement=True, generator=g)
             x = augment(images[index].float() / 255, recipe.resolution, may_mirror[index], grey[index], g)

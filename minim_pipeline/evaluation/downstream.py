@@ -7,7 +7,8 @@
   its share, as where a hospital with few images is given a generator that was trained elsewhere. "Honest low data":
   the generator has seen no other images than the classifier's.
 
-A classifier has the same number of steps whatever it learns from; each condition is trained with several seeds. All
+A classifier has the same number of steps whatever it learns from, and where it learns from real and synthetic images,
+half of what it sees is real however many synthetic ones there are. Each condition is trained with several seeds. All
 classifiers tell all findings of all modalities apart, and are judged within the modality.
 """
 
@@ -191,9 +192,11 @@ def downstream(
             model = ARCHITECTURES[architecture](len(classes), width)
             images = torch.cat([part.images for part in parts]).to(device)
             labels = torch.cat([part.labels for part in parts]).to(device)
+            origin = torch.cat([torch.full_like(part.labels, i) for i, part in enumerate(parts)]).to(device)
             mine = flip.to(device)[labels], grey.to(device)[labels]
             plan = replace(recipe, seed=seed)
-            model = train_classifier(model, images, labels, *mine, len(classes), plan, f"{name}, seed {seed}")
+            title = f"{name}, seed {seed}"
+            model = train_classifier(model, images, labels, *mine, len(classes), plan, title, origin)
             return Judges({"cnn": model}, classes, recipe.resolution).judge(val_set.images)
 
         digest = hashlib.sha256()
