@@ -18,9 +18,6 @@ from ..data import read_csv, resolve_path
 from ..provenance import atomic_path
 
 
-PERCENTS = (100, 200, 500, 1000, 2000)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of an evaluation; spelled with hyphens or, as in diffusers' examples, with underscores."""
 
@@ -70,7 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(use, "--downstream", action="store_true", help="train classifiers with the synthetic images")
     add(use, "--low-data-share", type=float, default=0.1, help="share of --train for low data (default 0.1)")
     add(use, "--low-data-pipeline", metavar="PATH", help="a model trained on OUTPUT/low_data.csv: honest low data")
-    add(use, "--percents", type=int, nargs="+", default=list(PERCENTS), help="synthetic images, %% of the real ones")
+    add(
+        use,
+        "--percents",
+        type=int,
+        nargs="+",
+        default=[100, 200, 500, 1000, 2000],
+        help="synthetic images, %% of the real ones",
+    )
     add(use, "--seeds", type=int, default=3, help="classifiers of each kind (default 3)")
     add(use, "--classifier-steps", type=int, default=1500, help="steps of each (default 1500)")
     add(use, "--classifier-resolution", type=int, default=128, help="what they see, in pixels (default 128)")
@@ -125,7 +129,6 @@ def run(args: argparse.Namespace) -> dict:
     train_rows = rows_of(args.train, args.train_split) if args.train else None
     synthetic_rows = rows_of(args.synthetic, None) if args.synthetic else None
 
-    import torch
     from accelerate import PartialState
 
     from ..image_loading import load_images
@@ -173,26 +176,38 @@ def run(args: argparse.Namespace) -> dict:
         report["downstream"] = run_downstream(args, state, real, synthetic, train)
 
     if state.is_main_process:
-        from .page import render
         from .pictures import collect
 
-        packages = ("torch", "diffusers", "transformers", "torchmetrics")
-        found = {name: version(name) for name in packages if find_spec(name) is not None}
-        report["made"] = {
-            "minim": __version__,
-            "versions": {"python": platform.python_version(), **found},
-            "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
-            "minutes": round((time.monotonic() - start) / 60, 2),
-        }
-        shown = args.sheet_images, 6, args.no_real_images
-        # The page is made before anything is written: a report is there whole or not at all.
-        page = render(report, *collect(synthetic, train, copies, readings, *shown))
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        for name, text in (("report.json", json.dumps(report, indent=2) + "\n"), ("report.html", page)):
-            with atomic_path(args.output_dir / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        report["made"] = made(device, time.monotonic() - start)
+        shown = collect(synthetic, train, copies, readings, args.sheet_images, 6, args.no_real_images)
+        write(report, *shown, args.output_dir)
     state.wait_for_everyone()
     return report
+
+
+def made(device, seconds: float) -> dict:
+    """By what the report was made, and how long it took."""
+    import torch
+
+    packages = ("torch", "diffusers", "transformers", "torchmetrics")
+    found = {name: version(name) for name in packages if find_spec(name) is not None}
+    return {
+        "minim": __version__,
+        "versions": {"python": platform.python_version(), **found},
+        "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
+        "minutes": round(seconds / 60, 2),
+    }
+
+
+def write(report: dict, pictures: dict, curves: dict, folder: Path) -> None:
+    """Writes `report.json` and `report.html`; the page is made before anything is written."""
+    from .page import render
+
+    page = render(report, pictures, curves)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("report.json", json.dumps(report, indent=2) + "\n"), ("report.html", page)):
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def describe(args: argparse.Namespace, real, synthetic, train) -> dict:

@@ -208,7 +208,8 @@ def _retrieval(report: Mapping) -> dict:
     reading = (
         "Image to image: share of images that find a real one of their own label among the nearest. Image to text: "
         "share that find their own caption among the nearest. Higher is better; compare with chance and with real "
-        "images, which are under and beside each rate. It is easier in a smaller pool."
+        "images, which are under and beside each rate. It is easier in a smaller pool. Where labels are few, "
+        "chance is high: precision, the share of the nearest that match, then tells more."
     )
     rows = [
         [
