@@ -36,6 +36,9 @@ def load_images(
     def load(row: dict) -> tuple[torch.Tensor, list[str]]:
         modality, done = resolve_modality(row["modality"]), []
         with Image.open(resolve_path(row, csv_path, image_root)) as file:
+            if file.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+                done.append("16 bits a pixel scaled to 8")
+                file = Image.fromarray((np.asarray(file).clip(0, 65535) / 257).round().astype(np.uint8))
             image = file.convert("RGB")
         if modality.grey:
             grey = image.convert("L").convert("RGB")

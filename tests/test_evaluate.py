@@ -3,13 +3,16 @@
 import csv
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from minim_pipeline.cli import main
+from minim_pipeline.image_loading import load_images
 
 
 pytest.importorskip("torchmetrics")
@@ -144,6 +147,29 @@ def test_too_few_images_leave_metrics_out(sets, tmp_path):
     assert oct["retrieval"]["image_image"]["n"] == 1 and oct["memorisation"]["encoder"]["n"] == 1
     page = (tmp_path / "report" / "report.html").read_text()
     assert "at least 2 needed" in page and page.count("data:image/webp") == 2, "no real image is shown"
+
+
+def test_images_on_both_sides_are_refused(sets, tmp_path, capsys):
+    """By the files themselves, whatever CSV names them: every copy would look new beside them."""
+    folder = sets["train"].parent
+    (folder / "other.csv").write_text("path,Text,modality\noct-3.png,normal,OCT\n")
+    arguments = [
+        "--real",
+        str(folder / "other.csv"),
+        "--train",
+        str(sets["train"]),
+        "--synthetic",
+        str(sets["synthetic"]),
+    ]
+    assert main(["evaluate", *arguments, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "1 images are in --real and in --train, such as oct-3.png" in capsys.readouterr().err
+
+
+def test_sixteen_bits_are_scaled(tmp_path):
+    Image.fromarray(np.array([[0, 3000], [20000, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    changes = Counter()
+    image = load_images([{"path": "deep.png", "modality": "CXR"}], tmp_path / "data.csv", 2, changes=changes)
+    assert image[0, 0].tolist() == [[0, 12], [78, 255]] and changes["16 bits a pixel scaled to 8"] == 1
 
 
 BAD = [

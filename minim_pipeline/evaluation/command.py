@@ -9,6 +9,7 @@ import os
 import platform
 import time
 from collections import Counter
+from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,8 +100,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--low-data-pipeline belongs to --downstream with --pipeline.")
     if not 0 < args.low_data_share < 1:
         raise ValueError(f"--low-data-share has to be between 0 and 1, got {args.low_data_share}.")
-    if min(args.percents) < 1:
-        raise ValueError(f"--percents have to be at least 1, got {min(args.percents)}.")
+    if any(percent < 100 or percent % 100 for percent in args.percents):
+        raise ValueError(f"--percents have to be multiples of 100, got {' '.join(map(str, args.percents))}.")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ValueError(f"--batch-size has to be at least 1, got {args.batch_size}.")
     same = args.train and args.train.resolve() == args.real.resolve() and args.train_split == args.real_split
     if same:
         raise ValueError("--real and --train are the same rows: real images have to be ones that the model never saw.")
@@ -128,21 +131,28 @@ def run(args: argparse.Namespace) -> dict:
     real_rows = rows_of(args.real, args.real_split)
     train_rows = rows_of(args.train, args.train_split) if args.train else None
     synthetic_rows = rows_of(args.synthetic, None) if args.synthetic else None
+    if train_rows:
+        check_overlap(real_rows, args.real, train_rows, args.train)
 
     from accelerate import PartialState
 
     from ..image_loading import load_images
     from .extractors import load_extractor
     from .judges import load_judges
+    from .pictures import collect
     from .report import ImageSet, evaluate
 
     # Whatever may be wrong with them shows before images are drawn, which takes long.
-    state = PartialState(cpu=args.device == "cpu")
+    # The main process measures alone, which may take longer than the others wait by default.
+    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=1))
     device = state.device
     own = load_extractor(args.encoder, device)
     if own.encoder is None:
         raise ValueError(f"--encoder has to be an image-text encoder of train_encoder.py, got {args.encoder}.")
     extractors = [own, *(load_extractor(model, device) for model in args.extractor)]
+    names = [extractor.name for extractor in extractors]
+    if len(set(names)) < len(names):
+        raise ValueError(f"every extractor needs a name of its own, got {', '.join(names)}: rename a folder.")
     judges = load_judges(args.judges, device) if args.judges else None
 
     def load(rows: list[dict], path: Path) -> ImageSet:
@@ -170,19 +180,31 @@ def run(args: argparse.Namespace) -> dict:
             from .extraction import extract_training_images
 
             drawn = args.extraction_captions, args.extraction_images, batch_size(args)
+            settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
             pipe = pipeline(args, args.pipeline)
-            report["extraction"] = extract_training_images(pipe, train, own.encoder, copies, *drawn)
+            report["extraction"] = extract_training_images(pipe, train, own.encoder, copies, *drawn, **settings)
+        shown = collect(synthetic, train, copies, readings, args.sheet_images, 6, args.no_real_images)
+        report["made"] = made(device, time.monotonic() - start)
+        # Already now: training classifiers takes long, and may fail.
+        write(report, *shown, args.output_dir)
     if args.downstream:
         report["downstream"] = run_downstream(args, state, real, synthetic, train)
-
-    if state.is_main_process:
-        from .pictures import collect
-
-        report["made"] = made(device, time.monotonic() - start)
-        shown = collect(synthetic, train, copies, readings, args.sheet_images, 6, args.no_real_images)
-        write(report, *shown, args.output_dir)
+        if state.is_main_process:
+            report["made"] = made(device, time.monotonic() - start)
+            write(report, *shown, args.output_dir)
     state.wait_for_everyone()
     return report
+
+
+def check_overlap(real_rows: list[dict], real: Path, train_rows: list[dict], train: Path) -> None:
+    """Raises ValueError if an image is on both sides: everything would be called new beside it."""
+    trained = {resolve_path(row, train).resolve() for row in train_rows}
+    both = [row["path"] for row in real_rows if resolve_path(row, real).resolve() in trained]
+    if both:
+        raise ValueError(
+            f"{len(both)} images are in --real and in --train, such as {both[0]}: real images have to be ones that "
+            "the model never saw (--real-split and --train-split choose rows)."
+        )
 
 
 def made(device, seconds: float) -> dict:
@@ -280,7 +302,8 @@ def run_downstream(args: argparse.Namespace, state, real, synthetic, train) -> d
     from .classifier import Recipe
     from .downstream import downstream, drawn_by, take_share, taken_from
 
-    missing = [name for name, s in (("real", real), ("train", train)) if not s.has(args.label_column)]
+    needed = {"real": real, "train": train} | ({} if args.pipeline else {"synthetic": synthetic})
+    missing = [name for name, images in needed.items() if not images.has(args.label_column)]
     if missing:
         return {"left_out": f"not every {' and '.join(missing)} image has a value in {args.label_column!r}"}
     low_rows = take_share(train.rows, args.low_data_share, args.label_column)

@@ -52,6 +52,10 @@ class Labelled:
 Source = Callable[[list[dict], int], torch.Tensor]
 
 
+class TooFewImages(ValueError):
+    """A source has fewer images than were asked for."""
+
+
 def take_share(rows: list[dict], share: float, column: str = "finding", seed: int = 0) -> list[dict]:
     """A share of `rows`, the same of every finding of every modality and at least one of each; in their order."""
     groups = {}
@@ -76,7 +80,7 @@ def drawn_by(pipe, state, folder: Path, resolution: int, batch_size: int, identi
     def draw(rows: list[dict], copies: int) -> torch.Tensor:
         total = len(rows) * copies
         prompts, modalities = [row["Text"] for row in rows] * copies, [row["modality"] for row in rows] * copies
-        parts = np.array_split(np.arange(total), max(1, total // 1024))
+        parts = np.array_split(np.arange(total), max(1, total // 128))
 
         def part(i: int) -> torch.Tensor:
             mine = parts[i]
@@ -105,7 +109,7 @@ def taken_from(images: torch.Tensor, rows: list[dict], column: str = "finding") 
         if None in chosen:
             short = class_of((wanted * copies)[chosen.index(None)], column)
             have = len(stock.get(short, []))
-            raise ValueError(f"{have} synthetic images of {': '.join(short)}, more are needed for {100 * copies} %")
+            raise TooFewImages(f"{have} synthetic images of {': '.join(short)}, more are needed for {100 * copies} %")
         return images[chosen]
 
     return take
@@ -154,7 +158,7 @@ def downstream(
         return Labelled(images[known], labels)
 
     if not classes:
-        raise ValueError(f"no finding has {min_train} train and {min_val} val images")
+        return {"left_out": f"no finding has {min_train} train and {min_val} val images"}
     known_rows = [row for row in train[0] if class_of(row, column) in number]
     low_rows = [row for row in low_rows if class_of(row, column) in number]
     all_real, val_set = labelled(*train), labelled(*val)
@@ -166,7 +170,7 @@ def downstream(
     sharing = next(iter(sources))
     try:
         conditions["synthetic"] = [Labelled(sources[sharing](known_rows, 1), all_real.labels)]
-    except ValueError as error:
+    except TooFewImages as error:
         conditions["synthetic"] = str(error)
     for setting, source in sources.items():
         # The largest first: the smaller ones are its beginning.
@@ -177,7 +181,7 @@ def downstream(
                 if most is None:
                     most = Labelled(source(low_rows, copies), low.labels.repeat(copies))
                 conditions[name] = [low, most[: len(low_rows) * percent // 100]]
-            except ValueError as error:
+            except TooFewImages as error:
                 conditions[name] = str(error)
 
     flags = [resolve_modality(modality) for modality, _ in classes]

@@ -31,12 +31,14 @@ def extract_training_images(
     images: int,
     batch_size: int,
     seed: int = 0,
+    **settings,
 ) -> dict:
     """Draws `images` images for each of the `captions` rarest captions of every modality, and counts copies.
 
     Args:
         copies: as `evaluate` gives them; its limits tell what a copy is.
         seed: image i has seed + i.
+        settings: of the pipeline's call.
 
     Returns:
         `encoder`: `share`, `copies`, `n` and `captions`; `prompts`: of every caption `modality`, `Text`, how many
@@ -47,6 +49,8 @@ def extract_training_images(
     for modality in copies:
         for text, number in rare_captions(train, modality, captions):
             prompts.append({"modality": modality, "Text": text, "train_images": number, "images": images})
+    if not prompts:
+        return {"left_out": "there are no training images of the modalities that were drawn"}
     asked = [prompt for prompt in prompts for _ in range(images)]
     drawn = draw_images(
         pipe,
@@ -55,6 +59,7 @@ def extract_training_images(
         [seed + i for i in range(len(asked))],
         batch_size,
         name="rare captions",
+        **settings,
     )
     features = encoder.encode_images(drawn)[0].split(images)
     references = {name: encoder.encode_images(train.images[train.of(name)])[0] for name in copies}

@@ -356,7 +356,8 @@ def _memorisation(report: Mapping, neighbours: Mapping, curves: Mapping) -> dict
     head = ["Modality", "Copies", "Median, synthetic", "Median, val", "Limit"]
     reading = (
         "An image is called a copy if it lies nearer to some training image than all but the nearest 1 % of val "
-        "images do, so 1 % are expected by chance; far more mean that training images are repeated. A median "
+        "images do. So 1 % are expected by chance, and more where val images are few (2 in 31 with 30 of them); far "
+        "more mean that training images are repeated. A median "
         "distance of synthetic images well below that of val images is a sign of the same."
     )
     # Where all is left out for one reason, one sentence says it.
@@ -443,9 +444,9 @@ def _extraction(report: Mapping) -> dict | None:
     rows = [[head_cell(SPACES.get(space, space).capitalize()), share_cell(extraction[space])] for space in spaces]
     reading = (
         "Several images are made of captions of few training images, which are remembered most easily. A copy is what "
-        "it is under memorisation, and 1 % are expected by chance."
+        "it is under memorisation, by the encoder."
     )
-    parts = [make_table("Copies of captions' own training images", ["Distance in", "Copies"], rows, reading)]
+    parts = [make_table("Copies of training images", ["Distance in", "Copies"], rows, reading)]
     prompts = extraction.get("prompts") or []
     if prompts:
         head = ["Modality", "Caption", "Training images", "Images made", "Copies", "Nearest distance"]

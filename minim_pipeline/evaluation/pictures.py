@@ -47,7 +47,7 @@ def collect(
                 "synthetic": to_array(synthetic.images[index[place]]),
                 "train": None if no_real_images else to_array(train.images[of_train[found.nearest[place]]]),
                 "distance": found.distances[place].item(),
-                "names": (synthetic.rows[index[place]]["path"], train.rows[of_train[found.nearest[place]]]["path"]),
+                "names": (*synthetic.names([index[place]]), *train.names([of_train[found.nearest[place]]])),
                 "copy": bool(found.distances[place] < found.limit),
             }
             for place in found.distances.argsort()[:neighbours].tolist()

@@ -8,6 +8,7 @@ many there are of each.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ from .metrics import (
     ms_ssim_of_pairs,
     precision_recall_density_coverage,
 )
+
+
+OWN = None  # in place of an extractor's name: the encoder's features, whatever other extractors are called
 
 
 @dataclass
@@ -54,6 +58,11 @@ class ImageSet:
 
     def column(self, name: str, numbers) -> list[str]:
         return [self.rows[i].get(name, "") for i in numbers]
+
+    def names(self, numbers) -> list[str]:
+        """Paths as the CSV has them; of those that tell where a machine keeps its files only the last part."""
+        paths = map(PurePath, self.column("path", numbers))
+        return [path.name if path.is_absolute() or ".." in path.parts else path.as_posix() for path in paths]
 
     def has(self, column: str) -> bool:
         """Whether every row has a value in this column."""
@@ -280,7 +289,7 @@ def evaluate(
                 )
             )
         part["retrieval"] |= _image_retrieval(
-            *(features["encoder", name][index[name]] for name in ("synthetic", "real")),
+            *(features[OWN, name][index[name]] for name in ("synthetic", "real")),
             *(sets[name].column(label_column, index[name]) for name in ("synthetic", "real")),
             report["labels"].get("left_out"),
         )
@@ -293,10 +302,10 @@ def evaluate(
         else:
             order = ("synthetic", "real", "train")
             copies[modality] = {
-                "encoder": copies_by_features(*(features["encoder", name][index[name]] for name in order)),
+                "encoder": copies_by_features(*(features[OWN, name][index[name]] for name in order)),
                 "pixels": copies_by_pixels(*(sets[name].images[index[name]] for name in order)),
             }
-            names = synthetic.column("path", index["synthetic"]), train.column("path", index["train"])
+            names = synthetic.names(index["synthetic"]), train.names(index["train"])
             part["memorisation"] = {key: found.report(*names) for key, found in copies[modality].items()}
         report["modalities"][modality] = part
 
@@ -315,7 +324,7 @@ def look(
     """What every network says of the images, each looking once.
 
     Returns:
-        Features [N, D] by (extractor's name or "encoder", set), the encoder's embeddings [N, P] by set, and
+        Features [N, D] by (extractor's name or `OWN`, set), the encoder's embeddings [N, P] by set, and
         probabilities [N, classes] by set and judge, of the real and the synthetic set.
     """
     others = [extractor for extractor in extractors if extractor.encoder is not encoder]
@@ -323,11 +332,11 @@ def look(
     passes = len(sets) * (1 + len(others)) + (2 if judges else 0)
     with tqdm(total=passes, desc="looking at images", unit="pass") as bar:
         for name, images in sets.items():
-            features["encoder", name], embeddings[name] = encoder.encode_images(images.images)
+            features[OWN, name], embeddings[name] = encoder.encode_images(images.images)
             bar.update()
             for extractor in extractors:
                 if extractor.encoder is encoder:
-                    features[extractor.name, name] = features["encoder", name]
+                    features[extractor.name, name] = features[OWN, name]
                 else:
                     features[extractor.name, name] = extractor.extract(images.images)
                     bar.update()
