@@ -356,9 +356,9 @@ def _memorisation(report: Mapping, neighbours: Mapping, curves: Mapping) -> dict
     head = ["Modality", "Copies", "Median, synthetic", "Median, val", "Limit"]
     reading = (
         "An image is called a copy if it lies nearer to some training image than all but the nearest 1 % of val "
-        "images do. So 1 % are expected by chance, and more where val images are few (2 in 31 with 30 of them); far "
-        "more mean that training images are repeated. A median "
-        "distance of synthetic images well below that of val images is a sign of the same."
+        "images do. So 1 % are expected by chance, and more where val images are few (4 % with 30 of them); far more "
+        "mean that training images are repeated. A median distance of synthetic images well below that of val images "
+        "is a sign of the same."
     )
     # Where all is left out for one reason, one sentence says it.
     reasons = {part.get("left_out") for part in (whole, *found.values())}
