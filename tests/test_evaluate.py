@@ -149,6 +149,29 @@ def test_too_few_images_leave_metrics_out(sets, tmp_path):
     assert "at least 2 needed" in page and page.count("data:image/webp") == 2, "no real image is shown"
 
 
+def test_pipeline_draws_what_is_measured_and_goes_on(sets, pipeline_dir, tmp_path, monkeypatch):
+    """From the captions of the real images; the folder's labels are those that the real images have now."""
+    folder = sets["real"].parent
+    lines = sets["real"].read_text().splitlines()
+    few = folder / "few.csv"
+    few.write_text("\n".join(lines[:5]) + "\n")
+    options = ["--pipeline", str(pipeline_dir), "--num-inference-steps", "1", "--device", "cpu"]
+    downstream = ["--downstream", "--train", str(sets["train"]), "--low-data-share", "0.5"]
+    report = evaluate({"real": few}, tmp_path / "out", *options, *downstream)
+    assert report["sets"]["synthetic"]["n"] == 4 and report["sets"]["synthetic"]["settings"]["steps"] == "1"
+    assert report["downstream"] == {"left_out": "no finding has 20 train and 9 val images"}
+    low = (tmp_path / "out" / "low_data.csv").read_text().splitlines()
+    assert len(low) == 1 + 4 * 4 and str(tmp_path) not in low[1], "half of four findings' seven images, relative paths"
+
+    monkeypatch.setattr("minim_pipeline.generate.draw", None)  # nothing is drawn again
+    few.write_text("\n".join(lines[:4]).replace("diabetic macular edema,sheet", "something else,sheet") + "\n")
+    report = evaluate({"real": few}, tmp_path / "out", *options)
+    assert report["sets"]["synthetic"]["n"] == 3
+    assert report["modalities"]["oct"]["retrieval"]["image_image"].get("left_out") is not None
+    other = [*downstream[:-1], "0.2"]
+    assert main(["evaluate", "--real", str(few), "--output-dir", str(tmp_path / "out"), *options, *other]) == 2
+
+
 def test_images_on_both_sides_are_refused(sets, tmp_path, capsys):
     """By the files themselves, whatever CSV names them: every copy would look new beside them."""
     folder = sets["train"].parent

@@ -4,6 +4,7 @@ torch and transformers are imported when everything that can be checked without 
 """
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .. import EMBEDDED_ENCODER, __version__
-from ..data import read_csv, resolve_path
+from ..data import DatasetWriter, read_csv, resolve_path
 from ..provenance import atomic_path
 
 
@@ -161,8 +162,7 @@ def run(args: argparse.Namespace) -> dict:
 
     synthetic_csv = args.synthetic
     if args.pipeline:
-        synthetic_csv = draw_synthetic(args, real_rows)
-        synthetic_rows = rows_of(synthetic_csv, None)
+        synthetic_csv, synthetic_rows = draw_synthetic(args, real_rows)
     real, synthetic = load(real_rows, args.real), load(synthetic_rows, synthetic_csv)
     train = load(train_rows, args.train) if train_rows else None
 
@@ -247,8 +247,12 @@ def describe(args: argparse.Namespace, real, synthetic, train) -> dict:
     return sets | {"synthetic": made}
 
 
-def draw_synthetic(args: argparse.Namespace, real_rows: list[dict]) -> Path:
-    """Draws `--num-images` for every caption of the real images into OUTPUT/synthetic, or goes on with that."""
+def draw_synthetic(args: argparse.Namespace, real_rows: list[dict]) -> tuple[Path, list[dict]]:
+    """Draws `--num-images` for every caption of the real images into OUTPUT/synthetic, or goes on with that.
+
+    Returns:
+        The CSV there, and its rows of the images asked for, with the other columns as the real rows have them now.
+    """
     from ..generate import Item, generate, read_model_index
     from ..modalities import resolve_modality
 
@@ -275,7 +279,9 @@ def draw_synthetic(args: argparse.Namespace, real_rows: list[dict]) -> Path:
         dtype=args.dtype,
         batch_size=batch_size(args),
     )
-    return folder / "data.csv"
+    asked = {DatasetWriter.name(item.index): item.extra for item in items}
+    rows = read_csv(folder / "data.csv")
+    return folder / "data.csv", [row | asked[row["path"]] for row in rows if row["path"] in asked]
 
 
 def batch_size(args: argparse.Namespace) -> int:
@@ -298,7 +304,7 @@ def pipeline(args: argparse.Namespace, model: str):
 
 def run_downstream(args: argparse.Namespace, state, real, synthetic, train) -> dict:
     """`downstream` with the images of the sets and, with `--pipeline`, with as many drawn ones as it needs."""
-    from ..generate import model_identity
+    from ..generate import model_identity, read_model_index
     from .classifier import Recipe
     from .downstream import downstream, drawn_by, take_share, taken_from
 
@@ -306,11 +312,12 @@ def run_downstream(args: argparse.Namespace, state, real, synthetic, train) -> d
     missing = [name for name, images in needed.items() if not images.has(args.label_column)]
     if missing:
         return {"left_out": f"not every {' and '.join(missing)} image has a value in {args.label_column!r}"}
+    if args.pipeline:
+        learned = read_model_index(args.pipeline).get("modalities") or list(train.modalities)
+        train, real = train.only(learned), real.only(learned)
     low_rows = take_share(train.rows, args.low_data_share, args.label_column)
     folder = args.output_dir / "downstream"
-    if state.is_main_process:
-        write_low_data(args.output_dir / "low_data.csv", low_rows, args.train)
-    state.wait_for_everyone()
+    write_low_data(args.output_dir / "low_data.csv", low_rows, args.train, state)
     # A little larger than what the classifiers see, so that zooming in finds detail.
     size = min(args.resolution, args.classifier_resolution * 5 // 4 // 8 * 8)
     sources = {}
@@ -357,14 +364,25 @@ def _shrink(images, size: int):
     return torch.cat([part.to(torch.uint8) for part in parts])
 
 
-def write_low_data(path: Path, rows: list[dict], source: Path) -> None:
-    """The rows of the low-data settings as a CSV to train a generator on, paths relative to it."""
+def write_low_data(path: Path, rows: list[dict], source: Path, state) -> None:
+    """The rows of the low-data settings as a CSV to train a generator on, paths relative to it.
+
+    Raises:
+        ValueError: there is one with other rows, on which a generator may have been trained.
+    """
     import csv
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        for row in rows:
-            place = os.path.relpath(resolve_path(row, source).resolve(), path.parent.resolve())
-            writer.writerow(row | {"path": Path(place).as_posix()})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        place = os.path.relpath(resolve_path(row, source).resolve(), path.parent.resolve())
+        writer.writerow(row | {"path": Path(place).as_posix()})
+    if path.is_file() and path.read_text(encoding="utf-8") != text.getvalue():
+        raise ValueError(f"{path} holds other rows than --train and --low-data-share give now: choose another folder.")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            temporary.write_text(text.getvalue(), encoding="utf-8")
+    state.wait_for_everyone()

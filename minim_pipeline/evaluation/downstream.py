@@ -143,7 +143,7 @@ def downstream(
         min_train, min_val: findings with fewer images are left out.
 
     Returns:
-        `real`, `synthetic`: accuracy (mean over modalities, then over seeds), a 95 % interval over val images,
+        `real`, `synthetic`: accuracy (mean over modalities and seeds), a 95 % interval over seeds and val images,
             accuracies of the seeds, and the same per modality;
         `cas_ratio`: synthetic over real, with an interval of paired draws;
         `low_data`: for each setting `real`, `points` (accuracy and gain over real for each per cent), `gain` at the
@@ -261,17 +261,19 @@ class Score:
         self.names = list(dict.fromkeys(modalities))
 
     def of(self, name: str, draws: int = 0) -> np.ndarray:
-        """Balanced accuracy of a modality, mean over seeds: [1], or for `draws` > 0 of images drawn anew: [draws].
+        """Balanced accuracy of a modality, mean over seeds: [1], or for seeds and images drawn anew: [draws].
 
-        The same images are drawn for every condition, so that two of them can be compared draw by draw.
+        The same ones are drawn for every condition, so that two of them can be compared draw by draw.
         """
         generator = np.random.default_rng(0)
-        right, mine = self.right.mean(0), np.array(self.modalities) == name
-        means = []
+        count = len(self.right)
+        seeds = generator.integers(0, count, (draws, count)) if draws else np.arange(count)[None]
+        right = self.right[seeds].mean(1)  # [draws or 1, n]
+        mine, means = np.array(self.modalities) == name, []
         for finding in dict.fromkeys(np.array(self.findings)[mine]):
-            values = right[mine & (np.array(self.findings) == finding)]
-            index = generator.integers(0, len(values), (draws, len(values))) if draws else np.arange(len(values))[None]
-            means.append(values[index].mean(1))
+            values = right[:, mine & (np.array(self.findings) == finding)]
+            index = generator.integers(0, values.shape[1], values.shape) if draws else np.arange(values.shape[1])[None]
+            means.append(np.take_along_axis(values, index, 1).mean(1))
         return np.mean(means, 0)
 
     def total(self, draws: int = 0) -> np.ndarray:

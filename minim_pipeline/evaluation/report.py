@@ -6,7 +6,7 @@ many there are of each.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
@@ -55,6 +55,11 @@ class ImageSet:
     def of(self, modality: str) -> np.ndarray:
         """Numbers of the images of a modality."""
         return np.flatnonzero(self.modalities == modality)
+
+    def only(self, modalities: Sequence[str]) -> "ImageSet":
+        """The images of these modalities."""
+        kept = np.flatnonzero(np.isin(self.modalities, list(modalities)))
+        return ImageSet([self.rows[i] for i in kept], self.images[kept], self.changes)
 
     def column(self, name: str, numbers) -> list[str]:
         return [self.rows[i].get(name, "") for i in numbers]
