@@ -198,7 +198,10 @@ def test_sixteen_bits_are_scaled(tmp_path):
 BAD = [
     (["--real", "{real}", "--output-dir", "out"], "give either --synthetic"),
     (["--real", "{real}", "--synthetic", "{real}", "--pipeline", "x", "--output-dir", "out"], "give either"),
-    (["--real", "{real}", "--train", "{real}", "--synthetic", "{real}", "--output-dir", "out"], "the same rows"),
+    (
+        ["--real", "{real}", "--train", "{real}", "--synthetic", "{real}", "--output-dir", "out"],
+        "in --real and in --train",
+    ),
     (["--real", "{real}", "--synthetic", "none.csv", "--output-dir", "out"], "none.csv"),
     (["--real", "{real}", "--synthetic", "{real}", "--resolution", "0", "--output-dir", "out"], "at least 1, got 0"),
     (

@@ -30,7 +30,8 @@ def test_what_the_model_gives_back_is_counted(shared_pipeline):
     noise = torch.randint(0, 256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     train = ImageSet(rows(["cyst"] + ["common"] * 4), torch.cat([own, noise]))
     limit = torch.full((4,), 1e-4)
-    copies = {"oct": {"encoder": Copies(torch.ones(1), torch.zeros(1, dtype=torch.long), limit)}}
+    references = encoder.encode_images(train.images)[0]
+    copies = {"oct": {"encoder": Copies(torch.ones(1), torch.zeros(1, dtype=torch.long), limit, references)}}
 
     # The second image of the caption has the seed of "its" training image.
     report = extract_training_images(shared_pipeline, train, encoder, copies, 1, 2, batch_size=2)

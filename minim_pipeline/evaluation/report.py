@@ -18,7 +18,7 @@ from ..modalities import resolve_modality
 from .encoder import ImageTextEncoder
 from .extractors import Extractor
 from .judges import Judges, accuracy_report
-from .memorisation import copy_figures, nearest_distances, nearest_in_any_view, pixel_features, total
+from .memorisation import copy_figures, copy_share, nearest_distances, nearest_in_any_view, pixel_features, total
 from .metrics import (
     bootstrap_interval,
     frechet_distance,
@@ -82,6 +82,14 @@ def figure(compute: Callable[[], dict]) -> dict:
         return {"left_out": str(error)}
 
 
+def interval(function: Callable, *arrays: torch.Tensor, **options) -> dict:
+    """`{"interval": ...}` of `bootstrap_interval`, or nothing where half of the images are too few for it."""
+    try:
+        return {"interval": bootstrap_interval(function, *arrays, **options)}
+    except ValueError:
+        return {}
+
+
 def _rounded(value):
     if isinstance(value, (list, tuple)):
         return [_rounded(v) for v in value]
@@ -112,17 +120,17 @@ def fidelity(real: torch.Tensor, synthetic: torch.Tensor, train: torch.Tensor | 
         "frechet_distance": figure(
             lambda: {
                 "value": frechet_distance(some_real, some_synthetic),
-                "interval": bootstrap_interval(frechet_distance, some_real, some_synthetic, draws=draws, bounds=above),
                 "n": n,
+                **interval(frechet_distance, some_real, some_synthetic, draws=draws, bounds=above),
             }
         ),
         "frechet_floor": figure(floor),
         "kernel_distance": figure(
             lambda: {
                 "value": kernel_distance(real, synthetic),
-                "interval": bootstrap_interval(kernel_distance, real, synthetic, draws=draws),
                 "n": len(synthetic),
                 "n_real": len(real),
+                **interval(kernel_distance, real, synthetic, draws=draws),
             }
         ),
         "kernel_floor": figure(kernel_floor),
@@ -131,13 +139,12 @@ def fidelity(real: torch.Tensor, synthetic: torch.Tensor, train: torch.Tensor | 
     bounds = {"precision": unit, "recall": unit, "density": above, "coverage": unit}
     try:
         values = precision_recall_density_coverage(real, synthetic)
-        intervals = bootstrap_interval(precision_recall_density_coverage, real, synthetic, draws=draws, bounds=bounds)
     except ValueError as error:
         return report | dict.fromkeys(bounds, {"left_out": str(error)})
+    each = interval(precision_recall_density_coverage, real, synthetic, draws=draws, bounds=bounds).get("interval")
     for name, value in values.items():
-        report[name] = figure(
-            lambda value=value, name=name: {"value": value, "interval": intervals[name], "n": len(synthetic)}
-        )
+        found = {"value": value, "n": len(synthetic)} | ({"interval": each[name]} if each else {})
+        report[name] = {key: _rounded(v) for key, v in found.items()}
     return report
 
 
@@ -147,20 +154,18 @@ def diversity(images: torch.Tensor, prompts: list[str], grey: bool, probabilitie
     def ms_ssim() -> dict:
         x = images[:, :1] if grey else images
         values = ms_ssim_of_pairs(x, prompts, generator=torch.Generator().manual_seed(0))
-        interval = None
-        if len(values) > 1:
-            interval = bootstrap_interval(lambda v: v.mean().item(), values, bounds=(0.0, 1.0))
         repeated = sum(count > 1 for count in Counter(prompts).values())
         report = {"value": values.mean().item(), "pairs": len(values), "prompts": repeated, "n": len(images)}
-        return report | ({"interval": interval} if interval else {})
+        return report | interval(lambda v: v.mean().item(), values, bounds=(0.0, 1.0))
 
     def score() -> dict:
         if probabilities is None:
             raise ValueError("it needs classifiers of the finding: give --judges")
         value = inception_score(probabilities)
         classes = probabilities.shape[1]
-        interval = bootstrap_interval(inception_score, probabilities, bounds=(1.0, float(classes)))
-        return {"value": value, "interval": interval, "n": len(probabilities), "classes": classes}
+        bounds = (1.0, float(classes))
+        report = {"value": value, "n": len(probabilities), "classes": classes}
+        return report | interval(inception_score, probabilities, bounds=bounds)
 
     return {"ms_ssim": figure(ms_ssim), "inception_score": figure(score)}
 
@@ -172,9 +177,7 @@ def retrieval_figure(compute: Callable[[], dict]) -> dict:
         found = compute()
         hits = found.pop("hits").double()
         found["value"] = found.pop("rate")
-        if len(hits) > 1:
-            found["interval"] = bootstrap_interval(lambda h: h.mean().item(), hits, bounds=(0.0, 1.0))
-        return found
+        return found | interval(lambda h: h.mean().item(), hits, bounds=(0.0, 1.0))
 
     return figure(both)
 
@@ -186,10 +189,11 @@ class Copies:
     distances: torch.Tensor  # [n], cosine
     nearest: torch.Tensor  # [n], numbers among the train images of the modality
     val: torch.Tensor  # [m]
+    references: torch.Tensor  # [N, D], features of those training images
 
     @property
     def limit(self) -> float:
-        return copy_figures(self.distances, self.val)["limit"]
+        return copy_share(self.distances, self.val)[1]
 
     def report(self, synthetic: list[str], train: list[str], most: int = 50) -> dict:
         """Figures, and the copies by name, the nearest first; `nearest` names the five nearest, copies or not."""
@@ -211,7 +215,7 @@ class Copies:
 
 def copies_by_features(synthetic: torch.Tensor, real: torch.Tensor, train: torch.Tensor) -> Copies:
     """By the encoder's features, which are blind to mirroring, small shifts and brightness."""
-    return Copies(*nearest_distances(synthetic, train), nearest_distances(real, train)[0])
+    return Copies(*nearest_distances(synthetic, train), nearest_distances(real, train)[0], train)
 
 
 def copies_by_pixels(synthetic: torch.Tensor, real: torch.Tensor, train: torch.Tensor) -> Copies:
@@ -221,7 +225,7 @@ def copies_by_pixels(synthetic: torch.Tensor, real: torch.Tensor, train: torch.T
     def nearest(images):
         return nearest_in_any_view([pixel_features(images), pixel_features(images.flip(-1))], references)
 
-    return Copies(*nearest(synthetic), nearest(real)[0])
+    return Copies(*nearest(synthetic), nearest(real)[0], references)
 
 
 def evaluate(
@@ -255,6 +259,12 @@ def evaluate(
         which = " and ".join(unlabelled)
         report["labels"] = {"left_out": f"not every {which} image has a value in the column {label_column!r}"}
 
+    shared = [name for name in dict.fromkeys(synthetic.modalities) if name in set(real.modalities)]
+    only = {str(name): "no real images" for name in dict.fromkeys(synthetic.modalities) if name not in shared}
+    only |= {str(name): "no synthetic images" for name in dict.fromkeys(real.modalities) if name not in shared}
+    if not shared:
+        raise ValueError(f"real and synthetic images share no modality: {only}")
+
     features, embeddings, said = look(sets, encoder, extractors, judges)
     texts = {}
     for name in ("real", "synthetic"):
@@ -262,11 +272,6 @@ def evaluate(
         texts[name] = encoder.encode_texts([row["Text"] for row in rows], [row["modality"] for row in rows])
     probabilities = {name: torch.stack(list(each.values())).mean(0) for name, each in said.items()}
 
-    shared = [name for name in dict.fromkeys(synthetic.modalities) if name in set(real.modalities)]
-    only = {name: "no real images" for name in dict.fromkeys(synthetic.modalities) if name not in shared}
-    only |= {name: "no synthetic images" for name in dict.fromkeys(real.modalities) if name not in shared}
-    if not shared:
-        raise ValueError(f"real and synthetic images share no modality: {only}")
     report["modalities"], copies = {}, {}
     for modality in tqdm(shared, "comparing"):
         grey = resolve_modality(modality).grey
