@@ -265,6 +265,20 @@ def test_conditions_of_downstream_training_can_be_left_out():
     assert "svg" not in found.tags
 
 
+@pytest.mark.parametrize(
+    ("value", "low", "verdict"),
+    [
+        (0.06, 0.01, "by at least the 5 points"),
+        (0.04, 0.01, "by less than the 5 points"),
+        (0.06, 0, "not shown to help"),
+    ],
+)
+def test_the_page_says_whether_synthetic_images_help(value, low, verdict):
+    report = copy.deepcopy(REPORT)
+    report["downstream"]["low_data"]["data sharing"]["gain"] = {"value": value, "interval": [low, 0.09]}
+    assert verdict in Text(render(report, {}, {})).text
+
+
 def test_text_from_outside_is_never_markup():
     report = copy.deepcopy(REPORT)
     report["sets"]["synthetic"]["model"] = report["sets"]["real"]["file"] = EVIL

@@ -38,6 +38,7 @@ from .plots import distance_curves, downstream_curve
 
 
 SPACES = {"encoder": "the encoder's features", "pixels": "pixels"}
+WORTHWHILE_GAIN = 0.05  # of balanced accuracy, from adding synthetic images to real ones
 
 
 def render(report: Mapping, pictures: Mapping, curves: Mapping) -> str:
@@ -333,13 +334,24 @@ def _downstream(report: Mapping) -> dict | None:
         head = ["Synthetic images added", "All", *map(name_of, modalities)]
         reading = "Accuracy on unseen real images. The gain is over real alone, in points; it counts if its interval, "
         reading += "in brackets, leaves out 0."
-        parts.append(make_table(setting_title, head, rows, reading, text=setting.get("meaning", "")))
+        text = " ".join(filter(None, [setting.get("meaning", ""), _verdict(whole)]))
+        parts.append(make_table(setting_title, head, rows, reading, text=text))
         if "left_out" not in setting["real"] and any("accuracy" in point for point in points):
             drawn = downstream_curve(setting, f"downstream-{index}")
             parts.append({"kind": "plots", "title": "", "plots": [plot_part(drawn, name)], "reading": ""})
     if downstream.get("settings"):
         parts.append(make_facts(downstream["settings"].items(), "Settings of the training", folded=True))
     return {"id": "downstream", "title": title, "parts": parts}
+
+
+def _verdict(gain: Mapping) -> str:
+    """What a gain means, in a sentence; nothing where there is none."""
+    if not isinstance(gain.get("value"), int | float) or not gain.get("interval"):
+        return ""
+    if gain["interval"][0] <= 0:
+        return "The synthetic images are not shown to help: the interval of the gain is not above 0."
+    size = "at least" if gain["value"] >= WORTHWHILE_GAIN else "less than"
+    return f"The synthetic images help, by {size} the {100 * WORTHWHILE_GAIN:g} points that were aimed at."
 
 
 def _memorisation(report: Mapping, neighbours: Mapping, curves: Mapping) -> dict:
