@@ -1,0 +1,245 @@
+"""What the filter head learns from: latents with grades, real and generated, whole and damaged, and trajectories."""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import rubric
+import torch
+from captions import phrase
+from common import step_generator
+from latents import augment
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from trajectories import Trajectories, draw_trajectories
+
+from minim_pipeline import MinimPipeline, names_a_side, resolve_modality
+from minim_pipeline.evaluation.judges import LOOK_ALIKE, Judges, class_of
+from minim_pipeline.image_loading import load_images
+
+
+KINDS = ("real", "real, damaged", "generated", "generated, damaged")
+
+
+@dataclass
+class Pool:
+    """Clean latents and what is known of them.
+
+    Args:
+        latents: half [P, C, h, w], scaled as the U-Net takes them.
+        quality: int64 [P], 1 to 3; 0 where it is not known.
+        shows: [P, K], the probability of each class; zeros where nothing can be seen.
+        readable: bool [P], whether the finding's grade is known.
+        kind: int64 [P], index into `KINDS`.
+        modality: int64 [P], index into the modalities.
+    """
+
+    latents: torch.Tensor
+    quality: torch.Tensor
+    shows: torch.Tensor
+    readable: torch.Tensor
+    kind: torch.Tensor
+    modality: torch.Tensor
+
+    @classmethod
+    def cat(cls, parts: "list[Pool]") -> "Pool":
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    def to(self, device) -> "Pool":
+        return Pool(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def weights(self) -> torch.Tensor:
+        """How often each is drawn: every kind of every modality alike, damaged ones as the rubric says."""
+        group = self.kind * (self.modality.max() + 1) + self.modality
+        damaged = self.kind % 2 == 1
+        share = torch.where(damaged, rubric.DAMAGED_SHARE, 1 - rubric.DAMAGED_SHARE)
+        return share / torch.bincount(group)[group]
+
+
+@dataclass
+class Drawn:
+    """Trajectories and what came of them: the sampler's quality [N], classes shown [N, K], the row of the caption."""
+
+    trajectories: Trajectories
+    quality: torch.Tensor
+    shows: torch.Tensor
+    row: torch.Tensor
+
+
+class Captions:
+    """Captions of the rows by class.
+
+    Args:
+        rows: with `Text`, `modality` and `finding`; only those of a class are used.
+        classes: (modality id, finding).
+        variants: phrasings of each caption.
+    """
+
+    def __init__(self, rows, classes, phrasings, tokenizer, variants: int, seed: int, device):
+        number = {key: i for i, key in enumerate(classes)}
+        self.ids = phrase(rows, phrasings, tokenizer, variants, seed).to(device)  # [N, variants, L]
+        self.label = torch.tensor([number[class_of(row)] for row in rows], device=device)
+        mine = [(self.label == k).nonzero()[:, 0] for k in range(len(classes))]
+        self.count = torch.tensor([len(rows) for rows in mine], device=device)
+        self.table = torch.nn.utils.rnn.pad_sequence(mine, batch_first=True)  # [K, most]
+        modalities = [modality for modality, _ in classes]
+        names = list(dict.fromkeys(modalities))
+        self.modality = torch.tensor([names.index(m) for m in modalities], device=device)
+        alike = [[_alike(a, b) for b in classes] for a in classes]
+        self.alike = torch.tensor(alike, dtype=torch.float32, device=device)
+
+    def of_rows(self, rows: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+        """Token ids [B, L] of the rows' captions, in some phrasing."""
+        return self.ids[rows, torch.randint(self.ids.shape[1], rows.shape, device=rows.device, generator=g)]
+
+    def of_classes(self, classes: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+        """Token ids [B, L] of some caption of each class."""
+        chance = torch.rand(classes.shape, device=classes.device, generator=g)
+        return self.of_rows(self.table[classes, (chance * self.count[classes]).long()], g)
+
+    def ask(self, shown: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+        """A class to ask for, given the one that is shown: int64 [B], in the rubric's shares."""
+        shares = torch.tensor(list(rubric.CAPTION_SHARES.values()), device=shown.device)
+        how = torch.multinomial(shares, len(shown), replacement=True, generator=g)[:, None]  # [B, 1]
+        every = torch.arange(len(self.modality), device=shown.device)[None]  # [1, K]
+        same = self.modality[shown][:, None] == self.modality[None]
+        own = every == shown[:, None]
+        allowed = torch.where(how == 0, own, torch.where(how == 1, same & ~own, ~same)).float()
+        allowed = torch.where(allowed.sum(1, keepdim=True) > 0, allowed, own.float())
+        return torch.multinomial(allowed, 1, generator=g)[:, 0]
+
+    def grades(self, shows: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+        """Probabilities [B, 3] of the finding's grades 1 to 3, from what is shown [B, K] and asked for [B]."""
+        right = shows.gather(1, asked[:, None])[:, 0]
+        alike = (shows * self.alike[asked]).sum(1)
+        return torch.stack([(1 - right - alike).clamp(min=0), alike, right], 1)
+
+
+def _alike(a: tuple[str, str], b: tuple[str, str]) -> bool:
+    return a != b and a[0] == b[0] and LOOK_ALIKE.get(a, a[1]) == LOOK_ALIKE.get(b, b[1])
+
+
+def kept(path: Path, key: dict, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Tensors that are made once and read from `path` when a run goes on; made anew under another key."""
+    text = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    if path.is_file():
+        with safe_open(path, "pt") as stored:
+            if (stored.metadata() or {}).get("key") == text:
+                return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    tensors = {name: tensor.contiguous() for name, tensor in make().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    save_file(tensors, unfinished, metadata={"key": text})
+    unfinished.replace(path)
+    return tensors
+
+
+@torch.no_grad()
+def encode(vae, images: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+    """Latents, half [N, C, h, w] on the CPU, of images [N, 3, H, W] in [0, 1] or uint8."""
+    latents = []
+    for part in images.split(batch_size):
+        x = part.to(vae.device)
+        x = x.float() / 255 if part.dtype == torch.uint8 else x
+        mean = vae.encode((x * 2 - 1).to(vae.dtype)).latent_dist.mean.float()
+        latents.append(((mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).half().cpu())
+    return torch.cat(latents)
+
+
+def versions(rows: list[dict], images: torch.Tensor, count: int, seed: int, device) -> torch.Tensor:
+    """`count` mildly changed versions of images uint8 [N, 3, H, W], the first unchanged: [N * count, 3, H, W]."""
+    may_mirror = torch.tensor([resolve_modality(r["modality"]).flip and not names_a_side(r["Text"]) for r in rows])
+    g = step_generator(seed, 1, 0, device)
+    result = []
+    for part in torch.arange(len(rows)).split(64):
+        x = images[part].to(device).float() / 255
+        mirror = may_mirror[part].to(device)
+        made = [x] + [augment(x, mirror, v, g) for v in range(1, count)]
+        result.append((torch.stack(made, 1).flatten(0, 1) * 255).round().to(torch.uint8).cpu())
+    return torch.cat(result)
+
+
+def damaged(images: torch.Tensor, quality: int, seed: int, device) -> torch.Tensor:
+    """Images uint8 [N, 3, H, W] damaged down to a quality, by the rubric."""
+    g, result = step_generator(seed, quality, 1, device), []
+    for part in tqdm(images.split(64), f"damaging to quality {quality}", mininterval=2):
+        x, _ = rubric.damage(part.to(device).float() / 255, quality, g)
+        result.append((x * 255).round().to(torch.uint8).cpu())
+    return torch.cat(result)
+
+
+def draw(
+    pipe: MinimPipeline, teacher: Judges, rows: list[dict], classes, count: int, keep: int, batch_size: int, seed: int
+) -> Drawn:
+    """Draws `count` trajectories with the rubric's samplers, and has the teacher say what came of them."""
+    generator = random.Random(seed)
+    parts, quality, chosen = [], [], []
+    for i, sampler in enumerate(rubric.SAMPLERS):
+        total = max(1, round(count * sampler.weight / sum(s.weight for s in rubric.SAMPLERS)))
+        mine = [generator.randrange(len(rows)) for _ in range(total)]
+        seeds = [(seed * 1000 + i) * 10**6 + j for j in range(total)]
+        parts.append(draw_trajectories(pipe, [rows[j] for j in mine], sampler, seeds, batch_size, keep))
+        quality += [sampler.quality] * total
+        chosen += mine
+    drawn = Trajectories.cat(parts)
+    shows = restrict(teacher.judge(drawn.images), teacher.classes, classes, [class_of(rows[j])[0] for j in chosen])
+    return Drawn(drawn, torch.tensor(quality), shows, torch.tensor(chosen))
+
+
+def restrict(probabilities: torch.Tensor, known, classes, modalities: list[str]) -> torch.Tensor:
+    """The teacher's probabilities [N, known] over `classes`, within each image's modality: [N, K]."""
+    result = torch.zeros(len(probabilities), len(classes))
+    for i, key in enumerate(known):
+        if tuple(key) in classes:
+            result[:, classes.index(tuple(key))] = probabilities[:, i]
+    names = [modality for modality, _ in classes]
+    mask = torch.tensor([[name == modality for name in names] for modality in modalities])
+    result = result * mask
+    return result / result.sum(1, keepdim=True).clamp(min=1e-6)
+
+
+def build_pool(rows, images, classes, drawn: Drawn, drawn_rows, vae, rated: set[str], args, device) -> Pool:
+    """Real images in several versions, generated ones of the good samplers, and damaged ones of both."""
+    names = list(dict.fromkeys(modality for modality, _ in classes))
+    labels = torch.tensor([classes.index(class_of(row)) for row in rows])
+    one_hot = torch.nn.functional.one_hot(labels, len(classes)).float()
+    modality = torch.tensor([names.index(class_of(row)[0]) for row in rows])
+    # What people have graded is not called good because it is real.
+    known = torch.tensor([row["path"] not in rated for row in rows])
+
+    def pool(latents, quality, shows, readable, kind, modality) -> Pool:
+        return Pool(latents, quality, shows, readable, torch.full_like(quality, KINDS.index(kind)), modality)
+
+    def times(tensor, n):
+        return tensor.repeat_interleave(n, 0)
+
+    n = args.latent_variants
+    whole = encode(vae, versions(rows, images, n, args.seed, device))
+    parts = [
+        pool(
+            whole, times(3 * known.long(), n), times(one_hot, n), times(known | True, n), KINDS[0], times(modality, n)
+        )
+    ]
+    good = (drawn.quality == 3).nonzero()[:, 0]
+    t = drawn.trajectories
+    drawn_modality = torch.tensor([names.index(class_of(drawn_rows[i])[0]) for i in drawn.row.tolist()])
+    ones = torch.ones(len(good), dtype=torch.bool)
+    parts.append(pool(t.final[good], 3 * ones.long(), drawn.shows[good], ones, KINDS[2], drawn_modality[good]))
+    for grade in (2, 1):
+        for kind, pictures, shows, place in (
+            (KINDS[1], images, one_hot, modality),
+            (KINDS[3], t.images[good], drawn.shows[good], drawn_modality[good]),
+        ):
+            latents = encode(vae, damaged(pictures, grade, args.seed, device))
+            # Through strong damage nobody sees the finding; through mild damage one does.
+            readable = torch.full((len(latents),), grade == 2)
+            parts.append(pool(latents, torch.full((len(latents),), grade), shows, readable, kind, place))
+    return Pool.cat(parts)
+
+
+def load(rows: list[dict], args) -> torch.Tensor:
+    return load_images(rows, args.train_data, args.resolution)

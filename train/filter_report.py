@@ -1,0 +1,122 @@
+"""How well the head rates: areas under ROC curves on images that it has not learned from."""
+
+import math
+import random
+from collections.abc import Callable
+
+import torch
+from torchmetrics.functional.classification import binary_auroc
+
+from minim_pipeline.evaluation.judges import LOOK_ALIKE, class_of
+from minim_pipeline.minim_filter import FilterHead
+from minim_pipeline.minim_filter.estimate import noise_angles
+from minim_pipeline.modalities import resolve_modality
+from minim_pipeline.tokens import tokenize
+
+
+LEVELS = (0.0, 1.0, 2.6, 4.0)
+
+
+def auroc(scores: torch.Tensor, right: torch.Tensor) -> float:
+    return round(binary_auroc(scores.float(), right.long()).item(), 4)
+
+
+def other_findings(rows: list[dict], seed: int) -> list[int]:
+    """For every row another one of the same modality and another finding, whose caption is then wrong for it."""
+    generator = random.Random(seed)
+    keys = [class_of(row) for row in rows]
+    pools = [[j for j, b in enumerate(keys) if b[0] == a[0] and b != a] for a in keys]
+    return [generator.choice(pool) if pool else -1 for pool in pools]
+
+
+@torch.no_grad()
+def finding_report(head: FilterHead, lessons, rows: list[dict], latents: torch.Tensor, tokenizer, seed: int) -> dict:
+    """Right captions against wrong ones, by the finding's rating, at several noise levels sigma / alpha.
+
+    Every image is rated twice, for its own caption and for one of another finding of its modality, in the same noise.
+
+    Returns:
+        By level: `auroc` over all images, `auroc_unlike` without pairs that look alike, `modalities`, and `n` images.
+    """
+    device = next(head.parameters()).device
+    wrong = other_findings(rows, seed)
+    index = [i for i, j in enumerate(wrong) if j >= 0]
+    texts = [[f"{resolve_modality(row['modality']).token} {row['Text']}" for row in rows]]
+    ids = tokenize(tokenizer, texts[0]).to(device)
+    own, other = torch.tensor(index), torch.tensor([wrong[i] for i in index])
+    names = [class_of(rows[i])[0] for i in index]
+    alike = torch.tensor([_merged(rows[i]) == _merged(rows[wrong[i]]) for i in index])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+    angles = noise_angles(lessons.alphas_cumprod, torch.arange(len(lessons.alphas_cumprod), device=device))
+    report = {}
+    for level in LEVELS:
+        t = (angles - math.atan(level)).abs().argmin()
+        ratings = []
+        for captions in (own, other):
+            rated = []
+            for a, b in zip(own.split(128), captions.split(128), strict=True):
+                x, caption = latents[a].to(device).float(), ids[b.to(device)]
+                if level:
+                    noisy, clean, angle = lessons.look(x, t.expand(len(x)), caption, noise[a].to(device))
+                else:
+                    noisy, clean, angle = x, x, x.new_zeros(len(x))
+                rated.append(head(noisy, clean, angle, caption).finding.cpu())
+            ratings.append(torch.cat(rated))
+        right = torch.cat([torch.ones(len(own)), torch.zeros(len(own))])
+
+        def among(mine, ratings=ratings, right=right):
+            return auroc(torch.cat([r[mine] for r in ratings]), torch.cat([r[mine] for r in right.chunk(2)]))
+
+        modality = {name: among(torch.tensor([n == name for n in names])) for name in dict.fromkeys(names)}
+        every = torch.ones(len(own), dtype=torch.bool)
+        report[str(level)] = {"auroc": among(every), "auroc_unlike": among(~alike), "modalities": modality}
+        report[str(level)]["n"] = len(own)
+    return report
+
+
+def _merged(row: dict) -> tuple[str, str]:
+    key = class_of(row)
+    return key[0], LOOK_ALIKE.get(key, key[1])
+
+
+def folds_by_group(rows: list[dict], count: int, seed: int) -> list[int]:
+    """The fold of each row; rows of one group share it."""
+    groups = sorted({row["group"] for row in rows})
+    random.Random(seed).shuffle(groups)
+    fold = {group: i % count for i, group in enumerate(groups)}
+    return [fold[row["group"]] for row in rows]
+
+
+@torch.no_grad()
+def rate(head: FilterHead, latents: torch.Tensor) -> torch.Tensor:
+    """Quality of finished images, latents [N, C, h, w]; no text takes part in it."""
+    text = torch.zeros(1, head.config.text_width, device=latents.device)
+    rated = []
+    for part in latents.float().split(128):
+        rated.append(head(part, part, part.new_zeros(len(part)), text=text.expand(len(part), -1)).quality.cpu())
+    return torch.cat(rated)
+
+
+def cross_validate(ratings: list[dict], folds: int, seed: int, train: Callable, graded: Callable) -> torch.Tensor:
+    """The quality [N] that a head gives each rated image which has not learned from the image's fold."""
+    fold = folds_by_group(ratings, folds, seed)
+    guesses = torch.zeros(len(ratings))
+    for i in range(folds):
+        mine = [j for j, f in enumerate(fold) if f == i]
+        head = train([j for j, f in enumerate(fold) if f != i], i)
+        guesses[mine] = rate(head, graded(mine)[0][:, 0])
+    return guesses
+
+
+def quality_report(ratings: list[dict], guesses: torch.Tensor) -> dict:
+    """Good (3) against the others (1 and 2), over all and by source; and 3 against 2."""
+    grades = torch.tensor([int(row["rating"]) for row in ratings])
+    sources = [row.get("source", "") for row in ratings]
+    report = {}
+    for name in ("all", *sorted(set(sources))):
+        mine = torch.tensor([name in ("all", source) for source in sources])
+        report[name] = {"n": int(mine.sum()), "3 against 1 and 2": auroc(guesses[mine], grades[mine] == 3)}
+        mine &= grades != 1
+        if len(set(grades[mine].tolist())) == 2:
+            report[name]["3 against 2"] = auroc(guesses[mine], grades[mine] == 3)
+    return report

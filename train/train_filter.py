@@ -1,0 +1,365 @@
+"""Trains the filter head: how good an image will be, and whether it shows what was asked, at every noise level.
+
+Before anybody has rated anything it learns from a rubric (`rubric.py`): real images and the sampler's own, whole and
+damaged, with right and wrong captions; then, with --ratings, from people's grades. Of an image it sees what the
+pipeline can give it at any step: noisy latents, the U-Net's estimate of the clean ones for the caption, the noise
+level, and the caption's tokens (latent reward models, arXiv 2502.01051).
+
+It learns from part A of the train split, as does the teacher that says what generated images show; the judges of
+part B never meet it. The teacher comes from
+
+    python train/train_classifier.py --train_data data.csv --part A --output_dir runs/teacher
+    python train/train_filter.py --train_data data.csv --ratings ratings.csv --teacher runs/teacher \
+        --output_dir runs/filter --mixed_precision bf16
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from captions import load_captions
+from common import (
+    Log,
+    Schedule,
+    add_common_arguments,
+    check_common_arguments,
+    find_checkpoint,
+    note_arguments,
+    read_splits,
+    save_checkpoint,
+    step_generator,
+)
+from diffusers import DDPMScheduler
+from diffusers.training_utils import EMAModel
+from filter_data import Captions, Drawn, Pool, build_pool, draw, encode, kept, load, versions
+from filter_report import cross_validate, finding_report, quality_report
+from trajectories import Trajectories
+
+from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
+from minim_pipeline.data import read_csv
+from minim_pipeline.evaluation.judges import claimed_classes, class_of, load_judges
+from minim_pipeline.minim_filter import FilterHead
+from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    parser.set_defaults(train_batch_size=256, learning_rate=1e-3, adam_weight_decay=0.05, max_train_steps=5000)
+    model = parser.add_argument_group("model")
+    model.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="The pipeline.")
+    model.add_argument("--teacher", required=True, help="Classifiers of part A: say what generated images show.")
+    model.add_argument("--block_out_channels", type=int, nargs=2, default=(80, 160))
+    data = parser.add_argument_group("what it learns from")
+    data.add_argument("--part", default="A", help="Rows of the train split with this `part`; 'all' takes every row.")
+    data.add_argument("--ratings", help="CSV with path,Text,modality,rating,part,group: people's grades, 1 to 3.")
+    data.add_argument("--captions", help="JSON with phrasings of every finding; default: train/captions.json.")
+    data.add_argument("--caption_variants", type=int, default=16, help="Phrasings of every caption.")
+    data.add_argument("--latent_variants", type=int, default=8, help="Augmented versions of every image.")
+    data.add_argument("--drawn_images", type=int, default=16_000, help="Images drawn to learn from.")
+    data.add_argument("--trajectory_steps", type=int, default=6, help="Steps kept of each.")
+    data.add_argument("--draw_batch_size", type=int, default=256)
+    data.add_argument("--min_train", type=int, default=20, help="Findings with fewer train images are left out.")
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--clean_share", type=float, default=0.3, help="Share of finished images among the pool's.")
+    loss.add_argument("--class_weight", type=float, default=0.5, help="Of telling all findings apart by their texts.")
+    loss.add_argument("--rating_steps", type=int, default=300, help="Further steps with people's grades.")
+    loss.add_argument("--rating_learning_rate", type=float, default=2e-4)
+    loss.add_argument("--folds", type=int, default=5, help="Folds of the ratings, by group; 0 leaves that out.")
+    args = parser.parse_args(argv)
+    check_common_arguments(args)
+    for name in ("caption_variants", "latent_variants", "drawn_images", "trajectory_steps", "draw_batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
+    if not 0 <= args.clean_share <= 1:
+        raise ValueError(f"--clean_share has to be between 0 and 1, got {args.clean_share}.")
+    if args.folds == 1 or args.folds < 0:
+        raise ValueError(f"--folds has to be 0 or at least 2, got {args.folds}.")
+    return args
+
+
+def autocast(args, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16")
+
+
+class Lessons:
+    """Makes training batches from the pool and the trajectories, with the U-Net's estimates."""
+
+    def __init__(self, args, pipe: MinimPipeline, captions: Captions, pool: Pool, drawn: Drawn):
+        self.args, self.captions, self.pool, self.drawn = args, captions, pool, drawn
+        self.unet, self.text_encoder = pipe.unet, pipe.text_encoder
+        self.prediction_type = pipe.scheduler.config.prediction_type
+        schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.alphas_cumprod = schedule.alphas_cumprod.to(pool.latents.device)
+        self.weights = pool.weights()
+
+    @torch.no_grad()
+    def look(self, latents: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor, noise: torch.Tensor) -> tuple:
+        """What a sampler would have in hand: noisy latents, estimates of the clean ones, angles."""
+        angle = noise_angles(self.alphas_cumprod, timesteps)
+        noisy = angle.cos()[:, None, None, None] * latents + angle.sin()[:, None, None, None] * noise
+        with autocast(self.args, latents.device):
+            text = self.text_encoder(ids).last_hidden_state
+            prediction = self.unet(noisy, timesteps, text, return_dict=False)[0]
+        return noisy, estimate_clean(noisy, prediction, angle, self.prediction_type), angle
+
+    def from_pool(self, count: int, g: torch.Generator) -> dict[str, torch.Tensor]:
+        """Images of the pool, some finished and some noised, with right and wrong captions."""
+        index = torch.multinomial(self.weights, count, replacement=True, generator=g)
+        latents, shows = self.pool.latents[index].float(), self.pool.shows[index]
+        shown = torch.multinomial(shows + 1e-9, 1, generator=g)[:, 0]
+        asked = self.captions.ask(shown, g)
+        ids = self.captions.of_classes(asked, g)
+        finished = round(self.args.clean_share * count)
+        timesteps = torch.randint(len(self.alphas_cumprod), (count - finished,), device=latents.device, generator=g)
+        noise = torch.randn(latents[finished:].shape, device=latents.device, generator=g)
+        noisy, clean, angle = self.look(latents[finished:], timesteps, ids[finished:], noise)
+        return {
+            "noisy": torch.cat([latents[:finished], noisy]),
+            "clean": torch.cat([latents[:finished], clean]),
+            "angle": torch.cat([angle.new_zeros(finished), angle]),
+            "ids": ids,
+            "quality": self.pool.quality[index],
+            "finding": self.captions.grades(shows, asked),
+            "readable": self.pool.readable[index],
+            "shows": shows,
+        }
+
+    def from_trajectories(self, count: int, g: torch.Generator) -> dict[str, torch.Tensor]:
+        """What the sampler held at some step, with the caption that it was given."""
+        t, device = self.drawn.trajectories, g.device
+        index = torch.randint(len(t.angle), (count,), device=device, generator=g)
+        step = torch.randint(t.angle.shape[1], (count,), device=device, generator=g)
+        rows = self.drawn.row[index]
+        shows = self.drawn.shows[index]
+        return {
+            "noisy": t.noisy[index, step].float(),
+            "clean": t.clean[index, step].float(),
+            "angle": t.angle[index, step],
+            "ids": self.captions.of_rows(rows, g),
+            "quality": self.drawn.quality[index],
+            "finding": self.captions.grades(shows, self.captions.label[rows]),
+            # What a sampler that stops at two steps draws cannot be read.
+            "readable": self.drawn.quality[index] > 1,
+            "shows": shows,
+        }
+
+    def from_grades(self, latents: torch.Tensor, grades: torch.Tensor, count: int, g: torch.Generator) -> dict:
+        """Finished images [N, versions, C, h, w] that people graded; nothing is asked of the finding."""
+        index = torch.randint(len(latents), (count,), device=latents.device, generator=g)
+        version = torch.randint(latents.shape[1], (count,), device=latents.device, generator=g)
+        x = latents[index, version].float()
+        classes = torch.zeros(count, dtype=torch.long, device=x.device)
+        return {
+            "noisy": x,
+            "clean": x,
+            "angle": x.new_zeros(count),
+            "ids": self.captions.of_classes(classes, g),
+            "quality": grades[index],
+            "finding": x.new_zeros(count, 3),
+            "readable": torch.zeros(count, dtype=torch.bool, device=x.device),
+            "shows": x.new_zeros(count, self.pool.shows.shape[1]),
+        }
+
+
+def losses(head: FilterHead, batch: dict[str, torch.Tensor], captions: Captions, g) -> dict[str, torch.Tensor]:
+    """Negative log likelihood of both gradings; and of the classes shown by finished images, by one caption each.
+
+    The last is contrastive (UniCL, arXiv 2204.03610), and leaves noised images out: their estimates follow the
+    caption, so they would give it away.
+    """
+    output = head(batch["noisy"], batch["clean"], batch["angle"], batch["ids"])
+    known = batch["quality"] > 0
+    target = F.one_hot((batch["quality"] - 1).clamp(min=0), 3).float()
+    quality = -(target * output.quality_probs.clamp(min=1e-6).log()).sum(1)
+    finding = -(batch["finding"] * output.finding_probs.clamp(min=1e-6).log()).sum(1)
+    plain = (batch["angle"] == 0) & batch["readable"]
+    texts = head.encode_text(captions.of_classes(torch.arange(len(captions.count), device=known.device), g))
+    classes = -(batch["shows"] * (3 * head.match(output.features, texts)).log_softmax(1)).sum(1)
+
+    def mean(values, where):
+        return (values * where).sum() / where.sum().clamp(min=1)
+
+    return {
+        "quality": mean(quality, known),
+        "finding": mean(finding, batch["readable"]),
+        "classes": mean(classes, plain),
+    }
+
+
+def merge(*batches: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def tune(head: FilterHead, lessons: Lessons, latents, grades, args, seed: int) -> FilterHead:
+    """A copy of the head after some more steps, half of them with people's grades."""
+    head = copy.deepcopy(head).train()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=args.rating_learning_rate, weight_decay=0.05)
+    for step in range(args.rating_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = args.rating_learning_rate * 0.5 * (1 + math.cos(math.pi * step / args.rating_steps))
+        g = step_generator(seed, step, 7, latents.device)
+        some = args.train_batch_size // 2
+        batch = merge(
+            lessons.from_grades(latents, grades, some, g),
+            lessons.from_pool(some, g),
+            lessons.from_trajectories(some, g),
+        )
+        sum(weigh(losses(head, batch, lessons.captions, g), args).values()).backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return head.eval()
+
+
+def weigh(parts: dict[str, torch.Tensor], args) -> dict[str, torch.Tensor]:
+    return {name: value * (args.class_weight if name == "classes" else 1.0) for name, value in parts.items()}
+
+
+def main(argv=None) -> dict:
+    args = parse_args(argv)
+    # --mixed_precision is that of the frozen networks: the head's own arithmetic is fp32, always.
+    accelerator = Accelerator(project_dir=args.output_dir)
+    checkpoint = find_checkpoint(args)
+    output, device = Path(args.output_dir), accelerator.device
+    set_seed(args.seed)
+    all_rows, val_rows = read_splits(args)
+    classes = claimed_classes(all_rows, all_rows, args.min_train, 0)
+    rows = [r for r in all_rows if args.part in ("all", r.get("part")) and class_of(r) in classes]
+    val_rows = [row for row in val_rows if class_of(row) in classes]
+    if not rows:
+        raise ValueError(f"{args.train_data} has no rows of part {args.part!r} with a finding of {args.min_train}.")
+    ratings = read_csv(args.ratings, require=("path", "Text", "modality", "rating", "group")) if args.ratings else []
+    bad = [f"{row['path']}: {row['rating']!r}" for row in ratings if row["rating"] not in ("1", "2", "3")]
+    if bad:
+        raise ValueError(f"{len(bad)} ratings of {args.ratings} are not 1, 2 or 3, such as {', '.join(bad[:3])}.")
+
+    pipe = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False).eval()
+    captions = Captions(
+        rows, classes, load_captions(args.captions), pipe.tokenizer, args.caption_variants, args.seed, device
+    )
+    pool, drawn = materials(args, pipe, rows, classes, {row["path"] for row in ratings}, device)
+    lessons = Lessons(args, pipe, captions, pool, drawn)
+    head = FilterHead(
+        in_channels=pipe.unet.config.in_channels,
+        sample_size=pipe.unet.config.sample_size,
+        latent_std=round(pool.latents[pool.quality == 3].float().std().item(), 4),
+        vocab_size=len(pipe.tokenizer),
+        max_length=pipe.tokenizer.model_max_length,
+        pad_token_id=pipe.tokenizer.pad_token_id,
+        block_out_channels=tuple(args.block_out_channels),
+    )
+    ema = EMAModel(head.parameters(), decay=args.ema_decay, use_ema_warmup=True)
+    ema.to(device)
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=args.learning_rate, weight_decay=args.adam_weight_decay, betas=(0.9, 0.99)
+    )
+    head, optimizer = accelerator.prepare(head, optimizer)
+    schedule = Schedule(args.max_train_steps, args.max_train_minutes)
+    accelerator.register_for_checkpointing(ema, schedule)
+    if checkpoint:
+        accelerator.load_state(str(checkpoint))
+        ema.to(device)
+    note_arguments(args, checkpoint)
+    log = Log(accelerator, args.output_dir, schedule, 2 * args.train_batch_size)
+    val_latents = encode(pipe.vae, load(val_rows, args)) if val_rows else None
+
+    def averaged() -> FilterHead:
+        made = FilterHead.from_config(accelerator.unwrap_model(head).config).to(device)
+        ema.copy_to(made.parameters())
+        return made.eval()
+
+    while not schedule.done:
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.learning_rate(args.learning_rate, args.lr_warmup_steps)
+        g = step_generator(args.seed, schedule.step, accelerator.process_index, device)
+        batch = merge(lessons.from_pool(args.train_batch_size, g), lessons.from_trajectories(args.train_batch_size, g))
+        parts = weigh(losses(head, batch, captions, g), args)
+        accelerator.backward(sum(parts.values()))
+        accelerator.clip_grad_norm_(head.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(head.parameters())
+        schedule.advance(accelerator)
+        if schedule.step % 20 == 0:
+            log.tick(**{name: value.item() for name, value in parts.items()})
+        if schedule.step % 200 == 0:
+            log.write("train", **{name: round(value.item(), 4) for name, value in parts.items()})
+        if val_rows and (schedule.step % args.validation_steps == 0 or schedule.done):
+            figures = finding_report(averaged(), lessons, val_rows, val_latents, pipe.tokenizer, args.seed)
+            log.write("val", **{f"auroc_{level}": found["auroc"] for level, found in figures.items()})
+        if schedule.step % args.checkpointing_steps == 0 and not schedule.done:
+            save_checkpoint(accelerator, args.output_dir, schedule.step, args.checkpoints_total_limit)
+
+    final = averaged()
+    report = {
+        "arguments": vars(args),
+        "n": len(rows),
+        "steps": schedule.step,
+        "minutes": round(schedule.spent / 60, 2),
+    }
+    if ratings:
+        graded = load_graded(ratings, args, pipe, device)
+        if args.folds:
+            guesses = cross_validate(
+                ratings, args.folds, args.seed, lambda mine, i: tune(final, lessons, *graded(mine), args, i), graded
+            )
+            report["quality, cross-validated"] = quality_report(ratings, guesses)
+        mine = [i for i, row in enumerate(ratings) if args.part in ("all", row.get("part"))]
+        final = tune(final, lessons, *graded(mine), args, args.folds)
+    if val_rows:
+        report["finding, val"] = finding_report(final, lessons, val_rows, val_latents, pipe.tokenizer, args.seed)
+    final.half().save_pretrained(output / "filter_head")
+    (output / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
+    print(json.dumps({k: v for k, v in report.items() if k != "arguments"}, indent=2))
+    return report
+
+
+def load_graded(ratings: list[dict], args, pipe: MinimPipeline, device):
+    """A function from indices of the ratings to latents [n, versions, C, h, w] and grades [n]."""
+    paths = argparse.Namespace(train_data=args.ratings, resolution=args.resolution)
+    pictures = versions(ratings, load(ratings, paths), args.latent_variants, args.seed, device)
+    with autocast(args, device):
+        latents = encode(pipe.vae, pictures)
+    latents = latents.unflatten(0, (len(ratings), -1)).to(device)
+    grades = torch.tensor([int(row["rating"]) for row in ratings], device=device)
+    return lambda index: (latents[index], grades[index])
+
+
+def materials(args, pipe: MinimPipeline, rows, classes, rated: set[str], device) -> tuple[Pool, Drawn]:
+    """Pool and trajectories; kept in `output_dir`, so that a run goes on with what it began with."""
+    key = {name: getattr(args, name) for name in ("seed", "resolution", "latent_variants", "drawn_images")}
+    key |= {"steps": args.trajectory_steps, "model": args.pretrained_model_name_or_path, "teacher": args.teacher}
+    key["rows"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    key["rated"] = sorted(rated)
+
+    def make() -> dict[str, torch.Tensor]:
+        teacher = load_judges(args.teacher, device)
+        drawing = args.drawn_images, args.trajectory_steps, args.draw_batch_size, args.seed
+        with autocast(args, device):
+            drawn = draw(pipe, teacher, rows, classes, *drawing)
+            pool = build_pool(rows, load(rows, args), classes, drawn, rows, pipe.vae, rated, args, device)
+        made = {f"pool.{name}": tensor for name, tensor in vars(pool).items()}
+        made |= {f"drawn.{name}": tensor for name, tensor in vars(drawn.trajectories).items() if name != "images"}
+        return made | {"quality": drawn.quality, "shows": drawn.shows, "row": drawn.row}
+
+    tensors = kept(Path(args.output_dir) / "materials.safetensors", key, make)
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    pool = Pool(**{name[5:]: tensor for name, tensor in tensors.items() if name.startswith("pool.")})
+    held = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("drawn.")}
+    trajectories = Trajectories(**held, images=torch.empty(0))
+    return pool, Drawn(trajectories, tensors["quality"], tensors["shows"], tensors["row"])
+
+
+if __name__ == "__main__":
+    main()

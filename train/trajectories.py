@@ -1,0 +1,79 @@
+"""What a sampler holds in hand on its way: the head learns from it, since it will be asked there."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from rubric import Sampler
+from tqdm.auto import tqdm
+
+from minim_pipeline import MinimPipeline, resolve_modality
+from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
+
+
+@dataclass
+class Trajectories:
+    """N images on their way, each at K steps; half precision but for the angles, on the CPU.
+
+    Args:
+        noisy, clean: [N, K, C, h, w], what the U-Net was given, and the clean latents that its answer stands for.
+        angle: [N, K], arctan(sigma / alpha).
+        final: [N, C, h, w], the finished latents.
+        images: uint8 [N, 3, H, W].
+    """
+
+    noisy: torch.Tensor
+    clean: torch.Tensor
+    angle: torch.Tensor
+    final: torch.Tensor
+    images: torch.Tensor
+
+    @classmethod
+    def cat(cls, parts: "list[Trajectories]") -> "Trajectories":
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+@torch.no_grad()
+def draw_trajectories(
+    pipe: MinimPipeline, rows: list[dict], sampler: Sampler, seeds: list[int], batch_size: int, keep: int
+) -> Trajectories:
+    """Draws one image for each row's caption, and keeps what the sampler held at `keep` of its steps.
+
+    The steps are spread evenly from a random one on; a sampler of fewer steps repeats some.
+    """
+    seen = []
+
+    def note(unet, arguments, answer):
+        noisy, t = arguments[:2]
+        angle = noise_angles(pipe.scheduler.alphas_cumprod, t.cpu().reshape(1)).to(noisy.device).expand(len(noisy))
+        clean = estimate_clean(noisy, answer[0], angle, pipe.scheduler.config.prediction_type)
+        # With guidance the second half is the prompt's.
+        seen.append((noisy[-count:].half(), clean[-count:].half(), angle[-count:].float()))
+
+    generator = torch.Generator().manual_seed(seeds[0] if seeds else 0)
+    hook = pipe.unet.register_forward_hook(note)
+    parts = []
+    try:
+        for start in tqdm(range(0, len(rows), batch_size), f"{sampler.num_inference_steps} steps", mininterval=2):
+            mine = rows[start : start + batch_size]
+            count = len(mine)
+            seen.clear()
+            final = pipe(
+                [row["Text"] for row in mine],
+                modality=[row["modality"] for row in mine],
+                seeds=seeds[start : start + batch_size],
+                num_inference_steps=sampler.num_inference_steps,
+                guidance_scale=sampler.guidance_scale,
+                output_type="latent",
+            ).images
+            images = pipe.decode_latents(final, [resolve_modality(row["modality"]) for row in mine])
+            images = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+            noisy, clean, angle = (torch.stack(steps, 1) for steps in zip(*seen, strict=True))  # [n, steps, ...]
+            first = torch.rand(count, 1, generator=generator)
+            steps = ((torch.arange(keep)[None] + first) / keep * len(seen)).long()  # [n, K]
+            where = torch.arange(count)[:, None].to(noisy.device), steps.to(noisy.device)
+            parts.append(
+                Trajectories(noisy[where].cpu(), clean[where].cpu(), angle[where].cpu(), final.half().cpu(), images)
+            )
+    finally:
+        hook.remove()
+    return Trajectories.cat(parts)
