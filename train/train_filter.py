@@ -298,6 +298,7 @@ def main(argv=None) -> dict:
         if val_rows and (schedule.step % args.validation_steps == 0 or schedule.done):
             figures = finding_report(averaged(), lessons, val_rows, val_latents, pipe.tokenizer, args.seed)
             log.write("val", **{f"auroc_{level}": found["auroc"] for level, found in figures.items()})
+            averaged().half().save_pretrained(output / "filter_head")
         if schedule.step % args.checkpointing_steps == 0 and not schedule.done:
             save_checkpoint(accelerator, args.output_dir, schedule.step, args.checkpoints_total_limit)
 
