@@ -139,13 +139,13 @@ def kept(path: Path, key: dict, make: Callable[[], dict[str, torch.Tensor]]) -> 
 
 
 @torch.no_grad()
-def encode(vae, images: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
-    """Latents, half [N, C, h, w] on the CPU, of images [N, 3, H, W] in [0, 1] or uint8."""
+def encode(vae, images: torch.Tensor, bf16: bool, batch_size: int = 64) -> torch.Tensor:
+    """Latents, half [N, C, h, w] on the CPU, of images uint8 [N, 3, H, W]."""
     latents = []
-    for part in images.split(batch_size):
-        x = part.to(vae.device)
-        x = x.float() / 255 if part.dtype == torch.uint8 else x
-        mean = vae.encode((x * 2 - 1).to(vae.dtype)).latent_dist.mean.float()
+    for part in tqdm(images.split(batch_size), "encoding", mininterval=2):
+        x = part.to(vae.device).float() / 127.5 - 1
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            mean = vae.encode(x).latent_dist.mean.float()
         latents.append(((mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).half().cpu())
     return torch.cat(latents)
 
@@ -173,7 +173,15 @@ def damaged(images: torch.Tensor, quality: int, seed: int, device) -> torch.Tens
 
 
 def draw(
-    pipe: MinimPipeline, teacher: Judges, rows: list[dict], classes, count: int, keep: int, batch_size: int, seed: int
+    pipe: MinimPipeline,
+    teacher: Judges,
+    rows: list[dict],
+    classes: list[tuple[str, str]],
+    count: int,
+    keep: int,
+    batch_size: int,
+    bf16: bool,
+    seed: int,
 ) -> Drawn:
     """Draws `count` trajectories with the rubric's samplers, and has the teacher say what came of them."""
     generator = random.Random(seed)
@@ -182,7 +190,7 @@ def draw(
         total = max(1, round(count * sampler.weight / sum(s.weight for s in rubric.SAMPLERS)))
         mine = [generator.randrange(len(rows)) for _ in range(total)]
         seeds = [(seed * 1000 + i) * 10**6 + j for j in range(total)]
-        parts.append(draw_trajectories(pipe, [rows[j] for j in mine], sampler, seeds, batch_size, keep))
+        parts.append(draw_trajectories(pipe, [rows[j] for j in mine], sampler, seeds, batch_size, keep, bf16))
         quality += [sampler.quality] * total
         chosen += mine
     drawn = Trajectories.cat(parts)
@@ -217,8 +225,8 @@ def build_pool(rows, images, classes, drawn: Drawn, drawn_rows, vae, rated: set[
     def times(tensor, n):
         return tensor.repeat_interleave(n, 0)
 
-    n = args.latent_variants
-    whole = encode(vae, versions(rows, images, n, args.seed, device))
+    n, bf16 = args.latent_variants, args.mixed_precision == "bf16"
+    whole = encode(vae, versions(rows, images, n, args.seed, device), bf16)
     parts = [
         pool(
             whole, times(3 * known.long(), n), times(one_hot, n), times(known | True, n), KINDS[0], times(modality, n)
@@ -234,7 +242,7 @@ def build_pool(rows, images, classes, drawn: Drawn, drawn_rows, vae, rated: set[
             (KINDS[1], images, one_hot, modality),
             (KINDS[3], t.images[good], drawn.shows[good], drawn_modality[good]),
         ):
-            latents = encode(vae, damaged(pictures, grade, args.seed, device))
+            latents = encode(vae, damaged(pictures, grade, args.seed, device), bf16)
             # Through strong damage nobody sees the finding; through mild damage one does.
             readable = torch.full((len(latents),), grade == 2)
             parts.append(pool(latents, torch.full((len(latents),), grade), shows, readable, kind, place))

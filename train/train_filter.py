@@ -85,10 +85,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def autocast(args, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16")
-
-
 class Lessons:
     """Makes training batches from the pool and the trajectories, with the U-Net's estimates."""
 
@@ -105,7 +101,7 @@ class Lessons:
         """What a sampler would have in hand: noisy latents, estimates of the clean ones, angles."""
         angle = noise_angles(self.alphas_cumprod, timesteps)
         noisy = angle.cos()[:, None, None, None] * latents + angle.sin()[:, None, None, None] * noise
-        with autocast(self.args, latents.device):
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.args.mixed_precision == "bf16"):
             text = self.text_encoder(ids).last_hidden_state
             prediction = self.unet(noisy, timesteps, text, return_dict=False)[0]
         return noisy, estimate_clean(noisy, prediction, angle, self.prediction_type), angle
@@ -272,7 +268,7 @@ def main(argv=None) -> dict:
         ema.to(device)
     note_arguments(args, checkpoint)
     log = Log(accelerator, args.output_dir, schedule, 2 * args.train_batch_size)
-    val_latents = encode(pipe.vae, load(val_rows, args)) if val_rows else None
+    val_latents = encode(pipe.vae, load(val_rows, args), args.mixed_precision == "bf16") if val_rows else None
 
     def averaged() -> FilterHead:
         made = FilterHead.from_config(accelerator.unwrap_model(head).config).to(device)
@@ -330,9 +326,7 @@ def load_graded(ratings: list[dict], args, pipe: MinimPipeline, device):
     """A function from indices of the ratings to latents [n, versions, C, h, w] and grades [n]."""
     paths = argparse.Namespace(train_data=args.ratings, resolution=args.resolution)
     pictures = versions(ratings, load(ratings, paths), args.latent_variants, args.seed, device)
-    with autocast(args, device):
-        latents = encode(pipe.vae, pictures)
-    latents = latents.unflatten(0, (len(ratings), -1)).to(device)
+    latents = encode(pipe.vae, pictures, args.mixed_precision == "bf16").unflatten(0, (len(ratings), -1)).to(device)
     grades = torch.tensor([int(row["rating"]) for row in ratings], device=device)
     return lambda index: (latents[index], grades[index])
 
@@ -346,10 +340,9 @@ def materials(args, pipe: MinimPipeline, rows, classes, rated: set[str], device)
 
     def make() -> dict[str, torch.Tensor]:
         teacher = load_judges(args.teacher, device)
-        drawing = args.drawn_images, args.trajectory_steps, args.draw_batch_size, args.seed
-        with autocast(args, device):
-            drawn = draw(pipe, teacher, rows, classes, *drawing)
-            pool = build_pool(rows, load(rows, args), classes, drawn, rows, pipe.vae, rated, args, device)
+        sizes = args.drawn_images, args.trajectory_steps, args.draw_batch_size
+        drawn = draw(pipe, teacher, rows, classes, *sizes, args.mixed_precision == "bf16", args.seed)
+        pool = build_pool(rows, load(rows, args), classes, drawn, rows, pipe.vae, rated, args, device)
         made = {f"pool.{name}": tensor for name, tensor in vars(pool).items()}
         made |= {f"drawn.{name}": tensor for name, tensor in vars(drawn.trajectories).items() if name != "images"}
         return made | {"quality": drawn.quality, "shows": drawn.shows, "row": drawn.row}

@@ -34,7 +34,13 @@ class Trajectories:
 
 @torch.no_grad()
 def draw_trajectories(
-    pipe: MinimPipeline, rows: list[dict], sampler: Sampler, seeds: list[int], batch_size: int, keep: int
+    pipe: MinimPipeline,
+    rows: list[dict],
+    sampler: Sampler,
+    seeds: list[int],
+    batch_size: int,
+    keep: int,
+    bf16: bool = False,
 ) -> Trajectories:
     """Draws one image for each row's caption, and keeps what the sampler held at `keep` of its steps.
 
@@ -57,15 +63,16 @@ def draw_trajectories(
             mine = rows[start : start + batch_size]
             count = len(mine)
             seen.clear()
-            final = pipe(
-                [row["Text"] for row in mine],
-                modality=[row["modality"] for row in mine],
-                seeds=seeds[start : start + batch_size],
-                num_inference_steps=sampler.num_inference_steps,
-                guidance_scale=sampler.guidance_scale,
-                output_type="latent",
-            ).images
-            images = pipe.decode_latents(final, [resolve_modality(row["modality"]) for row in mine])
+            with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
+                final = pipe(
+                    [row["Text"] for row in mine],
+                    modality=[row["modality"] for row in mine],
+                    seeds=seeds[start : start + batch_size],
+                    num_inference_steps=sampler.num_inference_steps,
+                    guidance_scale=sampler.guidance_scale,
+                    output_type="latent",
+                ).images
+                images = pipe.decode_latents(final, [resolve_modality(row["modality"]) for row in mine])
             images = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
             noisy, clean, angle = (torch.stack(steps, 1) for steps in zip(*seen, strict=True))  # [n, steps, ...]
             first = torch.rand(count, 1, generator=generator)

@@ -161,6 +161,11 @@ class FilterHead(ModelMixin, ConfigMixin):
         )
         self.finding["scale"] = Scale(4.0)
 
+    def to(self, *args, **kwargs):
+        """Moves the head; its dtype stays fp32 whatever is asked for, as when a pipeline is cast as a whole."""
+        device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        return super().to(device=device, non_blocking=non_blocking) if device is not None else self
+
     def encode_image(
         self, noisy: torch.Tensor, clean: torch.Tensor, angle: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,8 +222,8 @@ class FilterHead(ModelMixin, ConfigMixin):
             found = self.finding["scale"]((image * text).sum(1))
             quality = self.quality["ordinal"](self.quality["score"](features)[:, 0], features, embedding)
             finding = self.finding["ordinal"](found, features, embedding)
-        ratings = torch.tensor([1.0, 2.0, 3.0], device=noisy.device)
-        output = FilterHeadOutput(quality @ ratings, finding @ ratings, quality, finding, features)
+            ratings = torch.tensor([1.0, 2.0, 3.0], device=noisy.device)
+            output = FilterHeadOutput(quality @ ratings, finding @ ratings, quality, finding, features)
         return output if return_dict else output.to_tuple()
 
 
