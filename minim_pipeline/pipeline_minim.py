@@ -21,7 +21,6 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    ModelMixin,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
@@ -34,6 +33,8 @@ from diffusers.utils import BaseOutput, logging, scale_lora_layers, unscale_lora
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .minim_filter import FilterHead
+from .minim_filter.funnel import Funnel, combine, plan_stages, select_state
 from .modalities import AMBIGUOUS, Modality, resolve_modality, split_prefix
 from .tokens import negative_text, prompt_text
 
@@ -50,6 +51,8 @@ ZERO_SNR_SCHEDULERS = (
     UniPCMultistepScheduler,
 )
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# Thresholds for a modality that the filter's config has none for: the middle of the scale.
+UNCALIBRATED = {"score": 2.0, "finding": 2.0}
 
 
 @dataclass
@@ -71,6 +74,23 @@ class MinimPipelineOutput(BaseOutput):
     accepted: list[bool | None]
     seeds: list[int | None]
     candidates: list[int]
+
+
+@dataclass
+class MinimScores(BaseOutput):
+    """The filter's ratings of images, lists of one entry an image.
+
+    Args:
+        scores: expected rating, 1.0 to 3.0, of quality and finding together.
+        accepted: whether score and finding reach the thresholds of the modality.
+        quality: expected rating, 1.0 to 3.0, of the picture.
+        finding: likewise, of whether it shows what the prompt says.
+    """
+
+    scores: list[float]
+    accepted: list[bool]
+    quality: list[float]
+    finding: list[float]
 
 
 # Copied from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion.rescale_noise_cfg
@@ -158,7 +178,7 @@ class MinimPipeline(
         unet ([`UNet2DConditionModel`]): denoises the latents.
         scheduler ([`SchedulerMixin`]): one of DDIM, DDPM, DPM-Solver++ (multistep), Euler, Euler ancestral and UniPC;
             for a model with a non-zero terminal SNR any other of Stable Diffusion's as well.
-        filter_head: the filter; optional, and not part of this version.
+        filter_head ([`FilterHead`]): rates candidates on their way and at the end; optional.
         modalities: ids of the modalities trained, a list or, as `model_index.json` has it, one string with spaces
             between. `None` for a base model, which takes any known modality.
         findings: the findings learned, by modality id.
@@ -173,6 +193,8 @@ class MinimPipeline(
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["filter_head"]
+    # It is needed at many steps, and so small that it may stay where it is.
+    _exclude_from_cpu_offload = ["filter_head"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     def __init__(
@@ -182,7 +204,7 @@ class MinimPipeline(
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: KarrasDiffusionSchedulers,
-        filter_head: ModelMixin | None = None,
+        filter_head: FilterHead | None = None,
         modalities: list[str] | str | None = None,
         findings: dict[str, list[str]] | None = None,
         num_inference_steps: int = 25,
@@ -217,6 +239,8 @@ class MinimPipeline(
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        if filter_head is not None:
+            self.check_filter_head()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -261,6 +285,22 @@ class MinimPipeline(
 
     def disable_vae_tiling(self):
         self.vae.disable_tiling()
+
+    def check_filter_head(self):
+        """Raises ValueError if the filter head was trained for another U-Net, autoencoder or tokenizer."""
+        head, pairs = self.filter_head.config, []
+        if self.unet is not None:
+            pairs.append(("latent channels", head.in_channels, self.unet.config.in_channels))
+        if self.vae is not None:
+            pairs.append(("latent scale", head.latent_scale, self.vae.config.scaling_factor))
+        if self.tokenizer is not None:
+            pairs.append(("tokens", head.vocab_size, len(self.tokenizer)))
+        for name, of_head, of_pipeline in pairs:
+            if of_head != of_pipeline:
+                raise ValueError(
+                    f"This filter head does not fit: it was trained for {of_head} {name}, the pipeline has"
+                    f" {of_pipeline}. Load the pipeline with `filter_head=None`, or train a head for it."
+                )
 
     def check_scheduler(self):
         """Raises ValueError if the scheduler cannot sample this model."""
@@ -375,8 +415,26 @@ class MinimPipeline(
                         f"`{name}={count}` needs a filter to choose with, and this pipeline has no filter head;"
                         " ask for more images with `num_images_per_prompt`."
                     )
-        elif use_filter is not False:
-            raise NotImplementedError("This version does not run filter heads yet; pass `use_filter=False`.")
+            return
+        for name, count in (("num_candidates", num_candidates), ("max_rounds", max_rounds)):
+            if count is not None and count > 1:
+                given = {"seeds": seeds, "latents": latents}
+                fixed = [argument for argument, value in given.items() if value is not None]
+                if prompt is None:
+                    raise ValueError(
+                        f"`{name}={count}` needs the filter, which reads the prompt's words: pass `prompt`."
+                    )
+                if fixed:
+                    raise ValueError(
+                        f"`{name}={count}` draws images that the filter chooses from, but `{fixed[0]}` says which to"
+                        " draw."
+                    )
+                if use_filter is False:
+                    raise ValueError(f"`{name}={count}` needs the filter, but `use_filter=False`.")
+                if output_type == "latent":
+                    raise ValueError(f"`{name}={count}` needs the filter, which output_type='latent' bypasses.")
+        if use_filter and (prompt is None or output_type == "latent"):
+            raise ValueError("`use_filter=True` needs `prompt`, whose words it reads, and finished images.")
 
     def resolve_prompts(
         self, prompt: str | list[str] | None, modality: str | list[str] | None, batch_size: int
@@ -560,13 +618,161 @@ class MinimPipeline(
         grey = torch.tensor([m.grey for m in modalities], device=images.device).view(-1, 1, 1, 1)
         return torch.where(grey, images.mean(1, keepdim=True), images)
 
-    def score(self, images, prompt: str | list[str], modality: str | list[str] | None = None):
-        """The filter's scores of any images, real ones too.
+    @torch.no_grad()
+    def score(self, images, prompt: str | list[str], modality: str | list[str] | None = None) -> "MinimScores":
+        """The filter's ratings of any images, real ones too.
+
+        Args:
+            images: one image or several, as `PIL.Image`, `np.ndarray` (N, H, W, 3) in [0, 1] or `torch.Tensor`
+                (N, 3, H, W) in [0, 1]; they are brought to the size of the U-Net's.
+            prompt: what each is to show, one sentence for all or a list.
+            modality: as for `__call__`.
 
         Raises:
-            ValueError: the pipeline has no filter head.
+            ValueError: the pipeline has no filter head, or there are not as many prompts as images.
         """
-        raise ValueError("This pipeline has no filter head to score with.")
+        if self.filter_head is None:
+            raise ValueError("This pipeline has no filter head to score with.")
+        if isinstance(images, PIL.Image.Image):
+            images = [images]
+        if isinstance(images, (list, tuple)):
+            images = [im.convert("RGB") if isinstance(im, PIL.Image.Image) else im for im in images]
+        size = self.unet.config.sample_size
+        height, width = (s * self.vae_scale_factor for s in ((size, size) if isinstance(size, int) else size))
+        pixels = self.image_processor.preprocess(images, height, width)  # (N, 3, H, W) in [-1, 1]
+        prompts = [prompt] * len(pixels) if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != len(pixels):
+            raise ValueError(f"`prompt` has {len(prompts)} entries for {len(pixels)} images.")
+        prompts, modalities = self.resolve_prompts(prompts, modality, len(prompts))
+        device = self._execution_device
+        latents = self.vae.encode(pixels.to(device, self.vae.dtype)).latent_dist.mode()
+        funnel = self.prepare_funnel(prompts, modalities, list(range(len(prompts))), 1, device)
+        rated = funnel.rate(latents * self.vae.config.scaling_factor)
+        self.maybe_free_model_hooks()
+        scores, accepted = self.judge(rated, modalities)
+        return MinimScores(scores.tolist(), accepted.tolist(), rated.quality.tolist(), rated.finding.tolist())
+
+    def prepare_funnel(
+        self,
+        prompts: list[str],
+        modalities: list[Modality],
+        wanted: list[int],
+        candidates: int,
+        device: torch.device,
+    ) -> Funnel:
+        """The funnel of a round: `candidates` for each of the `wanted` prompts, numbered as they stand there."""
+        texts = [prompt_text(prompts[i], modalities[i], self.tokenizer) for i in wanted]
+        length = self.filter_head.config.max_length
+        ids = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        # What was added to the tokenizer since, as by a textual inversion, says nothing to the head.
+        known = ids.input_ids < self.filter_head.config.vocab_size
+        ids = torch.where(known, ids.input_ids, self.filter_head.config.pad_token_id).to(device)
+        image = torch.arange(len(wanted), device=device).repeat_interleave(candidates)
+        stages = plan_stages(self.filter_head.config.stages, candidates)
+        return Funnel(self.filter_head, self.filter_head.encode_text(ids)[image], image, stages)
+
+    def judge(self, rated, modalities: list[Modality]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores (N,) in [1, 3], and bool (N,), whether they reach the thresholds of their modalities."""
+        calibration = self.filter_head.config.calibration or {}
+        unknown = sorted({m.id for m in modalities} - set(calibration))
+        if unknown:
+            logger.warning(
+                f"The filter's thresholds are not calibrated for {', '.join(unknown)}: {UNCALIBRATED} is taken."
+            )
+        thresholds = [calibration.get(m.id, UNCALIBRATED) for m in modalities]
+        scores = combine(rated.quality, rated.finding)
+        least, found = (scores.new_tensor([t[name] for t in thresholds]) for name in ("score", "finding"))
+        return scores, (scores >= least) & (rated.finding >= found)
+
+    def draw_seeds(
+        self, wanted: list[int], candidates: int, generator: torch.Generator | list[torch.Generator] | None
+    ) -> list[int]:
+        """One int64 for each candidate of each wanted image, from the image's generator, or the one for all."""
+        seeds = []
+        for i in wanted:
+            source = generator[i] if isinstance(generator, list) else generator
+            device = "cpu" if source is None else source.device
+            seeds += torch.randint(2**63 - 1, (candidates,), generator=source, device=device).tolist()
+        return seeds
+
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None,
+        timesteps: torch.Tensor,
+        num_inference_steps: int,
+        guidance_interval: tuple[float, float],
+        extra_step_kwargs: dict[str, Any],
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        funnel: Funnel | None = None,
+    ) -> torch.Tensor:
+        """From noise to latents (N, C, h, w), or to those that the funnel left of them.
+
+        With guidance `prompt_embeds` holds the negative side first.
+        """
+        num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
+        self._num_timesteps = len(timesteps)
+        guided_from, guided_to = (fraction * len(timesteps) for fraction in guidance_interval)
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+
+                # expand the latents if we are doing classifier free guidance
+                guide = self.do_classifier_free_guidance and guided_from <= i < guided_to
+                latent_model_input = torch.cat([latents] * 2) if guide else latents
+                latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
+
+                # predict the noise residual
+                noise_pred = self.unet(
+                    latent_model_input,
+                    t,
+                    # outside of the guidance interval the half without the negative side
+                    encoder_hidden_states=prompt_embeds[-len(latent_model_input) :],
+                    cross_attention_kwargs=self.cross_attention_kwargs,
+                    return_dict=False,
+                )[0]
+                noise_pred_text = noise_pred[-len(latents) :]
+
+                # perform guidance
+                if guide:
+                    noise_pred_uncond = noise_pred[: len(latents)]
+                    noise_pred = noise_pred_uncond + self.guidance_scale * (noise_pred_text - noise_pred_uncond)
+                    if self.guidance_rescale > 0.0:
+                        noise_pred = rescale_noise_cfg(noise_pred, noise_pred_text, self.guidance_rescale)
+
+                # drop the worst candidates, and all that belongs to them
+                count = funnel.due(self.scheduler, t) if funnel is not None else None
+                if count is not None:
+                    seen = latent_model_input[-len(latents) :]
+                    keep = funnel.prune(count, seen, noise_pred_text, self.scheduler, t)
+                    select_state(self.scheduler, keep, latents.shape)
+                    prompt_embeds = torch.cat([half[keep] for half in prompt_embeds.split(len(latents))])
+                    if negative_prompt_embeds is not None:
+                        negative_prompt_embeds = negative_prompt_embeds[keep]
+                    if isinstance(extra_step_kwargs.get("generator"), list):
+                        generators = [extra_step_kwargs["generator"][k] for k in keep.tolist()]
+                        extra_step_kwargs = {**extra_step_kwargs, "generator": generators}
+                    latents, noise_pred = latents[keep], noise_pred[keep]
+
+                # compute the previous noisy sample x_t -> x_t-1
+                latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for k in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[k] = locals()[k]
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+
+                    latents = callback_outputs.pop("latents", latents)
+                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
+                    negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+
+                if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
+                    progress_bar.update()
+        return latents
 
     @property
     def guidance_scale(self):
@@ -734,6 +940,7 @@ class MinimPipeline(
         else:
             batch_size = 1 if isinstance(prompt, str) else len(prompt)
         num_images = batch_size * num_images_per_prompt
+        timesteps_asked = timesteps
         device = self._execution_device
         prompt, modalities = self.resolve_prompts(prompt, modality, batch_size)
 
@@ -750,83 +957,94 @@ class MinimPipeline(
             clip_skip=clip_skip,
             modality=[m.id for m in modalities],
         )
-        # For classifier free guidance, we need to do two forward passes.
-        # Here we concatenate the unconditional and text embeddings into a single batch
-        # to avoid doing two forward passes
-        if self.do_classifier_free_guidance:
-            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-
-        # 4. Prepare timesteps
-        timesteps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, num_inference_steps, device, timesteps, sigmas
+        # 4. The filter, and how many candidates it chooses from
+        prompts = [p for p in prompt for _ in range(num_images_per_prompt)] if prompt is not None else None
+        modalities = [m for m in modalities for _ in range(num_images_per_prompt)]
+        filtering = (
+            self.filter_head is not None and use_filter is not False and prompt is not None and output_type != "latent"
         )
+        candidates = self.config.num_candidates if num_candidates is None else num_candidates
+        if not filtering or seeds is not None or latents is not None:
+            candidates = 1
+        choosing = candidates > 1 or max_rounds > 1
 
-        # 5. Prepare the noise
-        generator, seeds = self.prepare_generators(num_images, generator, seeds, latents)
-        latents = self.prepare_latents(
-            num_images,
-            self.unet.config.in_channels,
-            height,
-            width,
-            prompt_embeds.dtype,
-            device,
-            generator,
-            latents,
-        )
-        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
+        # 5. Rounds of drawing: the first draws everything, further ones what fell short
+        wanted, drawn = list(range(num_images)), [0] * num_images
+        scores, accepted, chosen = [None] * num_images, [None] * num_images, [None] * num_images
+        final = [None] * num_images  # latents (C, h, w) of each image
+        for number in range(max_rounds):
+            # A compiled network would be compiled anew for another batch: fewer images are filled up.
+            compiled = getattr(self.unet, "_compiled_call_impl", None) is not None
+            places = wanted + [wanted[-1]] * (num_images - len(wanted) if compiled else 0)
+            slots = [i for i in places for _ in range(candidates)]
+            if choosing:
+                round_seeds = self.draw_seeds(wanted, candidates, generator)
+                round_seeds += round_seeds[-candidates:] * (len(places) - len(wanted))
+            else:
+                round_seeds = seeds
+            timesteps, num_inference_steps = retrieve_timesteps(
+                self.scheduler, num_inference_steps, device, timesteps_asked, sigmas
+            )
+            round_generator, round_seeds = self.prepare_generators(
+                len(slots), None if choosing else generator, round_seeds, latents
+            )
+            noise = self.prepare_latents(
+                len(slots),
+                self.unet.config.in_channels,
+                height,
+                width,
+                prompt_embeds.dtype,
+                device,
+                round_generator,
+                latents,
+            )
+            # For classifier free guidance, we need to do two forward passes.
+            # Here we concatenate the unconditional and text embeddings into a single batch
+            # to avoid doing two forward passes
+            guided = self.do_classifier_free_guidance
+            negative = negative_prompt_embeds[slots] if guided else None
+            embeds = torch.cat([negative, prompt_embeds[slots]]) if guided else prompt_embeds[slots]
+            funnel = self.prepare_funnel(prompts, modalities, places, candidates, device) if filtering else None
+            result = self.denoise(
+                noise,
+                embeds,
+                negative,
+                timesteps,
+                num_inference_steps,
+                guidance_interval,
+                self.prepare_extra_step_kwargs(round_generator, eta),
+                callback_on_step_end if number == 0 else None,
+                callback_on_step_end_tensor_inputs,
+                funnel,
+            )
+            if not filtering:
+                final, chosen, drawn = list(result), round_seeds, [1] * num_images
+                break
 
-        # 6. Denoising loop
-        num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
-        self._num_timesteps = len(timesteps)
-        guided_from, guided_to = (fraction * len(timesteps) for fraction in guidance_interval)
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
+            # The best candidate of each image: one that is accepted before one that is not
+            rated, left = funnel.rate(result), funnel.alive.tolist()
+            found, passed = self.judge(rated, [modalities[slots[k]] for k in left])
+            best = funnel.keep(found + 4 * passed, 1).tolist()
+            for k, i in zip(best, wanted):
+                drawn[i] += candidates
+                if final[i] is None or (passed[k].item(), found[k].item()) > (accepted[i], scores[i]):
+                    final[i], chosen[i] = result[k], round_seeds[left[k]]
+                    accepted[i], scores[i] = passed[k].item(), found[k].item()
+            wanted = [i for i in wanted if not accepted[i]]
+            if not wanted:
+                break
+        if filtering and wanted:
+            logger.warning(
+                f"{len(wanted)} of {num_images} images fall short of the filter's thresholds and come back with"
+                f" accepted=False: raise `num_candidates` ({candidates}) or `max_rounds` ({max_rounds})."
+            )
+        latents = torch.stack(final)
 
-                # expand the latents if we are doing classifier free guidance
-                guide = self.do_classifier_free_guidance and guided_from <= i < guided_to
-                latent_model_input = torch.cat([latents] * 2) if guide else latents
-                latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
-
-                # predict the noise residual
-                noise_pred = self.unet(
-                    latent_model_input,
-                    t,
-                    # outside of the guidance interval the half without the negative side
-                    encoder_hidden_states=prompt_embeds[-len(latent_model_input) :],
-                    cross_attention_kwargs=self.cross_attention_kwargs,
-                    return_dict=False,
-                )[0]
-
-                # perform guidance
-                if guide:
-                    noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
-                    noise_pred = noise_pred_uncond + self.guidance_scale * (noise_pred_text - noise_pred_uncond)
-                    if self.guidance_rescale > 0.0:
-                        noise_pred = rescale_noise_cfg(noise_pred, noise_pred_text, self.guidance_rescale)
-
-                # compute the previous noisy sample x_t -> x_t-1
-                latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
-
-                if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for k in callback_on_step_end_tensor_inputs:
-                        callback_kwargs[k] = locals()[k]
-                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
-
-                    latents = callback_outputs.pop("latents", latents)
-                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
-
-                if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
-                    progress_bar.update()
-
-        # 7. Decode
+        # 6. Decode
         if output_type == "latent":
             images = latents
         else:
-            images = self.decode_latents(latents, [m for m in modalities for _ in range(num_images_per_prompt)])
+            images = self.decode_latents(latents, modalities)
             images = self.image_processor.postprocess(images, output_type=output_type)
 
         # Offload all models
@@ -834,10 +1052,10 @@ class MinimPipeline(
 
         output = MinimPipelineOutput(
             images=images,
-            scores=[None] * num_images,
-            accepted=[None] * num_images,
-            seeds=seeds,
-            candidates=[1] * num_images,
+            scores=scores,
+            accepted=accepted,
+            seeds=chosen,
+            candidates=drawn,
         )
         return output if return_dict else output.to_tuple()
 

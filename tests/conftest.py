@@ -34,7 +34,8 @@ def make_pipeline(tmp_path_factory) -> Callable:
     """Builds tiny pipelines: `make_pipeline(kind="minim" | "sd1", **arguments of MinimPipeline)`.
 
     `"minim"` is like the embedded model (8 latent channels, v-prediction, zero terminal SNR, modality tokens), `"sd1"`
-    like Stable Diffusion 1.x (4 latent channels, epsilon, PNDM, no tokens, the old `eos_token_id` of 2).
+    like Stable Diffusion 1.x (4 latent channels, epsilon, PNDM, no tokens, the old `eos_token_id` of 2). With
+    `filtered=True` it has a filter head with random weights.
     """
     import torch
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PNDMScheduler, UNet2DConditionModel
@@ -44,7 +45,7 @@ def make_pipeline(tmp_path_factory) -> Callable:
 
     torch.set_num_threads(1)
 
-    def make(kind: str = "minim", **kwargs) -> MinimPipeline:
+    def make(kind: str = "minim", filtered: bool = False, **kwargs) -> MinimPipeline:
         torch.manual_seed(0)
         tokenizer = _tokenizer(tmp_path_factory.mktemp("tokenizer"), max_length=48)
         text_encoder = CLIPTextModel(
@@ -99,11 +100,38 @@ def make_pipeline(tmp_path_factory) -> Callable:
             "unet": unet.eval(),
             "scheduler": scheduler,
         }
+        if filtered:
+            kwargs = {"filter_head": _filter_head(len(tokenizer), tokenizer.pad_token_id, channels, vae), **kwargs}
         pipe = MinimPipeline(**{**components, **kwargs})
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     return make
+
+
+def _filter_head(vocab_size: int, pad_token_id: int, channels: int, vae):
+    """A filter head in miniature whose ratings differ well from image to image."""
+    import torch
+
+    from minim_pipeline.minim_filter import FilterHead
+
+    torch.manual_seed(1)
+    head = FilterHead(
+        in_channels=channels,
+        sample_size=8,
+        latent_scale=vae.config.scaling_factor,
+        vocab_size=vocab_size,
+        pad_token_id=pad_token_id,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        text_width=8,
+        feature_size=8,
+        norm_num_groups=4,
+        calibration={name: {"score": 1.0, "finding": 1.0} for name in MODALITIES},
+    )
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return head.eval()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,17 @@ CALL = {"prompt": "diabetic macular edema", "modality": "oct", "output_type": "n
 SCHEDULERS = ["DDIM", "DDPM", "DPMSolverMultistep", "EulerDiscrete", "EulerAncestralDiscrete", "UniPCMultistep"]
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "filtered"])
+def shared_pipeline(make_pipeline, request):
+    """What a call promises holds with a filter head, too."""
+    return make_pipeline(filtered=request.param)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "filtered"])
+def pipeline(make_pipeline, request):
+    return make_pipeline(filtered=request.param)
+
+
 def differ(a, b) -> float:
     return float(np.abs(a - b).max())
 
@@ -80,16 +91,24 @@ def test_one_generator_draws_latents_as_in_stable_diffusion(shared_pipeline):
     assert differ(out.images, shared_pipeline(**CALL, num_images_per_prompt=2, latents=latents).images) < 1e-4
 
 
-def test_output_without_a_filter(shared_pipeline):
-    out = shared_pipeline(**CALL, num_images_per_prompt=2, seeds=[0, 1])
+def test_output_without_a_filter(make_pipeline):
+    pipe = make_pipeline()
+    out = pipe(**CALL, num_images_per_prompt=2, seeds=[0, 1])
     assert isinstance(out, MinimPipelineOutput)
     assert out.scores == out.accepted == [None, None] and out.seeds == [0, 1] and out.candidates == [1, 1]
-    images, scores, accepted, seeds, candidates = shared_pipeline(
+    images, scores, accepted, seeds, candidates = pipe(
         **CALL, num_images_per_prompt=2, seeds=[0, 1], use_filter=False, return_dict=False
     )
     assert differ(images, out.images) < 1e-6 and seeds == [0, 1]
     with pytest.raises(ValueError, match="no filter head"):
-        shared_pipeline.score(out.images, "normal", "oct")
+        pipe.score(out.images, "normal", "oct")
+    for arguments, message in (
+        ({"num_candidates": 4}, "`num_candidates=4` needs a filter to choose with"),
+        ({"max_rounds": 2}, "`max_rounds=2` needs a filter to choose with"),
+        ({"use_filter": True}, "no filter head"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(**CALL, **arguments)
 
 
 def test_grey_modalities_have_equal_channels(shared_pipeline):
@@ -281,9 +300,6 @@ BAD_INPUT = [
     ({"num_images_per_prompt": -1}, "`num_images_per_prompt` has to be a positive integer, got -1"),
     ({"num_candidates": 0}, "`num_candidates` has to be a positive integer, got 0"),
     ({"max_rounds": 0}, "`max_rounds` has to be a positive integer, got 0"),
-    ({"num_candidates": 4}, "`num_candidates=4` needs a filter to choose with"),
-    ({"max_rounds": 2}, "`max_rounds=2` needs a filter to choose with"),
-    ({"use_filter": True}, "no filter head"),
     ({"seeds": [1, 2]}, r"one seed for each of 1 images, got \[1, 2\]"),
     ({"seeds": 1}, "one seed for each of 1 images, got 1"),
     ({"seeds": [2**63]}, "integers of 64 bits"),

@@ -249,7 +249,7 @@ def main(argv=None) -> dict:
     head = FilterHead(
         in_channels=pipe.unet.config.in_channels,
         sample_size=pipe.unet.config.sample_size,
-        latent_std=round(pool.latents[pool.quality == 3].float().std().item(), 4),
+        latent_scale=pipe.vae.config.scaling_factor,
         vocab_size=len(pipe.tokenizer),
         max_length=pipe.tokenizer.model_max_length,
         pad_token_id=pipe.tokenizer.pad_token_id,

@@ -79,7 +79,7 @@ class FilterHead(ModelMixin, ConfigMixin):
     Args:
         in_channels: channels of the latents, as the U-Net's.
         sample_size: height and width of the latents that it was trained on; other sizes are taken too.
-        latent_std: standard deviation of the latents that it was trained on; tells autoencoders apart.
+        latent_scale: the autoencoder's `scaling_factor`, by which the latents were multiplied.
         vocab_size: of the tokenizer.
         max_length: tokens of a prompt, padded.
         pad_token_id: tokens that are not read.
@@ -87,9 +87,10 @@ class FilterHead(ModelMixin, ConfigMixin):
         layers_per_block: residual blocks of each.
         text_width: of the two layers that read the prompt.
         feature_size: of what both outputs are read from.
-        calibration: by modality id the thresholds `quality` and `finding`, and how they were found; written by
+        calibration: by modality id the thresholds `score` and `finding` above which an image is accepted; written by
             `train/train_filter.py`.
-        prune_at: at which noise level sigma/alpha the pipeline drops candidates.
+        stages: when the pipeline drops candidates: pairs of a noise level sigma/alpha and the share of candidates
+            that is left from there on.
     """
 
     # Thresholds were found in fp32, and a rating must not depend on the dtype of the pipeline.
@@ -100,7 +101,7 @@ class FilterHead(ModelMixin, ConfigMixin):
         self,
         in_channels: int = 8,
         sample_size: int = 32,
-        latent_std: float = 1.0,
+        latent_scale: float = 1.0,
         vocab_size: int = 2566,
         max_length: int = 48,
         pad_token_id: int = 0,
@@ -111,7 +112,7 @@ class FilterHead(ModelMixin, ConfigMixin):
         norm_num_groups: int = 8,
         dropout: float = 0.1,
         calibration: dict | None = None,
-        prune_at: float | None = None,
+        stages: tuple[tuple[float, float], ...] = ((4.0, 0.5), (2.6, 0.0)),
     ):
         super().__init__()
         fine, coarse = block_out_channels

@@ -1,0 +1,116 @@
+"""The funnel: many candidates start, the worst are dropped on the way, and what is left is rated at the end.
+
+With N candidates an image and a share f of the steps before all but one are dropped, an image costs f * N + (1 - f)
+plain ones instead of N. A U-Net's prediction holds an estimate of the finished image at every step for nothing; the
+filter head rates that.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .estimate import estimate_clean, noise_angles
+from .filter_head import FilterHead, FilterHeadOutput
+
+
+def combine(quality: torch.Tensor, finding: torch.Tensor) -> torch.Tensor:
+    """One rating in [1, 3] from two: high only if both are, as a product of two shares would be."""
+    return 1 + (quality - 1) * (finding - 1) / 2
+
+
+def select_state(scheduler, keep: torch.Tensor, shape: torch.Size) -> None:
+    """Cuts what a multistep scheduler remembers of earlier steps along with its batch, in place.
+
+    Args:
+        scheduler: any of diffusers'.
+        keep: indices (K,) into the batch.
+        shape: of the latents before the cut, (N, C, h, w). Only what has this very shape is of the batch: a length
+            alone may be that of the schedule.
+    """
+
+    def cut(value):
+        if torch.is_tensor(value) and value.shape == shape:
+            return value[keep.to(value.device)]
+        if isinstance(value, (list, tuple)):
+            return type(value)(cut(entry) for entry in value)
+        return value
+
+    for name, value in vars(scheduler).items():
+        if torch.is_tensor(value) or (isinstance(value, (list, tuple)) and any(map(torch.is_tensor, value))):
+            setattr(scheduler, name, cut(value))
+
+
+@dataclass
+class Funnel:
+    """Which candidates are still on their way, and when the next are dropped.
+
+    Args:
+        head: rates them.
+        text: what `head.encode_text` made of each candidate's prompt, (M, T).
+        image: int64 (M,), the image that each is a candidate for.
+        stages: (sigma / alpha, candidates an image left from there on), in the order of sampling.
+    """
+
+    head: FilterHead
+    text: torch.Tensor
+    image: torch.Tensor
+    stages: list[tuple[float, int]]
+
+    def __post_init__(self):
+        self.alive = torch.arange(len(self.image), device=self.image.device)
+
+    def due(self, scheduler, t: torch.Tensor) -> int | None:
+        """How many candidates an image may keep at this timestep, if some are to be dropped."""
+        # Pure noise has a level of infinity; rounded to fp32 its angle lies beyond the pole.
+        level = self.angle(scheduler, t).clamp(max=1.5707).tan().item()
+        count = None
+        while self.stages and level <= self.stages[0][0]:
+            count = self.stages.pop(0)[1]
+        most = int(torch.bincount(self.image[self.alive]).max())
+        return count if count is not None and count < most else None
+
+    @staticmethod
+    def angle(scheduler, t: torch.Tensor) -> torch.Tensor:
+        return noise_angles(scheduler.alphas_cumprod.cpu(), torch.as_tensor(t).cpu().reshape(1))
+
+    def prune(self, count: int, noisy: torch.Tensor, prediction: torch.Tensor, scheduler, t) -> torch.Tensor:
+        """Drops all but the best `count` of each image; returns the indices of those left into the batch given.
+
+        Args:
+            count: candidates an image left.
+            noisy: what the U-Net was given, (m, C, h, w).
+            prediction: what it answered for the prompt alone.
+            scheduler, t: of this step.
+        """
+        angle = self.angle(scheduler, t).to(noisy.device).expand(len(noisy))
+        clean = estimate_clean(noisy, prediction, angle, scheduler.config.prediction_type)
+        rated = self.head(noisy, clean, angle, text=self.text[self.alive])
+        return self.keep(combine(rated.quality, rated.finding), count)
+
+    def rate(self, latents: torch.Tensor) -> FilterHeadOutput:
+        """The ratings of finished latents (m, C, h, w)."""
+        return self.head(latents, latents, latents.new_zeros(len(latents)).float(), text=self.text[self.alive])
+
+    def keep(self, scores: torch.Tensor, count: int) -> torch.Tensor:
+        """Keeps the best `count` of each image by their scores (m,): indices into the batch, in its order."""
+        image = self.image[self.alive]
+        # By image, within an image by score; of equals the earlier one.
+        order = torch.argsort(scores, descending=True, stable=True)
+        order = order[torch.argsort(image[order], stable=True)]
+        first = torch.searchsorted(image[order].contiguous(), image[order].contiguous())
+        place = torch.arange(len(order), device=order.device) - first
+        kept = order[place < count].sort().values
+        self.alive = self.alive[kept]
+        return kept
+
+
+def plan_stages(stages: list, candidates: int) -> list[tuple[float, int]]:
+    """The head's pruning plan for a number of candidates: (sigma / alpha, candidates left), noisiest first.
+
+    Args:
+        stages: (sigma / alpha, share of the candidates left) as in the head's config.
+        candidates: of each image.
+    """
+    plan = [(float(level), max(1, math.ceil(share * candidates))) for level, share in stages]
+    return sorted(plan, key=lambda stage: -stage[0])

@@ -1,0 +1,215 @@
+"""The filter in the pipeline: which candidates come back, with every scheduler, and that it can be switched off."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from minim_pipeline import MinimPipeline
+from minim_pipeline.minim_filter.funnel import Funnel, combine, plan_stages, select_state
+
+
+torch.set_num_threads(1)
+
+CALL = dict(prompt="normal", modality="oct", output_type="np")
+SCHEDULERS = [
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
+    UniPCMultistepScheduler,
+]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def filtered(make_pipeline):
+    return make_pipeline(filtered=True)
+
+
+def thresholds(pipe, score: float, finding: float = 1.0) -> None:
+    calibration = {name: {"score": score, "finding": finding} for name in pipe.config.modalities}
+    pipe.filter_head.register_to_config(calibration=calibration)
+
+
+def stages(pipe, *plan) -> None:
+    pipe.filter_head.register_to_config(stages=plan)
+
+
+def test_switched_off_it_leaves_the_image_as_it_was_bit_for_bit(filtered, make_pipeline):
+    plain = make_pipeline()
+    off = filtered(**CALL, num_images_per_prompt=2, generator=generator(), use_filter=False)
+    assert np.array_equal(off.images, plain(**CALL, num_images_per_prompt=2, generator=generator()).images)
+    assert off.scores == off.accepted == [None, None]
+    on = filtered(**CALL, num_images_per_prompt=2, generator=generator())
+    assert np.array_equal(on.images, off.images), "one candidate each: rated, and not changed"
+    assert all(1 <= score <= 3 for score in on.scores) and on.accepted == [True, True] and on.candidates == [1, 1]
+
+
+def test_of_many_candidates_the_best_comes_back(filtered):
+    stages(filtered)  # all are sampled to the end
+    out = filtered(**CALL, num_images_per_prompt=2, generator=generator(), num_candidates=4)
+    assert out.candidates == [4, 4] and out.images.shape[0] == 2
+    seeds = filtered.draw_seeds([0, 1], 4, generator())
+    every = filtered(**CALL, num_images_per_prompt=8, seeds=seeds)
+    for j in range(2):
+        mine = every.scores[4 * j : 4 * j + 4]
+        assert out.scores[j] == pytest.approx(max(mine), abs=1e-4)
+        assert out.seeds[j] == seeds[4 * j + int(np.argmax(mine))]
+    again = filtered(**CALL, num_images_per_prompt=2, seeds=out.seeds)
+    np.testing.assert_allclose(again.images, out.images, atol=1e-4)
+    assert again.scores == pytest.approx(out.scores, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_candidates_dropped_on_the_way_leave_the_others_alone(filtered, kind):
+    filtered.scheduler = kind.from_config(filtered.scheduler.config)
+    stages(filtered, (20.0, 0.5), (1.0, 0.0))
+    settings = dict(num_inference_steps=8, num_images_per_prompt=2)
+    sizes = []
+
+    def note(pipe, step, t, tensors):
+        sizes.append(len(tensors["latents"]))
+        return {}
+
+    out = filtered(**CALL, **settings, generator=generator(), num_candidates=4, callback_on_step_end=note)
+    assert len(sizes) == 8 and sizes[0] == 8 and sizes[-1] == 2 and 4 in sizes and sizes == sorted(sizes)[::-1]
+    alone = filtered(**CALL, **settings, seeds=out.seeds)
+    np.testing.assert_allclose(alone.images, out.images, atol=2e-3)
+
+
+def test_an_image_is_the_same_in_any_batch(filtered):
+    stages(filtered, (20.0, 0.5))
+    settings = dict(num_candidates=3, num_inference_steps=4, modality="oct", output_type="np")
+    both = filtered(["normal", "cyst"], **settings, generator=[generator(1), generator(2)])
+    for j, prompt in enumerate(["normal", "cyst"]):
+        one = filtered(prompt, **settings, generator=generator(j + 1))
+        assert one.seeds == both.seeds[j : j + 1]
+        np.testing.assert_allclose(one.images[0], both.images[j], atol=1e-4)
+
+
+def test_what_falls_short_is_drawn_again_and_told_once(filtered, caplog):
+    scores = filtered(**CALL, num_images_per_prompt=6, seeds=list(range(6))).scores
+    thresholds(filtered, score=sorted(scores)[-2])
+    calls = []
+
+    def note(pipe, step, t, tensors):
+        calls.append(step)
+        return {}
+
+    settings = dict(num_images_per_prompt=3, num_candidates=2, max_rounds=3, callback_on_step_end=note)
+    out = filtered(**CALL, **settings, generator=generator())
+    assert all(count in (2, 4, 6) for count in out.candidates) and max(out.candidates) > 2
+    assert len(calls) == filtered.config.num_inference_steps, "callbacks see the first round only"
+    again = filtered(**CALL, num_images_per_prompt=3, seeds=out.seeds)
+    np.testing.assert_allclose(again.images, out.images, atol=1e-4)
+
+    thresholds(filtered, score=3.1)
+    caplog.clear()
+    out = filtered(**CALL, num_images_per_prompt=2, num_candidates=2, max_rounds=2, generator=generator())
+    assert out.accepted == [False, False] and out.candidates == [4, 4] and len(out.images) == 2
+    assert sum("fall short" in message for message in caplog.messages) == 1
+
+
+def test_an_accepted_candidate_goes_before_a_better_one_that_is_not(filtered):
+    stages(filtered)
+    seeds = filtered.draw_seeds([0], 6, generator())
+    every = filtered.score(filtered(**CALL, num_images_per_prompt=6, seeds=seeds).images, "normal", "oct")
+    best_finding = max(every.finding)
+    thresholds(filtered, score=1.0, finding=best_finding - 1e-3)
+    out = filtered(**CALL, num_candidates=6, generator=generator())
+    if out.accepted[0]:
+        assert filtered.score(out.images, "normal", "oct").finding[0] == pytest.approx(best_finding, abs=0.2)
+
+
+def test_any_images_can_be_scored(filtered):
+    out = filtered("normal", "oct", num_images_per_prompt=2, seeds=[0, 1])
+    rated = filtered.score(out.images, "normal", "oct")
+    assert len(rated.scores) == 2 and all(isinstance(value, bool) for value in rated.accepted)
+    for score, quality, finding in zip(rated.scores, rated.quality, rated.finding):
+        assert score == pytest.approx(1 + (quality - 1) * (finding - 1) / 2, abs=1e-5)
+    one = filtered.score(out.images[1].convert("L").resize((50, 70)), ["normal"], "oct")
+    assert len(one.scores) == 1
+    with pytest.raises(ValueError, match="1 entries for 2 images"):
+        filtered.score(out.images, ["normal"], "oct")
+
+
+def test_latents_and_embeddings_bypass_the_filter(filtered):
+    assert filtered("normal", "oct", seeds=[0], output_type="latent").scores == [None]
+    embeds = filtered.encode_prompt("normal", modality="oct", do_classifier_free_guidance=False)[0]
+    negative = filtered.encode_prompt("normal", modality="oct")[1]
+    out = filtered(prompt_embeds=embeds, negative_prompt_embeds=negative, modality="oct", seeds=[0])
+    assert out.scores == [None] and out.candidates == [1]
+
+
+BAD = [
+    (dict(seeds=[1], num_candidates=2), "`seeds` says which"),
+    (dict(seeds=[1], max_rounds=2), "`seeds` says which"),
+    (dict(num_candidates=2, use_filter=False), "use_filter=False"),
+    (dict(num_candidates=2, output_type="latent"), "bypasses"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_what_the_filter_cannot_do_is_told(filtered, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        filtered(**{**CALL, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"in_channels": 4}, "4 latent channels, the pipeline has 8"),
+        ({"latent_scale": 0.18215}, "0.18215 latent scale, the pipeline has 1.0"),
+        ({"vocab_size": 7}, "7 tokens, the pipeline has"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_told_at_load(filtered, config, message):
+    filtered.filter_head.register_to_config(**config)
+    with pytest.raises(ValueError, match=message):
+        MinimPipeline(**filtered.components)
+
+
+def test_it_is_saved_and_loaded_with_the_pipeline(filtered, tmp_path):
+    filtered.save_pretrained(tmp_path)
+    loaded = MinimPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    settings = dict(**CALL, num_candidates=2, num_inference_steps=2)
+    expected = filtered(**settings, generator=generator())
+    found = loaded(**settings, generator=generator())
+    assert np.array_equal(found.images, expected.images) and found.scores == expected.scores
+    assert '"minim_filter"' in (tmp_path / "model_index.json").read_text()
+    assert MinimPipeline.from_pretrained(tmp_path, filter_head=None).filter_head is None
+    for dtype in (torch.float16, torch.bfloat16):
+        assert loaded.to(dtype).filter_head.dtype == torch.float32
+
+
+def test_only_what_is_of_the_batch_is_cut():
+    class Scheduler:
+        def __init__(self):
+            self.model_outputs = [None, torch.arange(12.0).view(3, 4)]
+            self.timesteps, self.sigmas, self.timestep_list = torch.arange(3), torch.zeros(3), [torch.tensor(3)]
+
+    scheduler = Scheduler()
+    select_state(scheduler, torch.tensor([2, 0]), torch.Size([3, 4]))
+    assert scheduler.model_outputs[0] is None and scheduler.model_outputs[1][:, 0].tolist() == [8, 0]
+    assert len(scheduler.timesteps) == len(scheduler.sigmas) == 3
+
+
+def test_every_image_keeps_its_own_best():
+    funnel = Funnel(None, None, torch.tensor([0, 0, 0, 1, 1, 1]), [])
+    assert funnel.keep(torch.tensor([1.0, 3, 2, 1, 1, 1]), 2).tolist() == [1, 2, 3, 4], "of equals the earlier"
+    assert funnel.keep(torch.tensor([1.0, 2, 1, 5]), 1).tolist() == [1, 3] and funnel.alive.tolist() == [2, 4]
+    assert plan_stages([(2.6, 0.0), (4, 0.5)], 4) == [(4.0, 2), (2.6, 1)]
+    assert combine(torch.tensor([3.0, 3, 1]), torch.tensor([3.0, 2, 3])).tolist() == [3, 2, 1]
