@@ -33,7 +33,7 @@ from diffusers.utils import BaseOutput, logging, scale_lora_layers, unscale_lora
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .minim_filter import FilterHead
+from .minim_filter import FilterHead, FilterHeadOutput
 from .minim_filter.funnel import Funnel, combine, plan_stages, select_state
 from .modalities import AMBIGUOUS, Modality, resolve_modality, split_prefix
 from .tokens import negative_text, prompt_text
@@ -342,6 +342,7 @@ class MinimPipeline(
         output_type="pil",
         callback_on_step_end_tensor_inputs=None,
         guidance_interval=(0.0, 1.0),
+        filter_threshold=None,
     ):
         """Raises ValueError for anything the call cannot work with, before any work is done."""
         counts = {
@@ -364,6 +365,8 @@ class MinimPipeline(
             raise ValueError(
                 f"`output_type` has to be one of {', '.join(map(repr, OUTPUT_TYPES))}, got {output_type!r}."
             )
+        if filter_threshold is not None and not 1 <= filter_threshold <= 3:
+            raise ValueError(f"`filter_threshold` has to be a score from 1 to 3, got {filter_threshold!r}.")
         for name in callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 raise ValueError(
@@ -671,8 +674,13 @@ class MinimPipeline(
         stages = plan_stages(self.filter_head.config.stages, candidates)
         return Funnel(self.filter_head, self.filter_head.encode_text(ids)[image], image, stages)
 
-    def judge(self, rated, modalities: list[Modality]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (N,) in [1, 3], and bool (N,), whether they reach the thresholds of their modalities."""
+    def judge(
+        self, rated: FilterHeadOutput, modalities: list[Modality], filter_threshold: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores (N,) in [1, 3], and bool (N,), whether score and finding reach the thresholds of their modalities.
+
+        `filter_threshold` takes the place of the score's.
+        """
         calibration = self.filter_head.config.calibration or {}
         unknown = sorted({m.id for m in modalities} - set(calibration))
         if unknown:
@@ -682,6 +690,8 @@ class MinimPipeline(
         thresholds = [calibration.get(m.id, UNCALIBRATED) for m in modalities]
         scores = combine(rated.quality, rated.finding)
         least, found = (scores.new_tensor([t[name] for t in thresholds]) for name in ("score", "finding"))
+        if filter_threshold is not None:
+            least = torch.full_like(scores, filter_threshold)
         return scores, (scores >= least) & (rated.finding >= found)
 
     def draw_seeds(
@@ -831,6 +841,7 @@ class MinimPipeline(
         num_candidates: int | None = None,
         max_rounds: int = 1,
         use_filter: bool | None = None,
+        filter_threshold: float | None = None,
         seeds: list[int] | None = None,
     ) -> MinimPipelineOutput | tuple:
         r"""
@@ -874,6 +885,8 @@ class MinimPipeline(
                 one needs a filter head.
             max_rounds: rounds in which what falls short is drawn again; more than one needs a filter head.
             use_filter: `False` switches the filter off for this call; by default it runs if there is one.
+            filter_threshold: score in [1, 3] from which an image is accepted; defaults to that of its modality in the
+                filter head's config. The threshold of the finding stays.
             seeds: one int64 for each image, instead of `generator`: `out.seeds` of an earlier call draws its images
                 again, in any batch.
 
@@ -925,6 +938,7 @@ class MinimPipeline(
             output_type,
             callback_on_step_end_tensor_inputs,
             guidance_interval,
+            filter_threshold,
         )
         self.check_scheduler()
 
@@ -1023,7 +1037,7 @@ class MinimPipeline(
 
             # The best candidate of each image: one that is accepted before one that is not
             rated, left = funnel.rate(result), funnel.alive.tolist()
-            found, passed = self.judge(rated, [modalities[slots[k]] for k in left])
+            found, passed = self.judge(rated, [modalities[slots[k]] for k in left], filter_threshold)
             best = funnel.keep(found + 4 * passed, 1).tolist()
             for k, i in zip(best, wanted):
                 drawn[i] += candidates
@@ -1031,7 +1045,7 @@ class MinimPipeline(
                     final[i], chosen[i] = result[k], round_seeds[left[k]]
                     accepted[i], scores[i] = passed[k].item(), found[k].item()
             wanted = [i for i in wanted if not accepted[i]]
-            if not wanted:
+            if not wanted or self.interrupt:
                 break
         if filtering and wanted:
             logger.warning(

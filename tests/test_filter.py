@@ -153,7 +153,26 @@ def test_latents_and_embeddings_bypass_the_filter(filtered):
     assert out.scores == [None] and out.candidates == [1]
 
 
+def test_a_call_may_have_a_threshold_of_its_own(filtered):
+    scores = filtered(**CALL, num_images_per_prompt=4, seeds=list(range(4))).scores
+    middle = sorted(scores)[2]
+    out = filtered(**CALL, num_images_per_prompt=4, seeds=list(range(4)), filter_threshold=middle - 1e-4)
+    assert out.accepted == [score >= middle - 1e-4 for score in scores] and out.accepted.count(True) == 2
+
+
+def test_an_interrupted_call_draws_no_further_round(filtered):
+    thresholds(filtered, score=3.1)
+
+    def stop(pipe, step, t, tensors):
+        pipe._interrupt = True
+        return {}
+
+    out = filtered(**CALL, num_candidates=2, max_rounds=3, generator=generator(), callback_on_step_end=stop)
+    assert out.candidates == [2] and len(out.images) == 1
+
+
 BAD = [
+    (dict(filter_threshold=4), "score from 1 to 3, got 4"),
     (dict(seeds=[1], num_candidates=2), "`seeds` says which"),
     (dict(seeds=[1], max_rounds=2), "`seeds` says which"),
     (dict(num_candidates=2, use_filter=False), "use_filter=False"),
@@ -213,3 +232,21 @@ def test_every_image_keeps_its_own_best():
     assert funnel.keep(torch.tensor([1.0, 2, 1, 5]), 1).tolist() == [1, 3] and funnel.alive.tolist() == [2, 4]
     assert plan_stages([(2.6, 0.0), (4, 0.5)], 4) == [(4.0, 2), (2.6, 1)]
     assert combine(torch.tensor([3.0, 3, 1]), torch.tensor([3.0, 2, 3])).tolist() == [3, 2, 1]
+
+
+def test_a_compiled_network_always_sees_the_same_batches(filtered):
+    """A new batch size would be compiled anew, so rounds for fewer images are filled up."""
+    thresholds(filtered, score=3.1)
+    stages(filtered, (20.0, 0.5))
+    settings = dict(**CALL, num_images_per_prompt=3, num_candidates=2, max_rounds=2, num_inference_steps=3)
+    expected = filtered(**settings, generator=generator())
+    thresholds(filtered, score=sorted(expected.scores)[1])
+    plain = filtered(**settings, generator=generator())
+    sizes = []
+    hook = filtered.unet.conv_in.register_forward_hook(lambda module, given, made: sizes.append(len(made)))
+    filtered.unet.compile()
+    with torch.compiler.set_stance("force_eager"):  # the batches matter here, not what the compiler makes of them
+        compiled = filtered(**settings, generator=generator())
+    hook.remove()
+    assert len(sizes) == 6 and sizes[:3] == sizes[3:], "the second round's batches are those of the first"
+    assert compiled.seeds == plain.seeds and compiled.candidates == plain.candidates
