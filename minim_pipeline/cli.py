@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import EMBEDDED_CHECKPOINT, __version__
-from .data import DatasetWriter
+from .data import DatasetWriter, read_csv
 from .evaluation.command import add_arguments as add_evaluate_arguments
 from .evaluation.command import run as evaluate
 from .generate import DTYPES, SCHEDULERS, generate, plan_file, plan_prompt, read_model_index
@@ -89,6 +89,14 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--device", help="e.g. cpu, cuda, cuda:1 (default: a GPU if there is one)")
     p.add_argument("--dtype", choices=DTYPES, default="float32")
     p.add_argument("--batch-size", type=number(int, 1), help="images drawn together (default 4 on a CPU, else 8)")
+    p.add_argument("--no-filter", action="store_true", help="leave the model's filter out")
+    p.add_argument("--num-candidates", type=number(int, 1), help="of which the filter chooses (default: the model's)")
+    p.add_argument(
+        "--filter-threshold", type=number(float, 1), help="score from 1 to 3 to accept (default: the model's)"
+    )
+    p.add_argument(
+        "--max-rounds", type=number(int, 1), default=1, help="draw what falls short again (default 1: never)"
+    )
     p.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows of the CSV out instead of stopping")
     p.add_argument("--quiet", action="store_true", help="no progress bar, and nothing said at the end")
 
@@ -177,6 +185,13 @@ def run_generate(args: argparse.Namespace) -> None:
         raise
     if not args.quiet:
         say(f"{len(items)} images in {folder}: {folder / 'grid.png'} shows them, {folder / 'data.csv'} lists them.")
+        rows = [row for row in read_csv(folder / "data.csv", check_images=False) if row.get("accepted")]
+        if rows:
+            drawn, accepted = (
+                sum(int(row["candidates"]) for row in rows),
+                [row["accepted"] for row in rows].count("true"),
+            )
+            say(f"The filter accepted {accepted} of {len(rows)}, out of {drawn} candidates.")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

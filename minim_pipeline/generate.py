@@ -30,6 +30,8 @@ SCHEDULERS = {
 GRID_IMAGES = 64  # a grid shows so many at most
 # Of data.csv, after path, Text, modality and seed.
 COLUMNS = ("synthetic", "model", "revision", "steps", "guidance", "scheduler", "negative_prompt", "lora")
+# After those, where a filter ran; `drawn_seed` is that of the candidate that came back.
+FILTER_COLUMNS = ("score", "accepted", "candidates", "drawn_seed")
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_SEED = 2**63 - 1
 
@@ -175,6 +177,10 @@ def generate(
     device: str | None = None,
     dtype: str = "float32",
     batch_size: int | None = None,
+    no_filter: bool = False,
+    num_candidates: int | None = None,
+    filter_threshold: float | None = None,
+    max_rounds: int = 1,
     quiet: bool = False,
 ) -> int:
     """Draws the images of a plan into a folder: `NNNN.png`, `data.csv` in MINIM's format, `grid.png`, `run.json`.
@@ -193,6 +199,10 @@ def generate(
         device: e.g. `"cuda"`; by default a GPU if there is one.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`.
         batch_size: images drawn together; by default 4 on a CPU, 8 elsewhere.
+        no_filter: leave the model's filter out. Otherwise it chooses among `num_candidates` for each image, draws what
+            falls short again in up to `max_rounds` rounds, and `data.csv` gets `FILTER_COLUMNS`. An image that was not
+            accepted is written too, and says so.
+        num_candidates, filter_threshold, max_rounds: as of `MinimPipeline`.
         quiet: no progress bar.
 
     Returns:
@@ -206,12 +216,20 @@ def generate(
         raise ValueError("there is nothing to draw: the plan has no images.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size has to be at least 1, got {batch_size}.")
+    choice = {"num_candidates": num_candidates, "filter_threshold": filter_threshold}
+    choice |= {"max_rounds": max_rounds if max_rounds > 1 else None}
+    choice = {key: value for key, value in choice.items() if value is not None}
+    if no_filter and choice:
+        raise ValueError(f"{', '.join(choice)} would steer the filter, but no_filter leaves it out.")
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu")
     if state.num_processes > 1:
         device = str(state.device)
     pipe = load_pipeline(model, scheduler, lora, device, dtype)
+    filtering = pipe.filter_head is not None and not no_filter
+    if choice and not filtering:
+        raise ValueError(f"{', '.join(choice)}: {model} has no filter to choose with.")
     # All of them before the first is drawn: an error in the last line of a long list is found now.
     pipe.resolve_prompts([item.text for item in items], [item.modality.id for item in items], len(items))
 
@@ -233,7 +251,12 @@ def generate(
         "height": sample_height * pipe.vae_scale_factor if height is None else height,
         "width": sample_width * pipe.vae_scale_factor if width is None else width,
     }
-    columns = dict.fromkeys([*COLUMNS, *(column for item in items for column in item.extra)])
+    if filtering:
+        choice = {"num_candidates": pipe.config.num_candidates, "max_rounds": 1, "filter_threshold": None} | choice
+        settings |= choice
+    columns = dict.fromkeys(
+        [*COLUMNS, *FILTER_COLUMNS * filtering, *(column for item in items for column in item.extra)]
+    )
     writer = DatasetWriter(output_dir, columns, settings, state.process_index if state.num_processes > 1 else None)
     check_rows(writer, items)
     missing = [item for item in items if writer.name(item.index) not in writer.rows]
@@ -250,7 +273,7 @@ def generate(
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
             try:
-                images = draw(
+                output = draw(
                     pipe,
                     batch,
                     lambda done, start=start, batch=batch: bar.update(start + done * len(batch) - bar.n),
@@ -259,6 +282,8 @@ def generate(
                     negative_prompt=negative_prompt,
                     height=height,
                     width=width,
+                    use_filter=filtering,
+                    **choice,
                 )
             except RuntimeError as error:
                 if "out of memory" not in str(error) and "allocate memory" not in str(error):
@@ -268,12 +293,17 @@ def generate(
                     f"{len(batch)} images of {size} px at once do not fit into the memory of {str(pipe.device)!r}: "
                     "choose a smaller batch size, height or width."
                 ) from error
-            for item, image in zip(batch, images):
+            for i, item in enumerate(batch):
                 row = {"Text": item.text, "modality": item.modality.name, "seed": item.seed}
                 # Empty rather than absent: a column of that name in the CSV of prompts speaks of another image.
                 made = {"synthetic": "true"} | {key: "" if v is None else v for key, v in settings.items()}
-                metadata = settings | {"modality": item.modality.id, "prompt": item.text, "seed": item.seed}
-                writer.add(item.index, image, item.extra | made | row, metadata)
+                metadata = settings | {"modality": item.modality.id, "prompt": item.text, "seed": output.seeds[i]}
+                if filtering:
+                    score = round(output.scores[i], 4)
+                    row |= {"score": score, "accepted": str(output.accepted[i]).lower()}
+                    row |= {"candidates": output.candidates[i], "drawn_seed": output.seeds[i]}
+                    metadata |= {"score": score, "accepted": row["accepted"]}
+                writer.add(item.index, output.images[i], item.extra | made | row, metadata)
 
     state.wait_for_everyone()
     if state.is_main_process:
@@ -336,8 +366,8 @@ def load_pipeline(
     return pipe
 
 
-def draw(pipe, batch: Sequence[Item], progress: Callable[[float], object], **options) -> list[Image.Image]:
-    """The images of `batch`, each from a generator of its own; `progress` is told the share of steps that are done."""
+def draw(pipe, batch: Sequence[Item], progress: Callable[[float], object], **options):
+    """The pipeline's output for `batch`, each from a generator of its own; `progress` is told the share of steps done."""
     import torch
 
     def on_step_end(pipe, step, timestep, tensors):
@@ -350,7 +380,7 @@ def draw(pipe, batch: Sequence[Item], progress: Callable[[float], object], **opt
         generator=[torch.Generator("cpu").manual_seed(item.seed) for item in batch],
         callback_on_step_end=on_step_end,
         **options,
-    ).images
+    )
 
 
 def check_rows(writer: DatasetWriter, items: Sequence[Item]) -> None:

@@ -24,6 +24,13 @@ def run(pipeline_dir, out, *options):
 ONE_PROMPT = ("--modality", "OCT", "--prompt", "macular edema, left eye", "--num-images", 3, "--seed", 7)
 
 
+@pytest.fixture(scope="module")
+def filtered_dir(make_pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "filtered"
+    make_pipeline(filtered=True, num_candidates=2).save_pretrained(folder)
+    return folder
+
+
 def pixels(path):
     with Image.open(path) as image:
         return np.asarray(image).astype(float) / 255
@@ -449,3 +456,33 @@ def test_two_processes_share_the_work(pipeline_dir, tmp_path):
     assert names(tmp_path / "two") == names(tmp_path / "one")
     for name in names(tmp_path / "one"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_the_filter_chooses_and_says_so(filtered_dir, tmp_path, capsys):
+    from minim_pipeline import MinimPipeline
+
+    options = [option for option in ONE_PROMPT if option != "--quiet"]
+    common = ["--model", str(filtered_dir), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["generate", *common, *map(str, options), "--num-candidates", "3", "--max-rounds", "2"]) == 0
+    rows = read_csv(tmp_path / "out/data.csv")
+    assert [row["seed"] for row in rows] == ["7", "8", "9"] and {row["candidates"] for row in rows} <= {"3", "6"}
+    assert all(1 <= float(row["score"]) <= 3 and row["accepted"] == "true" for row in rows)
+    assert "The filter accepted 3 of 3, out of" in capsys.readouterr().err
+    found = read_provenance(tmp_path / "out/0001.png")
+    assert str(found["seed"]) == rows[1]["drawn_seed"] != "8"
+    pipe = MinimPipeline.from_pretrained(filtered_dir)
+    again = pipe(rows[1]["Text"], modality="oct", seeds=[found["seed"]], use_filter=False).images[0]
+    assert np.abs(np.asarray(again).astype(float) / 255 - pixels(tmp_path / "out/0001.png")).max() <= 2 / 255
+
+    assert run(filtered_dir, tmp_path / "off", *ONE_PROMPT, "--no-filter") == 0
+    assert "accepted" not in read_csv(tmp_path / "off/data.csv")[0]
+
+
+def test_options_of_a_filter_that_is_not_there_are_told(pipeline_dir, filtered_dir, tmp_path, capsys):
+    for model, option, message in (
+        (pipeline_dir, ["--num-candidates", "2"], "has no filter to choose with"),
+        (filtered_dir, ["--no-filter", "--max-rounds", "2"], "no_filter leaves it out"),
+        (filtered_dir, ["--filter-threshold", "5"], "score from 1 to 3, got 5"),
+    ):
+        assert run(model, tmp_path / "out", *ONE_PROMPT, *option) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
