@@ -13,6 +13,7 @@ from .evaluation.command import add_arguments as add_evaluate_arguments
 from .evaluation.command import run as evaluate
 from .generate import DTYPES, SCHEDULERS, generate, plan_file, plan_prompt, read_model_index
 from .modalities import MODALITIES, resolve_modality, split_prefix
+from .scoring import score_csv
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,6 +98,22 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--max-rounds", type=number(int, 1), default=1, help="draw what falls short again (default 1: never)"
     )
+    p.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows of the CSV out instead of stopping")
+    p.add_argument("--quiet", action="store_true", help="no progress bar, and nothing said at the end")
+
+    p = commands.add_parser(
+        "score",
+        help="rate images with the filter",
+        description="Rates the images of a CSV, real or generated, with the filter of a model: a score from 1 to 3, "
+        "whether it accepts them, and the ratings of quality and finding that the score is made of.",
+    )
+    p.set_defaults(run=run_score)
+    p.add_argument("--data", type=Path, required=True, metavar="CSV", help="columns path,Text,modality")
+    p.add_argument("--output", type=Path, metavar="CSV", help="default: NAME-scored.csv beside the data")
+    p.add_argument("--split", help="only its rows of this split")
+    p.add_argument("--model", **model)
+    p.add_argument("--device", help="e.g. cpu, cuda (default: a GPU if there is one)")
+    p.add_argument("--batch-size", type=number(int, 1), default=16)
     p.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows of the CSV out instead of stopping")
     p.add_argument("--quiet", action="store_true", help="no progress bar, and nothing said at the end")
 
@@ -197,6 +214,17 @@ def run_generate(args: argparse.Namespace) -> None:
 def run_evaluate(args: argparse.Namespace) -> None:
     evaluate(args)
     say(f"The report is in {args.output_dir}: report.html to look at, report.json with every figure.")
+
+
+def run_score(args: argparse.Namespace) -> None:
+    path, rows = score_csv(**{name: value for name, value in vars(args).items() if name not in ("command", "run")})
+    if args.quiet:
+        return
+    for name in dict.fromkeys(resolve_modality(row["modality"]).name for row in rows):
+        mine = [row for row in rows if resolve_modality(row["modality"]).name == name]
+        accepted, mean = sum(row["accepted"] == "true" for row in mine), sum(float(row["score"]) for row in mine)
+        say(f"{name}: {accepted} of {len(mine)} accepted, mean score {mean / len(mine):.2f}")
+    say(f"{path} lists them.")
 
 
 def run_modalities(args: argparse.Namespace) -> None:

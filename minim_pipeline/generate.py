@@ -367,7 +367,7 @@ def load_pipeline(
 
 
 def draw(pipe, batch: Sequence[Item], progress: Callable[[float], object], **options):
-    """The pipeline's output for `batch`, each from a generator of its own; `progress` is told the share of steps done."""
+    """What the pipeline gives for `batch`, each from a generator of its own; `progress` is told the share of steps."""
     import torch
 
     def on_step_end(pipe, step, timestep, tensors):

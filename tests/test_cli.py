@@ -486,3 +486,24 @@ def test_options_of_a_filter_that_is_not_there_are_told(pipeline_dir, filtered_d
     ):
         assert run(model, tmp_path / "out", *ONE_PROMPT, *option) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_any_images_can_be_scored(filtered_dir, pipeline_dir, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((50, 70, 3), 60 * i, dtype=np.uint8)).save(tmp_path / f"images/{i}.png")
+    rows = [[f"images/{i}.png", "normal", ("OCT", "CXR")[i // 2], i] for i in range(3)]
+    data = table(tmp_path / "data.csv", ["path", "Text", "modality", "patient"], *rows)
+    command = ["score", "--data", str(data), "--device", "cpu", "--batch-size", "2", "--model"]
+    assert main([*command, str(filtered_dir)]) == 0
+    scored = read_csv(tmp_path / "data-scored.csv")  # checks that the paths lead to the images
+    assert [row["patient"] for row in scored] == ["0", "1", "2"]
+    for row in scored:
+        score, quality, finding = (float(row[name]) for name in ("score", "quality", "finding"))
+        assert score == pytest.approx(1 + (quality - 1) * (finding - 1) / 2, abs=1e-3)
+    said = capsys.readouterr().err
+    assert "OCT: 2 of 2 accepted, mean score" in said and "CXR: 1 of 1" in said and "data-scored.csv" in said
+
+    assert main([*command, str(filtered_dir), "--quiet", "--output", str(tmp_path / "elsewhere/s.csv")]) == 0
+    assert read_csv(tmp_path / "elsewhere/s.csv")[0]["path"] == "../images/0.png"
+    assert main([*command, str(pipeline_dir)]) == 2 and "has no filter to score with" in capsys.readouterr().err

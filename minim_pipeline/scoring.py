@@ -1,0 +1,81 @@
+"""What `minim score` does: the filter's ratings of any images, real ones too, into a CSV."""
+
+import csv
+import io
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import EMBEDDED_CHECKPOINT
+from .data import read_csv, resolve_path
+from .generate import load_pipeline, read_model_index
+from .modalities import resolve_modality
+from .provenance import atomic_path
+
+
+def score_csv(
+    data: str | Path,
+    output: str | Path | None = None,
+    model: str = str(EMBEDDED_CHECKPOINT),
+    split: str | None = None,
+    device: str | None = None,
+    batch_size: int = 16,
+    skip_bad_rows: bool = False,
+    quiet: bool = False,
+) -> tuple[Path, list[dict[str, str]]]:
+    """Rates every image of a CSV for its caption.
+
+    Args:
+        data: CSV in MINIM's format, `path,Text,modality`; other columns are carried through.
+        output: CSV with the columns `score`, `accepted`, `quality` and `finding` added, ratings from 1 to 3; by
+            default `NAME-scored.csv` beside `data`.
+        model: a pipeline with a filter head, a folder or an id on the Hub.
+        split: only the rows of this split.
+        device: by default a GPU if there is one.
+        batch_size: images rated together.
+        skip_bad_rows: leave bad rows out instead of stopping.
+        quiet: no progress bar.
+
+    Returns:
+        The path written, and its rows.
+
+    Raises:
+        ValueError: the model has no filter head, or rows are bad.
+    """
+    data = Path(data)
+    output = Path(output) if output is not None else data.with_name(f"{data.stem}-scored.csv")
+    index = read_model_index(model)
+    if not (index.get("filter_head") or [None])[0]:
+        raise ValueError(f"{model} has no filter to score with.")
+    trained = index.get("modalities") or None
+
+    def check(row: dict[str, str]) -> None:
+        resolve_modality(row["modality"], trained)
+
+    rows = read_csv(data, split=split, skip_bad_rows=skip_bad_rows, check=check)
+    from .image_loading import load_images
+
+    pipe = load_pipeline(model, device=device)
+    resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    scored = []
+    with tqdm(total=len(rows), disable=quiet, unit=" images") as bar:
+        for start in range(0, len(rows), batch_size):
+            mine = rows[start : start + batch_size]
+            images = load_images(mine, data, resolution).float() / 255
+            rated = pipe.score(images, [row["Text"] for row in mine], [row["modality"] for row in mine])
+            parts = {"score": rated.scores, "quality": rated.quality, "finding": rated.finding}
+            for i, row in enumerate(mine):
+                place = os.path.relpath(resolve_path(row, data).resolve(), output.parent.resolve())
+                ratings = {name: f"{values[i]:.4f}" for name, values in parts.items()}
+                ratings["accepted"] = str(rated.accepted[i]).lower()
+                scored.append(row | {"path": Path(place).as_posix()} | ratings)
+            bar.update(len(mine))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, scored[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(scored)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(output) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
+    return output, scored
