@@ -90,7 +90,8 @@ class FilterHead(ModelMixin, ConfigMixin):
         calibration: by modality id the thresholds `score` and `finding` above which an image is accepted; written by
             `train/train_filter.py`.
         stages: when the pipeline drops candidates: pairs of a noise level sigma/alpha and the share of candidates
-            that is left from there on.
+            that is left from there on. With the default, 16 steps and guidance over 60 % of them, the best of 4
+            costs 1.85 plain images in samples of the U-Net.
     """
 
     # Thresholds were found in fp32, and a rating must not depend on the dtype of the pipeline.
@@ -112,7 +113,7 @@ class FilterHead(ModelMixin, ConfigMixin):
         norm_num_groups: int = 8,
         dropout: float = 0.1,
         calibration: dict | None = None,
-        stages: tuple[tuple[float, float], ...] = ((4.0, 0.5), (2.6, 0.0)),
+        stages: tuple[tuple[float, float], ...] = ((14.0, 0.5), (5.5, 0.0)),
     ):
         super().__init__()
         fine, coarse = block_out_channels
