@@ -85,6 +85,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
+def read_ratings(path: str) -> list[dict]:
+    """People's grades of images; every bad row is told, with its number, before any work is done."""
+
+    def check(row: dict) -> None:
+        if row["rating"] not in ("1", "2", "3"):
+            raise ValueError(f"rating has to be 1, 2 or 3, got {row['rating']!r}")
+
+    return read_csv(path, require=("path", "Text", "modality", "rating", "group"), check=check)
+
+
 class Lessons:
     """Makes training batches from the pool and the trajectories, with the U-Net's estimates."""
 
@@ -232,10 +242,7 @@ def main(argv=None) -> dict:
     val_rows = [row for row in val_rows if class_of(row) in classes]
     if not rows:
         raise ValueError(f"{args.train_data} has no rows of part {args.part!r} with a finding of {args.min_train}.")
-    ratings = read_csv(args.ratings, require=("path", "Text", "modality", "rating", "group")) if args.ratings else []
-    bad = [f"{row['path']}: {row['rating']!r}" for row in ratings if row["rating"] not in ("1", "2", "3")]
-    if bad:
-        raise ValueError(f"{len(bad)} ratings of {args.ratings} are not 1, 2 or 3, such as {', '.join(bad[:3])}.")
+    ratings = read_ratings(args.ratings) if args.ratings else []
 
     pipe = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path).to(device)
     pipe.set_progress_bar_config(disable=True)
