@@ -19,6 +19,8 @@ EMBEDDED_ENCODER: Path = Path(__file__).parent / "checkpoints" / "minim-encoder"
 _MODULE_OF = {
     "MinimPipeline": "pipeline_minim",
     "MinimPipelineOutput": "pipeline_minim",
+    "MinimScores": "pipeline_minim",
+    "FilterHead": "minim_filter",
     "MODALITIES": "modalities",
     "Modality": "modalities",
     "names_a_side": "modalities",

@@ -204,10 +204,8 @@ def run_generate(args: argparse.Namespace) -> None:
         say(f"{len(items)} images in {folder}: {folder / 'grid.png'} shows them, {folder / 'data.csv'} lists them.")
         rows = [row for row in read_csv(folder / "data.csv", check_images=False) if row.get("accepted")]
         if rows:
-            drawn, accepted = (
-                sum(int(row["candidates"]) for row in rows),
-                [row["accepted"] for row in rows].count("true"),
-            )
+            drawn = sum(int(row["candidates"]) for row in rows)
+            accepted = sum(row["accepted"] == "true" for row in rows)
             say(f"The filter accepted {accepted} of {len(rows)}, out of {drawn} candidates.")
 
 

@@ -1,5 +1,6 @@
 """The pipeline: a modality and a sentence in, synthetic medical images out."""
 
+import functools
 import inspect
 import json
 import os
@@ -53,6 +54,12 @@ ZERO_SNR_SCHEDULERS = (
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Thresholds for a modality that the filter's config has none for: the middle of the scale.
 UNCALIBRATED = {"score": 2.0, "finding": 2.0}
+
+
+@functools.cache
+def warn_once(message: str):
+    """Warns of what stays as it is from call to call."""
+    logger.warning(message)
 
 
 @dataclass
@@ -409,35 +416,30 @@ class MinimPipeline(
         if isinstance(generator, list) and len(generator) != num_images:
             raise ValueError(f"`generator` has {len(generator)} entries for {num_images} images.")
 
+        # What only a filter can do, and why it would not run
+        wishes = {"num_candidates": num_candidates, "max_rounds": max_rounds}
+        wishes = {name: count for name, count in wishes.items() if count is not None and count > 1}
+        redraws = list(wishes)
+        wishes |= {"filter_threshold": filter_threshold} if filter_threshold is not None else {}
+        wishes |= {"use_filter": True} if use_filter else {}
+        why = None
         if self.filter_head is None:
-            if use_filter:
-                raise ValueError("`use_filter=True`, but this pipeline has no filter head.")
-            for name, count in (("num_candidates", num_candidates), ("max_rounds", max_rounds)):
-                if count is not None and count > 1:
-                    raise ValueError(
-                        f"`{name}={count}` needs a filter to choose with, and this pipeline has no filter head;"
-                        " ask for more images with `num_images_per_prompt`."
-                    )
-            return
-        for name, count in (("num_candidates", num_candidates), ("max_rounds", max_rounds)):
-            if count is not None and count > 1:
-                given = {"seeds": seeds, "latents": latents}
-                fixed = [argument for argument, value in given.items() if value is not None]
-                if prompt is None:
-                    raise ValueError(
-                        f"`{name}={count}` needs the filter, which reads the prompt's words: pass `prompt`."
-                    )
-                if fixed:
-                    raise ValueError(
-                        f"`{name}={count}` draws images that the filter chooses from, but `{fixed[0]}` says which to"
-                        " draw."
-                    )
-                if use_filter is False:
-                    raise ValueError(f"`{name}={count}` needs the filter, but `use_filter=False`.")
-                if output_type == "latent":
-                    raise ValueError(f"`{name}={count}` needs the filter, which output_type='latent' bypasses.")
-        if use_filter and (prompt is None or output_type == "latent"):
-            raise ValueError("`use_filter=True` needs `prompt`, whose words it reads, and finished images.")
+            why = "and this pipeline has no filter head"
+        elif use_filter is False:
+            why = "but `use_filter=False`"
+        elif prompt is None:
+            why = "which reads the prompt's words: pass `prompt`"
+        elif output_type == "latent":
+            why = "which output_type='latent' bypasses"
+        for name, value in wishes.items():
+            if why is not None:
+                raise ValueError(f"`{name}={value}` needs a filter, {why}.")
+        for name, value in (("seeds", seeds), ("latents", latents)):
+            if redraws and value is not None:
+                raise ValueError(
+                    f"`{redraws[0]}={wishes[redraws[0]]}` draws images that the filter chooses from, but `{name}` says"
+                    " which to draw."
+                )
 
     def resolve_prompts(
         self, prompt: str | list[str] | None, modality: str | list[str] | None, batch_size: int
@@ -608,6 +610,16 @@ class MinimPipeline(
         parameters = inspect.signature(self.scheduler.step).parameters
         return {k: v for k, v in (("eta", eta), ("generator", generator)) if k in parameters}
 
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents (N, C, H/8, W/8), scaled as the U-Net takes them, of images (N, 3, H, W) in [-1, 1]."""
+        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
+        if upcast:
+            self.vae.float()
+        latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().float()
+        if upcast:
+            self.vae.half()
+        return latents * self.vae.config.scaling_factor
+
     def decode_latents(self, latents: torch.Tensor, modalities: list[Modality]) -> torch.Tensor:
         """Images (N, 3, H, W) in fp32, about [-1, 1]; those of grey modalities get three equal channels."""
         # An autoencoder that overflows in fp16 says so in its config.
@@ -622,7 +634,7 @@ class MinimPipeline(
         return torch.where(grey, images.mean(1, keepdim=True), images)
 
     @torch.no_grad()
-    def score(self, images, prompt: str | list[str], modality: str | list[str] | None = None) -> "MinimScores":
+    def score(self, images, prompt: str | list[str], modality: str | list[str] | None = None) -> MinimScores:
         """The filter's ratings of any images, real ones too.
 
         Args:
@@ -648,9 +660,8 @@ class MinimPipeline(
             raise ValueError(f"`prompt` has {len(prompts)} entries for {len(pixels)} images.")
         prompts, modalities = self.resolve_prompts(prompts, modality, len(prompts))
         device = self._execution_device
-        latents = self.vae.encode(pixels.to(device, self.vae.dtype)).latent_dist.mode()
         funnel = self.prepare_funnel(prompts, modalities, list(range(len(prompts))), 1, device)
-        rated = funnel.rate(latents * self.vae.config.scaling_factor)
+        rated = funnel.rate(self.encode_images(pixels.to(device)))
         self.maybe_free_model_hooks()
         scores, accepted = self.judge(rated, modalities)
         return MinimScores(scores.tolist(), accepted.tolist(), rated.quality.tolist(), rated.finding.tolist())
@@ -684,8 +695,9 @@ class MinimPipeline(
         calibration = self.filter_head.config.calibration or {}
         unknown = sorted({m.id for m in modalities} - set(calibration))
         if unknown:
-            logger.warning(
-                f"The filter's thresholds are not calibrated for {', '.join(unknown)}: {UNCALIBRATED} is taken."
+            warn_once(
+                f"The filter's thresholds are not calibrated for {', '.join(unknown)}; those taken are"
+                f" {UNCALIBRATED['score']} of 3 for the score and {UNCALIBRATED['finding']} for the finding."
             )
         thresholds = [calibration.get(m.id, UNCALIBRATED) for m in modalities]
         scores = combine(rated.quality, rated.finding)
@@ -971,6 +983,7 @@ class MinimPipeline(
             clip_skip=clip_skip,
             modality=[m.id for m in modalities],
         )
+
         # 4. The filter, and how many candidates it chooses from
         prompts = [p for p in prompt for _ in range(num_images_per_prompt)] if prompt is not None else None
         modalities = [m for m in modalities for _ in range(num_images_per_prompt)]

@@ -103,9 +103,10 @@ def test_output_without_a_filter(make_pipeline):
     with pytest.raises(ValueError, match="no filter head"):
         pipe.score(out.images, "normal", "oct")
     for arguments, message in (
-        ({"num_candidates": 4}, "`num_candidates=4` needs a filter to choose with"),
-        ({"max_rounds": 2}, "`max_rounds=2` needs a filter to choose with"),
+        ({"num_candidates": 4}, "`num_candidates=4` needs a filter, and this pipeline has no filter head"),
+        ({"max_rounds": 2}, "`max_rounds=2` needs a filter"),
         ({"use_filter": True}, "no filter head"),
+        ({"filter_threshold": 2.0}, "`filter_threshold=2.0` needs a filter"),
     ):
         with pytest.raises(ValueError, match=message):
             pipe(**CALL, **arguments)

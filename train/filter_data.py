@@ -19,7 +19,6 @@ from trajectories import Trajectories, draw_trajectories
 
 from minim_pipeline import MinimPipeline, names_a_side, resolve_modality
 from minim_pipeline.evaluation.judges import LOOK_ALIKE, Judges, class_of
-from minim_pipeline.image_loading import load_images
 
 
 KINDS = ("real", "real, damaged", "generated", "generated, damaged")
@@ -48,9 +47,6 @@ class Pool:
     @classmethod
     def cat(cls, parts: "list[Pool]") -> "Pool":
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
-
-    def to(self, device) -> "Pool":
-        return Pool(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def weights(self) -> torch.Tensor:
         """How often each is drawn: every kind of every modality alike, damaged ones as the rubric says."""
@@ -210,7 +206,7 @@ def restrict(probabilities: torch.Tensor, known, classes, modalities: list[str])
     return result / result.sum(1, keepdim=True).clamp(min=1e-6)
 
 
-def build_pool(rows, images, classes, drawn: Drawn, drawn_rows, vae, rated: set[str], args, device) -> Pool:
+def build_pool(rows, images, classes, drawn: Drawn, vae, rated: set[str], args, device) -> Pool:
     """Real images in several versions, generated ones of the good samplers, and damaged ones of both."""
     names = list(dict.fromkeys(modality for modality, _ in classes))
     labels = torch.tensor([classes.index(class_of(row)) for row in rows])
@@ -227,14 +223,11 @@ def build_pool(rows, images, classes, drawn: Drawn, drawn_rows, vae, rated: set[
 
     n, bf16 = args.latent_variants, args.mixed_precision == "bf16"
     whole = encode(vae, versions(rows, images, n, args.seed, device), bf16)
-    parts = [
-        pool(
-            whole, times(3 * known.long(), n), times(one_hot, n), times(known | True, n), KINDS[0], times(modality, n)
-        )
-    ]
+    seen = torch.ones(len(whole), dtype=torch.bool)
+    parts = [pool(whole, times(3 * known.long(), n), times(one_hot, n), seen, KINDS[0], times(modality, n))]
     good = (drawn.quality == 3).nonzero()[:, 0]
     t = drawn.trajectories
-    drawn_modality = torch.tensor([names.index(class_of(drawn_rows[i])[0]) for i in drawn.row.tolist()])
+    drawn_modality = modality[drawn.row]
     ones = torch.ones(len(good), dtype=torch.bool)
     parts.append(pool(t.final[good], 3 * ones.long(), drawn.shows[good], ones, KINDS[2], drawn_modality[good]))
     for grade in (2, 1):
@@ -247,7 +240,3 @@ def build_pool(rows, images, classes, drawn: Drawn, drawn_rows, vae, rated: set[
             readable = torch.full((len(latents),), grade == 2)
             parts.append(pool(latents, torch.full((len(latents),), grade), shows, readable, kind, place))
     return Pool.cat(parts)
-
-
-def load(rows: list[dict], args) -> torch.Tensor:
-    return load_images(rows, args.train_data, args.resolution)

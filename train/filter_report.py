@@ -41,8 +41,8 @@ def finding_report(head: FilterHead, lessons, rows: list[dict], latents: torch.T
     device = next(head.parameters()).device
     wrong = other_findings(rows, seed)
     index = [i for i, j in enumerate(wrong) if j >= 0]
-    texts = [[f"{resolve_modality(row['modality']).token} {row['Text']}" for row in rows]]
-    ids = tokenize(tokenizer, texts[0]).to(device)
+    texts = [f"{resolve_modality(row['modality']).token} {row['Text']}" for row in rows]
+    ids = tokenize(tokenizer, texts).to(device)
     own, other = torch.tensor(index), torch.tensor([wrong[i] for i in index])
     names = [class_of(rows[i])[0] for i in index]
     alike = torch.tensor([_merged(rows[i]) == _merged(rows[wrong[i]]) for i in index])

@@ -38,13 +38,14 @@ from common import (
 )
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
-from filter_data import Captions, Drawn, Pool, build_pool, draw, encode, kept, load, versions
+from filter_data import Captions, Drawn, Pool, build_pool, draw, encode, kept, versions
 from filter_report import cross_validate, finding_report, quality_report
 from trajectories import Trajectories
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
 from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.judges import claimed_classes, class_of, load_judges
+from minim_pipeline.image_loading import load_images
 from minim_pipeline.minim_filter import FilterHead
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 
@@ -188,7 +189,7 @@ def losses(head: FilterHead, batch: dict[str, torch.Tensor], captions: Captions,
     finding = -(batch["finding"] * output.finding_probs.clamp(min=1e-6).log()).sum(1)
     plain = (batch["angle"] == 0) & batch["readable"]
     texts = head.encode_text(captions.of_classes(torch.arange(len(captions.count), device=known.device), g))
-    classes = -(batch["shows"] * (3 * head.match(output.features, texts)).log_softmax(1)).sum(1)
+    classes = -(batch["shows"] * (3 * head.match(output.features, texts[:, None]).T).log_softmax(1)).sum(1)
 
     def mean(values, where):
         return (values * where).sum() / where.sum().clamp(min=1)
@@ -233,6 +234,8 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     # --mixed_precision is that of the frozen networks: the head's own arithmetic is fp32, always.
     accelerator = Accelerator(project_dir=args.output_dir)
+    if accelerator.num_processes > 1:
+        raise ValueError(f"train_filter.py is run by one process, got {accelerator.num_processes}.")
     checkpoint = find_checkpoint(args)
     output, device = Path(args.output_dir), accelerator.device
     set_seed(args.seed)
@@ -275,7 +278,9 @@ def main(argv=None) -> dict:
         ema.to(device)
     note_arguments(args, checkpoint)
     log = Log(accelerator, args.output_dir, schedule, 2 * args.train_batch_size)
-    val_latents = encode(pipe.vae, load(val_rows, args), args.mixed_precision == "bf16") if val_rows else None
+    if val_rows:
+        val_images = load_images(val_rows, args.train_data, args.resolution)
+        val_latents = encode(pipe.vae, val_images, args.mixed_precision == "bf16")
 
     def averaged() -> FilterHead:
         made = FilterHead.from_config(accelerator.unwrap_model(head).config).to(device)
@@ -331,8 +336,8 @@ def main(argv=None) -> dict:
 
 def load_graded(ratings: list[dict], args, pipe: MinimPipeline, device):
     """A function from indices of the ratings to latents [n, versions, C, h, w] and grades [n]."""
-    paths = argparse.Namespace(train_data=args.ratings, resolution=args.resolution)
-    pictures = versions(ratings, load(ratings, paths), args.latent_variants, args.seed, device)
+    images = load_images(ratings, args.ratings, args.resolution)
+    pictures = versions(ratings, images, args.latent_variants, args.seed, device)
     latents = encode(pipe.vae, pictures, args.mixed_precision == "bf16").unflatten(0, (len(ratings), -1)).to(device)
     grades = torch.tensor([int(row["rating"]) for row in ratings], device=device)
     return lambda index: (latents[index], grades[index])
@@ -349,7 +354,8 @@ def materials(args, pipe: MinimPipeline, rows, classes, rated: set[str], device)
         teacher = load_judges(args.teacher, device)
         sizes = args.drawn_images, args.trajectory_steps, args.draw_batch_size
         drawn = draw(pipe, teacher, rows, classes, *sizes, args.mixed_precision == "bf16", args.seed)
-        pool = build_pool(rows, load(rows, args), classes, drawn, rows, pipe.vae, rated, args, device)
+        images = load_images(rows, args.train_data, args.resolution)
+        pool = build_pool(rows, images, classes, drawn, pipe.vae, rated, args, device)
         made = {f"pool.{name}": tensor for name, tensor in vars(pool).items()}
         made |= {f"drawn.{name}": tensor for name, tensor in vars(drawn.trajectories).items() if name != "images"}
         return made | {"quality": drawn.quality, "shows": drawn.shows, "row": drawn.row}

@@ -40,6 +40,7 @@ def draw_images(
             modality=[modalities[i] for i in padded],
             seeds=[seeds[i] for i in padded],
             output_type="pt",
+            use_filter=False,  # the seeds say which images are drawn, and what is measured is the generator
             **settings,
         )
         x = output.images[: len(mine)].float()

@@ -87,15 +87,18 @@ class FilterHead(ModelMixin, ConfigMixin):
         layers_per_block: residual blocks of each.
         text_width: of the two layers that read the prompt.
         feature_size: of what both outputs are read from.
-        calibration: by modality id the thresholds `score` and `finding` above which an image is accepted; written by
-            `train/train_filter.py`.
+        norm_num_groups: of the group norms.
+        dropout: in training.
+        calibration: by modality id the thresholds `score` and `finding` from which an image is accepted.
         stages: when the pipeline drops candidates: pairs of a noise level sigma/alpha and the share of candidates
             that is left from there on. With the default, 16 steps and guidance over 60 % of them, the best of 4
             costs 1.85 plain images in samples of the U-Net.
     """
 
     # Thresholds were found in fp32, and a rating must not depend on the dtype of the pipeline.
-    _keep_in_fp32_modules = ["embed", "stem", "fine", "down", "coarse", "pool", "text", "quality", "finding"]
+    _keep_in_fp32_modules = [
+        *("embed", "stem", "fine", "down", "coarse", "pool", "text", "quality", "finding", "logit_scale"),
+    ]
 
     @register_to_config
     def __init__(
@@ -161,7 +164,7 @@ class FilterHead(ModelMixin, ConfigMixin):
                 "ordinal": OrdinalOutput(feature_size, width),
             }
         )
-        self.finding["scale"] = Scale(4.0)
+        self.logit_scale = nn.Parameter(torch.tensor(4.0).log())
 
     def to(self, *args, **kwargs):
         """Moves the head; its dtype stays fp32 whatever is asked for, as when a pipeline is cast as a whole."""
@@ -172,7 +175,8 @@ class FilterHead(ModelMixin, ConfigMixin):
         self, noisy: torch.Tensor, clean: torch.Tensor, angle: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (N, F) of the latents and embeddings (N, E) of the noise level; arguments as for `forward`."""
-        embedding = self.embed(get_timestep_embedding(angle.float() * 600, 64))  # [N, E]
+        # Spread over about the range of the timesteps that this embedding was made for.
+        embedding = self.embed(get_timestep_embedding(angle.float() * 600, self.embed[0].in_features))  # [N, E]
         x = self.stem(torch.cat([noisy.float(), clean.float()], 1))  # [N, C1, h/2, w/2]
         for block in self.fine:
             x = block(x, embedding)
@@ -193,8 +197,9 @@ class FilterHead(ModelMixin, ConfigMixin):
         return F.normalize(self.finding["text"]((x * read).sum(1) / read.sum(1)), dim=1)
 
     def match(self, features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """How well images (N, F) go with texts (M, T): (N, M), the finding's score before its cuts."""
-        return self.finding["scale"](F.normalize(self.finding["image"](features), dim=1) @ text.T)
+        """How well images (N, F) go with texts (..., N or 1, T): scaled cosines (..., N), before any cuts."""
+        image = F.normalize(self.finding["image"](features), dim=1)  # [N, T]
+        return self.logit_scale.exp() * (image * text).sum(-1)
 
     def forward(
         self,
@@ -220,21 +225,8 @@ class FilterHead(ModelMixin, ConfigMixin):
         with torch.autocast(noisy.device.type, enabled=False):
             features, embedding = self.encode_image(noisy, clean, angle)
             text = self.encode_text(input_ids) if text is None else text.float()
-            image = F.normalize(self.finding["image"](features), dim=1)
-            found = self.finding["scale"]((image * text).sum(1))
             quality = self.quality["ordinal"](self.quality["score"](features)[:, 0], features, embedding)
-            finding = self.finding["ordinal"](found, features, embedding)
+            finding = self.finding["ordinal"](self.match(features, text), features, embedding)
             ratings = torch.tensor([1.0, 2.0, 3.0], device=noisy.device)
             output = FilterHeadOutput(quality @ ratings, finding @ ratings, quality, finding, features)
         return output if return_dict else output.to_tuple()
-
-
-class Scale(nn.Module):
-    """A learned positive factor."""
-
-    def __init__(self, value: float):
-        super().__init__()
-        self.log = nn.Parameter(torch.tensor(value).log())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.log.exp()
