@@ -57,7 +57,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     model = parser.add_argument_group("model")
     model.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="The pipeline.")
     model.add_argument("--teacher", required=True, help="Classifiers of part A: say what generated images show.")
-    model.add_argument("--block_out_channels", type=int, nargs=2, default=(80, 160))
+    model.add_argument("--block_out_channels", type=int, nargs=2, default=(80, 144))
     data = parser.add_argument_group("what it learns from")
     data.add_argument("--part", default="A", help="Rows of the train split with this `part`; 'all' takes every row.")
     data.add_argument("--ratings", help="CSV with path,Text,modality,rating,part,group: people's grades, 1 to 3.")
@@ -71,6 +71,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     loss = parser.add_argument_group("loss")
     loss.add_argument("--clean_share", type=float, default=0.3, help="Share of finished images among the pool's.")
     loss.add_argument("--class_weight", type=float, default=0.5, help="Of telling all findings apart by their texts.")
+    loss.add_argument("--code_weight", type=float, default=0.2, help="Of telling images apart by their codes.")
     loss.add_argument("--rating_steps", type=int, default=300, help="Further steps with people's grades.")
     loss.add_argument("--rating_learning_rate", type=float, default=2e-4)
     loss.add_argument("--folds", type=int, default=5, help="Folds of the ratings, by group; 0 leaves that out.")
@@ -158,6 +159,14 @@ class Lessons:
             "shows": shows,
         }
 
+    def pairs(self, count: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two versions each of `count` real images, finished latents [count, C, h, w]."""
+        versions = self.args.latent_variants
+        images = int((self.pool.kind == 0).sum()) // versions  # the pool begins with them
+        first = torch.randint(images, (count,), device=g.device, generator=g) * versions
+        a, b = (torch.randint(versions, (count,), device=g.device, generator=g) for _ in range(2))
+        return self.pool.latents[first + a].float(), self.pool.latents[first + b].float()
+
     def from_grades(self, latents: torch.Tensor, grades: torch.Tensor, count: int, g: torch.Generator) -> dict:
         """Finished images [N, versions, C, h, w] that people graded; nothing is asked of the finding."""
         index = torch.randint(len(latents), (count,), device=latents.device, generator=g)
@@ -201,6 +210,19 @@ def losses(head: FilterHead, batch: dict[str, torch.Tensor], captions: Captions,
     }
 
 
+def code_loss(head: FilterHead, a: torch.Tensor, b: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+    """Versions of one image shall have one code, and other images others (InfoNCE, arXiv 1807.03748).
+
+    tanh, so that little is lost when signs are taken, as in HashNet (arXiv 1702.00758).
+    """
+    x = torch.cat([a, b])
+    codes = F.normalize(head.encode_image(x, x, x.new_zeros(len(x)))[1].tanh(), dim=1)  # [2 N, B]
+    alike = codes @ codes.T / temperature
+    alike.fill_diagonal_(-torch.inf)
+    other = torch.arange(len(x), device=x.device).roll(len(a))
+    return F.cross_entropy(alike, other)
+
+
 def merge(*batches: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
@@ -219,15 +241,20 @@ def tune(head: FilterHead, lessons: Lessons, latents, grades, args, seed: int) -
             lessons.from_pool(some, g),
             lessons.from_trajectories(some, g),
         )
-        sum(weigh(losses(head, batch, lessons.captions, g), args).values()).backward()
+        sum(train_losses(head, lessons, batch, args, g).values()).backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
     return head.eval()
 
 
-def weigh(parts: dict[str, torch.Tensor], args) -> dict[str, torch.Tensor]:
-    return {name: value * (args.class_weight if name == "classes" else 1.0) for name, value in parts.items()}
+def train_losses(head: FilterHead, lessons: Lessons, batch: dict[str, torch.Tensor], args, g) -> dict:
+    """All losses of a step, weighted; their sum is what falls."""
+    parts = losses(head, batch, lessons.captions, g)
+    parts["classes"] = args.class_weight * parts["classes"]
+    if args.code_weight:
+        parts["code"] = args.code_weight * code_loss(head, *lessons.pairs(min(128, args.train_batch_size), g))
+    return parts
 
 
 def main(argv=None) -> dict:
@@ -292,7 +319,7 @@ def main(argv=None) -> dict:
             group["lr"] = schedule.learning_rate(args.learning_rate, args.lr_warmup_steps)
         g = step_generator(args.seed, schedule.step, accelerator.process_index, device)
         batch = merge(lessons.from_pool(args.train_batch_size, g), lessons.from_trajectories(args.train_batch_size, g))
-        parts = weigh(losses(head, batch, captions, g), args)
+        parts = train_losses(head, lessons, batch, args, g)
         accelerator.backward(sum(parts.values()))
         accelerator.clip_grad_norm_(head.parameters(), args.max_grad_norm)
         optimizer.step()

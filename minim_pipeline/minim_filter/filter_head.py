@@ -27,6 +27,7 @@ class FilterHeadOutput(BaseOutput):
         quality_probs: (N, 3).
         finding_probs: (N, 3).
         features: what the ratings are read from, (N, F).
+        code: (N, B), of which the signs are the image's fingerprint; of finished images only.
     """
 
     quality: torch.Tensor
@@ -34,6 +35,7 @@ class FilterHeadOutput(BaseOutput):
     quality_probs: torch.Tensor
     finding_probs: torch.Tensor
     features: torch.Tensor
+    code: torch.Tensor
 
 
 class ResnetBlock(nn.Module):
@@ -87,8 +89,11 @@ class FilterHead(ModelMixin, ConfigMixin):
         layers_per_block: residual blocks of each.
         text_width: of the two layers that read the prompt.
         feature_size: of what both outputs are read from.
+        code_size: bits of a fingerprint, a multiple of 8.
         norm_num_groups: of the group norms.
         dropout: in training.
+        num_fingerprints: training images whose fingerprints are saved along, so that copies of them are known.
+        copy_distance: bits by which a fingerprint differs at most from that of a copy.
         calibration: by modality id the thresholds `score` and `finding` from which an image is accepted.
         stages: when the pipeline drops candidates: pairs of a noise level sigma/alpha and the share of candidates
             that is left from there on. With the default, 16 steps and guidance over 60 % of them, the best of 4
@@ -97,7 +102,8 @@ class FilterHead(ModelMixin, ConfigMixin):
 
     # Thresholds were found in fp32, and a rating must not depend on the dtype of the pipeline.
     _keep_in_fp32_modules = [
-        *("embed", "stem", "fine", "down", "coarse", "pool", "text", "quality", "finding", "logit_scale"),
+        *("embed", "stem", "fine", "down", "coarse", "norm", "pool", "code", "text"),
+        *("quality", "finding", "logit_scale"),
     ]
 
     @register_to_config
@@ -109,12 +115,15 @@ class FilterHead(ModelMixin, ConfigMixin):
         vocab_size: int = 2566,
         max_length: int = 48,
         pad_token_id: int = 0,
-        block_out_channels: tuple[int, int] = (80, 160),
+        block_out_channels: tuple[int, int] = (80, 144),
         layers_per_block: int = 2,
         text_width: int = 96,
         feature_size: int = 192,
+        code_size: int = 128,
         norm_num_groups: int = 8,
         dropout: float = 0.1,
+        num_fingerprints: int = 0,
+        copy_distance: int = 0,
         calibration: dict | None = None,
         stages: tuple[tuple[float, float], ...] = ((14.0, 0.5), (5.5, 0.0)),
     ):
@@ -128,9 +137,10 @@ class FilterHead(ModelMixin, ConfigMixin):
         self.coarse = nn.ModuleList([ResnetBlock(coarse, width, norm_num_groups) for _ in range(layers_per_block)])
         # Means tell what is everywhere, maxima what is somewhere.
         pooled = 2 * (fine + coarse)
-        self.pool = nn.Sequential(
-            nn.LayerNorm(pooled), nn.Linear(pooled, feature_size), nn.GELU(), nn.Dropout(dropout)
-        )
+        self.norm = nn.LayerNorm(pooled)
+        self.pool = nn.Sequential(nn.Linear(pooled, feature_size), nn.GELU(), nn.Dropout(dropout))
+        self.code = nn.Linear(pooled, code_size)
+        self.register_buffer("fingerprints", torch.zeros(num_fingerprints, code_size // 8, dtype=torch.uint8))
         self.text = nn.ModuleDict(
             {
                 "tokens": nn.Embedding(vocab_size, text_width),
@@ -173,8 +183,8 @@ class FilterHead(ModelMixin, ConfigMixin):
 
     def encode_image(
         self, noisy: torch.Tensor, clean: torch.Tensor, angle: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (N, F) of the latents and embeddings (N, E) of the noise level; arguments as for `forward`."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Features (N, F) and codes (N, B) of the latents, embeddings (N, E) of the noise level; see `forward`."""
         # Spread over about the range of the timesteps that this embedding was made for.
         embedding = self.embed(get_timestep_embedding(angle.float() * 600, self.embed[0].in_features))  # [N, E]
         x = self.stem(torch.cat([noisy.float(), clean.float()], 1))  # [N, C1, h/2, w/2]
@@ -184,7 +194,8 @@ class FilterHead(ModelMixin, ConfigMixin):
         for block in self.coarse:
             y = block(y, embedding)
         pooled = [reduce(maps) for maps in (x, y) for reduce in (lambda m: m.mean((2, 3)), lambda m: m.amax((2, 3)))]
-        return self.pool(torch.cat(pooled, 1)), embedding
+        pooled = self.norm(torch.cat(pooled, 1))
+        return self.pool(pooled), self.code(pooled), embedding
 
     def encode_text(self, input_ids: torch.Tensor) -> torch.Tensor:
         """What the prompts ask for, (N, T) of length 1, from token ids (N, L): the modality's token, then words."""
@@ -223,10 +234,10 @@ class FilterHead(ModelMixin, ConfigMixin):
         """
         # Its own arithmetic is fp32 inside of an autocast region, too.
         with torch.autocast(noisy.device.type, enabled=False):
-            features, embedding = self.encode_image(noisy, clean, angle)
+            features, code, embedding = self.encode_image(noisy, clean, angle)
             text = self.encode_text(input_ids) if text is None else text.float()
             quality = self.quality["ordinal"](self.quality["score"](features)[:, 0], features, embedding)
             finding = self.finding["ordinal"](self.match(features, text), features, embedding)
             ratings = torch.tensor([1.0, 2.0, 3.0], device=noisy.device)
-            output = FilterHeadOutput(quality @ ratings, finding @ ratings, quality, finding, features)
+            output = FilterHeadOutput(quality @ ratings, finding @ ratings, quality, finding, features, code)
         return output if return_dict else output.to_tuple()
