@@ -11,7 +11,7 @@ from . import EMBEDDED_CHECKPOINT, __version__
 from .data import DatasetWriter, read_csv
 from .evaluation.command import add_arguments as add_evaluate_arguments
 from .evaluation.command import run as evaluate
-from .generate import DTYPES, SCHEDULERS, generate, plan_file, plan_prompt, read_model_index
+from .generate import DTYPES, REASONS, SCHEDULERS, generate, plan_file, plan_prompt, read_model_index
 from .modalities import MODALITIES, resolve_modality, split_prefix
 from .scoring import score_csv
 
@@ -98,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--max-rounds", type=number(int, 1), default=1, help="draw what falls short again (default 1: never)"
     )
+    p.add_argument("--keep-copies", action="store_true", help="let the filter accept copies of training images")
     p.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows of the CSV out instead of stopping")
     p.add_argument("--quiet", action="store_true", help="no progress bar, and nothing said at the end")
 
@@ -105,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         "score",
         help="rate images with the filter",
         description="Rates the images of a CSV, real or generated, with the filter of a model: a score from 1 to 3, "
-        "whether it accepts them, and the ratings of quality and finding that the score is made of.",
+        "the ratings of quality and finding that it is made of, whether the filter accepts them, and why not.",
     )
     p.set_defaults(run=run_score)
     p.add_argument("--data", type=Path, required=True, metavar="CSV", help="columns path,Text,modality")
@@ -114,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", **model)
     p.add_argument("--device", help="e.g. cpu, cuda (default: a GPU if there is one)")
     p.add_argument("--batch-size", type=number(int, 1), default=16)
+    p.add_argument("--keep-copies", action="store_true", help="do not reject the model's training images and copies")
     p.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows of the CSV out instead of stopping")
     p.add_argument("--quiet", action="store_true", help="no progress bar, and nothing said at the end")
 
@@ -206,7 +208,12 @@ def run_generate(args: argparse.Namespace) -> None:
         if rows:
             drawn = sum(int(row["candidates"]) for row in rows)
             accepted = sum(row["accepted"] == "true" for row in rows)
-            say(f"The filter accepted {accepted} of {len(rows)}, out of {drawn} candidates.")
+            why = {reason: sum(int(row[f"rejected_{reason}"] or 0) for row in rows) for reason in REASONS}
+            say(
+                f"The filter accepted {accepted} of {len(rows)} images. Of {drawn} candidates it left out"
+                f" {sum(why.values())}: {why['quality']} for their quality, {why['finding']} for the finding,"
+                f" {why['copy']} as copies of training images."
+            )
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -221,7 +228,10 @@ def run_score(args: argparse.Namespace) -> None:
     for name in dict.fromkeys(resolve_modality(row["modality"]).name for row in rows):
         mine = [row for row in rows if resolve_modality(row["modality"]).name == name]
         accepted, mean = sum(row["accepted"] == "true" for row in mine), sum(float(row["score"]) for row in mine)
-        say(f"{name}: {accepted} of {len(mine)} accepted, mean score {mean / len(mine):.2f}")
+        counts = [(reason, sum(row["reason"] == reason for row in mine)) for reason in REASONS]
+        why = ", ".join(f"{reason} {count}" for reason, count in counts if count)
+        why = f" (rejected: {why})" if why else ""
+        say(f"{name}: {accepted} of {len(mine)} accepted{why}, mean score {mean / len(mine):.2f}")
     say(f"{path} lists them.")
 
 

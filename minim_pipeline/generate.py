@@ -30,8 +30,10 @@ SCHEDULERS = {
 GRID_IMAGES = 64  # a grid shows so many at most
 # Of data.csv, after path, Text, modality and seed.
 COLUMNS = ("synthetic", "model", "revision", "steps", "guidance", "scheduler", "negative_prompt", "lora")
+# Why a candidate of the filter does not come back: as `minim_filter.funnel` has them, without importing torch.
+REASONS = ("quality", "finding", "copy")
 # After those, where a filter ran; `drawn_seed` is that of the candidate that came back.
-FILTER_COLUMNS = ("score", "accepted", "candidates", "drawn_seed")
+FILTER_COLUMNS = ("score", "accepted", "candidates", "drawn_seed", *(f"rejected_{name}" for name in REASONS))
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_SEED = 2**63 - 1
 
@@ -181,6 +183,7 @@ def generate(
     num_candidates: int | None = None,
     filter_threshold: float | None = None,
     max_rounds: int = 1,
+    keep_copies: bool = False,
     quiet: bool = False,
 ) -> int:
     """Draws the images of a plan into a folder: `NNNN.png`, `data.csv` in MINIM's format, `grid.png`, `run.json`.
@@ -203,6 +206,7 @@ def generate(
             falls short again in up to `max_rounds` rounds, and `data.csv` gets `FILTER_COLUMNS`. An image that was not
             accepted is written too, and says so.
         num_candidates, filter_threshold, max_rounds: as of `MinimPipeline`.
+        keep_copies: let the filter accept copies of the model's training images.
         quiet: no progress bar.
 
     Returns:
@@ -217,7 +221,7 @@ def generate(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size has to be at least 1, got {batch_size}.")
     choice = {"num_candidates": num_candidates, "filter_threshold": filter_threshold}
-    choice |= {"max_rounds": max_rounds if max_rounds > 1 else None}
+    choice |= {"max_rounds": max_rounds if max_rounds > 1 else None, "keep_copies": keep_copies or None}
     choice = {key: value for key, value in choice.items() if value is not None}
     if no_filter and choice:
         raise ValueError(f"{', '.join(choice)} would steer the filter, but no_filter leaves it out.")
@@ -252,8 +256,9 @@ def generate(
         "width": sample_width * pipe.vae_scale_factor if width is None else width,
     }
     if filtering:
-        choice = {"num_candidates": pipe.config.num_candidates, "max_rounds": 1, "filter_threshold": None} | choice
-        settings |= choice
+        defaults = {"num_candidates": pipe.config.num_candidates, "max_rounds": 1, "filter_threshold": None}
+        settings |= defaults | {"keep_copies": False} | choice
+        choice = defaults | choice | {"reject_copies": not choice.pop("keep_copies", False)}
     columns = dict.fromkeys(
         [*COLUMNS, *FILTER_COLUMNS * filtering, *(column for item in items for column in item.extra)]
     )
@@ -302,6 +307,7 @@ def generate(
                     score = round(output.scores[i], 4)
                     row |= {"score": score, "accepted": str(output.accepted[i]).lower()}
                     row |= {"candidates": output.candidates[i], "drawn_seed": output.seeds[i]}
+                    row |= {f"rejected_{reason}": count for reason, count in output.rejected[i].items()}
                     metadata |= {"score": score, "accepted": row["accepted"]}
                 writer.add(item.index, output.images[i], item.extra | made | row, metadata)
 

@@ -35,7 +35,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .minim_filter import FilterHead, FilterHeadOutput
-from .minim_filter.funnel import Funnel, combine, plan_stages, select_state
+from .minim_filter.funnel import REASONS, Funnel, combine, plan_stages, select_state, weaker
 from .modalities import AMBIGUOUS, Modality, resolve_modality, split_prefix
 from .tokens import negative_text, prompt_text
 
@@ -74,6 +74,8 @@ class MinimPipelineOutput(BaseOutput):
         seeds: the int64 that draws the image again as `seeds=[seed]`; `None` where no single number does, because the
             noise came from `latents`, from one generator for several images, or from a generator already in use.
         candidates: how many were drawn for the image.
+        rejected: how many of them were dropped on the way or not accepted, by reason: `"quality"`, `"finding"` and
+            `"copy"` (of a training image); `None` where no filter ran.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -81,6 +83,7 @@ class MinimPipelineOutput(BaseOutput):
     accepted: list[bool | None]
     seeds: list[int | None]
     candidates: list[int]
+    rejected: list[dict[str, int] | None]
 
 
 @dataclass
@@ -89,13 +92,15 @@ class MinimScores(BaseOutput):
 
     Args:
         scores: expected rating, 1.0 to 3.0, of quality and finding together.
-        accepted: whether score and finding reach the thresholds of the modality.
+        accepted: whether score and finding reach the thresholds of the modality, and the image is no copy.
+        reasons: why it is not accepted, `"quality"`, `"finding"` or `"copy"`; `None` if it is.
         quality: expected rating, 1.0 to 3.0, of the picture.
         finding: likewise, of whether it shows what the prompt says.
     """
 
     scores: list[float]
     accepted: list[bool]
+    reasons: list[str | None]
     quality: list[float]
     finding: list[float]
 
@@ -634,7 +639,13 @@ class MinimPipeline(
         return torch.where(grey, images.mean(1, keepdim=True), images)
 
     @torch.no_grad()
-    def score(self, images, prompt: str | list[str], modality: str | list[str] | None = None) -> MinimScores:
+    def score(
+        self,
+        images,
+        prompt: str | list[str],
+        modality: str | list[str] | None = None,
+        reject_copies: bool = True,
+    ) -> MinimScores:
         """The filter's ratings of any images, real ones too.
 
         Args:
@@ -642,6 +653,7 @@ class MinimPipeline(
                 (N, 3, H, W) in [0, 1]; they are brought to the size of the U-Net's.
             prompt: what each is to show, one sentence for all or a list.
             modality: as for `__call__`.
+            reject_copies: `False` also accepts copies of training images, and those images themselves.
 
         Raises:
             ValueError: the pipeline has no filter head, or there are not as many prompts as images.
@@ -663,8 +675,8 @@ class MinimPipeline(
         funnel = self.prepare_funnel(prompts, modalities, list(range(len(prompts))), 1, device)
         rated = funnel.rate(self.encode_images(pixels.to(device)))
         self.maybe_free_model_hooks()
-        scores, accepted = self.judge(rated, modalities)
-        return MinimScores(scores.tolist(), accepted.tolist(), rated.quality.tolist(), rated.finding.tolist())
+        scores, accepted, reasons = self.judge(rated, modalities, reject_copies=reject_copies)
+        return MinimScores(scores.tolist(), accepted.tolist(), reasons, rated.quality.tolist(), rated.finding.tolist())
 
     def prepare_funnel(
         self,
@@ -686,11 +698,16 @@ class MinimPipeline(
         return Funnel(self.filter_head, self.filter_head.encode_text(ids)[image], image, stages)
 
     def judge(
-        self, rated: FilterHeadOutput, modalities: list[Modality], filter_threshold: float | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (N,) in [1, 3], and bool (N,), whether score and finding reach the thresholds of their modalities.
+        self,
+        rated: FilterHeadOutput,
+        modalities: list[Modality],
+        filter_threshold: float | None = None,
+        reject_copies: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor, list[str | None]]:
+        """Scores (N,) in [1, 3]; bool (N,), whether finished images are accepted; and if not, why not.
 
-        `filter_threshold` takes the place of the score's.
+        Accepted is an image whose score and finding reach the thresholds of its modality, and that is no copy of a
+        training image. `filter_threshold` takes the place of the score's.
         """
         calibration = self.filter_head.config.calibration or {}
         unknown = sorted({m.id for m in modalities} - set(calibration))
@@ -704,7 +721,12 @@ class MinimPipeline(
         least, found = (scores.new_tensor([t[name] for t in thresholds]) for name in ("score", "finding"))
         if filter_threshold is not None:
             least = torch.full_like(scores, filter_threshold)
-        return scores, (scores >= least) & (rated.finding >= found)
+        reason = torch.where(rated.finding < found, REASONS.index("finding"), weaker(rated))
+        passed = (scores >= least) & (rated.finding >= found)
+        if reject_copies:
+            copies = self.filter_head.find_copies(rated.code)
+            reason, passed = torch.where(copies, REASONS.index("copy"), reason), passed & ~copies
+        return scores, passed, [None if p else REASONS[r] for p, r in zip(passed.tolist(), reason.tolist())]
 
     def draw_seeds(
         self, wanted: list[int], candidates: int, generator: torch.Generator | list[torch.Generator] | None
@@ -854,6 +876,7 @@ class MinimPipeline(
         max_rounds: int = 1,
         use_filter: bool | None = None,
         filter_threshold: float | None = None,
+        reject_copies: bool = True,
         seeds: list[int] | None = None,
     ) -> MinimPipelineOutput | tuple:
         r"""
@@ -899,6 +922,7 @@ class MinimPipeline(
             use_filter: `False` switches the filter off for this call; by default it runs if there is one.
             filter_threshold: score in [1, 3] from which an image is accepted; defaults to that of its modality in the
                 filter head's config. The threshold of the finding stays.
+            reject_copies: `False` lets the filter accept copies of training images.
             seeds: one int64 for each image, instead of `generator`: `out.seeds` of an earlier call draws its images
                 again, in any batch.
 
@@ -999,6 +1023,7 @@ class MinimPipeline(
         wanted, drawn = list(range(num_images)), [0] * num_images
         scores, accepted, chosen = [None] * num_images, [None] * num_images, [None] * num_images
         final = [None] * num_images  # latents (C, h, w) of each image
+        rejected = [dict.fromkeys(REASONS, 0) if filtering else None for _ in range(num_images)]
         for number in range(max_rounds):
             # A compiled network would be compiled anew for another batch: fewer images are filled up.
             compiled = getattr(self.unet, "_compiled_call_impl", None) is not None
@@ -1050,7 +1075,11 @@ class MinimPipeline(
 
             # The best candidate of each image: one that is accepted before one that is not
             rated, left = funnel.rate(result), funnel.alive.tolist()
-            found, passed = self.judge(rated, [modalities[slots[k]] for k in left], filter_threshold)
+            kinds = [modalities[slots[k]] for k in left]
+            found, passed, reasons = self.judge(rated, kinds, filter_threshold, reject_copies)
+            for place, reason in funnel.dropped + list(zip(funnel.image[left].tolist(), reasons)):
+                if reason and place < len(wanted):
+                    rejected[wanted[place]][reason] += 1
             best = funnel.keep(found + 4 * passed, 1).tolist()
             for k, i in zip(best, wanted):
                 drawn[i] += candidates
@@ -1083,6 +1112,7 @@ class MinimPipeline(
             accepted=accepted,
             seeds=chosen,
             candidates=drawn,
+            rejected=rejected,
         )
         return output if return_dict else output.to_tuple()
 

@@ -21,6 +21,7 @@ def score_csv(
     split: str | None = None,
     device: str | None = None,
     batch_size: int = 16,
+    keep_copies: bool = False,
     skip_bad_rows: bool = False,
     quiet: bool = False,
 ) -> tuple[Path, list[dict[str, str]]]:
@@ -28,12 +29,13 @@ def score_csv(
 
     Args:
         data: CSV in MINIM's format, `path,Text,modality`; other columns are carried through.
-        output: CSV with the columns `score`, `accepted`, `quality` and `finding` added, ratings from 1 to 3; by
-            default `NAME-scored.csv` beside `data`.
+        output: CSV with the columns `score`, `quality` and `finding` added, ratings from 1 to 3, `accepted`, and
+            `reason`, why not: quality, finding or copy; by default `NAME-scored.csv` beside `data`.
         model: a pipeline with a filter head, a folder or an id on the Hub.
         split: only the rows of this split.
         device: by default a GPU if there is one.
         batch_size: images rated together.
+        keep_copies: do not reject copies of the model's training images, nor those images themselves.
         skip_bad_rows: leave bad rows out instead of stopping.
         quiet: no progress bar.
 
@@ -63,12 +65,14 @@ def score_csv(
         for start in range(0, len(rows), batch_size):
             mine = rows[start : start + batch_size]
             images = load_images(mine, data, resolution).float() / 255
-            rated = pipe.score(images, [row["Text"] for row in mine], [row["modality"] for row in mine])
+            rated = pipe.score(
+                images, [row["Text"] for row in mine], [row["modality"] for row in mine], not keep_copies
+            )
             parts = {"score": rated.scores, "quality": rated.quality, "finding": rated.finding}
             for i, row in enumerate(mine):
                 place = os.path.relpath(resolve_path(row, data).resolve(), output.parent.resolve())
                 ratings = {name: f"{values[i]:.4f}" for name, values in parts.items()}
-                ratings["accepted"] = str(rated.accepted[i]).lower()
+                ratings |= {"accepted": str(rated.accepted[i]).lower(), "reason": rated.reasons[i] or ""}
                 scored.append(row | {"path": Path(place).as_posix()} | ratings)
             bar.update(len(mine))
     text = io.StringIO()

@@ -467,7 +467,11 @@ def test_the_filter_chooses_and_says_so(filtered_dir, tmp_path, capsys):
     rows = read_csv(tmp_path / "out/data.csv")
     assert [row["seed"] for row in rows] == ["7", "8", "9"] and {row["candidates"] for row in rows} <= {"3", "6"}
     assert all(1 <= float(row["score"]) <= 3 and row["accepted"] == "true" for row in rows)
-    assert "The filter accepted 3 of 3, out of" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    drawn = sum(int(row["candidates"]) for row in rows)
+    left_out = [sum(int(row[f"rejected_{name}"]) for row in rows) for name in ("quality", "finding", "copy")]
+    assert sum(left_out) == drawn - 3, "one of each image's candidates comes back"
+    assert f"accepted 3 of 3 images. Of {drawn} candidates it left out {drawn - 3}: {left_out[0]} for" in said
     found = read_provenance(tmp_path / "out/0001.png")
     assert str(found["seed"]) == rows[1]["drawn_seed"] != "8"
     pipe = MinimPipeline.from_pretrained(filtered_dir)

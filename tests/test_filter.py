@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from minim_pipeline import MinimPipeline
+from minim_pipeline.minim_filter.fingerprints import distances, pack
 from minim_pipeline.minim_filter.funnel import Funnel, combine, plan_stages, select_state
 from minim_pipeline.pipeline_minim import ZERO_SNR_SCHEDULERS
 
@@ -120,6 +121,50 @@ def test_an_accepted_candidate_goes_before_a_better_one_that_is_not(filtered, mo
     out = filtered(**CALL, num_candidates=6, generator=generator())
     assert out.accepted == [True] and out.seeds != [seeds[best]]
     assert finding[seeds.index(out.seeds[0])] > finding[best] and out.scores[0] < every.scores[best]
+
+
+def test_copies_of_training_images_do_not_come_back(filtered):
+    stages(filtered)
+    settings = dict(**CALL, num_images_per_prompt=2, num_candidates=3)
+    first = filtered(**settings, generator=generator())
+    assert first.rejected == [{"quality": 0, "finding": 0, "copy": 0}] * 2, "what is good but not best is not rejected"
+    codes = []
+    filtered.filter_head.register_forward_hook(lambda head, given, made: codes.append(made.code))
+    filtered(**CALL, seeds=first.seeds[1:])
+    filtered.filter_head.set_fingerprints(pack(codes[0]), copy_distance=0)  # "the training image"
+    out = filtered(**settings, generator=generator())
+    assert out.seeds[0] == first.seeds[0] and out.seeds[1] != first.seeds[1] and out.accepted == [True, True]
+    assert [counts["copy"] for counts in out.rejected] == [0, 1]
+    assert filtered(**settings, generator=generator(), reject_copies=False).seeds == first.seeds
+
+    again = filtered(**CALL, seeds=first.seeds[1:])
+    assert again.accepted == [False] and again.rejected == [{"quality": 0, "finding": 0, "copy": 1}]
+    rated = filtered.score(again.images, "normal", "oct", reject_copies=False)
+    assert rated.accepted == [True] and rated.reasons == [None]
+
+
+def test_fingerprints_differ_by_as_many_bits_as_codes_do():
+    code = torch.randn(5, 64)
+    known = pack(code[:4])
+    assert known.dtype == torch.uint8 and known.shape == (4, 8)
+    changed = code.clone()
+    changed[0, :7] *= -1
+    changed[1, 60:] *= -1
+    assert distances(changed, known)[:4].tolist() == [7, 4, 0, 0]
+    nearest = min(int(((code[4] > 0) != (code[i] > 0)).sum()) for i in range(4))
+    assert distances(code[4:], known).item() == nearest
+    assert distances(code, known[:0]).tolist() == [64] * 5, "nothing is known: nothing is near"
+
+
+def test_every_candidate_left_out_has_a_reason(filtered):
+    stages(filtered, (20.0, 0.5), (1.0, 0.0))
+    settings = dict(**CALL, num_inference_steps=8, num_images_per_prompt=2, num_candidates=4)
+    out = filtered(**settings, generator=generator())
+    assert [sum(counts.values()) for counts in out.rejected] == [3, 3] and out.accepted == [True, True]
+    thresholds(filtered, score=1.0, finding=3.0)
+    out = filtered(**settings, max_rounds=2, generator=generator())
+    assert out.accepted == [False, False] and out.candidates == [8, 8]
+    assert all(sum(counts.values()) == 8 and counts["finding"] >= 2 for counts in out.rejected)
 
 
 def test_any_images_can_be_scored(filtered):

@@ -96,10 +96,10 @@ def test_output_without_a_filter(make_pipeline):
     out = pipe(**CALL, num_images_per_prompt=2, seeds=[0, 1])
     assert isinstance(out, MinimPipelineOutput)
     assert out.scores == out.accepted == [None, None] and out.seeds == [0, 1] and out.candidates == [1, 1]
-    images, scores, accepted, seeds, candidates = pipe(
+    images, scores, accepted, seeds, candidates, rejected = pipe(
         **CALL, num_images_per_prompt=2, seeds=[0, 1], use_filter=False, return_dict=False
     )
-    assert differ(images, out.images) < 1e-6 and seeds == [0, 1]
+    assert differ(images, out.images) < 1e-6 and seeds == [0, 1] and rejected == [None, None]
     with pytest.raises(ValueError, match="no filter head"):
         pipe.score(out.images, "normal", "oct")
     for arguments, message in (

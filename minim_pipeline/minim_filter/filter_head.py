@@ -16,6 +16,8 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from .fingerprints import distances
+
 
 @dataclass
 class FilterHeadOutput(BaseOutput):
@@ -176,10 +178,26 @@ class FilterHead(ModelMixin, ConfigMixin):
         )
         self.logit_scale = nn.Parameter(torch.tensor(4.0).log())
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights; diffusers' own would tell the fingerprints'."""
+        return self.logit_scale.dtype
+
     def to(self, *args, **kwargs):
         """Moves the head; its dtype stays fp32 whatever is asked for, as when a pipeline is cast as a whole."""
         device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         return super().to(device=device, non_blocking=non_blocking) if device is not None else self
+
+    def set_fingerprints(self, fingerprints: torch.Tensor, copy_distance: int) -> None:
+        """Which images are known: uint8 (M, B / 8), and by how many bits a copy of one differs at most."""
+        self.fingerprints = fingerprints.to(self.fingerprints.device, torch.uint8)
+        self.register_to_config(num_fingerprints=len(fingerprints), copy_distance=int(copy_distance))
+
+    def find_copies(self, code: torch.Tensor) -> torch.Tensor:
+        """Whether codes (N, B) of finished images are those of copies: bool (N,)."""
+        if not len(self.fingerprints):
+            return torch.zeros(len(code), dtype=torch.bool, device=code.device)
+        return distances(code, self.fingerprints) <= self.config.copy_distance
 
     def encode_image(
         self, noisy: torch.Tensor, clean: torch.Tensor, angle: torch.Tensor

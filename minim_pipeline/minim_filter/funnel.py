@@ -14,9 +14,18 @@ from .estimate import estimate_clean, noise_angles
 from .filter_head import FilterHead, FilterHeadOutput
 
 
+# Why a candidate does not come back.
+REASONS = ("quality", "finding", "copy")
+
+
 def combine(quality: torch.Tensor, finding: torch.Tensor) -> torch.Tensor:
     """One rating in [1, 3] from two: high only if both are, as a product of two shares would be."""
     return 1 + (quality - 1) * (finding - 1) / 2
+
+
+def weaker(rated: FilterHeadOutput) -> torch.Tensor:
+    """Which of both ratings is lower, as an index (N,) into `REASONS`."""
+    return (rated.finding < rated.quality).long()
 
 
 def select_state(scheduler, keep: torch.Tensor, shape: torch.Size) -> None:
@@ -59,6 +68,7 @@ class Funnel:
 
     def __post_init__(self):
         self.alive = torch.arange(len(self.image), device=self.image.device)
+        self.dropped: list[tuple[int, str]] = []  # image and reason of each candidate dropped on the way
 
     def due(self, scheduler, t: torch.Tensor) -> int | None:
         """How many candidates an image may keep at this timestep, if some are to be dropped."""
@@ -86,7 +96,11 @@ class Funnel:
         angle = self.angle(scheduler, t).to(noisy.device).expand(len(noisy))
         clean = estimate_clean(noisy, prediction, angle, scheduler.config.prediction_type)
         rated = self.head(noisy, clean, angle, text=self.text[self.alive])
-        return self.keep(combine(rated.quality, rated.finding), count)
+        before, reasons = self.alive, weaker(rated)
+        kept = self.keep(combine(rated.quality, rated.finding), count)
+        gone = torch.isin(before, self.alive, invert=True)
+        self.dropped += zip(self.image[before[gone]].tolist(), [REASONS[r] for r in reasons[gone].tolist()])
+        return kept
 
     def rate(self, latents: torch.Tensor) -> FilterHeadOutput:
         """The ratings of finished latents (m, C, h, w)."""
