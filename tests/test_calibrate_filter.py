@@ -1,0 +1,126 @@
+"""Calibration: thresholds, when candidates are dropped, and what the funnel would do with candidates drawn before."""
+
+import csv
+import json
+
+import calibrate_filter
+import pytest
+import torch
+from calibrate_filter import choose_stages, copy_limit, plan_prompts, threshold
+from candidates import Candidates, draw_candidates, follow
+from PIL import Image
+
+from minim_pipeline import FilterHead
+from minim_pipeline.minim_filter.funnel import plan_stages
+
+
+torch.set_num_threads(1)
+
+
+def test_the_funnel_gives_back_what_following_its_ratings_says(make_pipeline):
+    pipe = make_pipeline(filtered=True)
+    pipe.register_to_config(num_inference_steps=6, guidance_scale=3.0, guidance_interval=[0.0, 0.6])
+    pipe.filter_head.register_to_config(stages=((20.0, 0.5), (1.0, 0.0)))
+    prompts, modalities = ["normal", "cyst", "edema"], ["oct", "cxr", "oct"]
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    seeds = pipe.draw_seeds([0, 1, 2], 4, generators)
+    drawn = draw_candidates(
+        pipe, [p for p in prompts for _ in range(4)], [m for m in modalities for _ in range(4)], seeds, batch_size=5
+    )
+    assert drawn.images.shape == (12, 3, 64, 64) and drawn.score.shape == (12, 7) and drawn.levels[-1] == 0
+    guided = (drawn.guidance > 0).any(0)
+    assert guided.tolist() == [True] * 4 + [False] * 2, "0.6 of six steps"
+    score = drawn.score.view(3, 4, -1)
+    chosen, samples = follow(score, drawn.levels, guided, plan_stages(pipe.filter_head.config.stages, 4))
+
+    sizes = []
+    hook = pipe.unet.register_forward_hook(lambda unet, given, made: sizes.append(len(made[0])))
+    out = pipe(prompts, modalities, num_candidates=4, generator=[torch.Generator().manual_seed(i) for i in range(3)])
+    hook.remove()
+    assert out.seeds == [seeds[4 * i + k] for i, k in enumerate(chosen.tolist())]
+    assert out.scores == pytest.approx([score[i, k, -1].item() for i, k in enumerate(chosen)], abs=1e-3)
+    assert sum(sizes) == 3 * samples, "and it costs what it says"
+
+
+def test_thresholds_accept_as_much_as_asked_for_but_none_below_the_floor():
+    score = finding = torch.linspace(1, 3, 101)
+    least = threshold(score, finding, 1.0, 0.7)
+    assert (score >= least).double().mean().item() == pytest.approx(0.7, abs=0.01)
+    least = threshold(score, finding, 2.5, 0.7)
+    accepted = (score >= least) & (finding >= 2.5)
+    assert accepted.sum() == (finding >= 2.5).sum(), "the floor decides where it leaves fewer"
+    right = score > 2.2
+    least = threshold(score, finding, 1.0, 0.7, right, precision=0.9)
+    share = right[score >= least].double().mean()
+    lower = right[score >= least - 0.03].double().mean()
+    assert share >= 0.9 > lower, "the lowest that keeps the precision"
+    with pytest.raises(ValueError, match=r"precision of 0.9 with 20 images; the most is 0\.0"):
+        threshold(score, finding, 1.0, 0.7, torch.zeros(101, dtype=torch.bool), precision=0.9)
+
+
+def test_stages_are_where_ratings_foretell_and_within_the_cost():
+    torch.manual_seed(0)
+    steps, final = 16, torch.rand(400)
+    levels = torch.tensor([1e9, 31.7, 13.8, 8.1, 5.4, 3.9, 2.9, 2.2, 1.8, 1.4, 1.1, 0.9, 0.7, 0.6, 0.4, 0.3, 0.0])
+    # Before the third step ratings say nothing, from then on everything.
+    quality = torch.cat([torch.rand(400, 2), final[:, None].expand(400, steps - 1)], 1) * 2 + 1
+    guidance = torch.ones(400, steps) * (torch.arange(steps) < 10)
+    empty = torch.empty(0)
+    drawn = Candidates(quality, torch.full_like(quality, 3.0), guidance, levels, empty, empty)
+    stages, plans = choose_stages(drawn, 4, most_cost=2.0)
+    assert stages == [(pytest.approx(20.92, abs=0.01), 0.0)], "all but one are dropped at the third step"
+    best = max(plan["gain"] for plan in plans if plan["cost"] <= 2.0)
+    assert best == 1.0 and all(plan["gain"] < 0.9 for plan in plans if plan["cost"] < 1.5)
+    with pytest.raises(ValueError, match="at most 1.0"):
+        choose_stages(drawn, 4, most_cost=1.0)
+
+
+def test_the_limit_for_copies_lets_few_strangers_pass():
+    strangers = torch.tensor([3, 9] + [20] * 198)
+    assert copy_limit(strangers, 64, 0.01) == 19
+    assert copy_limit(strangers, 64, 0.005) == 8
+    assert copy_limit(torch.zeros(10), 64, 0.01) == -1, "nothing can be told apart"
+
+
+def test_every_finding_is_asked_for_alike_and_every_candidate_has_a_seed():
+    rows = [{"modality": "OCT", "finding": f, "Text": f"{f} {i}"} for f, n in (("a", 5), ("b", 1)) for i in range(n)]
+    planned = plan_prompts(rows, count=6, candidates=2, seed=3)
+    assert [row["finding"] for row in planned] == ["a", "a", "b", "b"] * 3
+    assert len({row["seed"] for row in planned}) == 12
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows, generator = [], torch.Generator().manual_seed(0)
+    for i in range(16):
+        image = (torch.rand(8, 8, 3, generator=generator) * 255).byte().numpy()
+        Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC).save(tmp_path / f"{i}.png")
+        modality, finding = (("oct", "a"), ("oct", "b"), ("cxr", "a"), ("cxr", "unknown"))[i % 4]
+        row = {"path": f"{i}.png", "Text": f"{finding} {i}", "modality": modality, "finding": finding}
+        rows.append(row | {"split": "val" if i >= 12 else "train", "part": "ABC"[i // 4 % 3]})
+    with open(tmp_path / "data.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return tmp_path / "data.csv"
+
+
+def test_a_calibrated_head_knows_thresholds_and_training_images(make_pipeline, data, tmp_path):
+    pipe = make_pipeline(filtered=True)
+    pipe.register_to_config(num_inference_steps=3, findings={"oct": ["a", "b"], "cxr": ["a"]})
+    pipe.save_pretrained(tmp_path / "model")
+    options = ["--filter_head", tmp_path / "model/filter_head", "--pretrained_model_name_or_path", tmp_path / "model"]
+    options += ["--train_data", data, "--part", "all", "--prompts_per_modality", 6, "--candidates", 2]
+    options += ["--output_dir", tmp_path / "out", "--finding_floor", 1, "--most_cost", 2, "--copy_false_alarms", 0.5]
+    report = calibrate_filter.main([str(option) for option in options])
+    for figures in report["generated"].values():
+        assert figures["accepted"] == pytest.approx(0.7, abs=0.05)
+    head = FilterHead.from_pretrained(tmp_path / "out/filter_head")
+    assert len(head.fingerprints) == 12 and head.config.copy_distance == report["copies"]["distance"]
+    assert set(head.config.calibration) == set(report["generated"])
+    assert all(entry["ratings"] == 0 for entry in head.config.calibration.values())
+    assert json.loads((tmp_path / "out/report.json").read_text())["stages"]
+    for name in ("acceptance.png", "noise.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 5000
+    with pytest.raises(ValueError, match="--precision needs --teacher"):
+        calibrate_filter.main([*map(str, options), "--precision", "0.9"])

@@ -1,0 +1,305 @@
+"""Sets what a trained filter head decides by: thresholds, when to drop candidates, and fingerprints against copies.
+
+Thresholds are found on images that the pipeline draws for captions of part C, which neither the head nor the judges
+learned from: for each modality those at which an asked-for share is accepted (--acceptance), or at which an asked-for
+share of the accepted ones shows what it should, as read by classifiers (--precision, --teacher). The finding has a
+floor of its own. When candidates are dropped follows from how well scores at every noise level foretell the final
+one, within the cost allowed (--most_cost). Fingerprints are made of all images of the train split.
+
+    python train/calibrate_filter.py --filter_head runs/filter/filter_head --train_data data.csv \
+        --ratings ratings.csv --output_dir runs/calibrated
+
+Writes `filter_head`, `report.json`, `acceptance.png` (the acceptance curve of each modality) and `noise.png`.
+"""
+
+import argparse
+import itertools
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from candidates import Candidates, draw_candidates, follow
+from filter_data import encode
+from filter_report import auroc
+from matplotlib.figure import Figure
+
+from minim_pipeline import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline, resolve_modality
+from minim_pipeline.data import read_csv
+from minim_pipeline.evaluation.judges import Judges, class_of, load_judges, read
+from minim_pipeline.image_loading import load_images
+from minim_pipeline.minim_filter.fingerprints import distances, pack
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--filter_head", required=True, help="A trained head, as train_filter.py writes it.")
+    parser.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="The pipeline.")
+    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part.")
+    parser.add_argument("--part", default="C", help="Whose captions are drawn; 'all' takes every row.")
+    parser.add_argument("--ratings", help="The CSV that the head learned from: tells who has enough ratings.")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--prompts_per_modality", type=int, default=100)
+    parser.add_argument("--candidates", type=int, default=4, help="Drawn for each prompt.")
+    parser.add_argument("--acceptance", type=float, default=0.7, help="Share of generated images to accept.")
+    parser.add_argument("--precision", type=float, help="Instead: share of accepted ones that is to be right.")
+    parser.add_argument("--teacher", help="Classifiers that read what the images show, for --precision.")
+    parser.add_argument("--finding_floor", type=float, default=2.0, help="Least rating of the finding, 1 to 3.")
+    parser.add_argument("--most_cost", type=float, default=2.0, help="Of a returned image, in plain images.")
+    parser.add_argument("--copy_false_alarms", type=float, default=0.01, help="Val images that may pass for copies.")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.precision is not None and args.teacher is None:
+        raise ValueError("--precision needs --teacher: classifiers that read what the images show.")
+    for name, low, high in (("acceptance", 0, 1), ("precision", 0, 1), ("finding_floor", 1, 3), ("most_cost", 1, 99)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name} has to be between {low} and {high}, got {value}.")
+    return args
+
+
+def plan_prompts(rows: list[dict], count: int, candidates: int, seed: int) -> list[dict]:
+    """`count` rows of each modality, findings in turn, each as often as it has candidates; with a `seed` each."""
+    planned = []
+    for modality in dict.fromkeys(class_of(row)[0] for row in rows):
+        mine = [row for row in rows if class_of(row)[0] == modality]
+        findings = list(dict.fromkeys(row["finding"] for row in mine))
+        queues = {f: itertools.cycle([row for row in mine if row["finding"] == f]) for f in findings}
+        planned += [next(queues[findings[i % len(findings)]]) for i in range(count)]
+    first = (seed + 1) * 10**9
+    return [row | {"seed": first + i * candidates + j} for i, row in enumerate(planned) for j in range(candidates)]
+
+
+def threshold(
+    score: torch.Tensor, finding: torch.Tensor, floor: float, acceptance: float, right=None, precision=None
+) -> float:
+    """The score from which images are accepted, given that their finding reaches its floor.
+
+    Args:
+        score, finding: [N], of generated images.
+        acceptance: share of all N to accept; less are accepted if the floor leaves less.
+        right: bool [N], whether they show what they should; with `precision`, the share of accepted ones that has to.
+
+    Raises:
+        ValueError: no threshold reaches the precision with at least 20 images accepted.
+    """
+    reached = finding >= floor
+    if precision is None:
+        ranked = score.masked_fill(~reached, 1.0).sort(descending=True).values
+        return ranked[max(1, round(acceptance * len(score))) - 1].item()
+    order = score[reached].argsort(descending=True)
+    share = right[reached][order].double().cumsum(0) / torch.arange(1, len(order) + 1)
+    enough = ((share >= precision) & (torch.arange(1, len(order) + 1) >= 20)).nonzero()[:, 0]
+    if not len(enough):
+        best = share[19:].max().item() if len(share) >= 20 else math.nan
+        raise ValueError(f"No threshold reaches a precision of {precision} with 20 images; the most is {best:.3f}.")
+    return score[reached][order][enough[-1]].item()
+
+
+def choose_stages(drawn: Candidates, candidates: int, most_cost: float) -> tuple[list[tuple[float, float]], dict]:
+    """When to drop candidates: of all plans of one or two stages within the cost, that whose final scores are best.
+
+    Returns:
+        Stages as in the head's config, and of the best plan of each cost: `gain`, the share it has of what is won by
+        drawing all candidates to their end, and `cost` in plain images.
+    """
+    score = drawn.score.view(-1, candidates, drawn.score.shape[1])
+    guided = (drawn.guidance > 0).any(0)
+    plain = int(guided.sum()) + len(guided)
+    final = score[:, :, -1]
+    levels = drawn.levels.tolist()
+    plans = [[(i, 1)] for i in range(len(guided))]
+    plans += [[(i, k), (j, 1)] for i, j in itertools.combinations(range(len(guided)), 2) for k in range(2, candidates)]
+    best = {}
+    for plan in plans:
+        stages = [(min(levels[i], 1e3), k) for i, k in plan]
+        chosen, samples = follow(score, drawn.levels.clamp(max=1e3), guided, stages)
+        won = final.gather(1, chosen[:, None]).mean() - final.mean()
+        gain = (won / (final.amax(1).mean() - final.mean())).item()
+        if samples / plain not in best or gain > best[samples / plain][0]:
+            best[samples / plain] = gain, plan
+    affordable = [(gain, -cost, plan) for cost, (gain, plan) in best.items() if cost <= most_cost]
+    if not affordable:
+        raise ValueError(f"No plan of {candidates} candidates costs at most {most_cost} plain images.")
+    plan = max(affordable)[2]  # of equals the cheaper
+    # Between a step's level and that before it, so that another number of steps finds its place.
+    stages = [
+        (
+            round(math.sqrt(min(levels[i], 1e3) * min(levels[i - 1], 1e3)) if i else 1e3, 2),
+            0.0 if k == 1 else k / candidates,
+        )
+        for i, k in plan
+    ]
+    table = [{"cost": round(cost, 3), "gain": round(best[cost][0], 4), "plan": best[cost][1]} for cost in sorted(best)]
+    return stages, table
+
+
+def foretelling(drawn: Candidates, right: torch.Tensor | None) -> list[dict]:
+    """By noise level: how well a score tells the better half of final scores, and what classifiers read (AUROC)."""
+    table = []
+    for i, level in enumerate(drawn.levels.tolist()):
+        row = {"level": round(min(level, 1e3), 3)}
+        row["final score"] = auroc(drawn.score[:, i], drawn.score[:, -1] > drawn.score[:, -1].median())
+        if right is not None:
+            row["right finding"] = auroc(drawn.finding[:, i], right)
+        table.append(row)
+    return table
+
+
+def read_right(teacher: Judges, drawn: Candidates, planned: list[dict]) -> torch.Tensor:
+    """Whether classifiers find in each image what was asked for, within its modality: bool [N]."""
+    said, right = teacher.judge(drawn.images), torch.zeros(len(planned), dtype=torch.bool)
+    for modality in dict.fromkeys(class_of(row)[0] for row in planned):
+        mine = [i for i, row in enumerate(planned) if class_of(row)[0] == modality]
+        found = read(said[mine], teacher.classes, modality, [planned[i]["finding"] for i in mine])
+        right[mine] = torch.from_numpy(found)
+    return right
+
+
+@torch.no_grad()
+def codes(head: FilterHead, pipe: MinimPipeline, images: torch.Tensor, bf16: bool) -> torch.Tensor:
+    """Codes [N, B], on the CPU, of images uint8 [N, 3, H, W]."""
+    result = []
+    for part in encode(pipe.vae, images, bf16).split(128):
+        x = part.to(head.device).float()
+        result.append(head.encode_image(x, x, x.new_zeros(len(x)))[1].cpu())
+    return torch.cat(result)
+
+
+def plant(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Copies as a generator might make them, by name: uint8 [N, 3, H, W]."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * 255 * 0.02
+    return {
+        "unchanged": images,
+        "shifted by 4 px": images.roll((4, 4), (2, 3)),
+        "12 % brighter": (images.float() * 1.12).clamp(0, 255).to(torch.uint8),
+        "noise of 2 %": (images.float() + noise).clamp(0, 255).to(torch.uint8),
+        "mirrored": images.flip(-1),
+    }
+
+
+def copy_limit(strangers: torch.Tensor, bits: int, false_alarms: float) -> int:
+    """The largest distance within which at most this share of images lies that are no copies: int64 [N] given."""
+    limits = [d for d in range(bits) if (strangers <= d).double().mean().item() <= false_alarms]
+    return max(limits, default=-1)
+
+
+def acceptance_curves(drawn: Candidates, modalities: list[str], calibration: dict, path: Path) -> None:
+    """Share of generated images accepted against the score asked for, a line for each modality."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot()
+    score, finding = drawn.score[:, -1], drawn.finding[:, -1]
+    asked = torch.linspace(1, 3, 201)
+    for i, name in enumerate(calibration):
+        mine = torch.tensor([m == name for m in modalities])
+        able = score[mine].masked_fill(finding[mine] < calibration[name]["finding"], 0)
+        share = [(able >= s).double().mean().item() * 100 for s in asked]
+        axes.plot(asked, share, color=f"C{i}", label=resolve_modality(name).name)
+        at = calibration[name]["score"]
+        axes.plot([at], [(able >= at).double().mean().item() * 100], "o", color=f"C{i}")
+    axes.set(xlabel="score asked for (1 to 3)", ylabel="generated images accepted (%)", xlim=(1, 3), ylim=(0, 100))
+    axes.grid(alpha=0.2)
+    axes.legend(title="modality; dots: thresholds")
+    figure.savefig(path, dpi=120)
+
+
+def noise_curves(table: list[dict], stages, path: Path) -> None:
+    """How well scores foretell, against the noise level; where candidates are dropped."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, label in (("final score", "final score above its median"), ("right finding", "finding read as right")):
+        if name in table[0]:
+            points = [(row["level"], row[name]) for row in table if 0 < row["level"] < 1e3]
+            axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
+    for level, _ in stages:
+        axes.axvline(
+            level, color="0.5", linestyle=":", label="candidates are dropped" if level == stages[0][0] else None
+        )
+    axes.set(xscale="log", xlabel="noise level (sigma / alpha)", ylabel="AUROC of the score at that level")
+    axes.invert_xaxis()
+    axes.grid(alpha=0.2)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv=None) -> dict:
+    args = parse_args(argv)
+    device, bf16 = Accelerator().device, args.mixed_precision == "bf16"
+    every = read_csv(args.train_data, require=("path", "Text", "modality", "finding", "split"))
+    train = [row for row in every if row["split"] == "train"]
+    val = [row for row in every if row["split"] == "val"]
+    rows = [row for row in train if args.part in ("all", row.get("part"))]
+    if not rows:
+        raise ValueError(f"{args.train_data} has no train rows of part {args.part!r}.")
+    head = FilterHead.from_pretrained(args.filter_head).eval()
+    model = args.pretrained_model_name_or_path
+    pipe = MinimPipeline.from_pretrained(model, filter_head=head).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    rows = [row for row in rows if row["finding"] in (pipe.config.findings or {}).get(class_of(row)[0], [])]
+    people = Counter()
+    if args.ratings:
+        people.update(resolve_modality(row["modality"]).id for row in read_csv(args.ratings, check_images=False))
+
+    planned = plan_prompts(rows, args.prompts_per_modality, args.candidates, args.seed)
+    modalities = [class_of(row)[0] for row in planned]
+    drawn = draw_candidates(
+        pipe, [r["Text"] for r in planned], modalities, [r["seed"] for r in planned], args.batch_size, bf16
+    )
+    right = read_right(load_judges(args.teacher, device), drawn, planned) if args.teacher else None
+    score, finding = drawn.score[:, -1], drawn.finding[:, -1]
+    calibration, figures = {}, {}
+    for name in dict.fromkeys(modalities):
+        mine = torch.tensor([m == name for m in modalities])
+        seen = right[mine] if right is not None else None
+        least = threshold(score[mine], finding[mine], args.finding_floor, args.acceptance, seen, args.precision)
+        passed = (score[mine] >= least) & (finding[mine] >= args.finding_floor)
+        calibration[name] = {"score": round(least, 4), "finding": args.finding_floor, "ratings": people[name]}
+        figures[name] = {"n": int(mine.sum()), "accepted": round(passed.double().mean().item(), 4)}
+        if right is not None:
+            figures[name] |= {"right": round(seen.double().mean().item(), 4)}
+            figures[name] |= {"right of accepted": round(seen[passed].double().mean().item(), 4)}
+    stages, plans = choose_stages(drawn, args.candidates, args.most_cost)
+    table = foretelling(drawn, right)
+
+    resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    images = load_images(train, args.train_data, resolution)
+    known = pack(codes(head, pipe, images, bf16))
+    copies = {}
+    if val:
+        strangers = distances(codes(head, pipe, load_images(val, args.train_data, resolution), bf16), known)
+        limit = copy_limit(strangers, head.config.code_size, args.copy_false_alarms)
+        # Of images that the head has not learned from.
+        unseen = [i for i, row in enumerate(train) if row.get("part") != "A"]
+        some = unseen[:: max(1, len(unseen) // 500)]
+        found = {name: distances(codes(head, pipe, x, bf16), known) for name, x in plant(images[some]).items()}
+        copies = {
+            "distance": limit,
+            "n": len(some),
+            "false alarms, val": round((strangers <= limit).double().mean().item(), 4),
+            "generated": round((distances(drawn.code, known) <= limit).double().mean().item(), 4),
+            "missed": {name: round((d > limit).double().mean().item(), 4) for name, d in found.items()},
+            "median distance": {"val": strangers.median().item()}
+            | {name: d.median().item() for name, d in found.items()},
+            "bytes": known.numel(),
+        }
+        head.set_fingerprints(known, limit)
+    head.register_to_config(calibration=calibration, stages=stages)
+
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    acceptance_curves(drawn, modalities, calibration, output / "acceptance.png")
+    noise_curves(table, stages, output / "noise.png")
+    head.half().save_pretrained(output / "filter_head")
+    report = {"arguments": vars(args), "calibration": calibration, "generated": figures, "copies": copies}
+    report |= {"stages": stages, "plans": plans, "noise": table}
+    (output / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
+    print(json.dumps({key: value for key, value in report.items() if key not in ("arguments", "plans")}, indent=2))
+    return report
+
+
+if __name__ == "__main__":
+    main()

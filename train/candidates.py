@@ -1,0 +1,126 @@
+"""Candidates drawn to their end, and what the filter said of them at every step: to calibrate it, and to compare it.
+
+A survivor of the funnel is the image that its seed draws alone (tests/test_filter.py), so what any plan of dropping
+would give back can be read from ratings of candidates that were all drawn to the end.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from tqdm.auto import tqdm
+
+from minim_pipeline import MinimPipeline, resolve_modality
+from minim_pipeline.minim_filter.estimate import estimate_clean
+from minim_pipeline.minim_filter.funnel import Funnel, combine
+
+
+@dataclass
+class Candidates:
+    """N candidates, S steps; the last of S + 1 ratings is that of the finished image. On the CPU.
+
+    Args:
+        quality, finding: [N, S + 1], expected ratings from 1 to 3.
+        guidance: [N, S], mean square of what guidance told the sampler to change: the prediction for the prompt minus
+            that for the negative side; 0 where a step is not guided.
+        levels: [S + 1], sigma / alpha of each step, 0 at the end.
+        code: [N, B], of the finished images.
+        images: uint8 [N, 3, H, W].
+    """
+
+    quality: torch.Tensor
+    finding: torch.Tensor
+    guidance: torch.Tensor
+    levels: torch.Tensor
+    code: torch.Tensor
+    images: torch.Tensor
+
+    @property
+    def score(self) -> torch.Tensor:
+        """[N, S + 1]"""
+        return combine(self.quality, self.finding)
+
+
+@torch.no_grad()
+def draw_candidates(
+    pipe: MinimPipeline,
+    prompts: Sequence[str],
+    modalities: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int = 64,
+    bf16: bool = False,
+) -> Candidates:
+    """Draws one candidate for each prompt, modality and seed at the pipeline's own settings.
+
+    Args:
+        bf16: autocast, on a GPU; the filter's own arithmetic stays fp32.
+    """
+    parts, seen, funnel = [], [], None
+
+    def note(unet, arguments, answer):
+        noisy, t, n = arguments[0], arguments[1], len(funnel.image)
+        told = answer[0][-n:]  # with guidance the first half is the negative side's
+        guided = len(answer[0]) > n
+        moved = (told - answer[0][:n]).float().square().mean((1, 2, 3)) if guided else told.new_zeros(n).float()
+        angle = Funnel.angle(pipe.scheduler, t).to(noisy.device)
+        clean = estimate_clean(noisy[-n:], told, angle.expand(n), pipe.scheduler.config.prediction_type)
+        rated = pipe.filter_head(noisy[-n:], clean, angle.expand(n), text=funnel.text)
+        level = angle.clamp(max=1.5707).tan()
+        seen.append((rated.quality.cpu(), rated.finding.cpu(), moved.cpu(), level.cpu()))
+
+    hook = pipe.unet.register_forward_hook(note)
+    try:
+        for start in tqdm(range(0, len(prompts), batch_size), "candidates", mininterval=2):
+            mine = slice(start, start + batch_size)
+            texts, kinds = list(prompts[mine]), [resolve_modality(name) for name in modalities[mine]]
+            funnel = pipe.prepare_funnel(texts, kinds, list(range(len(texts))), 1, pipe.device)
+            seen.clear()
+            with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
+                latents = pipe(
+                    texts, [kind.id for kind in kinds], seeds=list(seeds[mine]), output_type="latent"
+                ).images
+                decoded = pipe.decode_latents(latents, kinds)
+            rated = funnel.rate(latents)
+            quality, finding, guidance, levels = (torch.stack(values, -1) for values in zip(*seen, strict=True))
+            parts.append(
+                Candidates(
+                    torch.cat([quality, rated.quality.cpu()[:, None]], 1),
+                    torch.cat([finding, rated.finding.cpu()[:, None]], 1),
+                    guidance,
+                    torch.cat([levels[0], torch.zeros(1)]),
+                    rated.code.cpu(),
+                    ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu(),
+                )
+            )
+    finally:
+        hook.remove()
+    joined = {field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Candidates)}
+    return Candidates(**joined | {"levels": parts[0].levels})
+
+
+def follow(
+    score: torch.Tensor, levels: torch.Tensor, guided: torch.Tensor, plan: list[tuple[float, int]]
+) -> tuple[torch.Tensor, int]:
+    """What the funnel would do with candidates that were drawn to their end.
+
+    Args:
+        score: [M, K, S + 1], by which candidates of each of M images are dropped, and at last chosen.
+        levels: [S + 1], as of `Candidates`.
+        guided: bool [S], steps of which each sample costs two of the U-Net's.
+        plan: (sigma / alpha, candidates left) as `plan_stages` gives them.
+
+    Returns:
+        The index [M] of the candidate that comes back, and the U-Net's samples that an image costs.
+    """
+    alive = torch.ones(score.shape[:2], dtype=torch.bool)
+    left, samples, plan = score.shape[1], 0, list(plan)
+    for i, level in enumerate(levels[:-1].tolist()):
+        samples += left * (2 if guided[i] else 1)
+        count = left
+        while plan and level <= plan[0][0]:
+            count = min(count, plan.pop(0)[1])
+        if count < left:
+            best = score[:, :, i].masked_fill(~alive, -torch.inf).topk(count, 1).indices
+            alive = torch.zeros_like(alive).scatter(1, best, True)
+            left = count
+    return score[:, :, -1].masked_fill(~alive, -torch.inf).argmax(1), samples
