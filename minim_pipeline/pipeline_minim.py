@@ -35,7 +35,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .minim_filter import FilterHead, FilterHeadOutput
-from .minim_filter.funnel import REASONS, Funnel, combine, plan_stages, select_state, weaker
+from .minim_filter.fingerprints import distances
+from .minim_filter.funnel import REASONS, Funnel, combine, plan_stages, rank, select_state, weaker
 from .modalities import AMBIGUOUS, Modality, resolve_modality, split_prefix
 from .tokens import negative_text, prompt_text
 
@@ -53,7 +54,9 @@ ZERO_SNR_SCHEDULERS = (
 )
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Thresholds for a modality that the filter's config has none for: the middle of the scale.
-UNCALIBRATED = {"score": 2.0, "finding": 2.0}
+UNCALIBRATED = {"score": 2.0, "finding": 2.0, "copy": -1}
+# Of people's, from which on a modality's thresholds are said to be calibrated.
+FEWEST_RATINGS = 20
 
 
 @functools.cache
@@ -716,6 +719,14 @@ class MinimPipeline(
                 f"The filter's thresholds are not calibrated for {', '.join(unknown)}; those taken are"
                 f" {UNCALIBRATED['score']} of 3 for the score and {UNCALIBRATED['finding']} for the finding."
             )
+        few = sorted(
+            {m.id for m in modalities if calibration.get(m.id, {}).get("ratings", 0) < FEWEST_RATINGS} - set(unknown)
+        )
+        if few:
+            warn_once(
+                f"The filter's thresholds for {', '.join(few)} are not calibrated by people, who rated fewer than"
+                f" {FEWEST_RATINGS} images of it: what is good there follows a rubric."
+            )
         thresholds = [calibration.get(m.id, UNCALIBRATED) for m in modalities]
         scores = combine(rated.quality, rated.finding)
         least, found = (scores.new_tensor([t[name] for t in thresholds]) for name in ("score", "finding"))
@@ -724,7 +735,8 @@ class MinimPipeline(
         reason = torch.where(rated.finding < found, REASONS.index("finding"), weaker(rated))
         passed = (scores >= least) & (rated.finding >= found)
         if reject_copies:
-            copies = self.filter_head.find_copies(rated.code)
+            near = torch.tensor([t.get("copy", -1) for t in thresholds], device=scores.device)
+            copies = distances(rated.code, self.filter_head.fingerprints) <= near
             reason, passed = torch.where(copies, REASONS.index("copy"), reason), passed & ~copies
         return scores, passed, [None if p else REASONS[r] for p, r in zip(passed.tolist(), reason.tolist())]
 
@@ -1080,7 +1092,7 @@ class MinimPipeline(
             for place, reason in funnel.dropped + list(zip(funnel.image[left].tolist(), reasons)):
                 if reason and place < len(wanted):
                     rejected[wanted[place]][reason] += 1
-            best = funnel.keep(found + 4 * passed, 1).tolist()
+            best = funnel.keep(rank(rated, self.filter_head.config.enough) + 4 * passed, 1).tolist()
             for k, i in zip(best, wanted):
                 drawn[i] += candidates
                 if final[i] is None or (passed[k].item(), found[k].item()) > (accepted[i], scores[i]):

@@ -6,8 +6,9 @@ import json
 import calibrate_filter
 import pytest
 import torch
-from calibrate_filter import choose_stages, copy_limit, plan_prompts, threshold
+from calibrate_filter import choose_stages, plan_prompts, threshold
 from candidates import Candidates, draw_candidates, follow
+from copies import copy_limit, fingerprints, fit_code, veto_report
 from PIL import Image
 
 from minim_pipeline import FilterHead
@@ -67,19 +68,35 @@ def test_stages_are_where_ratings_foretell_and_within_the_cost():
     guidance = torch.ones(400, steps) * (torch.arange(steps) < 10)
     empty = torch.empty(0)
     drawn = Candidates(quality, torch.full_like(quality, 3.0), guidance, levels, empty, empty)
-    stages, plans = choose_stages(drawn, 4, most_cost=2.0)
+    stages, plans = choose_stages(drawn, 4, most_cost=2.0, enough=(3.0, 3.0))
     assert stages == [(pytest.approx(20.92, abs=0.01), 0.0)], "all but one are dropped at the third step"
     best = max(plan["gain"] for plan in plans if plan["cost"] <= 2.0)
     assert best == 1.0 and all(plan["gain"] < 0.9 for plan in plans if plan["cost"] < 1.5)
     with pytest.raises(ValueError, match="at most 1.0"):
-        choose_stages(drawn, 4, most_cost=1.0)
+        choose_stages(drawn, 4, most_cost=1.0, enough=(3.0, 3.0))
 
 
 def test_the_limit_for_copies_lets_few_strangers_pass():
     strangers = torch.tensor([3, 9] + [20] * 198)
-    assert copy_limit(strangers, 64, 0.01) == 19
-    assert copy_limit(strangers, 64, 0.005) == 8
-    assert copy_limit(torch.zeros(10), 64, 0.01) == -1, "nothing can be told apart"
+    assert copy_limit(strangers, 0.01) == 19
+    assert copy_limit(strangers, 0.005) == 8
+    assert copy_limit(torch.zeros(10), 0.01) == -1, "nothing can be told apart"
+
+
+def test_the_code_knows_versions_of_an_image_again_though_they_differ_much():
+    """What differs between versions lies in other directions than what differs between images."""
+    torch.manual_seed(0)
+    images, noise = torch.randn(200, 1, 8), 0.5 * torch.randn(200, 5, 24)
+    features = torch.cat([images.expand(-1, 5, -1), noise], 2)  # [200, 5, 32]
+    code = fit_code(features[:100], bits=64, directions=8)
+    known = fingerprints(code, features[:, 0])
+    modalities = ["oct"] * 100 + ["cxr"] * 100
+    strangers = torch.cat([torch.randn(200, 8), 0.5 * torch.randn(200, 24)], 1)
+    planted = {"another version": features[100:, 1]}
+    limits, report = veto_report(code, known, strangers, modalities, planted, ["oct"] * 50 + ["cxr"] * 50, 0.01)
+    assert set(limits) == {"oct", "cxr"} and report["false alarms, val"] <= 0.01
+    assert report["missed"]["another version"] <= 0.05, "of images that the code was not fitted on"
+    assert report["bytes"] == 200 * 8
 
 
 def test_every_finding_is_asked_for_alike_and_every_candidate_has_a_seed():
@@ -112,13 +129,14 @@ def test_a_calibrated_head_knows_thresholds_and_training_images(make_pipeline, d
     options = ["--filter_head", tmp_path / "model/filter_head", "--pretrained_model_name_or_path", tmp_path / "model"]
     options += ["--train_data", data, "--part", "all", "--prompts_per_modality", 6, "--candidates", 2]
     options += ["--output_dir", tmp_path / "out", "--finding_floor", 1, "--most_cost", 2, "--copy_false_alarms", 0.5]
+    options += ["--code_bits", 16, "--code_versions", 2, "--min_train", 3, "--min_val", 1]
     report = calibrate_filter.main([str(option) for option in options])
     for figures in report["generated"].values():
-        assert figures["accepted"] == pytest.approx(0.7, abs=0.05)
+        assert figures["accepted"] >= 0.65, "what has the same score is accepted together"
     head = FilterHead.from_pretrained(tmp_path / "out/filter_head")
-    assert len(head.fingerprints) == 12 and head.config.copy_distance == report["copies"]["distance"]
+    assert len(head.fingerprints) == 12 and head.config.code_size == 16
     assert set(head.config.calibration) == set(report["generated"])
-    assert all(entry["ratings"] == 0 for entry in head.config.calibration.values())
+    assert all(set(entry) == {"score", "finding", "copy", "ratings"} for entry in head.config.calibration.values())
     assert json.loads((tmp_path / "out/report.json").read_text())["stages"]
     for name in ("acceptance.png", "noise.png"):
         assert (tmp_path / "out" / name).stat().st_size > 5000

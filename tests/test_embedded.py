@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minim_pipeline import EMBEDDED_CHECKPOINT, MODALITIES
+from minim_pipeline import EMBEDDED_CHECKPOINT, MODALITIES, MinimPipeline
 
 
 TRAINED = ["oct", "fundus", "cxr", "chest_ct", "brain_mri"]
@@ -17,7 +17,8 @@ whole = pytest.mark.skipif(
 
 def test_it_is_small_and_holds_no_pickles():
     files = [path for path in EMBEDDED_CHECKPOINT.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 75e6
+    head = sum(path.stat().st_size for path in files if path.parent.name == "filter_head")
+    assert sum(path.stat().st_size for path in files) - head <= 75e6 and 0 < head <= 4e6
     assert {path.suffix for path in files} <= {".json", ".safetensors"}
 
 
@@ -88,3 +89,13 @@ def test_what_it_learned_is_told():
     index = json.loads((EMBEDDED_CHECKPOINT / "model_index.json").read_text())
     assert sorted(index["findings"]) == sorted(TRAINED)
     assert "/" not in json.dumps({k: v for k, v in index.items() if k != "findings"})
+
+
+def test_the_filter_takes_neither_noise_nor_a_flat_picture_and_knows_its_thresholds():
+    pipe = MinimPipeline.from_pretrained(EMBEDDED_CHECKPOINT)
+    assert pipe.config.num_candidates == 4 and len(pipe.filter_head.fingerprints) > 5000
+    assert set(pipe.filter_head.config.calibration) == set(pipe.config.modalities)
+    noise = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    noise[1] = 0.5
+    rated = pipe.score(noise, ["glioma", "normal"], ["brain_mri", "oct"])
+    assert rated.accepted == [False, False] and all(reason in ("quality", "finding") for reason in rated.reasons)

@@ -7,7 +7,7 @@ import torch
 from minim_pipeline import MinimPipeline
 from minim_pipeline.minim_filter.fingerprints import distances, pack
 from minim_pipeline.minim_filter.funnel import Funnel, combine, plan_stages, select_state
-from minim_pipeline.pipeline_minim import ZERO_SNR_SCHEDULERS
+from minim_pipeline.pipeline_minim import ZERO_SNR_SCHEDULERS, warn_once
 
 
 torch.set_num_threads(1)
@@ -24,8 +24,9 @@ def filtered(make_pipeline):
     return make_pipeline(filtered=True)
 
 
-def thresholds(pipe, score: float, finding: float = 1.0) -> None:
-    calibration = {name: {"score": score, "finding": finding} for name in pipe.config.modalities}
+def thresholds(pipe, score: float, finding: float = 1.0, copy: int = -1) -> None:
+    entry = {"score": score, "finding": finding, "copy": copy, "ratings": 20}
+    calibration = dict.fromkeys(pipe.config.modalities, entry)
     pipe.filter_head.register_to_config(calibration=calibration)
 
 
@@ -131,7 +132,9 @@ def test_copies_of_training_images_do_not_come_back(filtered):
     codes = []
     filtered.filter_head.register_forward_hook(lambda head, given, made: codes.append(made.code))
     filtered(**CALL, seeds=first.seeds[1:])
-    filtered.filter_head.set_fingerprints(pack(codes[0]), copy_distance=0)  # "the training image"
+    head = filtered.filter_head
+    head.set_fingerprints(head.code, pack(codes[0]))  # "the training image"
+    thresholds(filtered, score=1.0, copy=0)
     out = filtered(**settings, generator=generator())
     assert out.seeds[0] == first.seeds[0] and out.seeds[1] != first.seeds[1] and out.accepted == [True, True]
     assert [counts["copy"] for counts in out.rejected] == [0, 1]
@@ -154,6 +157,26 @@ def test_fingerprints_differ_by_as_many_bits_as_codes_do():
     nearest = min(int(((code[4] > 0) != (code[i] > 0)).sum()) for i in range(4))
     assert distances(code[4:], known).item() == nearest
     assert distances(code, known[:0]).tolist() == [64] * 5, "nothing is known: nothing is near"
+
+
+def test_what_is_good_enough_is_not_dropped_for_what_is_better(filtered):
+    stages(filtered)
+    settings = dict(**CALL, num_images_per_prompt=4, num_candidates=3)
+    first = filtered.draw_seeds(range(4), 3, generator())[::3]
+    assert filtered(**settings, generator=generator()).seeds != first, "of some images another is rated better"
+    filtered.filter_head.register_to_config(enough=(1.0, 1.0))
+    assert filtered(**settings, generator=generator()).seeds == first, "of equals the first drawn"
+
+
+@pytest.mark.parametrize("ratings", [0, 19, 20])
+def test_who_has_not_been_rated_by_people_is_told_once(filtered, ratings, caplog):
+    entry = {"score": 1.0, "finding": 1.0, "ratings": ratings}
+    filtered.filter_head.register_to_config(calibration=dict.fromkeys(filtered.config.modalities, entry))
+    warn_once.cache_clear()
+    for seed in range(2):
+        filtered(**CALL, seeds=[seed])
+    told = [message for message in caplog.messages if "not calibrated by people" in message and "oct" in message]
+    assert len(told) == (ratings < 20)
 
 
 def test_every_candidate_left_out_has_a_reason(filtered):
@@ -241,7 +264,7 @@ def test_it_is_saved_and_loaded_with_the_pipeline(filtered, tmp_path):
     settings = dict(**CALL, num_candidates=2, num_inference_steps=2)
     expected = filtered(**settings, generator=generator())
     found = loaded(**settings, generator=generator())
-    assert np.array_equal(found.images, expected.images) and found.scores == expected.scores
+    assert np.array_equal(found.images, expected.images) and found.scores == pytest.approx(expected.scores, abs=1e-5)
     assert '"minim_filter"' in (tmp_path / "model_index.json").read_text()
     assert MinimPipeline.from_pretrained(tmp_path, filter_head=None).filter_head is None
     for dtype in (torch.float16, torch.bfloat16):

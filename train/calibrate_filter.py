@@ -22,15 +22,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from candidates import Candidates, draw_candidates, follow
-from filter_data import encode
+from copies import fingerprints, fit_code, plant, pooled_features, version_features, veto_report
 from filter_report import auroc
 from matplotlib.figure import Figure
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline, resolve_modality
 from minim_pipeline.data import read_csv
-from minim_pipeline.evaluation.judges import Judges, class_of, load_judges, read
+from minim_pipeline.evaluation.judges import Judges, claimed_classes, class_of, load_judges, read
 from minim_pipeline.image_loading import load_images
-from minim_pipeline.minim_filter.fingerprints import distances, pack
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -41,14 +40,23 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--part", default="C", help="Whose captions are drawn; 'all' takes every row.")
     parser.add_argument("--ratings", help="The CSV that the head learned from: tells who has enough ratings.")
     parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--min_train", type=int, default=20, help="Findings with fewer train images are not drawn.")
+    parser.add_argument("--min_val", type=int, default=8, help="Likewise with val images.")
     parser.add_argument("--prompts_per_modality", type=int, default=100)
     parser.add_argument("--candidates", type=int, default=4, help="Drawn for each prompt.")
-    parser.add_argument("--acceptance", type=float, default=0.7, help="Share of generated images to accept.")
+    parser.add_argument("--acceptance", type=float, default=0.7, help="Share of generated images to accept, or more.")
     parser.add_argument("--precision", type=float, help="Instead: share of accepted ones that is to be right.")
     parser.add_argument("--teacher", help="Classifiers that read what the images show, for --precision.")
     parser.add_argument("--finding_floor", type=float, default=2.0, help="Least rating of the finding, 1 to 3.")
     parser.add_argument("--most_cost", type=float, default=2.0, help="Of a returned image, in plain images.")
-    parser.add_argument("--copy_false_alarms", type=float, default=0.01, help="Val images that may pass for copies.")
+    parser.add_argument(
+        "--copy_false_alarms",
+        type=float,
+        default=0.05,
+        help="Share of val images that may pass for copies: some of them are, as data sets repeat patients.",
+    )
+    parser.add_argument("--code_bits", type=int, default=224, help="Of a fingerprint, a multiple of 8.")
+    parser.add_argument("--code_versions", type=int, default=6, help="Of each image, for the code to learn from.")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--seed", type=int, default=0)
@@ -100,14 +108,16 @@ def threshold(
     return score[reached][order][enough[-1]].item()
 
 
-def choose_stages(drawn: Candidates, candidates: int, most_cost: float) -> tuple[list[tuple[float, float]], dict]:
-    """When to drop candidates: of all plans of one or two stages within the cost, that whose final scores are best.
+def choose_stages(
+    drawn: Candidates, candidates: int, most_cost: float, enough: tuple[float, float]
+) -> tuple[list[tuple[float, float]], list[dict]]:
+    """When to drop candidates: of all plans of one or two stages within the cost, that whose final ratings are best.
 
     Returns:
         Stages as in the head's config, and of the best plan of each cost: `gain`, the share it has of what is won by
         drawing all candidates to their end, and `cost` in plain images.
     """
-    score = drawn.score.view(-1, candidates, drawn.score.shape[1])
+    score = drawn.rank(enough).view(-1, candidates, drawn.score.shape[1])
     guided = (drawn.guidance > 0).any(0)
     plain = int(guided.sum()) + len(guided)
     final = score[:, :, -1]
@@ -138,54 +148,30 @@ def choose_stages(drawn: Candidates, candidates: int, most_cost: float) -> tuple
     return stages, table
 
 
-def foretelling(drawn: Candidates, right: torch.Tensor | None) -> list[dict]:
+def foretelling(drawn: Candidates, right: torch.Tensor | None, known: torch.Tensor | None) -> list[dict]:
     """By noise level: how well a score tells the better half of final scores, and what classifiers read (AUROC)."""
     table = []
     for i, level in enumerate(drawn.levels.tolist()):
         row = {"level": round(min(level, 1e3), 3)}
         row["final score"] = auroc(drawn.score[:, i], drawn.score[:, -1] > drawn.score[:, -1].median())
         if right is not None:
-            row["right finding"] = auroc(drawn.finding[:, i], right)
+            row["right finding"] = auroc(drawn.finding[known, i], right[known])
         table.append(row)
     return table
 
 
-def read_right(teacher: Judges, drawn: Candidates, planned: list[dict]) -> torch.Tensor:
-    """Whether classifiers find in each image what was asked for, within its modality: bool [N]."""
+def read_right(teacher: Judges, drawn: Candidates, planned: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether classifiers find in each image what was asked for, within its modality, and whether they know that.
+
+    Both bool [N].
+    """
     said, right = teacher.judge(drawn.images), torch.zeros(len(planned), dtype=torch.bool)
+    known = torch.tensor([class_of(row) in teacher.classes for row in planned])
     for modality in dict.fromkeys(class_of(row)[0] for row in planned):
         mine = [i for i, row in enumerate(planned) if class_of(row)[0] == modality]
         found = read(said[mine], teacher.classes, modality, [planned[i]["finding"] for i in mine])
         right[mine] = torch.from_numpy(found)
-    return right
-
-
-@torch.no_grad()
-def codes(head: FilterHead, pipe: MinimPipeline, images: torch.Tensor, bf16: bool) -> torch.Tensor:
-    """Codes [N, B], on the CPU, of images uint8 [N, 3, H, W]."""
-    result = []
-    for part in encode(pipe.vae, images, bf16).split(128):
-        x = part.to(head.device).float()
-        result.append(head.encode_image(x, x, x.new_zeros(len(x)))[1].cpu())
-    return torch.cat(result)
-
-
-def plant(images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Copies as a generator might make them, by name: uint8 [N, 3, H, W]."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * 255 * 0.02
-    return {
-        "unchanged": images,
-        "shifted by 4 px": images.roll((4, 4), (2, 3)),
-        "12 % brighter": (images.float() * 1.12).clamp(0, 255).to(torch.uint8),
-        "noise of 2 %": (images.float() + noise).clamp(0, 255).to(torch.uint8),
-        "mirrored": images.flip(-1),
-    }
-
-
-def copy_limit(strangers: torch.Tensor, bits: int, false_alarms: float) -> int:
-    """The largest distance within which at most this share of images lies that are no copies: int64 [N] given."""
-    limits = [d for d in range(bits) if (strangers <= d).double().mean().item() <= false_alarms]
-    return max(limits, default=-1)
+    return right, known
 
 
 def acceptance_curves(drawn: Candidates, modalities: list[str], calibration: dict, path: Path) -> None:
@@ -239,7 +225,9 @@ def main(argv=None) -> dict:
     model = args.pretrained_model_name_or_path
     pipe = MinimPipeline.from_pretrained(model, filter_head=head).to(device)
     pipe.set_progress_bar_config(disable=True)
-    rows = [row for row in rows if row["finding"] in (pipe.config.findings or {}).get(class_of(row)[0], [])]
+    # Findings of too few images, which the generator cannot draw, would use up what may be rejected.
+    claimed = claimed_classes(train, val, args.min_train, args.min_val if val else 0)
+    rows = [row for row in rows if class_of(row) in claimed]
     people = Counter()
     if args.ratings:
         people.update(resolve_modality(row["modality"]).id for row in read_csv(args.ratings, check_images=False))
@@ -249,44 +237,53 @@ def main(argv=None) -> dict:
     drawn = draw_candidates(
         pipe, [r["Text"] for r in planned], modalities, [r["seed"] for r in planned], args.batch_size, bf16
     )
-    right = read_right(load_judges(args.teacher, device), drawn, planned) if args.teacher else None
+    right = known = None
+    if args.teacher:
+        right, known = read_right(load_judges(args.teacher, device), drawn, planned)
     score, finding = drawn.score[:, -1], drawn.finding[:, -1]
     calibration, figures = {}, {}
     for name in dict.fromkeys(modalities):
         mine = torch.tensor([m == name for m in modalities])
+        if args.precision is not None:
+            mine &= known
         seen = right[mine] if right is not None else None
         least = threshold(score[mine], finding[mine], args.finding_floor, args.acceptance, seen, args.precision)
-        passed = (score[mine] >= least) & (finding[mine] >= args.finding_floor)
+        if args.precision is None:
+            # What is as good as it counts is not rejected because others are still better.
+            least = min(least, head.config.enough[1])
+        passed = (score >= least) & (finding >= args.finding_floor)
         calibration[name] = {"score": round(least, 4), "finding": args.finding_floor, "ratings": people[name]}
-        figures[name] = {"n": int(mine.sum()), "accepted": round(passed.double().mean().item(), 4)}
+        figures[name] = {"n": int(mine.sum()), "accepted": round(passed[mine].double().mean().item(), 4)}
         if right is not None:
-            figures[name] |= {"right": round(seen.double().mean().item(), 4)}
-            figures[name] |= {"right of accepted": round(seen[passed].double().mean().item(), 4)}
-    stages, plans = choose_stages(drawn, args.candidates, args.most_cost)
-    table = foretelling(drawn, right)
+            mine &= known
+            figures[name] |= {"right": round(right[mine].double().mean().item(), 4)}
+            figures[name] |= {"right of accepted": round(right[mine & passed].double().mean().item(), 4)}
+    stages, plans = choose_stages(drawn, args.candidates, args.most_cost, head.config.enough)
+    table = foretelling(drawn, right, known)
 
     resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
     images = load_images(train, args.train_data, resolution)
-    known = pack(codes(head, pipe, images, bf16))
+    features = version_features(head, pipe, train, images, args.code_versions, args.seed, bf16)
+    # Part A is what the head has learned from; of the others copies are planted.
+    unseen = [i for i, row in enumerate(train) if row.get("part") != "A"]
+    learned = [i for i, row in enumerate(train) if row.get("part") == "A"] or unseen
+    code = fit_code(features[learned], args.code_bits)
+    prints = fingerprints(code, features[:, 0])
+    head.set_fingerprints(code, prints)
     copies = {}
-    if val:
-        strangers = distances(codes(head, pipe, load_images(val, args.train_data, resolution), bf16), known)
-        limit = copy_limit(strangers, head.config.code_size, args.copy_false_alarms)
-        # Of images that the head has not learned from.
-        unseen = [i for i, row in enumerate(train) if row.get("part") != "A"]
+    if val and unseen:
         some = unseen[:: max(1, len(unseen) // 500)]
-        found = {name: distances(codes(head, pipe, x, bf16), known) for name, x in plant(images[some]).items()}
-        copies = {
-            "distance": limit,
-            "n": len(some),
-            "false alarms, val": round((strangers <= limit).double().mean().item(), 4),
-            "generated": round((distances(drawn.code, known) <= limit).double().mean().item(), 4),
-            "missed": {name: round((d > limit).double().mean().item(), 4) for name, d in found.items()},
-            "median distance": {"val": strangers.median().item()}
-            | {name: d.median().item() for name, d in found.items()},
-            "bytes": known.numel(),
-        }
-        head.set_fingerprints(known, limit)
+        limits, copies = veto_report(
+            code,
+            prints,
+            pooled_features(head, pipe, load_images(val, args.train_data, resolution), bf16),
+            [class_of(row)[0] for row in val],
+            {name: pooled_features(head, pipe, x, bf16) for name, x in plant(images[some]).items()},
+            [class_of(train[i])[0] for i in some],
+            args.copy_false_alarms,
+        )
+        for name in calibration:
+            calibration[name]["copy"] = limits.get(name, -1)
     head.register_to_config(calibration=calibration, stages=stages)
 
     output = Path(args.output_dir)

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from minim_pipeline import MinimPipeline, resolve_modality
 from minim_pipeline.minim_filter.estimate import estimate_clean
-from minim_pipeline.minim_filter.funnel import Funnel, combine
+from minim_pipeline.minim_filter.funnel import Funnel, combine, rank
 
 
 @dataclass
@@ -39,6 +39,10 @@ class Candidates:
     def score(self) -> torch.Tensor:
         """[N, S + 1]"""
         return combine(self.quality, self.finding)
+
+    def rank(self, enough: tuple[float, float]) -> torch.Tensor:
+        """By what the funnel chooses, [N, S + 1]."""
+        return rank(self, enough)
 
 
 @torch.no_grad()
@@ -120,7 +124,7 @@ def follow(
         while plan and level <= plan[0][0]:
             count = min(count, plan.pop(0)[1])
         if count < left:
-            best = score[:, :, i].masked_fill(~alive, -torch.inf).topk(count, 1).indices
-            alive = torch.zeros_like(alive).scatter(1, best, True)
+            ranked = score[:, :, i].masked_fill(~alive, -torch.inf).sort(dim=1, descending=True, stable=True)
+            alive = torch.zeros_like(alive).scatter(1, ranked.indices[:, :count], True)
             left = count
     return score[:, :, -1].masked_fill(~alive, -torch.inf).argmax(1), samples

@@ -5,7 +5,8 @@ end, once; from the ratings along the way follows what each way of choosing give
 
 - off: the first candidate;
 - filter: the funnel of the head's config, and at the end the best of what is left, accepted ones first;
-- best at the end: the same, but no candidate is dropped on the way;
+- best rated: the same, without the limit `enough` from which on more does not count;
+- filter, best rated at the end: both, but no candidate is dropped on the way;
 - CFG-Rejection (arXiv 2505.23343), high and low: candidates are kept by the accumulated difference between the
   predictions with and without the prompt, at the same steps and the same cost, and no head is needed.
 
@@ -34,7 +35,7 @@ from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.evaluation.judges import class_of, load_judges, read
 from minim_pipeline.evaluation.metrics import bootstrap_interval, ms_ssim_of_pairs, precision_recall_density_coverage
 from minim_pipeline.image_loading import load_images
-from minim_pipeline.minim_filter.fingerprints import distances
+from minim_pipeline.minim_filter import FilterHeadOutput
 from minim_pipeline.minim_filter.funnel import plan_stages
 
 
@@ -55,23 +56,29 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def judged(pipe: MinimPipeline, drawn: Candidates, modalities: list[str]) -> torch.Tensor:
-    """Whether the pipeline's thresholds accept each finished candidate: bool [N]."""
-    calibration = pipe.filter_head.config.calibration
-    least = {key: torch.tensor([calibration[m][key] for m in modalities]) for key in ("score", "finding")}
-    copies = distances(drawn.code, pipe.filter_head.fingerprints.cpu()) <= pipe.filter_head.config.copy_distance
-    return (drawn.score[:, -1] >= least["score"]) & (drawn.finding[:, -1] >= least["finding"]) & ~copies
+def judged(pipe: MinimPipeline, drawn: Candidates, modalities: list[str]) -> tuple[torch.Tensor, list[str | None]]:
+    """Whether the pipeline accepts each finished candidate, bool [N], and if not, why not."""
+    device = pipe.filter_head.device
+    quality, finding = drawn.quality[:, -1].to(device), drawn.finding[:, -1].to(device)
+    finished = FilterHeadOutput(quality, finding, None, None, None, drawn.code.to(device))
+    _, accepted, reasons = pipe.judge(finished, [resolve_modality(name) for name in modalities])
+    return accepted.cpu(), reasons
 
 
-def choices(drawn: Candidates, accepted: torch.Tensor, stages: list, candidates: int) -> dict[str, dict]:
+def choices(drawn: Candidates, accepted: torch.Tensor, head, candidates: int) -> dict[str, dict]:
     """By the name of a way to choose: `index` [M] of the candidate that comes back, and `samples` of the U-Net."""
     guided = (drawn.guidance > 0).any(0)
-    score = drawn.score.view(-1, candidates, drawn.score.shape[1])
-    score[:, :, -1] += 4 * accepted.view(-1, candidates)  # at the end accepted ones go first
+    score, every = (
+        values.view(-1, candidates, values.shape[1]).clone()
+        for values in (drawn.rank(head.config.enough), drawn.score)
+    )
+    for values in (score, every):
+        values[:, :, -1] += 4 * accepted.view(-1, candidates)  # at the end accepted ones go first
     sums = drawn.guidance.cumsum(1).view(*score.shape[:2], -1)
     sums = torch.cat([sums, sums[:, :, -1:]], 2)
-    plans = plan_stages(stages, candidates)
-    ways = {"filter": (score, plans), "best at the end": (score, [])}
+    plans = plan_stages(head.config.stages, candidates)
+    ways = {"filter": (score, plans), "filter at the end": (score, [])}
+    ways |= {"best rated": (every, plans), "best rated at the end": (every, [])}
     ways |= {"CFG-Rejection, high": (sums, plans), "CFG-Rejection, low": (-sums, plans)}
     plain = int(guided.sum()) + len(guided)
     made = {"off": {"index": torch.zeros(len(score), dtype=torch.long), "samples": plain}}
@@ -210,7 +217,7 @@ def main(argv=None) -> dict:
     each = [p for p in planned for _ in range(args.candidates)]
     modalities = [p["modality"] for p in each]
     drawn = draw_candidates(pipe, [p["prompt"] for p in each], modalities, seeds, args.batch_size, bf16)
-    accepted = judged(pipe, drawn, modalities)
+    accepted, reasons = judged(pipe, drawn, modalities)
     said = judges.judge(drawn.images)
     wrong, merged = (wrong_findings(said, judges.classes, each, merge) for merge in (False, True))
     features = encoder.encode_images(drawn.images)[0].cpu()
@@ -222,7 +229,7 @@ def main(argv=None) -> dict:
     }
 
     stages = pipe.filter_head.config.stages
-    made = choices(drawn, accepted, stages, args.candidates)
+    made = choices(drawn, accepted, pipe.filter_head, args.candidates)
     first = torch.arange(len(planned)) * args.candidates
     off, plain = first, made["off"]["samples"]
     ways = {}
@@ -237,9 +244,8 @@ def main(argv=None) -> dict:
         for modality in ways[name]["modalities"]:
             index = torch.tensor([p["modality"] == modality for p in planned])
             ways[name]["modalities"][modality] |= compare(wrong[off][index], wrong[mine][index])
-    gain = (
-        ways["filter"]["removed"] / ways["best at the end"]["removed"] if ways["best at the end"]["removed"] else None
-    )
+    most = max(ways[name]["removed"] for name in ("filter at the end", "best rated at the end"))
+    gain = ways["filter"]["removed"] / most if most > 0 else None
     good = ~wrong & (drawn.quality[:, -1] >= 2)
     report = {
         "arguments": vars(args),
@@ -248,8 +254,10 @@ def main(argv=None) -> dict:
         "candidates": args.candidates,
         "stages": [list(stage) for stage in stages],
         "ways": ways,
-        "gain of the filter, share of best at the end": gain and round(gain, 4),
+        "gain of the filter, share of that at the end": gain and round(gain, 4),
         "cost of an accepted image": round(ways["filter"]["cost"] / max(1e-9, ways["filter"]["accepted"]), 3),
+        "wrong of all candidates": round(wrong.double().mean().item(), 4),
+        "candidates taken for copies": round(reasons.count("copy") / len(reasons), 4),
         "candidates accepted": round(accepted.double().mean().item(), 4),
         "candidates whose finding is read as right": {
             "n": int((~wrong).sum()),

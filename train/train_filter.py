@@ -53,11 +53,11 @@ from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
-    parser.set_defaults(train_batch_size=256, learning_rate=1e-3, adam_weight_decay=0.05, max_train_steps=5000)
+    parser.set_defaults(train_batch_size=256, learning_rate=1e-3, adam_weight_decay=0.3, max_train_steps=5000)
     model = parser.add_argument_group("model")
     model.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="The pipeline.")
     model.add_argument("--teacher", required=True, help="Classifiers of part A: say what generated images show.")
-    model.add_argument("--block_out_channels", type=int, nargs=2, default=(80, 136))
+    model.add_argument("--block_out_channels", type=int, nargs=2, default=(80, 144))
     data = parser.add_argument_group("what it learns from")
     data.add_argument("--part", default="A", help="Rows of the train split with this `part`; 'all' takes every row.")
     data.add_argument("--ratings", help="CSV with path,Text,modality,rating,part,group: people's grades, 1 to 3.")
@@ -69,9 +69,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     data.add_argument("--draw_batch_size", type=int, default=256)
     data.add_argument("--min_train", type=int, default=20, help="Findings with fewer train images are left out.")
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--clean_share", type=float, default=0.3, help="Share of finished images among the pool's.")
+    loss.add_argument("--clean_share", type=float, default=0.5, help="Share of finished images among the pool's.")
     loss.add_argument("--class_weight", type=float, default=0.5, help="Of telling all findings apart by their texts.")
-    loss.add_argument("--code_weight", type=float, default=0.5, help="Of telling images apart by their codes.")
+    loss.add_argument("--code_weight", type=float, default=0.2, help="Of telling images apart by their codes.")
     loss.add_argument("--rating_steps", type=int, default=300, help="Further steps with people's grades.")
     loss.add_argument("--rating_learning_rate", type=float, default=2e-4)
     loss.add_argument("--folds", type=int, default=5, help="Folds of the ratings, by group; 0 leaves that out.")
@@ -160,17 +160,11 @@ class Lessons:
         }
 
     def pairs(self, count: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two versions each of `count` real images of one modality, finished latents [count, C, h, w].
-
-        Images of one modality are the hardest to tell apart.
-        """
+        """Two versions each of `count` real images, finished latents [count, C, h, w]."""
         versions = self.args.latent_variants
-        # The pool begins with the real images, version after version of each.
-        modality = self.pool.modality[self.pool.kind == 0][::versions]
-        which = modality[torch.randint(len(modality), (1,), device=g.device, generator=g)]
-        images = (modality == which).nonzero()[:, 0]
-        first = images[torch.randperm(len(images), device=g.device, generator=g)[:count]] * versions
-        a, b = (torch.randint(versions, first.shape, device=g.device, generator=g) for _ in range(2))
+        images = int((self.pool.kind == 0).sum()) // versions  # the pool begins with them
+        first = torch.randint(images, (count,), device=g.device, generator=g) * versions
+        a, b = (torch.randint(versions, (count,), device=g.device, generator=g) for _ in range(2))
         return self.pool.latents[first + a].float(), self.pool.latents[first + b].float()
 
     def from_grades(self, latents: torch.Tensor, grades: torch.Tensor, count: int, g: torch.Generator) -> dict:

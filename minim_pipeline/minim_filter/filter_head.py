@@ -16,8 +16,6 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from .fingerprints import distances
-
 
 @dataclass
 class FilterHeadOutput(BaseOutput):
@@ -95,8 +93,10 @@ class FilterHead(ModelMixin, ConfigMixin):
         norm_num_groups: of the group norms.
         dropout: in training.
         num_fingerprints: training images whose fingerprints are saved along, so that copies of them are known.
-        copy_distance: bits by which a fingerprint differs at most from that of a copy.
-        calibration: by modality id the thresholds `score` and `finding` from which an image is accepted.
+        calibration: by modality id the thresholds `score` and `finding` from which an image is accepted; `copy`, by
+            how many bits the fingerprint of a copy differs at most; and `ratings`, how many of people's were learned.
+        enough: ratings of quality and of the finding from which on more does not count when candidates are chosen.
+            Always to take the best rated would give back the most typical images, and lose diversity.
         stages: when the pipeline drops candidates: pairs of a noise level sigma/alpha and the share of candidates
             that is left from there on. With the default, 16 steps and guidance over 60 % of them, the best of 4
             costs 1.85 plain images in samples of the U-Net.
@@ -117,16 +117,16 @@ class FilterHead(ModelMixin, ConfigMixin):
         vocab_size: int = 2566,
         max_length: int = 48,
         pad_token_id: int = 0,
-        block_out_channels: tuple[int, int] = (80, 136),
+        block_out_channels: tuple[int, int] = (80, 144),
         layers_per_block: int = 2,
         text_width: int = 96,
         feature_size: int = 192,
-        code_size: int = 256,
+        code_size: int = 224,
         norm_num_groups: int = 8,
         dropout: float = 0.1,
         num_fingerprints: int = 0,
-        copy_distance: int = 0,
         calibration: dict | None = None,
+        enough: tuple[float, float] = (2.0, 2.9),
         stages: tuple[tuple[float, float], ...] = ((14.0, 0.5), (5.5, 0.0)),
     ):
         super().__init__()
@@ -188,16 +188,11 @@ class FilterHead(ModelMixin, ConfigMixin):
         device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         return super().to(device=device, non_blocking=non_blocking) if device is not None else self
 
-    def set_fingerprints(self, fingerprints: torch.Tensor, copy_distance: int) -> None:
-        """Which images are known: uint8 (M, B / 8), and by how many bits a copy of one differs at most."""
-        self.fingerprints = fingerprints.to(self.fingerprints.device, torch.uint8)
-        self.register_to_config(num_fingerprints=len(fingerprints), copy_distance=int(copy_distance))
-
-    def find_copies(self, code: torch.Tensor) -> torch.Tensor:
-        """Whether codes (N, B) of finished images are those of copies: bool (N,)."""
-        if not len(self.fingerprints):
-            return torch.zeros(len(code), dtype=torch.bool, device=code.device)
-        return distances(code, self.fingerprints) <= self.config.copy_distance
+    def set_fingerprints(self, code: nn.Linear, fingerprints: torch.Tensor) -> None:
+        """Which images are known: the code, from features to B bits, and their fingerprints uint8 (M, B / 8)."""
+        self.code = code.to(self.device)
+        self.fingerprints = fingerprints.to(self.device, torch.uint8)
+        self.register_to_config(code_size=code.out_features, num_fingerprints=len(fingerprints))
 
     def encode_image(
         self, noisy: torch.Tensor, clean: torch.Tensor, angle: torch.Tensor

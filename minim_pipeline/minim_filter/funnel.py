@@ -23,6 +23,11 @@ def combine(quality: torch.Tensor, finding: torch.Tensor) -> torch.Tensor:
     return 1 + (quality - 1) * (finding - 1) / 2
 
 
+def rank(rated: FilterHeadOutput, enough: tuple[float, float]) -> torch.Tensor:
+    """By what candidates are chosen (N,): both ratings as one, each only as far as it counts (`FilterHead.enough`)."""
+    return combine(rated.quality.clamp(max=enough[0]), rated.finding.clamp(max=enough[1]))
+
+
 def weaker(rated: FilterHeadOutput) -> torch.Tensor:
     """Which of both ratings is lower, as an index (N,) into `REASONS`."""
     return (rated.finding < rated.quality).long()
@@ -97,7 +102,7 @@ class Funnel:
         clean = estimate_clean(noisy, prediction, angle, scheduler.config.prediction_type)
         rated = self.head(noisy, clean, angle, text=self.text[self.alive])
         before, reasons = self.alive, weaker(rated)
-        kept = self.keep(combine(rated.quality, rated.finding), count)
+        kept = self.keep(rank(rated, self.head.config.enough), count)
         gone = torch.isin(before, self.alive, invert=True)
         self.dropped += zip(self.image[before[gone]].tolist(), [REASONS[r] for r in reasons[gone].tolist()])
         return kept

@@ -1,0 +1,125 @@
+"""Fingerprints that tell copies of training images: the code behind them, and how many copies they miss."""
+
+import torch
+from filter_data import encode, versions
+from torch import nn
+
+from minim_pipeline import FilterHead, MinimPipeline
+from minim_pipeline.minim_filter.fingerprints import distances, pack
+
+
+@torch.no_grad()
+def pooled_features(head: FilterHead, pipe: MinimPipeline, images: torch.Tensor, bf16: bool) -> torch.Tensor:
+    """What the head's code is read from, [N, F] on the CPU, of images uint8 [N, 3, H, W]."""
+    seen = []
+    hook = head.norm.register_forward_hook(lambda norm, given, made: seen.append(made.cpu()))
+    try:
+        for part in encode(pipe.vae, images, bf16).split(128):
+            x = part.to(head.device).float()
+            head.encode_image(x, x, x.new_zeros(len(x)))
+    finally:
+        hook.remove()
+    return torch.cat(seen)
+
+
+def version_features(head, pipe, rows: list[dict], images: torch.Tensor, count: int, seed: int, bf16: bool):
+    """Of every image and mildly changed versions of it, the first unchanged: [N, count, F]."""
+    made = versions(rows, images, count, seed, head.device)
+    return pooled_features(head, pipe, made, bf16).unflatten(0, (-1, count))
+
+
+def fit_code(features: torch.Tensor, bits: int, directions: int = 160, ridge: float = 0.3, seed: int = 0) -> nn.Linear:
+    """A linear code that is alike for versions of an image and unlike for other images, in closed form.
+
+    Fisher's linear discriminant with every image as a class (Fisher, 1936), its directions brought to one scale and
+    turned at random, so that every bit says as much as another (as in ITQ, Gong and Lazebnik, 2011).
+
+    Args:
+        features: [N, versions, F].
+        bits: a multiple of 8.
+        directions: of the discriminant, at most `bits`.
+        ridge: of the covariance within images, in mean variances.
+    """
+    features = features.double()
+    mean = features.mean((0, 1))
+    apart = (features - features.mean(1, keepdim=True)).flatten(0, 1)
+    within = apart.T @ apart / len(apart)
+    within += ridge * within.diagonal().mean() * torch.eye(len(within), dtype=within.dtype)
+    centres = features.mean(1) - mean
+    whiten = torch.linalg.inv(torch.linalg.cholesky(within))
+    values, vectors = torch.linalg.eigh(whiten @ (centres.T @ centres / len(centres)) @ whiten.T)
+    directions = min(directions, bits, len(values))
+    chosen = whiten.T @ vectors[:, -directions:] / values[-directions:].clamp(min=1e-9).sqrt()  # [F, directions]
+    g = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(bits, bits, generator=g, dtype=torch.float64))[0][:directions]
+    code = nn.Linear(len(mean), bits)
+    code.weight.data = (chosen @ turn).T.float().contiguous()
+    code.bias.data = -(mean @ chosen @ turn).float()
+    return code.half().float()  # as it will be saved
+
+
+def plant(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Copies as a generator might make them, by name: uint8 [N, 3, H, W]."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * 255 * 0.02
+    return {
+        "12 % brighter": (images.float() * 1.12).clamp(0, 255).to(torch.uint8),
+        "noise of 2 %": (images.float() + noise).clamp(0, 255).to(torch.uint8),
+        "shifted by 4 px": images.roll((4, 4), (2, 3)),
+        "mirrored": images.flip(-1),
+    }
+
+
+def copy_limit(strangers: torch.Tensor, false_alarms: float) -> int:
+    """The largest distance within which at most this share of distances int64 [N] lies; -1 if there is none."""
+    limits = [d for d in range(int(strangers.max()) + 1) if (strangers <= d).double().mean().item() <= false_alarms]
+    return max(limits, default=-1)
+
+
+def veto_report(
+    code: nn.Linear,
+    known: torch.Tensor,
+    val: torch.Tensor,
+    val_modalities: list[str],
+    planted: dict[str, torch.Tensor],
+    planted_modalities: list[str],
+    false_alarms: float,
+) -> tuple[dict[str, int], dict]:
+    """Limits by modality, and how many copies they miss.
+
+    Args:
+        known: fingerprints of the training images.
+        val: features [N, F] of images that are no copies, but for what a data set repeats.
+        planted: features [M, F] of copies, by name; of images that neither head nor code has learned from.
+        false_alarms: share of `val` within the limit.
+    """
+    with torch.no_grad():
+        strangers = distances(code(val), known)
+        copies = {name: distances(code(x), known) for name, x in planted.items()}
+    limits, missed = {}, {}
+    for modality in dict.fromkeys(val_modalities):
+        mine = torch.tensor([m == modality for m in val_modalities])
+        limits[modality] = copy_limit(strangers[mine], false_alarms)
+        planted_mine = torch.tensor([m == modality for m in planted_modalities])
+        missed[modality] = {
+            name: round((d[planted_mine] > limits[modality]).double().mean().item(), 4)
+            for name, d in copies.items()
+            if planted_mine.any()
+        }
+    limit = {"val": [limits[m] for m in val_modalities], "planted": [limits.get(m, -1) for m in planted_modalities]}
+    report = {
+        "n": len(planted_modalities),
+        "bytes": known.numel(),
+        "false alarms, val": round((strangers <= torch.tensor(limit["val"])).double().mean().item(), 4),
+        "missed": {
+            name: round((d > torch.tensor(limit["planted"])).double().mean().item(), 4) for name, d in copies.items()
+        },
+        "missed by modality": missed,
+        "median distance": {"val": strangers.median().item()} | {n: d.median().item() for n, d in copies.items()},
+    }
+    return limits, report
+
+
+def fingerprints(code: nn.Linear, features: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, bits / 8] of features [N, F]."""
+    with torch.no_grad():
+        return pack(code(features))
