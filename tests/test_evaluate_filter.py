@@ -1,0 +1,49 @@
+"""What the comparison of the filter counts."""
+
+import pytest
+import torch
+from candidates import Candidates
+from evaluate_filter import choices, compare, removed, wrong_findings
+
+from minim_pipeline import FilterHead
+
+
+CLASSES = [("oct", "cyst"), ("oct", "normal"), ("cxr", "normal")]
+
+
+def test_wrong_is_what_judges_read_as_another_finding_of_the_modality():
+    planned = [{"modality": "oct", "finding": "cyst"}] * 3
+    said = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.3, 0.5], [0.3, 0.1, 0.6]])
+    assert wrong_findings(said, CLASSES, planned).tolist() == [False, True, False], "another modality does not matter"
+
+
+def test_removed_counts_what_was_made_wrong_too():
+    off = torch.tensor([True] * 40 + [False] * 160)
+    on = torch.tensor([True] * 10 + [False] * 180 + [True] * 10)
+    assert removed(off, on) == pytest.approx(0.5)
+    figures = compare(off, on)
+    low, high = figures["interval"]
+    assert figures["wrong"] == 0.1 and low < 0.5 < high and low > 0
+
+
+def test_every_way_chooses_by_its_own_measure_and_says_what_it_costs():
+    head = FilterHead(stages=((5.0, 0.0),), enough=(2.0, 2.9))
+    # One image, four candidates, two steps and the end; the third is best at the end, the second on the way.
+    finding = torch.tensor([[1.0, 1.0, 1.0], [2.9, 2.0, 2.0], [2.0, 2.5, 2.95], [2.0, 2.5, 2.99]])
+    guidance = torch.tensor([[0.1, 0.0], [0.2, 0.0], [0.3, 0.0], [0.9, 0.0]])
+    empty = torch.empty(0)
+    drawn = Candidates(torch.full((4, 3), 3.0), finding, guidance, torch.tensor([4.0, 1.0, 0.0]), empty, empty)
+    made = choices(drawn, torch.ones(4, dtype=torch.bool), head, 4)
+    chosen = {name: way["index"].item() for name, way in made.items()}
+    assert chosen == {
+        "off": 0,
+        "filter": 1,
+        "filter at the end": 2,
+        "best rated": 1,
+        "best rated at the end": 3,
+        "CFG-Rejection, high": 3,
+        "CFG-Rejection, low": 0,
+    }
+    assert made["off"]["samples"] == 3 and made["filter"]["samples"] == 9, "four guided ones, then one without"
+    only_last = torch.tensor([True, False, False, False])
+    assert choices(drawn, only_last, head, 4)["filter at the end"]["index"].item() == 0, "accepted ones go first"
