@@ -1,9 +1,9 @@
 """Trains the filter head: how good an image will be, and whether it shows what was asked, at every noise level.
 
 Before anybody has rated anything it learns from a rubric (`rubric.py`): real images and the sampler's own, whole and
-damaged, with right and wrong captions; then, with --ratings, from people's grades. Of an image it sees what the
-pipeline can give it at any step: noisy latents, the U-Net's estimate of the clean ones for the caption, the noise
-level, and the caption's tokens (latent reward models, arXiv 2502.01051).
+damaged, with right and wrong captions; then, with --ratings, from people's grades of quality, a bias for each rater
+(`raters.py`). Of an image it sees what the pipeline can give it at any step: noisy latents, the U-Net's estimate of
+the clean ones for the caption, the noise level, and the caption's tokens (latent reward models, arXiv 2502.01051).
 
 It learns from part A of the train split, as does the teacher that says what generated images show; the judges of
 part B never meet it. The teacher comes from
@@ -40,10 +40,10 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from filter_data import Captions, Drawn, Pool, build_pool, draw, encode, kept, versions
 from filter_report import cross_validate, finding_report, quality_report
+from raters import Raters, raters_report, read_ratings
 from trajectories import Trajectories
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
-from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.judges import claimed_classes, class_of, load_judges
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.minim_filter import FilterHead
@@ -60,7 +60,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     model.add_argument("--block_out_channels", type=int, nargs=2, default=(80, 144))
     data = parser.add_argument_group("what it learns from")
     data.add_argument("--part", default="A", help="Rows of the train split with this `part`; 'all' takes every row.")
-    data.add_argument("--ratings", help="CSV with path,Text,modality,rating,part,group: people's grades, 1 to 3.")
+    data.add_argument(
+        "--ratings", help="CSV with path,Text,modality,rating[,rater,part,group]: people's grades of quality, 1 to 3."
+    )
     data.add_argument("--captions", help="JSON with phrasings of every finding; default: train/captions.json.")
     data.add_argument("--caption_variants", type=int, default=16, help="Phrasings of every caption.")
     data.add_argument("--latent_variants", type=int, default=8, help="Augmented versions of every image.")
@@ -85,16 +87,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.folds == 1 or args.folds < 0:
         raise ValueError(f"--folds has to be 0 or at least 2, got {args.folds}.")
     return args
-
-
-def read_ratings(path: str) -> list[dict]:
-    """People's grades of images; every bad row is told, with its number, before any work is done."""
-
-    def check(row: dict) -> None:
-        if row["rating"] not in ("1", "2", "3"):
-            raise ValueError(f"rating has to be 1, 2 or 3, got {row['rating']!r}")
-
-    return read_csv(path, require=("path", "Text", "modality", "rating", "group"), check=check)
 
 
 class Lessons:
@@ -138,6 +130,7 @@ class Lessons:
             "finding": self.captions.grades(shows, asked),
             "readable": self.pool.readable[index],
             "shows": shows,
+            "rater": torch.full_like(index, -1),
         }
 
     def from_trajectories(self, count: int, g: torch.Generator) -> dict[str, torch.Tensor]:
@@ -157,6 +150,7 @@ class Lessons:
             # What a sampler that stops at two steps draws cannot be read.
             "readable": self.drawn.quality[index] > 1,
             "shows": shows,
+            "rater": torch.full_like(index, -1),
         }
 
     def pairs(self, count: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,8 +161,8 @@ class Lessons:
         a, b = (torch.randint(versions, (count,), device=g.device, generator=g) for _ in range(2))
         return self.pool.latents[first + a].float(), self.pool.latents[first + b].float()
 
-    def from_grades(self, latents: torch.Tensor, grades: torch.Tensor, count: int, g: torch.Generator) -> dict:
-        """Finished images [N, versions, C, h, w] that people graded; nothing is asked of the finding."""
+    def from_grades(self, latents, grades: torch.Tensor, rater: torch.Tensor, count: int, g: torch.Generator) -> dict:
+        """Finished images [N, versions, C, h, w] that people [N] graded; nothing is asked of the finding."""
         index = torch.randint(len(latents), (count,), device=latents.device, generator=g)
         version = torch.randint(latents.shape[1], (count,), device=latents.device, generator=g)
         x = latents[index, version].float()
@@ -182,16 +176,20 @@ class Lessons:
             "finding": x.new_zeros(count, 3),
             "readable": torch.zeros(count, dtype=torch.bool, device=x.device),
             "shows": x.new_zeros(count, self.pool.shows.shape[1]),
+            "rater": rater[index],
         }
 
 
-def losses(head: FilterHead, batch: dict[str, torch.Tensor], captions: Captions, g) -> dict[str, torch.Tensor]:
+def losses(
+    head: FilterHead, batch: dict[str, torch.Tensor], captions: Captions, g, raters: Raters | None = None
+) -> dict[str, torch.Tensor]:
     """Negative log likelihood of both gradings; and of the classes shown by finished images, by one caption each.
 
     The last is contrastive (UniCL, arXiv 2204.03610), and leaves noised images out: their estimates follow the
     caption, so they would give it away.
     """
-    output = head(batch["noisy"], batch["clean"], batch["angle"], batch["ids"])
+    bias = raters(batch["rater"]) if raters is not None else None
+    output = head(batch["noisy"], batch["clean"], batch["angle"], batch["ids"], quality_bias=bias)
     known = batch["quality"] > 0
     target = F.one_hot((batch["quality"] - 1).clamp(min=0), 3).float()
     quality = -(target * output.quality_probs.clamp(min=1e-6).log()).sum(1)
@@ -227,30 +225,36 @@ def merge(*batches: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def tune(head: FilterHead, lessons: Lessons, latents, grades, args, seed: int) -> FilterHead:
-    """A copy of the head after some more steps, half of them with people's grades."""
-    head = copy.deepcopy(head).train()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=args.rating_learning_rate, weight_decay=0.05)
+def tune(
+    head: FilterHead, lessons: Lessons, latents, grades, rater, names: list[str], args, seed: int
+) -> tuple[FilterHead, Raters]:
+    """A copy of the head after some more steps, half of them with people's grades; and what biases they have."""
+    head, raters = copy.deepcopy(head).train(), Raters(names).to(latents.device)
+    # A bias has to move as far as the head's score does, in few steps.
+    groups = [{"params": head.parameters()}, {"params": raters.parameters(), "weight_decay": 0.0, "scale": 50.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.rating_learning_rate, weight_decay=0.05)
     for step in range(args.rating_steps):
         for group in optimizer.param_groups:
-            group["lr"] = args.rating_learning_rate * 0.5 * (1 + math.cos(math.pi * step / args.rating_steps))
+            rate = args.rating_learning_rate * group.get("scale", 1.0)
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / args.rating_steps))
         g = step_generator(seed, step, 7, latents.device)
         some = args.train_batch_size // 2
         batch = merge(
-            lessons.from_grades(latents, grades, some, g),
+            lessons.from_grades(latents, grades, rater, some, g),
             lessons.from_pool(some, g),
             lessons.from_trajectories(some, g),
         )
-        sum(train_losses(head, lessons, batch, args, g).values()).backward()
+        loss = sum(train_losses(head, lessons, batch, args, g, raters).values()) + raters.penalty(len(grades))
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-    return head.eval()
+    return head.eval(), raters
 
 
-def train_losses(head: FilterHead, lessons: Lessons, batch: dict[str, torch.Tensor], args, g) -> dict:
+def train_losses(head: FilterHead, lessons: Lessons, batch: dict[str, torch.Tensor], args, g, raters=None) -> dict:
     """All losses of a step, weighted; their sum is what falls."""
-    parts = losses(head, batch, lessons.captions, g)
+    parts = losses(head, batch, lessons.captions, g, raters)
     parts["classes"] = args.class_weight * parts["classes"]
     if args.code_weight:
         parts["code"] = args.code_weight * code_loss(head, *lessons.pairs(min(128, args.train_batch_size), g))
@@ -346,13 +350,19 @@ def main(argv=None) -> dict:
     }
     if ratings:
         graded = load_graded(ratings, args, pipe, device)
+        names, guesses = [row["rater"] for row in ratings], None
         if args.folds:
             guesses = cross_validate(
-                ratings, args.folds, args.seed, lambda mine, i: tune(final, lessons, *graded(mine), args, i), graded
+                ratings,
+                args.folds,
+                args.seed,
+                lambda mine, i: tune(final, lessons, *graded(mine), names, args, i)[0],
+                graded,
             )
             report["quality, cross-validated"] = quality_report(ratings, guesses)
-        mine = [i for i, row in enumerate(ratings) if args.part in ("all", row.get("part"))]
-        final = tune(final, lessons, *graded(mine), args, args.folds)
+        mine = [i for i, row in enumerate(ratings) if args.part in ("all", row.get("part") or args.part)]
+        final, raters = tune(final, lessons, *graded(mine), names, args, args.folds)
+        report |= raters_report(ratings, raters, guesses)
     if val_rows:
         report["finding, val"] = finding_report(final, lessons, val_rows, val_latents, pipe.tokenizer, args.seed)
     final.half().save_pretrained(output / "filter_head")
@@ -362,12 +372,14 @@ def main(argv=None) -> dict:
 
 
 def load_graded(ratings: list[dict], args, pipe: MinimPipeline, device):
-    """A function from indices of the ratings to latents [n, versions, C, h, w] and grades [n]."""
+    """A function from indices of the ratings to latents [n, versions, C, h, w], grades [n] and raters [n]."""
     images = load_images(ratings, args.ratings, args.resolution)
     pictures = versions(ratings, images, args.latent_variants, args.seed, device)
     latents = encode(pipe.vae, pictures, args.mixed_precision == "bf16").unflatten(0, (len(ratings), -1)).to(device)
     grades = torch.tensor([int(row["rating"]) for row in ratings], device=device)
-    return lambda index: (latents[index], grades[index])
+    names = [row["rater"] for row in ratings]
+    rater = Raters(names).index(names).to(device)
+    return lambda index: (latents[index], grades[index], rater[index])
 
 
 def materials(args, pipe: MinimPipeline, rows, classes, rated: set[str], device) -> tuple[Pool, Drawn]:

@@ -232,6 +232,7 @@ class FilterHead(ModelMixin, ConfigMixin):
         angle: torch.Tensor,
         input_ids: torch.Tensor | None = None,
         text: torch.Tensor | None = None,
+        quality_bias: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> FilterHeadOutput | tuple:
         """Rates each image for its prompt.
@@ -243,13 +244,16 @@ class FilterHead(ModelMixin, ConfigMixin):
             angle: arctan(sigma / alpha) in [0, pi / 2], (N,); 0 is a finished image.
             input_ids: token ids of modality and prompt, (N, L).
             text: what `encode_text` gave, (N, T), instead of `input_ids`.
+            quality_bias: what a rater adds to the score of quality before the cuts, (N,); for training.
             return_dict: `False` for a plain tuple.
         """
         # Its own arithmetic is fp32 inside of an autocast region, too.
         with torch.autocast(noisy.device.type, enabled=False):
             features, code, embedding = self.encode_image(noisy, clean, angle)
             text = self.encode_text(input_ids) if text is None else text.float()
-            quality = self.quality["ordinal"](self.quality["score"](features)[:, 0], features, embedding)
+            score = self.quality["score"](features)[:, 0]
+            score = score if quality_bias is None else score + quality_bias
+            quality = self.quality["ordinal"](score, features, embedding)
             finding = self.finding["ordinal"](self.match(features, text), features, embedding)
             ratings = torch.tensor([1.0, 2.0, 3.0], device=noisy.device)
             output = FilterHeadOutput(quality @ ratings, finding @ ratings, quality, finding, features, code)

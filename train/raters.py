@@ -1,0 +1,76 @@
+"""People's ratings: read from a CSV, with what each rater adds to or takes from what the others would give."""
+
+import torch
+from torch import nn
+
+from minim_pipeline import resolve_modality
+from minim_pipeline.data import read_csv
+from minim_pipeline.evaluation.agreement import rater_agreement, weighted_kappa
+
+
+# Of the normal distribution that biases are taken to come from, in units of the head's score.
+PRIOR_WIDTH = 1.0
+
+
+def read_ratings(path: str) -> list[dict]:
+    """People's grades of images; every bad row is told, with its number, before any work is done.
+
+    Columns: `path,Text,modality,rating`, optionally `rater`, `part` and `group`. Rows without a rater share one; an
+    image without a group is one of its own.
+    """
+
+    def check(row: dict) -> None:
+        resolve_modality(row["modality"])
+        if row["rating"] not in ("1", "2", "3"):
+            raise ValueError(f"rating has to be 1, 2 or 3, got {row['rating']!r}")
+
+    rows = read_csv(path, require=("path", "Text", "modality", "rating"), check=check)
+    return [row | {"rater": row.get("rater") or "", "group": row.get("group") or row["path"]} for row in rows]
+
+
+class Raters(nn.Module):
+    """A bias for each rater: what is added to the head's score before the cuts of the cumulative link.
+
+    Their mean is zero, so that the head speaks for the average rater.
+    """
+
+    def __init__(self, names: list[str]):
+        super().__init__()
+        self.names = sorted(set(names))
+        self.raw = nn.Parameter(torch.zeros(len(self.names)))
+
+    @property
+    def bias(self) -> torch.Tensor:
+        """[raters], in the order of `names`."""
+        return self.raw - self.raw.mean()
+
+    def index(self, names: list[str]) -> torch.Tensor:
+        return torch.tensor([self.names.index(name) for name in names])
+
+    def forward(self, rater: torch.Tensor) -> torch.Tensor:
+        """Biases (N,) of raters int64 (N,); 0 where that is -1."""
+        return torch.where(rater >= 0, self.bias[rater.clamp(min=0)], 0.0)
+
+    def penalty(self, ratings: int) -> torch.Tensor:
+        """The prior's negative log density, a rating's share of it."""
+        return (self.bias / PRIOR_WIDTH).square().sum() / 2 / max(1, ratings)
+
+
+def raters_report(ratings: list[dict], raters: Raters, guesses: torch.Tensor | None) -> dict:
+    """Biases, agreement between raters, and of the head with them.
+
+    Args:
+        guesses: quality [N] by heads that have not learned from the images, or `None`.
+    """
+    counts = {name: sum(row["rater"] == name for row in ratings) for name in raters.names}
+    biases = dict(zip(raters.names, raters.bias.tolist(), strict=True))
+    report = {"raters": {name: {"bias": round(biases[name], 4), "n": counts[name]} for name in raters.names}}
+    report["agreement"] = {"between raters": rater_agreement(ratings)}
+    if guesses is not None:
+        said = guesses.round().long().tolist()
+        report["agreement"]["head"] = {}
+        for name in ["all", *raters.names]:
+            mine = [i for i, row in enumerate(ratings) if name in ("all", row["rater"])]
+            kappa = weighted_kappa([said[i] for i in mine], [int(ratings[i]["rating"]) for i in mine])
+            report["agreement"]["head"][name] = {"kappa": kappa, "n": len(mine)}
+    return report
