@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 from PIL import Image
-from raters import Raters, raters_report, read_ratings
+from raters import Raters, learned_from, raters_report, read_ratings
 
 from minim_pipeline import FilterHead
 from minim_pipeline.evaluation.agreement import rater_agreement, weighted_kappa
@@ -103,3 +103,6 @@ def test_a_csv_of_a_rating_page_needs_neither_part_nor_group(tmp_path):
     read = read_ratings(write(tmp_path / "ratings.csv", header, *rows))
     assert [row["rater"] for row in read] == ["ann", "bob", ""]
     assert read[0]["group"] == read[1]["group"] != read[2]["group"], "ratings of one image share a fold"
+    assert all(learned_from(row, "A") for row in read), "ratings without parts are taken"
+    assert not learned_from({"part": "B", "split": "train"}, "A") and learned_from({"part": "B"}, "all")
+    assert not learned_from({"part": "", "split": "val"}, "A"), "what is validated on is not learned from"

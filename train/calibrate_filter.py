@@ -25,6 +25,7 @@ from candidates import Candidates, draw_candidates, follow
 from copies import fingerprints, fit_code, plant, pooled_features, version_features, veto_report
 from filter_report import auroc
 from matplotlib.figure import Figure
+from raters import learned_from
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline, resolve_modality
 from minim_pipeline.data import read_csv
@@ -39,6 +40,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part.")
     parser.add_argument("--part", default="C", help="Whose captions are drawn; 'all' takes every row.")
     parser.add_argument("--ratings", help="The CSV that the head learned from: tells who has enough ratings.")
+    parser.add_argument("--ratings_part", default="A", help="The part of them that it learned from, or 'all'.")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--min_train", type=int, default=20, help="Findings with fewer train images are not drawn.")
     parser.add_argument("--min_val", type=int, default=8, help="Likewise with val images.")
@@ -230,7 +232,8 @@ def main(argv=None) -> dict:
     rows = [row for row in rows if class_of(row) in claimed]
     people = Counter()
     if args.ratings:
-        people.update(resolve_modality(row["modality"]).id for row in read_csv(args.ratings, check_images=False))
+        ratings = [row for row in read_csv(args.ratings, check_images=False) if learned_from(row, args.ratings_part)]
+        people.update(resolve_modality(row["modality"]).id for row in ratings)
 
     planned = plan_prompts(rows, args.prompts_per_modality, args.candidates, args.seed)
     modalities = [class_of(row)[0] for row in planned]

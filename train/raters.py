@@ -28,6 +28,14 @@ def read_ratings(path: str) -> list[dict]:
     return [row | {"rater": row.get("rater") or "", "group": row.get("group") or row["path"]} for row in rows]
 
 
+def learned_from(row: dict, part: str) -> bool:
+    """Whether a head that learns from `part` ("all": every part) takes this rating: never of a val image.
+
+    Ratings that come without parts, as from a rating page, are taken.
+    """
+    return row.get("split") != "val" and (part == "all" or (row.get("part") or part) == part)
+
+
 class Raters(nn.Module):
     """A bias for each rater: what is added to the head's score before the cuts of the cumulative link.
 

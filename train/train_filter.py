@@ -40,7 +40,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from filter_data import Captions, Drawn, Pool, build_pool, draw, encode, kept, versions
 from filter_report import cross_validate, finding_report, quality_report
-from raters import Raters, raters_report, read_ratings
+from raters import Raters, learned_from, raters_report, read_ratings
 from trajectories import Trajectories
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
@@ -360,7 +360,7 @@ def main(argv=None) -> dict:
                 graded,
             )
             report["quality, cross-validated"] = quality_report(ratings, guesses)
-        mine = [i for i, row in enumerate(ratings) if args.part in ("all", row.get("part") or args.part)]
+        mine = [i for i, row in enumerate(ratings) if learned_from(row, args.part)]
         final, raters = tune(final, lessons, *graded(mine), names, args, args.folds)
         report |= raters_report(ratings, raters, guesses)
     if val_rows:
