@@ -99,6 +99,14 @@ def test_bad_ratings_are_told_before_any_work(arguments, data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_ratings_of_other_parts_alone_are_told_before_any_work(arguments, data, tmp_path):
+    rows = [row | {"part": "C"} for row in csv.DictReader(open(data.with_name("ratings.csv")))]
+    other = write_csv(data.with_name("other.csv"), rows)
+    with pytest.raises(ValueError, match="no ratings of part 'A' to learn from; its parts are 'C'"):
+        train_filter.main([*arguments, "--ratings", str(other), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_trajectories_hold_what_the_sampler_held(pipeline):
     rows = [{"Text": "normal", "modality": name} for name in MODALITIES[:3]]
     drawn = draw_trajectories(pipeline, rows, rubric.Sampler(6, 2.0, 3, 1.0), [5, 6, 7], batch_size=2, keep=3)

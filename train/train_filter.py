@@ -277,6 +277,9 @@ def main(argv=None) -> dict:
     if not rows:
         raise ValueError(f"{args.train_data} has no rows of part {args.part!r} with a finding of {args.min_train}.")
     ratings = read_ratings(args.ratings) if args.ratings else []
+    if ratings and not any(learned_from(row, args.part) for row in ratings):
+        parts = ", ".join(sorted({repr(row.get("part", "")) for row in ratings}))
+        raise ValueError(f"{args.ratings} has no ratings of part {args.part!r} to learn from; its parts are {parts}.")
 
     pipe = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path).to(device)
     pipe.set_progress_bar_config(disable=True)
