@@ -24,6 +24,8 @@ def test_removed_counts_what_was_made_wrong_too():
     figures = compare(off, on)
     low, high = figures["interval"]
     assert figures["wrong"] == 0.1 and low < 0.5 < high and low > 0
+    few = torch.tensor([True] * 3 + [False] * 7)
+    assert compare(few, ~few)["interval"] is None and compare(few & ~few, few)["removed"] is None
 
 
 def test_every_way_chooses_by_its_own_measure_and_says_what_it_costs():

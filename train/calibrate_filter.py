@@ -65,6 +65,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.precision is not None and args.teacher is None:
         raise ValueError("--precision needs --teacher: classifiers that read what the images show.")
+    if args.code_bits < 8 or args.code_bits % 8:
+        raise ValueError(f"--code_bits has to be a positive multiple of 8, got {args.code_bits}.")
     for name, low, high in (("acceptance", 0, 1), ("precision", 0, 1), ("finding_floor", 1, 3), ("most_cost", 1, 99)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -230,6 +232,12 @@ def main(argv=None) -> dict:
     # Findings of too few images, which the generator cannot draw, would use up what may be rejected.
     claimed = claimed_classes(train, val, args.min_train, args.min_val if val else 0)
     rows = [row for row in rows if class_of(row) in claimed]
+    if not rows:
+        raise ValueError(
+            f"No finding of part {args.part!r} has {args.min_train} train and {args.min_val} val images in"
+            f" {args.train_data}: lower --min_train or --min_val."
+        )
+    teacher = load_judges(args.teacher, device) if args.teacher else None
     people = Counter()
     if args.ratings:
         ratings = [row for row in read_csv(args.ratings, check_images=False) if learned_from(row, args.ratings_part)]
@@ -241,8 +249,8 @@ def main(argv=None) -> dict:
         pipe, [r["Text"] for r in planned], modalities, [r["seed"] for r in planned], args.batch_size, bf16
     )
     right = known = None
-    if args.teacher:
-        right, known = read_right(load_judges(args.teacher, device), drawn, planned)
+    if teacher is not None:
+        right, known = read_right(teacher, drawn, planned)
     score, finding = drawn.score[:, -1], drawn.finding[:, -1]
     calibration, figures = {}, {}
     for name in dict.fromkeys(modalities):

@@ -105,13 +105,15 @@ def removed(off: torch.Tensor, on: torch.Tensor) -> float:
 
 
 def compare(off: torch.Tensor, on: torch.Tensor) -> dict:
-    """Wrong findings, bool [M] each, of the same slots."""
-    interval = bootstrap_interval(removed, off, on, paired=True, draws=1000)
-    return {
-        "wrong": round(on.double().mean().item(), 4),
-        "removed": round(removed(off, on), 4),
-        "interval": [round(value, 4) for value in interval],
-    }
+    """Wrong findings, bool [M] each, of the same slots; `None` for what too few of them tell nothing of."""
+    figures = {"wrong": round(on.double().mean().item(), 4), "removed": None, "interval": None}
+    if off.any():
+        figures["removed"] = round(removed(off, on), 4)
+    # Of fewer a half may hold none, and a share of none is no number.
+    if off.sum() >= 20:
+        interval = bootstrap_interval(removed, off, on, paired=True, draws=1000)
+        figures["interval"] = [round(value, 4) for value in interval]
+    return figures
 
 
 def diversity(images: torch.Tensor, features: torch.Tensor, planned: list[dict], val: dict, pairs: int) -> dict:
@@ -172,7 +174,7 @@ def rejections(pipe: MinimPipeline, rows: list[dict], images: torch.Tensor, seed
 def sheet(
     images: torch.Tensor, made: dict, wrong: torch.Tensor, planned: list[dict], candidates: int, path: Path
 ) -> None:
-    """Above, without the filter; below, with it: the first 12 slots of each modality that differ, nothing picked."""
+    """Above, without the filter; below, with it: 12 slots of each modality, evenly from those that differ."""
     rows = []
     size = 128
     for modality in dict.fromkeys(p["modality"] for p in planned):
@@ -244,7 +246,7 @@ def main(argv=None) -> dict:
         for modality in ways[name]["modalities"]:
             index = torch.tensor([p["modality"] == modality for p in planned])
             ways[name]["modalities"][modality] |= compare(wrong[off][index], wrong[mine][index])
-    most = max(ways[name]["removed"] for name in ("filter at the end", "best rated at the end"))
+    most = max(ways[name]["removed"] or 0.0 for name in ("filter at the end", "best rated at the end"))
     gain = ways["filter"]["removed"] / most if most > 0 else None
     good = ~wrong & (drawn.quality[:, -1] >= 2)
     report = {
