@@ -36,7 +36,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .minim_filter import FilterHead, FilterHeadOutput
 from .minim_filter.fingerprints import distances
-from .minim_filter.funnel import REASONS, Funnel, combine, plan_stages, rank, select_state, weaker
+from .minim_filter.funnel import REASONS, Funnel, combine, plan_stages, select_state, weaker
 from .modalities import AMBIGUOUS, Modality, resolve_modality, split_prefix
 from .tokens import negative_text, prompt_text
 
@@ -713,20 +713,17 @@ class MinimPipeline(
         training image. `filter_threshold` takes the place of the score's.
         """
         calibration = self.filter_head.config.calibration or {}
-        unknown = sorted({m.id for m in modalities} - set(calibration))
-        if unknown:
-            warn_once(
-                f"The filter's thresholds are not calibrated for {', '.join(unknown)}; those taken are"
-                f" {UNCALIBRATED['score']} of 3 for the score and {UNCALIBRATED['finding']} for the finding."
-            )
-        few = sorted(
-            {m.id for m in modalities if calibration.get(m.id, {}).get("ratings", 0) < FEWEST_RATINGS} - set(unknown)
-        )
-        if few:
-            warn_once(
-                f"The filter's thresholds for {', '.join(few)} are not calibrated by people, who rated fewer than"
-                f" {FEWEST_RATINGS} images of it: what is good there follows a rubric."
-            )
+        for name in dict.fromkeys(m.id for m in modalities):
+            if name not in calibration:
+                warn_once(
+                    f"The filter's thresholds are not calibrated for {name}; those taken are {UNCALIBRATED['score']}"
+                    f" of 3 for the score and {UNCALIBRATED['finding']} for the finding."
+                )
+            elif calibration[name].get("ratings", 0) < FEWEST_RATINGS:
+                warn_once(
+                    f"The filter's thresholds for {name} are not calibrated by people, who rated fewer than"
+                    f" {FEWEST_RATINGS} images of it: what is good there follows a rubric."
+                )
         thresholds = [calibration.get(m.id, UNCALIBRATED) for m in modalities]
         scores = combine(rated.quality, rated.finding)
         least, found = (scores.new_tensor([t[name] for t in thresholds]) for name in ("score", "finding"))
@@ -796,6 +793,8 @@ class MinimPipeline(
                 if guide:
                     noise_pred_uncond = noise_pred[: len(latents)]
                     noise_pred = noise_pred_uncond + self.guidance_scale * (noise_pred_text - noise_pred_uncond)
+                    if funnel is not None:
+                        funnel.add_guidance(noise_pred_text, noise_pred_uncond)
                     if self.guidance_rescale > 0.0:
                         noise_pred = rescale_noise_cfg(noise_pred, noise_pred_text, self.guidance_rescale)
 
@@ -1092,7 +1091,7 @@ class MinimPipeline(
             for place, reason in funnel.dropped + list(zip(funnel.image[left].tolist(), reasons)):
                 if reason and place < len(wanted):
                     rejected[wanted[place]][reason] += 1
-            best = funnel.keep(rank(rated, self.filter_head.config.enough) + 4 * passed, 1).tolist()
+            best = funnel.keep(funnel.rank(rated) + 4 * passed, 1).tolist()
             for k, i in zip(best, wanted):
                 drawn[i] += candidates
                 if final[i] is None or (passed[k].item(), found[k].item()) > (accepted[i], scores[i]):

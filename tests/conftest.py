@@ -129,6 +129,7 @@ def _filter_head(vocab_size: int, pad_token_id: int, channels: int, vae):
         norm_num_groups=4,
         calibration={name: {"score": 1.0, "finding": 1.0} for name in MODALITIES},
         enough=(3.0, 3.0),
+        guidance_weight=0.0,
     )
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.5)

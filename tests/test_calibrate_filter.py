@@ -18,10 +18,11 @@ from minim_pipeline.minim_filter.funnel import plan_stages
 torch.set_num_threads(1)
 
 
-def test_the_funnel_gives_back_what_following_its_ratings_says(make_pipeline):
+@pytest.mark.parametrize("guidance_weight", [0.0, 2.0])
+def test_the_funnel_gives_back_what_following_its_ratings_says(make_pipeline, guidance_weight):
     pipe = make_pipeline(filtered=True)
     pipe.register_to_config(num_inference_steps=6, guidance_scale=3.0, guidance_interval=[0.0, 0.6])
-    pipe.filter_head.register_to_config(stages=((20.0, 0.5), (1.0, 0.0)))
+    pipe.filter_head.register_to_config(stages=((20.0, 0.5), (1.0, 0.0)), guidance_weight=guidance_weight)
     prompts, modalities = ["normal", "cyst", "edema"], ["oct", "cxr", "oct"]
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     seeds = pipe.draw_seeds([0, 1, 2], 4, generators)
@@ -32,7 +33,8 @@ def test_the_funnel_gives_back_what_following_its_ratings_says(make_pipeline):
     guided = (drawn.guidance > 0).any(0)
     assert guided.tolist() == [True] * 4 + [False] * 2, "0.6 of six steps"
     score = drawn.score.view(3, 4, -1)
-    chosen, samples = follow(score, drawn.levels, guided, plan_stages(pipe.filter_head.config.stages, 4))
+    ranks = drawn.rank(pipe.filter_head).view_as(score)
+    chosen, samples = follow(ranks, drawn.levels, guided, plan_stages(pipe.filter_head.config.stages, 4))
 
     sizes = []
     hook = pipe.unet.register_forward_hook(lambda unet, given, made: sizes.append(len(made[0])))
@@ -68,12 +70,13 @@ def test_stages_are_where_ratings_foretell_and_within_the_cost():
     guidance = torch.ones(400, steps) * (torch.arange(steps) < 10)
     empty = torch.empty(0)
     drawn = Candidates(quality, torch.full_like(quality, 3.0), guidance, levels, empty, empty)
-    stages, plans = choose_stages(drawn, 4, most_cost=2.0, enough=(3.0, 3.0))
+    head = FilterHead(enough=(3.0, 3.0))
+    stages, plans = choose_stages(drawn, 4, most_cost=2.0, head=head)
     assert stages == [(pytest.approx(20.92, abs=0.01), 0.0)], "all but one are dropped at the third step"
     best = max(plan["gain"] for plan in plans if plan["cost"] <= 2.0)
     assert best == 1.0 and all(plan["gain"] < 0.9 for plan in plans if plan["cost"] < 1.5)
     with pytest.raises(ValueError, match="at most 1.0"):
-        choose_stages(drawn, 4, most_cost=1.0, enough=(3.0, 3.0))
+        choose_stages(drawn, 4, most_cost=1.0, head=head)
 
 
 def test_the_limit_for_copies_lets_few_strangers_pass():

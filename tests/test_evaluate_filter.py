@@ -1,9 +1,10 @@
 """What the comparison of the filter counts."""
 
+import evaluate_filter
 import pytest
 import torch
 from candidates import Candidates
-from evaluate_filter import choices, compare, removed, wrong_findings
+from evaluate_filter import choices, compare, people, removed, wrong_findings
 
 from minim_pipeline import FilterHead
 
@@ -29,7 +30,7 @@ def test_removed_counts_what_was_made_wrong_too():
 
 
 def test_every_way_chooses_by_its_own_measure_and_says_what_it_costs():
-    head = FilterHead(stages=((5.0, 0.0),), enough=(2.0, 2.9))
+    head = FilterHead(stages=((5.0, 0.0),), enough=(2.0, 2.9), guidance_weight=0.0)
     # One image, four candidates, two steps and the end; the third is best at the end, the second on the way.
     finding = torch.tensor([[1.0, 1.0, 1.0], [2.9, 2.0, 2.0], [2.0, 2.5, 2.95], [2.0, 2.5, 2.99]])
     guidance = torch.tensor([[0.1, 0.0], [0.2, 0.0], [0.3, 0.0], [0.9, 0.0]])
@@ -49,3 +50,16 @@ def test_every_way_chooses_by_its_own_measure_and_says_what_it_costs():
     assert made["off"]["samples"] == 3 and made["filter"]["samples"] == 9, "four guided ones, then one without"
     only_last = torch.tensor([True, False, False, False])
     assert choices(drawn, only_last, head, 4)["filter at the end"]["index"].item() == 0, "accepted ones go first"
+
+
+def test_the_head_is_compared_with_grades_it_has_not_learned_from(make_pipeline, monkeypatch):
+    pipe, seen = make_pipeline(filtered=True), []
+    grades = [1, 2, 3, 3, 1]
+    rows = [{"rating": str(grade), "source": "eyes"} for grade in grades]
+    monkeypatch.setattr(
+        evaluate_filter, "rate", lambda head, latents: (seen.append(latents), torch.tensor(grades) * 0.9)[1]
+    )
+    report = people(pipe, rows, torch.zeros(5, 3, 64, 64, dtype=torch.uint8))
+    assert seen[0].shape[0] == 5 and seen[0].shape[-2:] == (8, 8), "what is rated is latents"
+    assert report["n"] == 5 and report["kappa"] == 1.0
+    assert report["auroc"]["eyes"] == {"n": 5, "3 against 1 and 2": 1.0, "3 against 2": 1.0}

@@ -168,6 +168,26 @@ def test_what_is_good_enough_is_not_dropped_for_what_is_better(filtered):
     assert filtered(**settings, generator=generator()).seeds == first, "of equals the first drawn"
 
 
+def test_of_equals_that_comes_back_which_the_prompt_moved_most(filtered):
+    stages(filtered)
+    filtered.filter_head.register_to_config(enough=(1.0, 1.0), guidance_weight=1.0)
+    moved = torch.zeros(12)
+
+    def note(unet, given, made):
+        if len(made[0]) == 24:  # a guided step
+            untold, told = made[0].chunk(2)
+            moved.add_((told - untold).square().mean((1, 2, 3)))
+
+    settings = dict(**CALL, num_images_per_prompt=4, num_candidates=3, guidance_scale=3.0)
+    hook = filtered.unet.register_forward_hook(note)
+    seeds = filtered(**settings, generator=generator()).seeds
+    hook.remove()
+    drawn = filtered.draw_seeds(range(4), 3, generator())
+    assert seeds == [drawn[3 * i + k] for i, k in enumerate(moved.view(4, 3).argmax(1).tolist())]
+    first = filtered(**settings | {"guidance_scale": 1.0}, generator=generator()).seeds
+    assert first == drawn[::3], "without guidance the first drawn"
+
+
 @pytest.mark.parametrize("ratings", [0, 19, 20])
 def test_who_has_not_been_rated_by_people_is_told_once(filtered, ratings, caplog):
     entry = {"score": 1.0, "finding": 1.0, "ratings": ratings}

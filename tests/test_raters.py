@@ -93,6 +93,9 @@ def test_every_bad_rating_is_told_with_its_row(tmp_path):
         read_ratings(write(tmp_path / "bad.csv", header, ["a.png", "x", "OCT", "3"], *bad))
     for part in ("row 2", "1, 2 or 3, got '4'", "row 3", "Ultrasonic", "row 4", "gone.png"):
         assert part in str(told.value)
+    header, row = [*header, "group"], ["a.png", "x", "OCT", "3"]
+    with pytest.raises(ValueError, match="row 2.*is in group 'two', and in 'one' above"):
+        read_ratings(write(tmp_path / "groups.csv", header, [*row, "one"], [*row, "two"]))
 
 
 def test_a_csv_of_a_rating_page_needs_neither_part_nor_group(tmp_path):

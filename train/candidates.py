@@ -11,8 +11,9 @@ import torch
 from tqdm.auto import tqdm
 
 from minim_pipeline import MinimPipeline, resolve_modality
+from minim_pipeline.minim_filter import FilterHead
 from minim_pipeline.minim_filter.estimate import estimate_clean
-from minim_pipeline.minim_filter.funnel import Funnel, combine, rank
+from minim_pipeline.minim_filter.funnel import Funnel, combine, guidance_strength, rank
 
 
 @dataclass
@@ -40,9 +41,15 @@ class Candidates:
         """[N, S + 1]"""
         return combine(self.quality, self.finding)
 
-    def rank(self, enough: tuple[float, float]) -> torch.Tensor:
+    @property
+    def guidance_sum(self) -> torch.Tensor:
+        """[N, S + 1], as the funnel has it when it rates."""
+        total = self.guidance.cumsum(1)
+        return torch.cat([total, total[:, -1:]], 1)
+
+    def rank(self, head: FilterHead) -> torch.Tensor:
         """By what the funnel chooses, [N, S + 1]."""
-        return rank(self, enough)
+        return rank(self, self.guidance_sum, head.config.enough, head.config.guidance_weight)
 
 
 @torch.no_grad()
@@ -65,7 +72,7 @@ def draw_candidates(
         noisy, t, n = arguments[0], arguments[1], len(funnel.image)
         told = answer[0][-n:]  # with guidance the first half is the negative side's
         guided = len(answer[0]) > n
-        moved = (told - answer[0][:n]).float().square().mean((1, 2, 3)) if guided else told.new_zeros(n).float()
+        moved = guidance_strength(told, answer[0][:n]) if guided else told.new_zeros(n).float()
         angle = Funnel.angle(pipe.scheduler, t).to(noisy.device)
         clean = estimate_clean(noisy[-n:], told, angle.expand(n), pipe.scheduler.config.prediction_type)
         rated = pipe.filter_head(noisy[-n:], clean, angle.expand(n), text=funnel.text)

@@ -25,12 +25,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from candidates import Candidates, draw_candidates, follow
-from filter_report import other_findings
+from filter_report import other_findings, quality_report, rate
 from PIL import Image
+from raters import learned_from, read_ratings
 from report_model import plan
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, EMBEDDED_ENCODER, MinimPipeline, resolve_modality
 from minim_pipeline.data import read_csv
+from minim_pipeline.evaluation.agreement import weighted_kappa
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.evaluation.judges import class_of, load_judges, read
 from minim_pipeline.evaluation.metrics import bootstrap_interval, ms_ssim_of_pairs, precision_recall_density_coverage
@@ -46,6 +48,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--encoder", default=str(EMBEDDED_ENCODER), help="Whose features recall is measured in.")
     parser.add_argument("--data", required=True, help="CSV with path,Text,modality,finding,split.")
     parser.add_argument("--captions", default=str(Path(__file__).parent / "captions.json"))
+    parser.add_argument("--ratings", help="CSV of people's grades, as train_filter.py takes them.")
+    parser.add_argument("--ratings_part", default="A", help="Part whose grades the head has learned from.")
     parser.add_argument("--output_dir", required=True, help="For report.json and sheet.png.")
     parser.add_argument("--images_per_finding", type=int, default=64)
     parser.add_argument("--candidates", type=int, default=4)
@@ -68,14 +72,10 @@ def judged(pipe: MinimPipeline, drawn: Candidates, modalities: list[str]) -> tup
 def choices(drawn: Candidates, accepted: torch.Tensor, head, candidates: int) -> dict[str, dict]:
     """By the name of a way to choose: `index` [M] of the candidate that comes back, and `samples` of the U-Net."""
     guided = (drawn.guidance > 0).any(0)
-    score, every = (
-        values.view(-1, candidates, values.shape[1]).clone()
-        for values in (drawn.rank(head.config.enough), drawn.score)
-    )
+    score, every = (values.view(-1, candidates, values.shape[1]).clone() for values in (drawn.rank(head), drawn.score))
     for values in (score, every):
         values[:, :, -1] += 4 * accepted.view(-1, candidates)  # at the end accepted ones go first
-    sums = drawn.guidance.cumsum(1).view(*score.shape[:2], -1)
-    sums = torch.cat([sums, sums[:, :, -1:]], 2)
+    sums = drawn.guidance_sum.view_as(score)
     plans = plan_stages(head.config.stages, candidates)
     ways = {"filter": (score, plans), "filter at the end": (score, [])}
     ways |= {"best rated": (every, plans), "best rated at the end": (every, [])}
@@ -171,6 +171,15 @@ def rejections(pipe: MinimPipeline, rows: list[dict], images: torch.Tensor, seed
     return report
 
 
+def people(pipe: MinimPipeline, rows: list[dict], images: torch.Tensor) -> dict:
+    """The head's quality against people's grades of images uint8 [N, 3, H, W]: areas under ROC curves, and kappa."""
+    with torch.no_grad():
+        latents = torch.cat([pipe.encode_images(x.to(pipe.device) / 127.5 - 1) for x in images.split(32)])
+    quality = rate(pipe.filter_head, latents)
+    said, grades = quality.round().long().tolist(), [int(row["rating"]) for row in rows]
+    return {"auroc": quality_report(rows, quality), "kappa": weighted_kappa(said, grades), "n": len(rows)}
+
+
 def sheet(
     images: torch.Tensor, made: dict, wrong: torch.Tensor, planned: list[dict], candidates: int, path: Path
 ) -> None:
@@ -211,6 +220,9 @@ def main(argv=None) -> dict:
     encoder = ImageTextEncoder.from_pretrained(args.encoder, device)
     captions = json.loads(Path(args.captions).read_text())
     val_rows = [row for row in read_csv(args.data, split="val") if class_of(row) in judges.classes]
+    rated_rows = (
+        [row for row in read_ratings(args.ratings) if not learned_from(row, args.ratings_part)] if args.ratings else []
+    )
 
     planned = plan(judges.classes, pipe.config.findings or {}, captions, "train", args.images_per_finding, args.seed)
     seeds = pipe.draw_seeds(
@@ -275,6 +287,8 @@ def main(argv=None) -> dict:
         },
         "rejected": rejections(pipe, val_rows, val_images, args.seed),
     }
+    if rated_rows:
+        report["people"] = people(pipe, rated_rows, load_images(rated_rows, args.ratings, drawn.images.shape[-1]))
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     sheet(drawn.images, made, wrong, planned, args.candidates, output / "sheet.png")

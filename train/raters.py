@@ -16,13 +16,17 @@ def read_ratings(path: str) -> list[dict]:
     """People's grades of images; every bad row is told, with its number, before any work is done.
 
     Columns: `path,Text,modality,rating`, optionally `rater`, `part` and `group`. Rows without a rater share one; an
-    image without a group is one of its own.
+    image without a group is one of its own. An image in two groups would be learned from in the fold that it tests.
     """
+    groups: dict[str, str] = {}
 
     def check(row: dict) -> None:
         resolve_modality(row["modality"])
         if row["rating"] not in ("1", "2", "3"):
             raise ValueError(f"rating has to be 1, 2 or 3, got {row['rating']!r}")
+        group = row.get("group") or row["path"]
+        if groups.setdefault(row["path"], group) != group:
+            raise ValueError(f"{row['path']} is in group {group!r}, and in {groups[row['path']]!r} above")
 
     rows = read_csv(path, require=("path", "Text", "modality", "rating"), check=check)
     return [row | {"rater": row.get("rater") or "", "group": row.get("group") or row["path"]} for row in rows]

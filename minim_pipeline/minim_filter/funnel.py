@@ -23,9 +23,26 @@ def combine(quality: torch.Tensor, finding: torch.Tensor) -> torch.Tensor:
     return 1 + (quality - 1) * (finding - 1) / 2
 
 
-def rank(rated: FilterHeadOutput, enough: tuple[float, float]) -> torch.Tensor:
-    """By what candidates are chosen (N,): both ratings as one, each only as far as it counts (`FilterHead.enough`)."""
-    return combine(rated.quality.clamp(max=enough[0]), rated.finding.clamp(max=enough[1]))
+def rank(
+    rated: FilterHeadOutput, guidance: torch.Tensor, enough: tuple[float, float], guidance_weight: float
+) -> torch.Tensor:
+    """By what the candidates of an image are chosen: both ratings as one, and a little of what guidance did.
+
+    How far predictions with and without the prompt lie apart, summed over the steps, tells images that show their
+    prompt from others (CFG-Rejection, arXiv 2505.23343); it costs nothing, and errs elsewhere than the head does.
+
+    Args:
+        rated: ratings (N,), of which each counts only up to `enough` (see `FilterHead`).
+        guidance: (N,), the sum so far; only its ratios within an image matter, 0 before guidance acts.
+        enough, guidance_weight: of the head's config.
+    """
+    ratings = combine(rated.quality.clamp(max=enough[0]), rated.finding.clamp(max=enough[1]))
+    return ratings + guidance_weight * guidance.clamp(min=1e-12).log()
+
+
+def guidance_strength(told: torch.Tensor, untold: torch.Tensor) -> torch.Tensor:
+    """Mean square (N,) of what guidance adds: predictions (N, C, h, w) for the prompt less the negative side's."""
+    return (told.float() - untold.float()).square().mean((1, 2, 3))
 
 
 def weaker(rated: FilterHeadOutput) -> torch.Tensor:
@@ -73,6 +90,7 @@ class Funnel:
 
     def __post_init__(self):
         self.alive = torch.arange(len(self.image), device=self.image.device)
+        self.guidance = torch.zeros(len(self.image), device=self.image.device)  # sum over steps, of each candidate
         self.dropped: list[tuple[int, str]] = []  # image and reason of each candidate dropped on the way
 
     def due(self, scheduler, t: torch.Tensor) -> int | None:
@@ -89,6 +107,10 @@ class Funnel:
     def angle(scheduler, t: torch.Tensor) -> torch.Tensor:
         return noise_angles(scheduler.alphas_cumprod.cpu(), torch.as_tensor(t).cpu().reshape(1))
 
+    def add_guidance(self, told: torch.Tensor, untold: torch.Tensor) -> None:
+        """Takes note of a step's predictions for the prompt and for the negative side, (m, C, h, w) each."""
+        self.guidance[self.alive] += guidance_strength(told, untold)
+
     def prune(self, count: int, noisy: torch.Tensor, prediction: torch.Tensor, scheduler, t) -> torch.Tensor:
         """Drops all but the best `count` of each image; returns the indices of those left into the batch given.
 
@@ -102,7 +124,7 @@ class Funnel:
         clean = estimate_clean(noisy, prediction, angle, scheduler.config.prediction_type)
         rated = self.head(noisy, clean, angle, text=self.text[self.alive])
         before, reasons = self.alive, weaker(rated)
-        kept = self.keep(rank(rated, self.head.config.enough), count)
+        kept = self.keep(self.rank(rated), count)
         gone = torch.isin(before, self.alive, invert=True)
         self.dropped += zip(self.image[before[gone]].tolist(), [REASONS[r] for r in reasons[gone].tolist()])
         return kept
@@ -110,6 +132,11 @@ class Funnel:
     def rate(self, latents: torch.Tensor) -> FilterHeadOutput:
         """The ratings of finished latents (m, C, h, w)."""
         return self.head(latents, latents, latents.new_zeros(len(latents)).float(), text=self.text[self.alive])
+
+    def rank(self, rated: FilterHeadOutput) -> torch.Tensor:
+        """By what those still on their way are chosen (m,); see the function of this name."""
+        config = self.head.config
+        return rank(rated, self.guidance[self.alive], config.enough, config.guidance_weight)
 
     def keep(self, scores: torch.Tensor, count: int) -> torch.Tensor:
         """Keeps the best `count` of each image by their scores (m,): indices into the batch, in its order."""
