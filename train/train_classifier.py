@@ -25,7 +25,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part.")
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--part", default="B", help="Rows of the train split with this `part`; 'all' takes every row.")
+    parser.add_argument(
+        "--part", nargs="+", default=["B"], help="Rows of the train split with these `part`s; 'all' takes every row."
+    )
     parser.add_argument("--architectures", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--width", type=int, default=64, help="Channels of the first stage; each later one doubles.")
     parser.add_argument("--resolution", type=int, default=192, help="What the classifiers see, in pixels.")
@@ -74,7 +76,7 @@ def main(argv=None) -> dict:
     def known(rows):
         return [row for row in rows if (resolve_modality(row["modality"]).id, row["finding"]) in key]
 
-    rows = known([row for row in all_train if args.part in ("all", row.get("part"))])
+    rows = known([row for row in all_train if "all" in args.part or row.get("part") in args.part])
     val_rows = known(val_rows)
     # A little larger than what the classifiers see, so that zooming in finds detail.
     size = min(256, args.resolution * 5 // 4 // 8 * 8)

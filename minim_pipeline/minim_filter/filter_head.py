@@ -6,6 +6,7 @@ is the idea of latent reward models (arXiv 2502.01051); two ratings, of quality 
 ImageReward's (arXiv 2304.05977), here as two outputs.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -193,7 +194,7 @@ class FilterHead(ModelMixin, ConfigMixin):
 
     def set_fingerprints(self, code: nn.Linear, fingerprints: torch.Tensor) -> None:
         """Which images are known: the code, from features to B bits, and their fingerprints uint8 (M, B / 8)."""
-        self.code = code.to(self.device)
+        self.code = copy.deepcopy(code).to(self.device)  # the caller's stays where it is
         self.fingerprints = fingerprints.to(self.device, torch.uint8)
         self.register_to_config(code_size=code.out_features, num_fingerprints=len(fingerprints))
 
