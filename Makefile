@@ -1,5 +1,6 @@
 # make demo   pictures of all five modalities from the embedded model, offline once the packages are installed
 # make test   style and tests
+# make space  the pages to generate and rate images, at http://127.0.0.1:7860
 # make lint   style only
 # make clean  removes .venv and what the other targets made
 
@@ -10,12 +11,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test space lint clean
 
 demo: $(VENV)/.installed
 	@rm -rf demo
 	$(BIN)/minim generate --prompts-file docs/demo.csv --num-images 2 --seed 0 --output-dir demo
 	@echo "The pictures: $(CURDIR)/demo/grid.png, and one by one in $(CURDIR)/demo (listed in data.csv)"
+
+space: $(VENV)/.installed-space
+	$(BIN)/python space/app.py
 
 # One thread a worker: on two cores, tests that share them are slower than tests side by side.
 test: lint
@@ -44,4 +48,8 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) install --no-build-isolation --constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+$(VENV)/.installed-space: $(VENV)/.installed space/requirements.txt
+	$(PIP) install --constraint constraints.txt --requirement space/requirements.txt
 	@touch $@

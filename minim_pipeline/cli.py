@@ -13,6 +13,7 @@ from .evaluation.command import add_arguments as add_evaluate_arguments
 from .evaluation.command import run as evaluate
 from .generate import DTYPES, REASONS, SCHEDULERS, generate, plan_file, plan_prompt, read_model_index
 from .modalities import MODALITIES, resolve_modality, split_prefix
+from .ratings import RatingStore, counts
 from .scoring import score_csv
 
 
@@ -118,6 +119,19 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--keep-copies", action="store_true", help="do not reject the model's training images and copies")
     p.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows of the CSV out instead of stopping")
     p.add_argument("--quiet", action="store_true", help="no progress bar, and nothing said at the end")
+
+    p = commands.add_parser(
+        "ratings",
+        help="people's ratings: out of the store of the rating page as a CSV, or into it",
+        description="Writes a store's ratings as the CSV that train_filter.py reads, or adds a CSV's to the store.",
+    )
+    p.set_defaults(run=run_ratings)
+    p.add_argument("--store", type=Path, required=True, metavar="SQLITE", help="ratings.sqlite of the rating page")
+    way = p.add_mutually_exclusive_group(required=True)
+    way.add_argument("--output", type=Path, metavar="CSV", help="write all ratings there")
+    way.add_argument("--input", type=Path, metavar="CSV", help="add these ratings to the store")
+    p.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="of the generated images rated")
+    p.add_argument("--real", type=Path, metavar="FOLDER", help="of the real images rated")
 
     p = commands.add_parser(
         "evaluate",
@@ -233,6 +247,22 @@ def run_score(args: argparse.Namespace) -> None:
         why = f" (rejected: {why})" if why else ""
         say(f"{name}: {accepted} of {len(mine)} accepted{why}, mean score {mean / len(mine):.2f}")
     say(f"{path} lists them.")
+
+
+def run_ratings(args: argparse.Namespace) -> None:
+    if args.output is not None and not args.store.is_file():
+        raise ValueError(f"There is no store of ratings at {args.store}.")
+    folders = {"generated": args.images} | ({"real": args.real} if args.real else {})
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder.")
+    store = RatingStore(args.store)
+    if args.input is not None:
+        say(f"{store.read_csv(args.input, folders)} ratings of {args.input} are in {args.store} now.")
+        return
+    number = store.write_csv(args.output, folders)
+    table = ", ".join(f"{MODALITIES[name].name} {row['ratings']}" for name, row in counts(store.ratings()).items())
+    say(f"{number} ratings in {args.output}{f' ({table})' if table else ''}.")
 
 
 def run_modalities(args: argparse.Namespace) -> None:

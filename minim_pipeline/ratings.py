@@ -1,0 +1,212 @@
+"""The store of people's ratings: one SQLite file, safe with many raters at once, and CSV in and out.
+
+A rating is acknowledged once its transaction is on the disk: whoever kills the process loses none, and one that is
+sent again takes the place of the first, so that none is there twice.
+"""
+
+import csv
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+
+from .data import read_csv
+from .modalities import resolve_modality
+from .provenance import atomic_path
+
+
+# How much of an image's name, its sentence or a rater's name is kept: nobody needs more, and nobody fills the disk.
+LONGEST = {"rater": 80, "path": 500, "text": 1000}
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS ratings (
+    rater TEXT NOT NULL,
+    path TEXT NOT NULL,
+    turn INTEGER NOT NULL,
+    rating INTEGER NOT NULL CHECK (rating IN (1, 2, 3)),
+    text TEXT NOT NULL,
+    modality TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    seconds REAL,
+    time TEXT NOT NULL,
+    PRIMARY KEY (rater, path, turn)
+)
+"""
+
+
+@dataclass(frozen=True)
+class Rating:
+    """What a person said of an image.
+
+    Args:
+        rater: the person's name.
+        path: of the image, with slashes, relative to the folder of its kind.
+        rating: 1 (bad), 2 or 3 (good).
+        text: what the image is to show.
+        modality: its id.
+        turn: 0, or 1 and more where the same person is shown the same image again.
+        kind: `"generated"` or `"real"`.
+        seconds: from seeing the image to the rating.
+        time: of the rating, ISO 8601 in UTC; now, if left empty.
+
+    Raises:
+        ValueError: a field is not possible; the message has the value given and those allowed.
+    """
+
+    rater: str
+    path: str
+    rating: int
+    text: str
+    modality: str
+    turn: int = 0
+    kind: str = "generated"
+    seconds: float | None = None
+    time: str = ""
+
+    def __post_init__(self):
+        for name, most in LONGEST.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or len(value) > most or (name != "text" and not value.strip()):
+                raise ValueError(f"{name} has to be a text of 1 to {most} characters, got {str(value)[:80]!r}.")
+        if type(self.rating) is not int or self.rating not in (1, 2, 3):
+            raise ValueError(f"rating has to be 1, 2 or 3, got {self.rating!r}.")
+        if type(self.turn) is not int or not 0 <= self.turn < 100:
+            raise ValueError(f"turn has to be a whole number from 0 to 99, got {self.turn!r}.")
+        if self.kind not in ("generated", "real"):
+            raise ValueError(f"kind has to be 'generated' or 'real', got {self.kind!r}.")
+        if PurePosixPath(self.path).is_absolute() or ".." in PurePosixPath(self.path).parts:
+            raise ValueError(f"path has to lie within the folder of images, got {self.path!r}.")
+        object.__setattr__(self, "modality", resolve_modality(self.modality).id)
+        if not self.time:
+            object.__setattr__(self, "time", datetime.now(UTC).isoformat(timespec="milliseconds"))
+
+
+COLUMNS = tuple(field.name for field in fields(Rating))
+CSV_COLUMNS = ("path", "Text", "modality", "rating", "rater", "turn", "kind", "seconds", "time")
+
+
+class RatingStore:
+    """Ratings in an SQLite file.
+
+    Args:
+        path: of the file; made if it is not there, its folder too. WAL files lie beside it while it is open.
+
+    Raises:
+        ValueError: `path` is a file of another kind.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._local = threading.local()
+        try:
+            with self._connection() as connection:
+                connection.execute(_TABLE)
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{self.path} is no store of ratings: {error}.") from error
+
+    def _connection(self) -> sqlite3.Connection:
+        """This thread's own: SQLite locks between connections, and waits for another's transaction."""
+        connection = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = sqlite3.connect(self.path, timeout=30)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power cut, too
+            connection.row_factory = sqlite3.Row
+            self._local.connection = connection
+        return connection
+
+    def add(self, *ratings: Rating) -> None:
+        """Stores ratings, all or none; one of the same rater, image and turn takes the place of the earlier."""
+        names = ", ".join(COLUMNS)
+        values = ", ".join(f":{name}" for name in COLUMNS)
+        changes = ", ".join(f"{name} = excluded.{name}" for name in COLUMNS if name not in ("rater", "path", "turn"))
+        command = f"INSERT INTO ratings ({names}) VALUES ({values}) ON CONFLICT (rater, path, turn) DO UPDATE SET"
+        # What is read back from a log may be older than what is here.
+        command += f" {changes} WHERE excluded.time >= ratings.time"
+        with self._connection() as connection:
+            connection.executemany(command, [asdict(rating) for rating in ratings])
+
+    def ratings(self, rater: str | None = None) -> list[Rating]:
+        """All ratings, or those of one rater, in the order of their times."""
+        where = "" if rater is None else "WHERE rater = ?"
+        rows = self._connection().execute(
+            f"SELECT * FROM ratings {where} ORDER BY time, rater, path, turn", () if rater is None else (rater,)
+        )
+        return [Rating(**{name: row[name] for name in COLUMNS}) for row in rows]
+
+    def write_csv(self, path: str | Path, folders: Mapping[str, str | Path]) -> int:
+        """Writes all ratings as `train_filter.py` reads them, and returns how many.
+
+        Args:
+            path: of the CSV, with columns `path,Text,modality,rating,rater,turn,kind,seconds,time`. It appears whole
+                or not at all.
+            folders: by kind, `"generated"` and `"real"`, what the images' paths are relative to; in the CSV they are
+                relative to its own folder.
+
+        Raises:
+            ValueError: there are ratings of a kind without a folder.
+        """
+        rows = self.ratings()
+        unknown = sorted({rating.kind for rating in rows} - set(folders))
+        if unknown:
+            raise ValueError(f"There are ratings of {unknown[0]} images: say which folder these lie in.")
+        home = Path(path).absolute().parent
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, CSV_COLUMNS)
+            writer.writeheader()
+            for rating in rows:
+                place = os.path.relpath(Path(folders[rating.kind]).absolute() / rating.path, home)
+                row = {name: value for name, value in asdict(rating).items() if name in CSV_COLUMNS}
+                writer.writerow(row | {"path": Path(place).as_posix(), "Text": rating.text})
+        return len(rows)
+
+    def read_csv(self, path: str | Path, folders: Mapping[str, str | Path]) -> int:
+        """Adds the ratings of a CSV, as `write_csv` writes it or with `path,Text,modality,rating` alone.
+
+        Raises:
+            ValueError: bad rows, all of them told with their numbers; nothing is added then.
+        """
+        home, found = Path(path).absolute().parent, []
+        kinds = {"turn": int, "seconds": float, "rating": int}
+
+        def check(row: Mapping[str, str]) -> None:
+            given = {name: kinds.get(name, str)(value) for name, value in row.items() if name in COLUMNS and value}
+            kind = given.get("kind", "generated")
+            if kind not in folders:
+                raise ValueError(f"kind has to be one of {', '.join(folders)}, got {kind!r}")
+            place = Path(os.path.relpath(home / row["path"], Path(folders[kind]).absolute())).as_posix()
+            found.append(Rating(**{"rater": "unnamed"} | given | {"path": place, "text": row["Text"]}))
+
+        read_csv(path, require=("path", "Text", "modality", "rating"), check_images=False, check=check)
+        self.add(*found)
+        return len(found)
+
+
+def counts(ratings: Iterable[Rating]) -> dict[str, dict[str, int]]:
+    """By modality id: `ratings`, `images` and `raters`."""
+    table: dict[str, dict[str, int]] = {}
+    ratings = list(ratings)
+    for name in dict.fromkeys(rating.modality for rating in ratings):
+        mine = [rating for rating in ratings if rating.modality == name]
+        table[name] = {
+            "ratings": len(mine),
+            "images": len({rating.path for rating in mine}),
+            "raters": len({rating.rater for rating in mine}),
+        }
+    return table
+
+
+def consistency(ratings: Iterable[Rating]) -> dict[str, dict[str, float | int]]:
+    """By rater, of images shown again: how many (`n`), and the share that got the same rating again (`same`)."""
+    given: dict[str, dict[str, dict[int, int]]] = {}
+    for rating in ratings:
+        given.setdefault(rating.rater, {}).setdefault(rating.path, {})[rating.turn] = rating.rating
+    table = {}
+    for rater, images in given.items():
+        pairs = [(turns[0], again) for turns in images.values() for t, again in turns.items() if t and 0 in turns]
+        table[rater] = {"n": len(pairs), "same": sum(a == b for a, b in pairs) / len(pairs) if pairs else None}
+    return table

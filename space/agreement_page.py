@@ -1,0 +1,47 @@
+"""The page that tells how far raters agree, with each other and with themselves, and what has been rated."""
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader
+from starlette.responses import HTMLResponse
+from starlette.routing import Route
+
+from minim_pipeline import MODALITIES
+from minim_pipeline.evaluation.agreement import rater_agreement
+from minim_pipeline.ratings import Rating, RatingStore, consistency, counts
+
+
+def summary(ratings: list[Rating], show_names: bool) -> dict:
+    """What the page shows; raters are numbered in the order in which they began, unless the host shows names."""
+    names = list(dict.fromkeys(rating.rater for rating in ratings))
+    called = {name: name if show_names else f"Rater {i}" for i, name in enumerate(names, 1)}
+    again, raters = consistency(ratings), []
+    for name in names:
+        mine = [rating for rating in ratings if rating.rater == name]
+        means = {}
+        for kind in ("generated", "real"):
+            given = [rating.rating for rating in mine if rating.kind == kind]
+            means[kind] = sum(given) / len(given) if given else None
+        raters.append({"name": called[name], "n": len(mine), "again": again[name], "means": means})
+    # Of an image shown twice the first rating counts; real and generated images may have one path.
+    first = [
+        {"path": f"{rating.kind}/{rating.path}", "rater": rating.rater, "rating": rating.rating}
+        for rating in ratings
+        if rating.turn == 0
+    ]
+    agreement = rater_agreement(first)
+    for pair in agreement["pairs"]:
+        pair["raters"] = [called[name] for name in sorted(pair["raters"], key=names.index)]
+    table = {MODALITIES[name].name: row for name, row in counts(ratings).items()}
+    return {"n": len(ratings), "raters": raters, "agreement": agreement, "counts": table}
+
+
+def routes(store: RatingStore, show_names: bool = False) -> list[Route]:
+    """The page's address, for the web server."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "pages"), autoescape=True)
+    template = environment.get_template("agreement.html.jinja")
+
+    def page(request) -> HTMLResponse:
+        return HTMLResponse(template.render(summary(store.ratings(), show_names)))
+
+    return [Route("/agreement", page)]

@@ -1,0 +1,134 @@
+"""The Space: generate images, rate them, and see how far raters agree. Runs on one's own machine, and on Hugging Face.
+
+    pip install -r space/requirements.txt
+    python space/app.py
+
+What the host decides is given on the command line or, as on Spaces, by variables of the same name (`MINIM_STORE` for
+`--store`). Visitors choose neither model nor file.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+
+# Before Gradio is imported: it would look for a newer version, and count its users.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+try:
+    import spaces  # ZeroGPU's wants to come before torch
+except ImportError:
+    spaces = None
+
+import gradio as gr  # noqa: E402
+from about_page import build as build_about  # noqa: E402
+from agreement_page import routes as agreement_routes  # noqa: E402
+from generate_page import Drawer, Limits  # noqa: E402
+from generate_page import build as build_generate  # noqa: E402
+from rating_images import read_folder  # noqa: E402
+from rating_page import PAGES, RatingDesk  # noqa: E402
+from starlette.responses import FileResponse, JSONResponse  # noqa: E402
+from starlette.routing import Mount, Route  # noqa: E402
+from starlette.staticfiles import StaticFiles  # noqa: E402
+
+from minim_pipeline import EMBEDDED_CHECKPOINT, __version__  # noqa: E402
+from minim_pipeline.generate import load_pipeline, model_identity  # noqa: E402
+from minim_pipeline.ratings import RatingStore  # noqa: E402
+
+
+HERE = Path(__file__).resolve().parent
+NAVIGATION = """<nav class="minim-pages" aria-label="Pages">
+<a href="./"{}>Generate</a> <a href="rate">Rate</a> <a href="agreement">Agreement</a> <a href="about"{}>About</a>
+</nav>"""
+# Gradio's own bar knows its own pages only, and its gallery shows no more than half of a window.
+CSS = """
+.nav-holder { display: none !important; }
+.grid-wrap.fixed-height { max-height: none !important; }
+.minim-pages { display: flex; gap: 1.2rem; flex-wrap: wrap; }
+.minim-pages a { color: var(--link-text-color); text-decoration: underline; }
+.minim-pages a[aria-current] { color: var(--body-text-color); font-weight: 600; text-decoration: none; }
+"""
+THEME_FONT = ["system-ui", "sans-serif"]
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(name: str, default, kind=str, **options):
+        value = os.environ.get("MINIM_" + name.upper())
+        parser.add_argument("--" + name, default=default if value is None else kind(value), type=kind, **options)
+
+    add("model", str(EMBEDDED_CHECKPOINT), help="Folder or Hub id of a pipeline.")
+    add("images", str(HERE / "images"), help="Folder of generated images to rate, with data.csv.")
+    add("real", None, help="Folder of real images to mix in, with data.csv.")
+    add("real_share", 0.1, float, help="Of the images to rate, how many are real, in [0, 1).")
+    add("repeat_share", 0.1, float, help="How many of the images to rate come a second time, in [0, 1].")
+    add("store", "ratings/ratings.sqlite", help="Where ratings go.")
+    add("show_names", 0, int, help="1: the page on agreement shows raters' names.")
+    add("max_images", 8, int, help="The most images of one call.")
+    add("max_queue", 16, int, help="Calls that may wait.")
+    add("host", "127.0.0.1" if "SPACE_ID" not in os.environ else "0.0.0.0", help="Address to listen on.")
+    add("port", int(os.environ.get("GRADIO_SERVER_PORT", 7860)), int)
+    args = parser.parse_args(argv)
+    if not 0 <= args.real_share < 1 or not 0 <= args.repeat_share <= 1:
+        parser.error(f"shares have to be in [0, 1) and [0, 1], got {args.real_share} and {args.repeat_share}")
+    return args
+
+
+def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
+    """The pages, and the addresses beside them; the model is loaded, and everything that is named is read."""
+    images = read_folder(args.images, "generated")
+    if args.real:
+        images += read_folder(args.real, "real")
+    store = RatingStore(args.store)
+    desk = RatingDesk(store, images, args.real_share, args.repeat_share)
+    pipe = load_pipeline(args.model)
+    # ZeroGPU lends a GPU for a call; everywhere else nothing changes.
+    on_gpu = spaces.GPU if spaces is not None else lambda function: function
+    model, revision = model_identity(args.model)
+
+    with gr.Blocks(title="minim", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
+        gr.HTML(NAVIGATION.format(' aria-current="page"', ""))
+        gr.Markdown("# Synthetic medical images")
+        build_generate(Drawer(pipe, model, revision), Limits(images=args.max_images), on_gpu)
+    with demo.route("About", "/about", show_in_navbar=False):
+        gr.HTML(NAVIGATION.format("", ' aria-current="page"'))
+        report = build_about(args.model)
+    demo.queue(max_size=args.max_queue, default_concurrency_limit=1)
+
+    health = {"status": "ok", "model": model, "revision": revision, "version": __version__, "images": len(images)}
+    routes = [
+        Route("/healthz", lambda request: JSONResponse(health)),
+        Mount("/pages", StaticFiles(directory=PAGES)),
+        *desk.routes(),
+        *agreement_routes(store, bool(args.show_names)),
+    ]
+    if report is not None:
+        routes.append(Route("/report", lambda request: FileResponse(report)))
+    return demo, routes
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    demo, routes = build(args)
+    theme = gr.themes.Default(font=THEME_FONT, font_mono=["ui-monospace", "monospace"])
+    demo.launch(
+        server_name=args.host,
+        server_port=args.port,
+        share=False,
+        show_error=True,
+        quiet=True,
+        prevent_thread_lock=True,
+        app_kwargs={"routes": routes},
+        theme=theme,
+        css=CSS,
+        footer_links=[],
+        ssr_mode=False,
+        max_file_size="1kb",  # nothing is uploaded here
+    )
+    print(f"minim is ready: http://{args.host}:{args.port}", flush=True)
+    demo.block_thread()
+
+
+if __name__ == "__main__":
+    main()

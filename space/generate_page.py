@@ -1,0 +1,297 @@
+"""The page that draws images: Gradio components around one call of the pipeline."""
+
+import tempfile
+import time
+import urllib.parse
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import gradio as gr
+import torch
+
+from minim_pipeline import MODALITIES, MinimPipeline
+from minim_pipeline.data import DatasetWriter
+
+
+EXAMPLES = {
+    "oct": ["diabetic macular edema with intraretinal cysts", "Normal macula with a preserved foveal contour."],
+    "fundus": ["Healthy retina with a clear optic disc and macula.", "cataract"],
+    "cxr": ["Clear lungs, normal cardiac silhouette.", "bacterial pneumonia with lobar consolidation"],
+    "chest_ct": ["COVID-19 pneumonia with bilateral ground-glass opacities", "squamous cell carcinoma"],
+    "brain_mri": ["meningioma compressing the adjacent brain", "no tumor"],
+}
+NOTICE = (
+    "**Synthetic images, for research and teaching. Not a medical device: never for anybody's diagnosis or care.**"
+)
+PROGRESS = gr.Progress()  # Gradio finds it among a function's defaults, and hands out one for each call
+REASONS = {"quality": "for their quality", "finding": "for the finding", "copy": "as copies of training images"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one call may ask of the server; the pages' sliders end there, and the server checks it again."""
+
+    images: int = 8
+    candidates: int = 8
+    steps: int = 50
+    guidance: float = 10.0
+    prompt: int = 300  # characters
+    opened: int = 8  # rejected candidates drawn at once
+
+    def __post_init__(self):
+        if min(asdict(self).values()) < 1:
+            raise ValueError(f"Limits have to be at least 1, got {self}.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for; `check` makes one of what a browser sends."""
+
+    modality: str
+    prompt: str
+    images: int
+    seed: int
+    steps: int
+    guidance: float
+    candidates: int
+
+    @property
+    def query(self) -> str:
+        return "?" + urllib.parse.urlencode(asdict(self))
+
+
+def check(limits: Limits, trained: list[str], **asked) -> Settings:
+    """Settings within the limits.
+
+    Raises:
+        ValueError: one of them is not possible; the message has what was given and what is allowed.
+    """
+    if asked["modality"] not in trained:
+        raise ValueError(f"Choose a modality: {', '.join(trained)} (got {str(asked['modality'])[:40]!r}).")
+    prompt = " ".join(str(asked["prompt"] or "").split())
+    if not prompt:
+        raise ValueError("Say what the image is to show.")
+    if len(prompt) > limits.prompt:
+        raise ValueError(f"The description has {len(prompt)} characters, at most {limits.prompt} are allowed.")
+    bounds = {
+        "images": (int, 1, limits.images),
+        "seed": (int, 0, 2**31 - 1),
+        "steps": (int, 2, limits.steps),
+        "guidance": (float, 1, limits.guidance),
+        "candidates": (int, 1, limits.candidates),
+    }
+    numbers = {}
+    for name, (kind, low, high) in bounds.items():
+        try:
+            value = float(asked[name])
+            if not low <= value <= high or (kind is int and value != int(value)):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            whole = "a whole number" if kind is int else "a number"
+            raise ValueError(
+                f"{name} has to be {whole} from {low} to {high}, got {str(asked[name])[:40]!r}."
+            ) from None
+        numbers[name] = kind(value)
+    return Settings(asked["modality"], prompt, **numbers)
+
+
+class Drawer:
+    """Draws what was asked for with one pipeline; calls must not overlap, which the page's queue sees to."""
+
+    def __init__(self, pipe: MinimPipeline, model: str, revision: str):
+        self.pipe, self.model, self.revision = pipe, model, revision
+
+    def draw(self, settings: Settings, progress) -> tuple:
+        """The pipeline's output, and the seeds of all candidates of each image [images][candidates]."""
+        generators = [torch.Generator().manual_seed(settings.seed + i) for i in range(settings.images)]
+        seeds = self.pipe.draw_seeds(list(range(settings.images)), settings.candidates, generators)
+        for i, generator in enumerate(generators):
+            generator.manual_seed(settings.seed + i)
+        output = self.call(
+            settings, settings.images, progress, generator=generators, num_candidates=settings.candidates
+        )
+        return output, [seeds[i : i + settings.candidates] for i in range(0, len(seeds), settings.candidates)]
+
+    def redraw(self, settings: Settings, seeds: list[int], progress):
+        """The images of single candidates, with their ratings."""
+        return self.call(settings, len(seeds), progress, seeds=seeds)
+
+    def call(self, settings: Settings, images: int, progress, **options):
+        def on_step_end(pipe, step, timestep, tensors):
+            progress((step + 1, pipe.num_timesteps), desc="Drawing", unit="steps")
+            return {}
+
+        return self.pipe(
+            settings.prompt,
+            settings.modality,
+            num_images_per_prompt=images,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            callback_on_step_end=on_step_end,
+            **options,
+        )
+
+    def write(self, settings: Settings, output) -> tuple[list[Path], Path]:
+        """PNGs with their provenance, and a ZIP of them and `data.csv`: what `minim generate` writes."""
+        folder = Path(tempfile.mkdtemp(prefix="minim-"))
+        made = {"model": self.model, "revision": self.revision, "steps": settings.steps, "guidance": settings.guidance}
+        made |= {"scheduler": type(self.pipe.scheduler).__name__, "num_candidates": settings.candidates}
+        columns = ["path", "Text", "modality", "seed", "score", "accepted", "drawn_seed", "synthetic", *made]
+        writer = DatasetWriter(folder / "images", columns, made)
+        paths = []
+        for i, image in enumerate(output.images):
+            row = {"Text": settings.prompt, "modality": MODALITIES[settings.modality].name, "seed": settings.seed + i}
+            row |= {"drawn_seed": output.seeds[i], "synthetic": "true"}
+            if output.scores[i] is not None:
+                row |= {"score": round(output.scores[i], 4), "accepted": str(output.accepted[i]).lower()}
+            metadata = made | {"modality": settings.modality, "prompt": settings.prompt}
+            metadata |= {"seed": output.seeds[i], "score": row.get("score"), "accepted": row.get("accepted")}
+            paths.append(writer.add(i, image, made | row, metadata))
+        writer.finish()
+        archived = folder / f"minim-{settings.modality}-{settings.seed}.zip"
+        with zipfile.ZipFile(archived, "w", zipfile.ZIP_STORED) as archive:
+            for file in sorted((folder / "images").iterdir()):
+                archive.write(file, file.name)
+        return paths, archived
+
+
+def captions(output) -> list[str]:
+    """What stands below each image."""
+    return [
+        f"{'✓ accepted' if accepted else '✗ not accepted'}, score {score:.2f} of 3"
+        if score is not None
+        else "not rated"
+        for score, accepted in zip(output.scores, output.accepted)
+    ]
+
+
+def describe(output, seconds: float) -> str:
+    """What came of it, in a sentence or two."""
+    if output.scores[0] is None:
+        return f"{len(output.images)} images in {seconds:.0f} s."
+    accepted, drawn = sum(output.accepted), sum(output.candidates)
+    why = {reason: sum(counts[reason] for counts in output.rejected) for reason in REASONS}
+    told = ", ".join(f"{count} {REASONS[reason]}" for reason, count in why.items() if count)
+    left_out = f" Of {drawn} candidates it left out {sum(why.values())}: {told}." if told else ""
+    return f"The filter accepted {accepted} of {len(output.images)} images, in {seconds:.0f} s.{left_out}"
+
+
+def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> None:
+    """Adds the page to the `gr.Blocks` that is open.
+
+    Args:
+        on_gpu: decorates what needs the GPU, as `spaces.GPU` does.
+    """
+    config = drawer.pipe.config
+    trained = [name for name in MODALITIES if name in (config.modalities or MODALITIES)]
+    has_filter = drawer.pipe.filter_head is not None
+    draw, redraw = on_gpu(drawer.draw), on_gpu(drawer.redraw)
+
+    gr.Markdown(NOTICE)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            modality = gr.Dropdown([(MODALITIES[m].name, m) for m in trained], value=trained[0], label="Modality")
+            prompt = gr.Textbox(
+                EXAMPLES.get(trained[0], [""])[0], label="What it shows", lines=2, max_length=limits.prompt
+            )
+            images = gr.Slider(1, limits.images, min(4, limits.images), step=1, label="Images")
+            go = gr.Button("Generate", variant="primary")
+            with gr.Accordion("Settings", open=False):
+                seed = gr.Number(0, label="Seed", info="the same seed draws the same images", precision=0, minimum=0)
+                steps = gr.Slider(
+                    2, limits.steps, min(config.num_inference_steps, limits.steps), step=1, label="Steps"
+                )
+                guidance = gr.Slider(
+                    1, limits.guidance, min(config.guidance_scale, limits.guidance), step=0.1, label="Guidance"
+                )
+                candidates = gr.Slider(
+                    1,
+                    limits.candidates,
+                    min(config.num_candidates, limits.candidates) if has_filter else 1,
+                    step=1,
+                    label="Candidates for each image",
+                    info="of which the filter chooses one",
+                    interactive=has_filter,
+                )
+        with gr.Column(scale=3, min_width=300):
+            gallery = gr.Gallery(
+                label="Generated images",
+                columns=2,
+                height="auto",
+                object_fit="contain",
+                buttons=["fullscreen"],
+                format="png",
+            )
+            told = gr.Markdown("", elem_id="told")
+            with gr.Row():
+                download = gr.DownloadButton("Download ZIP", interactive=False)
+                link = gr.Textbox(label="Link to these settings", interactive=False, buttons=["copy"])
+            with gr.Accordion("What the filter left out", open=False, visible=has_filter):
+                gr.Markdown(f"Candidates are dropped before they are pictures; here up to {limits.opened} are drawn.")
+                look = gr.Button("Draw what was left out", interactive=False)
+                left_out = gr.Gallery(label="Left out by the filter", columns=4, height="auto", format="png")
+    controls = {
+        "modality": modality,
+        "prompt": prompt,
+        "images": images,
+        "seed": seed,
+        "steps": steps,
+        "guidance": guidance,
+        "candidates": candidates,
+    }
+    gr.Examples(
+        [[m, text] for m in trained for text in EXAMPLES.get(m, [])],
+        [modality, prompt],
+        label="Examples",
+        api_visibility="private",
+    )
+    drawn = gr.State()
+
+    def checked(values) -> Settings:
+        try:
+            return check(limits, trained, **dict(zip(controls, values)))
+        except ValueError as error:
+            raise gr.Error(str(error), title="This cannot be drawn", print_exception=False) from error
+
+    def on_draw(*values, progress=PROGRESS):
+        settings, start = checked(values), time.monotonic()
+        output, seeds = draw(settings, progress)
+        paths, archive = drawer.write(settings, output)
+        others = [s for mine, chosen in zip(seeds, output.seeds) for s in mine if s != chosen]
+        return (
+            list(zip(paths, captions(output))),
+            describe(output, time.monotonic() - start),
+            gr.DownloadButton(value=archive, interactive=True),
+            (settings, others),
+            settings.query,
+            gr.Button(interactive=bool(others) and has_filter),
+            [],
+        )
+
+    def on_look(state, progress=PROGRESS):
+        if not state or not state[1]:
+            raise gr.Error("Nothing was left out.", print_exception=False)
+        settings, seeds = state
+        output = redraw(settings, seeds[: limits.opened], progress)
+        return list(zip(drawer.write(settings, output)[0], captions(output)))
+
+    def on_load(request: gr.Request):
+        """Settings from a link; what is not possible is left as it is, and told."""
+        asked = {name: value for name, value in request.query_params.items() if name in controls}
+        if not asked:
+            return [gr.skip()] * len(controls)
+        values = {name: component.value for name, component in controls.items()} | asked
+        try:
+            settings = asdict(check(limits, trained, **values))
+        except ValueError as error:
+            gr.Warning(f"The link asks for what is not possible: {error}")
+            return [gr.skip()] * len(controls)
+        return [settings[name] for name in controls]
+
+    outputs = [gallery, told, download, drawn, link, look, left_out]
+    gr.on([go.click, prompt.submit], on_draw, list(controls.values()), outputs, api_name="generate").success(
+        None, link, link, js="(query) => location.origin + location.pathname + query", api_visibility="private"
+    )
+    look.click(on_look, drawn, left_out, api_visibility="private")
+    gr.context.Context.root_block.load(on_load, None, list(controls.values()), api_visibility="private")

@@ -1,0 +1,87 @@
+"""What is rated: the images of folders that the host names, in an order of each rater's own."""
+
+import hashlib
+import io
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from minim_pipeline import resolve_modality
+from minim_pipeline.data import read_csv, resolve_path
+
+
+@dataclass(frozen=True)
+class RatedImage:
+    """An image that may be rated.
+
+    Args:
+        id: what the browser calls it: says nothing of where it lies, nor whether it is real.
+        path: relative to its folder; as the store has it.
+        file: where it lies.
+        text, modality: what it is to show.
+        kind: `"generated"` or `"real"`.
+    """
+
+    id: str
+    path: str
+    file: Path
+    text: str
+    modality: str
+    kind: str
+
+    def read(self, side: int = 512) -> bytes:
+        """A PNG of the pixels alone, at one size for all: neither metadata nor size tell which images are real."""
+        with Image.open(self.file) as image:
+            image = image.convert("RGB")
+            scale = side / max(image.size)
+            size = [max(1, round(length * scale)) for length in image.size]
+            whole = Image.new("RGB", (side, side))
+            whole.paste(image.resize(size, Image.Resampling.BICUBIC), [(side - length) // 2 for length in size])
+        buffer = io.BytesIO()
+        whole.save(buffer, "PNG", compress_level=3)
+        return buffer.getvalue()
+
+
+def read_folder(folder: str | Path, kind: str) -> list[RatedImage]:
+    """The images of a folder with `data.csv` (`path,Text,modality`), as `minim generate` writes it.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such CSV, or it has bad rows.
+    """
+    csv = Path(folder) / "data.csv"
+    images = []
+    for row in read_csv(csv):
+        path = Path(row["path"]).as_posix()
+        name = hashlib.sha256(f"{kind}/{path}".encode()).hexdigest()[:16]
+        modality = resolve_modality(row["modality"]).id
+        images.append(RatedImage(name, path, resolve_path(row, csv), row["Text"], modality, kind))
+    return images
+
+
+def queue(
+    images: list[RatedImage], rater: str, real_share: float, repeat_share: float, distance: int = 10
+) -> list[tuple[RatedImage, int]]:
+    """What a rater is shown, one after the other, and which turn of the image it is; always the same for a name.
+
+    Args:
+        images: generated and real ones.
+        real_share: of what is shown for the first time, how much is real, in [0, 1); less if there are too few.
+        repeat_share: how many of the images come a second time, in [0, 1].
+        distance: how many others lie at least between both times.
+    """
+    # hash() differs from process to process.
+    chance = random.Random(hashlib.sha256(rater.encode()).digest())
+    generated, real = ([i for i in images if i.kind == kind] for kind in ("generated", "real"))
+    chance.shuffle(generated)
+    chance.shuffle(real)
+    if generated:
+        real = real[: round(len(generated) * real_share / (1 - real_share))]
+    shown = [(image, 0) for image in generated + real]
+    chance.shuffle(shown)
+    again = chance.sample(shown, round(repeat_share * len(shown)))
+    for image, _ in again:
+        first = next(i for i, (other, _) in enumerate(shown) if other is image)
+        shown.insert(chance.randint(min(first + 1 + distance, len(shown)), len(shown)), (image, 1))
+    return shown

@@ -1,0 +1,119 @@
+"""The store of ratings: nothing is lost, nothing is there twice, and train_filter.py reads what comes out."""
+
+import threading
+
+import pytest
+from PIL import Image
+from raters import read_ratings
+
+from minim_pipeline.cli import main
+from minim_pipeline.ratings import Rating, RatingStore, consistency, counts
+
+
+def rating(**changes) -> Rating:
+    return Rating(**{"rater": "ann", "path": "0.png", "rating": 2, "text": "cyst", "modality": "OCT"} | changes)
+
+
+def test_a_rating_is_there_for_whoever_opens_the_file_next(tmp_path):
+    store = RatingStore(tmp_path / "new" / "ratings.sqlite")
+    store.add(rating(), rating(rater="bob", rating=3, seconds=1.5))
+    found = RatingStore(tmp_path / "new" / "ratings.sqlite").ratings()
+    assert [(r.rater, r.rating, r.seconds, r.modality) for r in found] == [
+        ("ann", 2, None, "oct"),
+        ("bob", 3, 1.5, "oct"),
+    ]
+    assert [r.rater for r in store.ratings("bob")] == ["bob"]
+
+
+def test_the_last_rating_of_an_image_counts_and_turns_are_kept_apart(tmp_path):
+    store = RatingStore(tmp_path / "r.sqlite")
+    store.add(rating(rating=1), rating(rating=1, turn=1))
+    store.add(rating(rating=3))
+    assert [(r.turn, r.rating) for r in sorted(store.ratings(), key=lambda r: r.turn)] == [(0, 3), (1, 1)]
+    store.add(rating(rating=2, time="2020-01-01T00:00:00.000+00:00"))
+    assert store.ratings()[-1].rating == 3, "what is read back from a log may be older"
+
+
+def test_many_threads_write_at_once(tmp_path):
+    store = RatingStore(tmp_path / "r.sqlite")
+
+    def work(rater: str) -> None:
+        for i in range(40):
+            store.add(rating(rater=rater, path=f"{i}.png"))
+
+    threads = [threading.Thread(target=work, args=(f"rater {i}",)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({(r.rater, r.path) for r in store.ratings()}) == len(store.ratings()) == 240
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rating": 4}, "1, 2 or 3, got 4"),
+        ({"rating": True}, "1, 2 or 3, got True"),
+        ({"rater": " "}, "rater has to be a text of 1 to 80"),
+        ({"rater": "x" * 81}, "rater has to be a text of 1 to 80"),
+        ({"path": "../secret.png"}, "within the folder"),
+        ({"path": "/secret.png"}, "within the folder"),
+        ({"kind": "fake"}, "'generated' or 'real', got 'fake'"),
+        ({"turn": -1}, "turn has to be"),
+        ({"modality": "sonar"}, "sonar"),
+    ],
+)
+def test_what_no_rating_can_be_is_told(changes, message):
+    with pytest.raises(ValueError, match=message):
+        rating(**changes)
+
+
+def test_a_file_of_another_kind_is_told_and_left_alone(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("not a database, but long enough to be taken for one " * 10)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="notes.txt is no store of ratings"):
+        RatingStore(path)
+    assert path.read_bytes() == before
+
+
+def test_train_filter_reads_what_the_command_writes(tmp_path, capsys):
+    for place in ("made/0.png", "made/1.png", "real/x/0.png"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place)
+    store = RatingStore(tmp_path / "r.sqlite")
+    store.add(rating(), rating(path="1.png", text='with "quotes", and commas'), rating(path="1.png", turn=1, rating=3))
+    store.add(rating(path="x/0.png", kind="real", rater="bob", rating=3))
+    folders = ["--images", str(tmp_path / "made"), "--real", str(tmp_path / "real")]
+    out = tmp_path / "out" / "ratings.csv"
+    out.parent.mkdir()
+    assert main(["ratings", "--store", str(tmp_path / "r.sqlite"), "--output", str(out), *folders]) == 0
+    assert "4 ratings in" in capsys.readouterr().err
+    rows = read_ratings(out)
+    assert [(row["rating"], row["rater"]) for row in rows] == [("2", "ann"), ("2", "ann"), ("3", "ann"), ("3", "bob")]
+    assert rows[1]["Text"] == 'with "quotes", and commas' and rows[3]["path"] == "../real/x/0.png"
+
+    again = tmp_path / "again.sqlite"
+    assert main(["ratings", "--store", str(again), "--input", str(out), *folders]) == 0
+    assert RatingStore(again).ratings() == store.ratings()
+
+
+def test_bad_ratings_of_a_csv_are_told_with_their_rows_and_none_is_taken(tmp_path, capsys):
+    (tmp_path / "in.csv").write_text("path,Text,modality,rating\na.png,x,OCT,2\nb.png,x,OCT,5\n../c.png,x,OCT,1\n")
+    store, folders = str(tmp_path / "r.sqlite"), ["--images", str(tmp_path)]
+    assert main(["ratings", "--store", store, "--input", str(tmp_path / "in.csv"), *folders]) == 2
+    told = capsys.readouterr().err
+    assert "row 2" in told and "got 5" in told and "row 3" in told and "within the folder" in told
+    assert RatingStore(store).ratings() == []
+    assert main(["ratings", "--store", str(tmp_path / "none"), "--output", str(tmp_path / "o.csv"), *folders]) == 2
+    assert "no store of ratings" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_counts_and_consistency():
+    every = [rating(), rating(turn=1), rating(path="1.png", rating=1), rating(path="1.png", rating=3, turn=1)]
+    every += [rating(rater="bob", modality="cxr", path="2.png")]
+    assert counts(every) == {
+        "oct": {"ratings": 4, "images": 2, "raters": 1},
+        "cxr": {"ratings": 1, "images": 1, "raters": 1},
+    }
+    assert consistency(every) == {"ann": {"n": 2, "same": 0.5}, "bob": {"n": 0, "same": None}}

@@ -1,0 +1,193 @@
+"""The Space, started as its host starts it: what browsers ask of it, and what they must not get."""
+
+import csv
+import json
+import re
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from generate_page import Limits, check
+from PIL import Image
+from rating_images import queue, read_folder
+from space_server import APP, Server
+
+from minim_pipeline.ratings import Rating, RatingStore
+
+
+ROOT = APP.parent.parent
+
+
+def write_folder(folder: Path, count: int, text: str = "cyst") -> Path:
+    folder.mkdir(parents=True)
+    with open(folder / "data.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "Text", "modality"])
+        for i in range(count):
+            Image.new("RGB", (16, 12), (i % 256, 0, 0)).save(folder / f"{i:04d}.png")
+            writer.writerow([f"{i:04d}.png", text, "OCT"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    started = Server(tmp_path_factory.mktemp("space"))
+    yield started
+    started.kill()
+
+
+def test_it_says_when_it_is_ready_and_with_which_model(server):
+    assert server.health["status"] == "ok" and server.health["model"] == "minim-256" and server.health["images"] == 30
+
+
+def test_the_images_that_come_along_are_synthetic_and_say_so():
+    for image in read_folder(APP.parent / "images", "generated"):
+        with Image.open(image.file) as opened:
+            assert opened.text["synthetic"] == "true" and opened.text["prompt"] == image.text
+
+
+def test_every_rater_has_an_order_of_their_own_which_stays(tmp_path):
+    images = read_folder(write_folder(tmp_path / "made", 40), "generated")
+    images += read_folder(write_folder(tmp_path / "real", 40), "real")
+    shown = queue(images, "ann", real_share=0.2, repeat_share=0.1)
+    assert shown == queue(images, "ann", 0.2, 0.1) != queue(images, "bob", 0.2, 0.1)
+    first = [image for image, turn in shown if turn == 0]
+    assert len(set(first)) == len(first) == 50 and sum(image.kind == "real" for image in first) == 10
+    again = [(i, image) for i, (image, turn) in enumerate(shown) if turn == 1]
+    assert len(again) == 5
+    away = [i - shown.index((image, 0)) for i, image in again]
+    assert min(away) > 10 or max(i for i, _ in again) == len(shown) - 1, "not at once, unless the images end before"
+
+
+def test_nothing_sent_to_the_browser_tells_real_from_generated(tmp_path):
+    made, real = (read_folder(write_folder(tmp_path / kind, 1), kind)[0] for kind in ("generated", "real"))
+    assert made.path == real.path and made.id != real.id and "real" not in real.id
+    assert made.read() == real.read() and made.read()[:4] == b"\x89PNG" and b"tEXt" not in made.read()
+
+
+def test_a_rating_is_stored_and_the_next_images_are_told(server):
+    status, told = server.post("/rate/next", {"rater": "  Dr Ann "})
+    assert status == 200 and told["done"] == 0 and len(told["next"]) == 6
+    item = told["next"][0]
+    assert set(item) == {"image", "turn", "text", "modality", "rating"}, "blind: neither score nor kind"
+    answer = {"rater": "Dr Ann", "image": item["image"], "turn": item["turn"], "rating": 3, "seconds": 1.25}
+    status, told = server.post("/rate/rating", answer)
+    assert status == 200 and told["done"] == 1 and told["last"][-1]["rating"] == 3
+    assert item["image"] not in [(i["image"], i["turn"]) for i in told["next"]]
+    stored = RatingStore(server.store).ratings("Dr Ann")
+    assert [(r.rating, r.seconds, r.text) for r in stored] == [(3, 1.25, item["text"])]
+    with urllib.request.urlopen(f"{server.url}/rate/image/{item['image']}") as image:
+        assert image.headers["Content-Type"] == "image/png"
+
+
+GOOD = {"rater": "eve", "image": "0" * 16, "turn": 0, "rating": 2, "seconds": 1}
+
+
+@pytest.mark.parametrize(
+    ("place", "body", "status", "message"),
+    [
+        ("/rate/next", b"{", 422, "Invalid JSON"),
+        ("/rate/next", {"rater": "   "}, 422, "rater: String should have at least 1 character"),
+        ("/rate/next", {"rater": "x" * 81}, 422, "rater: String should have at most 80"),
+        ("/rate/rating", GOOD, 422, "not among those to rate"),
+        ("/rate/rating", GOOD | {"rating": 4}, 422, "rating: Input should be less than or equal to 3"),
+        ("/rate/rating", GOOD | {"image": "../../etc/passwd"}, 422, "not among those to rate"),
+        ("/rate/rating", GOOD | {"seconds": -1}, 422, "seconds"),
+        ("/rate/rating", b" " * 5000, 413, "4000 bytes"),
+    ],
+)
+def test_what_no_browser_of_ours_sends_is_refused_in_words(server, place, body, status, message):
+    code, told = server.post(place, body)
+    assert code == status and message in told["error"]
+    assert RatingStore(server.store).ratings("eve") == []
+
+
+@pytest.mark.parametrize("place", ["/rate/image/nothing", "/pages/../app.py", "/pages/%2e%2e/app.py"])
+def test_files_of_the_server_stay_there(server, place):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(server.url + place)
+    assert refused.value.code == 404
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modality": "sonar"}, "Choose a modality: oct, cxr (got 'sonar')"),
+        ({"prompt": "  "}, "Say what the image is to show"),
+        ({"prompt": "x" * 301}, "301 characters, at most 300"),
+        ({"images": 9}, "images has to be a whole number from 1 to 8, got '9'"),
+        ({"images": 1.5}, "images has to be a whole number"),
+        ({"steps": 10**6}, "steps has to be a whole number from 2 to 50"),
+        ({"guidance": float("nan")}, "guidance has to be a number from 1 to 10.0, got 'nan'"),
+        ({"candidates": "many"}, "candidates has to be a whole number from 1 to 8, got 'many'"),
+        ({"seed": None}, "seed has to be a whole number"),
+    ],
+)
+def test_the_server_itself_bounds_what_is_asked_of_it(changes, message):
+    asked = {"modality": "oct", "prompt": "cyst", "images": 1, "seed": 0, "steps": 4, "guidance": 3, "candidates": 1}
+    assert check(Limits(), ["oct", "cxr"], **asked).prompt == "cyst"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(Limits(), ["oct", "cxr"], **asked | changes)
+
+
+@pytest.mark.slow
+def test_eight_raters_at_once_lose_nothing_when_the_server_is_killed(tmp_path):
+    images = write_folder(tmp_path / "made", 200)
+    options = ["--images", str(images), "--repeat_share", "0"]
+    server = Server(tmp_path, *options)
+    acknowledged: dict[str, dict[str, int]] = {f"rater {i}": {} for i in range(8)}
+
+    def work(rater: str) -> None:
+        try:
+            told = server.post("/rate/next", {"rater": rater})[1]
+            while told["next"]:
+                item = told["next"][0]
+                rating = 1 + hash((rater, item["image"])) % 3
+                answer = {"rater": rater, "image": item["image"], "turn": item["turn"], "rating": rating, "seconds": 1}
+                status, told = server.post("/rate/rating", answer)
+                assert status == 200
+                acknowledged[rater][item["image"]] = rating
+                if sum(map(len, acknowledged.values())) == 800:
+                    server.kill()
+        except OSError:
+            return  # it was killed
+
+    def all_rate() -> None:
+        threads = [threading.Thread(target=work, args=(rater,)) for rater in acknowledged]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    all_rate()
+    assert 800 <= sum(map(len, acknowledged.values())) < 1600
+    ids = {image.path: image.id for image in read_folder(images, "generated")}
+    server = Server(tmp_path, *options)
+    try:
+        stored = {(r.rater, ids[r.path]): r.rating for r in RatingStore(server.store).ratings()}
+        for rater, given in acknowledged.items():
+            assert all(stored[rater, image] == rating for image, rating in given.items()), "every acknowledged one"
+        all_rate()  # and each goes on with what is left
+    finally:
+        server.kill()
+    ratings = RatingStore(server.store).ratings()
+    assert len(ratings) == len({(r.rater, r.path, r.turn) for r in ratings}) == 1600
+
+
+def test_the_page_on_agreement_counts_and_hides_names(server):
+    store = RatingStore(server.store)
+    for path, ann, bob in (("a.png", 1, 1), ("b.png", 2, 2), ("c.png", 3, 3)):
+        common = {"path": path, "text": "normal", "modality": "cxr"}
+        store.add(Rating(rater="Zoe Secret", rating=ann, **common), Rating(rater="Yan Secret", rating=bob, **common))
+    page = urllib.request.urlopen(server.url + "/agreement").read().decode()
+    assert "Secret" not in page and "<strong>1.00</strong>" in page and "CXR" in page
+
+
+def test_what_spaces_install_is_what_the_package_needs():
+    project = (ROOT / "pyproject.toml").read_text()
+    needed = set(json.loads(re.search(r"^dependencies = (\[.*?\])$", project, re.M | re.S)[1].replace(",\n]", "]")))
+    needed |= set(json.loads(re.search(r"^space = (\[.*?\])", project, re.M)[1]))
+    lines = (APP.parent / "requirements.txt").read_text().splitlines()
+    assert needed == {line for line in lines if line and not line.startswith("#")}

@@ -1,0 +1,183 @@
+"""The Space's pages in a real browser, as people use them: with the mouse, by keyboard alone, two at once."""
+
+import csv
+import io
+import re
+import shutil
+import zipfile
+
+import pytest
+from PIL import Image
+from space_server import Server
+
+from minim_pipeline.ratings import RatingStore
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium, which is not installed here")
+LINK = "/?modality=cxr&prompt=bacterial+pneumonia&images=2&steps=3&candidates=2&seed=5&guidance=2.5"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("space")
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    started = Server(folder)
+    yield started
+    started.kill()
+
+
+@pytest.fixture
+def visit(browser, server):
+    """Opens pages, each a visitor of its own; at the end none has had an error, or asked another host for anything."""
+    contexts, problems = [], []
+
+    def open_page(place: str, **options):
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.on("console", lambda m: problems.append(f"console: {m.text}") if m.type == "error" else None)
+        page.on("pageerror", lambda error: problems.append(f"page: {error}"))
+        page.on("request", lambda r: problems.append(f"outside: {r.url}") if is_outside(r.url, server.url) else None)
+        page.goto(server.url + place)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def is_outside(url: str, home: str) -> bool:
+    return not url.startswith((home, "data:", "blob:"))
+
+
+def begin(page, name: str) -> None:
+    page.get_by_label("Your name").fill(name)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#picture img")
+
+
+def rate(page, key: str) -> None:
+    """Presses a key, and waits until the page says that it is done."""
+    done = int(page.locator("#count").inner_text().split()[0])
+    page.keyboard.press(key)
+    page.wait_for_function(f"document.getElementById('count').textContent.startsWith('{done + 1} ')")
+
+
+def test_a_link_fills_the_page_and_its_images_come_with_scores_and_as_a_zip(visit):
+    page = visit(LINK)
+    page.wait_for_function("[...document.querySelectorAll('textarea')].some(t => t.value == 'bacterial pneumonia')")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.wait_for_selector("#told:has-text('The filter accepted')")
+    page.wait_for_function("document.querySelectorAll('.grid-container img').length == 2")
+    assert len(re.findall(r"accepted, score \d\.\d\d of 3", page.inner_text("body"))) == 2
+    link = page.get_by_label("Link to these settings")
+    page.wait_for_function("[...document.querySelectorAll('textarea')].some(t => t.value.startsWith('http'))")
+    assert link.input_value().endswith("images=2&seed=5&steps=3&guidance=2.5&candidates=2")
+
+    with page.expect_download() as caught:
+        page.get_by_text("Download ZIP").click()
+    with zipfile.ZipFile(caught.value.path()) as archive:
+        rows = list(csv.DictReader(io.StringIO(archive.read("data.csv").decode())))
+        assert [(row["modality"], row["Text"], row["seed"]) for row in rows] == [
+            ("CXR", "bacterial pneumonia", "5"),
+            ("CXR", "bacterial pneumonia", "6"),
+        ]
+        with Image.open(io.BytesIO(archive.read(rows[0]["path"]))) as image:
+            assert image.size == (256, 256) and image.text["synthetic"] == "true"
+            assert image.text["seed"] == rows[0]["drawn_seed"]
+
+    page.get_by_text("What the filter left out").click()
+    page.get_by_role("button", name="Draw what was left out").click()
+    page.wait_for_function("document.querySelectorAll('.grid-container img').length == 4")
+
+
+def test_what_cannot_be_drawn_is_said_in_words(visit):
+    page = visit("/?steps=100000&modality=oct&prompt=cyst")
+    page.wait_for_selector("text=steps has to be a whole number from 2 to 50")
+    page.get_by_label("What it shows").fill("   ")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.wait_for_selector("text=Say what the image is to show")
+
+
+def test_two_raters_at_once_and_the_way_back(visit, server):
+    ann, bob = visit("/rate"), visit("/rate")
+    begin(ann, "ann")
+    begin(bob, "bob")
+    first = ann.locator("#picture img").get_attribute("src")
+    for page, key in ((ann, "3"), (bob, "1"), (ann, "2"), (bob, "1")):
+        rate(page, key)
+    assert ann.locator("#count").inner_text() == bob.locator("#count").inner_text() == "2 of 33"
+    ann.keyboard.press("b")
+    ann.keyboard.press("ArrowLeft")
+    assert ann.locator("#picture img").get_attribute("src") == first
+    assert ann.get_by_role("button", name="3 good").get_attribute("aria-pressed") == "true"
+    ann.get_by_role("button", name="1 not usable").click()
+    ann.wait_for_function(f"!document.querySelector('#picture img').src.endsWith('{first}')")
+    store = RatingStore(server.store)
+    assert [r.rating for r in store.ratings("bob")] == [1, 1]
+    assert sorted(r.rating for r in store.ratings("ann")) == [1, 2], "the last rating counts"
+
+
+def test_the_pages_work_by_keyboard_and_every_control_has_a_name(visit):
+    page = visit("/rate")
+    page.keyboard.type("keys only")  # the name has the focus
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#picture img")
+    assert re.search(r"asked for: .+", page.locator("#picture img").get_attribute("alt"))
+    page.keyboard.press("Tab")
+    for _ in range(30):
+        if page.evaluate("document.activeElement.dataset.rating") == "2":
+            break
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.getElementById('count').textContent.startsWith('1 ')")
+    for place in ("/", "/rate", "/agreement", "/about"):
+        page.goto(page.url.split("/", 3)[0] + "//" + page.url.split("/", 3)[2] + place)
+        page.wait_for_selector("a:has-text('Agreement')")
+        page.wait_for_timeout(1000)
+        nameless = page.evaluate(
+            """[...document.querySelectorAll('button, input, textarea, select, img')].filter(e => e.checkVisibility()
+            && !(e.innerText || e.ariaLabel || e.title || e.alt || e.labels?.length || e.ariaLabelledByElements?.length
+            || e.closest('label')?.innerText)).map(e => e.outerHTML)"""
+        )
+        assert nameless == [], place
+
+
+@pytest.mark.slow
+def test_ten_ratings_by_keys_survive_a_kill(browser, tmp_path):
+    server = Server(tmp_path)
+    context = browser.new_context()
+    page = context.new_page()
+    try:
+        page.goto(server.url + "/rate")
+        begin(page, "Dr Ten")
+        keys = "1231231231"
+        for key in keys:
+            rate(page, key)
+        server.kill()
+        page.keyboard.press("2")
+        page.wait_for_selector("text=this rating is not stored, press it again")
+        assert sorted(r.rating for r in RatingStore(server.store).ratings("Dr Ten")) == sorted(map(int, keys))
+        server = Server(tmp_path)
+        page.goto(server.url + "/rate")  # another port, so the name is asked for again
+        begin(page, "Dr Ten")
+        assert page.locator("#count").inner_text() == "10 of 33"
+    finally:
+        context.close()
+        server.kill()
