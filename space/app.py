@@ -26,6 +26,7 @@ from agreement_page import routes as agreement_routes  # noqa: E402
 from generate_page import Drawer, Limits  # noqa: E402
 from generate_page import build as build_generate  # noqa: E402
 from rating_images import read_folder  # noqa: E402
+from rating_log import RatingLog  # noqa: E402
 from rating_page import PAGES, RatingDesk  # noqa: E402
 from starlette.responses import FileResponse, JSONResponse  # noqa: E402
 from starlette.routing import Mount, Route  # noqa: E402
@@ -64,6 +65,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("real_share", 0.1, float, help="Of the images to rate, how many are real, in [0, 1).")
     add("repeat_share", 0.1, float, help="How many of the images to rate come a second time, in [0, 1].")
     add("store", "ratings/ratings.sqlite", help="Where ratings go.")
+    add("ratings_repo", None, help="Dataset repository on the Hub that ratings are pushed to; needs HF_TOKEN.")
     add("show_names", 0, int, help="1: the page on agreement shows raters' names.")
     add("max_images", 8, int, help="The most images of one call.")
     add("max_queue", 16, int, help="Calls that may wait.")
@@ -72,6 +74,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.real_share < 1 or not 0 <= args.repeat_share <= 1:
         parser.error(f"shares have to be in [0, 1) and [0, 1], got {args.real_share} and {args.repeat_share}")
+    if args.ratings_repo and not os.environ.get("HF_TOKEN"):
+        parser.error("--ratings_repo needs a token with the right to write to it, in the variable HF_TOKEN")
     return args
 
 
@@ -81,7 +85,11 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
     if args.real:
         images += read_folder(args.real, "real")
     store = RatingStore(args.store)
-    desk = RatingDesk(store, images, args.real_share, args.repeat_share)
+    keep = None
+    if args.ratings_repo:
+        folder = Path(args.store).absolute().parent / "log"
+        keep = RatingLog(store, folder, args.ratings_repo, os.environ["HF_TOKEN"]).keep
+    desk = RatingDesk(store, images, args.real_share, args.repeat_share, keep)
     pipe = load_pipeline(args.model)
     # ZeroGPU lends a GPU for a call; everywhere else nothing changes.
     on_gpu = spaces.GPU if spaces is not None else lambda function: function

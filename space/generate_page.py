@@ -1,5 +1,6 @@
 """The page that draws images: Gradio components around one call of the pipeline."""
 
+import shutil
 import tempfile
 import time
 import urllib.parse
@@ -101,6 +102,7 @@ class Drawer:
 
     def __init__(self, pipe: MinimPipeline, model: str, revision: str):
         self.pipe, self.model, self.revision = pipe, model, revision
+        self.folder = tempfile.TemporaryDirectory(prefix="minim-")
 
     def draw(self, settings: Settings, progress) -> tuple:
         """The pipeline's output, and the seeds of all candidates of each image [images][candidates]."""
@@ -134,7 +136,11 @@ class Drawer:
 
     def write(self, settings: Settings, output) -> tuple[list[Path], Path]:
         """PNGs with their provenance, and a ZIP of them and `data.csv`: what `minim generate` writes."""
-        folder = Path(tempfile.mkdtemp(prefix="minim-"))
+        # Gradio copies what it serves as soon as a call is over: what is older is no longer needed.
+        for old in Path(self.folder.name).iterdir():
+            if old.stat().st_mtime < time.time() - 600:
+                shutil.rmtree(old, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(dir=self.folder.name))
         made = {"model": self.model, "revision": self.revision, "steps": settings.steps, "guidance": settings.guidance}
         made |= {"scheduler": type(self.pipe.scheduler).__name__, "num_candidates": settings.candidates}
         columns = ["path", "Text", "modality", "seed", "score", "accepted", "drawn_seed", "synthetic", *made]

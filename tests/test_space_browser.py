@@ -83,10 +83,11 @@ def test_a_link_fills_the_page_and_its_images_come_with_scores_and_as_a_zip(visi
     page = visit(LINK)
     page.wait_for_function("[...document.querySelectorAll('textarea')].some(t => t.value == 'bacterial pneumonia')")
     page.get_by_role("button", name="Generate", exact=True).click()
+    page.wait_for_selector("text=/[123]\\/3 steps/")  # progress, step by step
     page.wait_for_selector("#told:has-text('The filter accepted')")
     page.wait_for_function("document.querySelectorAll('.grid-container img').length == 2")
     assert len(re.findall(r"accepted, score \d\.\d\d of 3", page.inner_text("body"))) == 2
-    link = page.get_by_label("Link to these settings")
+    link = page.locator("label:has-text('Link to these settings') textarea")
     page.wait_for_function("[...document.querySelectorAll('textarea')].some(t => t.value.startsWith('http'))")
     assert link.input_value().endswith("images=2&seed=5&steps=3&guidance=2.5&candidates=2")
 

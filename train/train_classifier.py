@@ -124,7 +124,7 @@ def main(argv=None) -> dict:
     each = judges.judge_each(val_images)
     each["judges"] = torch.stack(list(each.values())).mean(0)
     report = {
-        "trained_on": {"part": args.part, "n": len(rows)},
+        "trained_on": {"part": " ".join(args.part), "n": len(rows)},
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
         "seconds": seconds,
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
