@@ -5,6 +5,7 @@ sent again takes the place of the first, so that none is there twice.
 """
 
 import csv
+import hashlib
 import os
 import sqlite3
 import threading
@@ -32,6 +33,7 @@ CREATE TABLE IF NOT EXISTS ratings (
     kind TEXT NOT NULL,
     seconds REAL,
     time TEXT NOT NULL,
+    digest TEXT NOT NULL,
     PRIMARY KEY (rater, path, turn)
 )
 """
@@ -51,6 +53,7 @@ class Rating:
         kind: `"generated"` or `"real"`.
         seconds: from seeing the image to the rating.
         time: of the rating, ISO 8601 in UTC; now, if left empty.
+        digest: `image_digest` of the file, so that no other file of that name is taken for it; empty if not known.
 
     Raises:
         ValueError: a field is not possible; the message has the value given and those allowed.
@@ -65,6 +68,7 @@ class Rating:
     kind: str = "generated"
     seconds: float | None = None
     time: str = ""
+    digest: str = ""
 
     def __post_init__(self):
         for name, most in LONGEST.items():
@@ -85,7 +89,12 @@ class Rating:
 
 
 COLUMNS = tuple(field.name for field in fields(Rating))
-CSV_COLUMNS = ("path", "Text", "modality", "rating", "rater", "turn", "kind", "seconds", "time")
+CSV_COLUMNS = ("path", "Text", "modality", "rating", "rater", "turn", "kind", "seconds", "time", "digest")
+
+
+def image_digest(path: str | Path) -> str:
+    """The first 16 hexadecimal digits of a file's SHA-256."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 class RatingStore:
@@ -148,12 +157,14 @@ class RatingStore:
                 relative to its own folder.
 
         Raises:
-            ValueError: there are ratings of a kind without a folder.
+            ValueError: there are ratings of a kind without a folder, or of images that are not there, or are others.
         """
         rows = self.ratings()
         unknown = sorted({rating.kind for rating in rows} - set(folders))
         if unknown:
             raise ValueError(f"There are ratings of {unknown[0]} images: say which folder these lie in.")
+        digests = {(rating.kind, rating.path): rating.digest for rating in rows}
+        self._check_files((Path(folders[kind]) / place, digest) for (kind, place), digest in digests.items())
         home = Path(path).absolute().parent
         with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, CSV_COLUMNS)
@@ -163,6 +174,17 @@ class RatingStore:
                 row = {name: value for name, value in asdict(rating).items() if name in CSV_COLUMNS}
                 writer.writerow(row | {"path": Path(place).as_posix(), "Text": rating.text})
         return len(rows)
+
+    @staticmethod
+    def _check_files(files: Iterable[tuple[Path, str]]) -> None:
+        problems = []
+        for file, digest in files:
+            if not file.is_file():
+                problems.append(f"{file} is not there")
+            elif digest and image_digest(file) != digest:
+                problems.append(f"{file} is another image than the one that was rated")
+        if problems:
+            raise ValueError(f"{'; '.join(problems[:5])}{f' (and {len(problems) - 5} more)' if problems[5:] else ''}.")
 
     def read_csv(self, path: str | Path, folders: Mapping[str, str | Path]) -> int:
         """Adds the ratings of a CSV, as `write_csv` writes it or with `path,Text,modality,rating` alone.

@@ -9,6 +9,7 @@ What the host decides is given on the command line or, as on Spaces, by variable
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 
@@ -117,8 +118,11 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
 
 
 def main(argv=None) -> None:
-    args = parse_args(argv)
-    demo, routes = build(args)
+    try:
+        args = parse_args(argv)
+        demo, routes = build(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"space/app.py: error: {error}")
     theme = gr.themes.Default(font=THEME_FONT, font_mono=["ui-monospace", "monospace"])
     demo.launch(
         server_name=args.host,

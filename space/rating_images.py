@@ -10,6 +10,7 @@ from PIL import Image
 
 from minim_pipeline import resolve_modality
 from minim_pipeline.data import read_csv, resolve_path
+from minim_pipeline.ratings import image_digest
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class RatedImage:
         file: where it lies.
         text, modality: what it is to show.
         kind: `"generated"` or `"real"`.
+        digest: of the file.
     """
 
     id: str
@@ -30,6 +32,7 @@ class RatedImage:
     text: str
     modality: str
     kind: str
+    digest: str
 
     def read(self, side: int = 512) -> bytes:
         """A PNG of the pixels alone, at one size for all: neither metadata nor size tell which images are real."""
@@ -55,8 +58,8 @@ def read_folder(folder: str | Path, kind: str) -> list[RatedImage]:
     for row in read_csv(csv):
         path = Path(row["path"]).as_posix()
         name = hashlib.sha256(f"{kind}/{path}".encode()).hexdigest()[:16]
-        modality = resolve_modality(row["modality"]).id
-        images.append(RatedImage(name, path, resolve_path(row, csv), row["Text"], modality, kind))
+        modality, file = resolve_modality(row["modality"]).id, resolve_path(row, csv)
+        images.append(RatedImage(name, path, file, row["Text"], modality, kind, image_digest(file)))
     return images
 
 

@@ -47,9 +47,16 @@ class RatingDesk:
         images: what is rated.
         real_share, repeat_share: see `rating_images.queue`.
         keep: called with each rating stored, before it is acknowledged.
+
+    Raises:
+        ValueError: the store has ratings of other images of the same names.
     """
 
     def __init__(self, store: RatingStore, images: list[RatedImage], real_share=0.1, repeat_share=0.1, keep=None):
+        digests = {(image.kind, image.path): image.digest for image in images}
+        for rating in store.ratings():
+            if rating.digest and digests.get((rating.kind, rating.path), rating.digest) != rating.digest:
+                raise ValueError(f"{store.path} holds ratings of another {rating.path}: choose another --store.")
         self.store, self.images = store, {image.id: image for image in images}
         self.real_share, self.repeat_share, self.keep = real_share, repeat_share, keep
         self.queues: dict[str, list[tuple[RatedImage, int]]] = {}
@@ -106,6 +113,7 @@ class RatingDesk:
             turn=answer.turn,
             kind=image.kind,
             seconds=round(answer.seconds, 3),
+            digest=image.digest,
         )
         self.store.add(rating)
         if self.keep is not None:

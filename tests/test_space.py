@@ -4,6 +4,8 @@ import csv
 import http.client
 import json
 import re
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -13,6 +15,7 @@ import pytest
 from generate_page import Limits, check
 from PIL import Image
 from rating_images import queue, read_folder
+from rating_page import Answer, RatingDesk
 from space_server import APP, Server
 
 from minim_pipeline.ratings import Rating, RatingStore
@@ -47,6 +50,32 @@ def test_the_images_that_come_along_are_synthetic_and_say_so():
     for image in read_folder(APP.parent / "images", "generated"):
         with Image.open(image.file) as opened:
             assert opened.text["synthetic"] == "true" and opened.text["prompt"] == image.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--images", "nowhere"], "nowhere"),
+        (["--real_share", "1"], "shares have to be in"),
+        (["--max_images", "0"], "Limits have to be at least 1"),
+        (["--store", "notes.txt"], "notes.txt is no store of ratings"),
+    ],
+)
+def test_a_host_is_told_in_a_line_what_is_wrong(tmp_path, options, message):
+    (tmp_path / "notes.txt").write_text("no database " * 100)
+    command = [sys.executable, str(APP), "--store", "ratings.sqlite", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ratings_of_other_images_of_the_same_names_are_not_taken_for_these(tmp_path):
+    store = RatingStore(tmp_path / "r.sqlite")
+    first = RatingDesk(store, read_folder(write_folder(tmp_path / "a", 2), "generated"))
+    item = first.upcoming("ann")["next"][0]
+    first.take(Answer(rater="ann", image=item["image"], turn=0, rating=3, seconds=1))
+    Image.new("RGB", (16, 12), "green").save(tmp_path / "a" / store.ratings()[0].path)
+    with pytest.raises(ValueError, match="ratings of another 000.*choose another --store"):
+        RatingDesk(store, read_folder(tmp_path / "a", "generated"))
 
 
 def test_every_rater_has_an_order_of_their_own_which_stays(tmp_path):
