@@ -1,5 +1,6 @@
 """The page that draws images: Gradio components around one call of the pipeline."""
 
+import html
 import shutil
 import tempfile
 import time
@@ -258,7 +259,9 @@ def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> N
         try:
             return check(limits, trained, **dict(zip(controls, values)))
         except ValueError as error:
-            raise gr.Error(str(error), title="This cannot be drawn", print_exception=False) from error
+            raise gr.Error(
+                html.escape(str(error), quote=False), title="This cannot be drawn", print_exception=False
+            ) from error
 
     def on_draw(*values, progress=PROGRESS):
         settings, start = checked(values), time.monotonic()
@@ -291,7 +294,7 @@ def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> N
         try:
             settings = asdict(check(limits, trained, **values))
         except ValueError as error:
-            gr.Warning(f"The link asks for what is not possible: {error}")
+            gr.Warning(html.escape(f"The link asks for what is not possible: {error}", quote=False))
             return [gr.skip()] * len(controls)
         return [settings[name] for name in controls]
 

@@ -154,6 +154,9 @@ class RatingDesk:
 
 async def read_body(request: Request, model: type[BaseModel]) -> tuple[BaseModel | None, JSONResponse | None]:
     """What was sent, checked; or the answer that says in words what is wrong with it."""
+    # Another site's page may send plain text here without asking, but no JSON: no ratings in a visitor's name.
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        return None, JSONResponse({"error": "Content-Type has to be application/json."}, 415)
     body = b""
     async for part in request.stream():
         body += part

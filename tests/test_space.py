@@ -134,6 +134,13 @@ def test_what_no_browser_of_ours_sends_is_refused_in_words(server, place, body, 
     assert RatingStore(server.store).ratings("eve") == []
 
 
+def test_pages_of_other_sites_cannot_rate_in_a_visitors_name(server):
+    request = urllib.request.Request(server.url + "/rate/next", b'{"rater": "ann"}', {"Content-Type": "text/plain"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    assert refused.value.code == 415
+
+
 @pytest.mark.parametrize(
     "place",
     [

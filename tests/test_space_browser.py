@@ -109,6 +109,8 @@ def test_a_link_fills_the_page_and_its_images_come_with_scores_and_as_a_zip(visi
 
 
 def test_what_cannot_be_drawn_is_said_in_words(visit):
+    page = visit("/?modality=%3Cb%3Eoct")
+    page.wait_for_selector("text=Choose a modality: oct, fundus, cxr, chest_ct, brain_mri (got '<b>oct')")
     page = visit("/?steps=100000&modality=oct&prompt=cyst")
     page.wait_for_selector("text=steps has to be a whole number from 2 to 50")
     page.get_by_label("What it shows").fill("   ")
