@@ -34,7 +34,7 @@ CREATE TABLE IF NOT EXISTS ratings (
     seconds REAL,
     time TEXT NOT NULL,
     digest TEXT NOT NULL,
-    PRIMARY KEY (rater, path, turn)
+    PRIMARY KEY (rater, kind, path, turn)
 )
 """
 
@@ -73,7 +73,7 @@ class Rating:
     def __post_init__(self):
         for name, most in LONGEST.items():
             value = getattr(self, name)
-            if not isinstance(value, str) or len(value) > most or (name != "text" and not value.strip()):
+            if not isinstance(value, str) or len(value) > most or not value.strip():
                 raise ValueError(f"{name} has to be a text of 1 to {most} characters, got {str(value)[:80]!r}.")
         if type(self.rating) is not int or self.rating not in (1, 2, 3):
             raise ValueError(f"rating has to be 1, 2 or 3, got {self.rating!r}.")
@@ -89,6 +89,7 @@ class Rating:
 
 
 COLUMNS = tuple(field.name for field in fields(Rating))
+KEY = ("rater", "kind", "path", "turn")  # a real image may have the name of a generated one
 CSV_COLUMNS = ("path", "Text", "modality", "rating", "rater", "turn", "kind", "seconds", "time", "digest")
 
 
@@ -132,8 +133,8 @@ class RatingStore:
         """Stores ratings, all or none; one of the same rater, image and turn takes the place of the earlier."""
         names = ", ".join(COLUMNS)
         values = ", ".join(f":{name}" for name in COLUMNS)
-        changes = ", ".join(f"{name} = excluded.{name}" for name in COLUMNS if name not in ("rater", "path", "turn"))
-        command = f"INSERT INTO ratings ({names}) VALUES ({values}) ON CONFLICT (rater, path, turn) DO UPDATE SET"
+        changes = ", ".join(f"{name} = excluded.{name}" for name in COLUMNS if name not in KEY)
+        command = f"INSERT INTO ratings ({names}) VALUES ({values}) ON CONFLICT ({', '.join(KEY)}) DO UPDATE SET"
         # What is read back from a log may be older than what is here.
         command += f" {changes} WHERE excluded.time >= ratings.time"
         with self._connection() as connection:
@@ -143,7 +144,7 @@ class RatingStore:
         """All ratings, or those of one rater, in the order of their times."""
         where = "" if rater is None else "WHERE rater = ?"
         rows = self._connection().execute(
-            f"SELECT * FROM ratings {where} ORDER BY time, rater, path, turn", () if rater is None else (rater,)
+            f"SELECT * FROM ratings {where} ORDER BY time, {', '.join(KEY)}", () if rater is None else (rater,)
         )
         return [Rating(**{name: row[name] for name in COLUMNS}) for row in rows]
 
@@ -151,8 +152,8 @@ class RatingStore:
         """Writes all ratings as `train_filter.py` reads them, and returns how many.
 
         Args:
-            path: of the CSV, with columns `path,Text,modality,rating,rater,turn,kind,seconds,time`. It appears whole
-                or not at all.
+            path: of the CSV, with columns `path,Text,modality,rating,rater,turn,kind,seconds,time,digest`. It
+                appears whole or not at all.
             folders: by kind, `"generated"` and `"real"`, what the images' paths are relative to; in the CSV they are
                 relative to its own folder.
 
@@ -216,7 +217,7 @@ def counts(ratings: Iterable[Rating]) -> dict[str, dict[str, int]]:
         mine = [rating for rating in ratings if rating.modality == name]
         table[name] = {
             "ratings": len(mine),
-            "images": len({rating.path for rating in mine}),
+            "images": len({(rating.kind, rating.path) for rating in mine}),
             "raters": len({rating.rater for rating in mine}),
         }
     return table
@@ -224,9 +225,10 @@ def counts(ratings: Iterable[Rating]) -> dict[str, dict[str, int]]:
 
 def consistency(ratings: Iterable[Rating]) -> dict[str, dict[str, float | int]]:
     """By rater, of images shown again: how many (`n`), and the share that got the same rating again (`same`)."""
-    given: dict[str, dict[str, dict[int, int]]] = {}
+    given: dict[str, dict[tuple[str, str], dict[int, int]]] = {}
     for rating in ratings:
-        given.setdefault(rating.rater, {}).setdefault(rating.path, {})[rating.turn] = rating.rating
+        image = (rating.kind, rating.path)
+        given.setdefault(rating.rater, {}).setdefault(image, {})[rating.turn] = rating.rating
     table = {}
     for rater, images in given.items():
         pairs = [(turns[0], again) for turns in images.values() for t, again in turns.items() if t and 0 in turns]

@@ -22,6 +22,7 @@ except ImportError:
     spaces = None
 
 import gradio as gr  # noqa: E402
+import httpx  # noqa: E402
 from about_page import build as build_about  # noqa: E402
 from agreement_page import routes as agreement_routes  # noqa: E402
 from generate_page import Drawer, Limits  # noqa: E402
@@ -50,7 +51,6 @@ CSS = """
 .minim-pages a { color: var(--link-text-color); text-decoration: underline; }
 .minim-pages a[aria-current] { color: var(--body-text-color); font-weight: 600; text-decoration: none; }
 """
-THEME_FONT = ["system-ui", "sans-serif"]
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -117,13 +117,8 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
     return demo, routes
 
 
-def main(argv=None) -> None:
-    try:
-        args = parse_args(argv)
-        demo, routes = build(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"space/app.py: error: {error}")
-    theme = gr.themes.Default(font=THEME_FONT, font_mono=["ui-monospace", "monospace"])
+def launch(demo: gr.Blocks, routes: list, args: argparse.Namespace) -> None:
+    """Starts to serve, in threads of its own."""
     demo.launch(
         server_name=args.host,
         server_port=args.port,
@@ -132,12 +127,21 @@ def main(argv=None) -> None:
         quiet=True,
         prevent_thread_lock=True,
         app_kwargs={"routes": routes},
-        theme=theme,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=CSS,
         footer_links=[],
         ssr_mode=False,
         max_file_size="1kb",  # nothing is uploaded here
     )
+
+
+def main(argv=None) -> None:
+    try:
+        args = parse_args(argv)
+        demo, routes = build(args)
+        launch(demo, routes, args)
+    except (ValueError, OSError, httpx.HTTPError) as error:
+        sys.exit(f"space/app.py: error: {error}")
     print(f"minim is ready: http://{args.host}:{args.port}", flush=True)
     demo.block_thread()
 

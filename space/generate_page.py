@@ -6,7 +6,7 @@ import tempfile
 import time
 import urllib.parse
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import gradio as gr
@@ -106,15 +106,18 @@ class Drawer:
         self.folder = tempfile.TemporaryDirectory(prefix="minim-")
 
     def draw(self, settings: Settings, progress) -> tuple:
-        """The pipeline's output, and the seeds of all candidates of each image [images][candidates]."""
-        generators = [torch.Generator().manual_seed(settings.seed + i) for i in range(settings.images)]
-        seeds = self.pipe.draw_seeds(list(range(settings.images)), settings.candidates, generators)
-        for i, generator in enumerate(generators):
-            generator.manual_seed(settings.seed + i)
+        """The pipeline's output, and the seeds of the candidates that did not come back."""
+
+        def generators() -> list[torch.Generator]:
+            return [torch.Generator().manual_seed(settings.seed + i) for i in range(settings.images)]
+
+        # A single candidate is drawn from its generator itself, and nothing is left out.
+        drawn = range(settings.images) if settings.candidates > 1 else []
+        seeds = self.pipe.draw_seeds(drawn, settings.candidates, generators())
         output = self.call(
-            settings, settings.images, progress, generator=generators, num_candidates=settings.candidates
+            settings, settings.images, progress, generator=generators(), num_candidates=settings.candidates
         )
-        return output, [seeds[i : i + settings.candidates] for i in range(0, len(seeds), settings.candidates)]
+        return output, [seed for seed in seeds if seed not in output.seeds]
 
     def redraw(self, settings: Settings, seeds: list[int], progress):
         """The images of single candidates, with their ratings."""
@@ -193,6 +196,7 @@ def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> N
     config = drawer.pipe.config
     trained = [name for name in MODALITIES if name in (config.modalities or MODALITIES)]
     has_filter = drawer.pipe.filter_head is not None
+    limits = limits if has_filter else replace(limits, candidates=1)
     draw, redraw = on_gpu(drawer.draw), on_gpu(drawer.redraw)
 
     gr.Markdown(NOTICE)
@@ -215,7 +219,7 @@ def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> N
                 candidates = gr.Slider(
                     1,
                     limits.candidates,
-                    min(config.num_candidates, limits.candidates) if has_filter else 1,
+                    min(config.num_candidates, limits.candidates),
                     step=1,
                     label="Candidates for each image",
                     info="of which the filter chooses one",
@@ -265,16 +269,15 @@ def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> N
 
     def on_draw(*values, progress=PROGRESS):
         settings, start = checked(values), time.monotonic()
-        output, seeds = draw(settings, progress)
+        output, others = draw(settings, progress)
         paths, archive = drawer.write(settings, output)
-        others = [s for mine, chosen in zip(seeds, output.seeds) for s in mine if s != chosen]
         return (
             list(zip(paths, captions(output))),
             describe(output, time.monotonic() - start),
             gr.DownloadButton(value=archive, interactive=True),
             (settings, others),
             settings.query,
-            gr.Button(interactive=bool(others) and has_filter),
+            gr.Button(interactive=bool(others)),
             [],
         )
 

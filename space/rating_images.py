@@ -10,7 +10,7 @@ from PIL import Image
 
 from minim_pipeline import resolve_modality
 from minim_pipeline.data import read_csv, resolve_path
-from minim_pipeline.ratings import image_digest
+from minim_pipeline.ratings import Rating, image_digest
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,12 @@ def read_folder(folder: str | Path, kind: str) -> list[RatedImage]:
     """
     csv = Path(folder) / "data.csv"
     images = []
-    for row in read_csv(csv):
+
+    def check(row: dict[str, str]) -> None:
+        # What the store would refuse is told now, and not to a rater.
+        Rating(rater="nobody", path=Path(row["path"]).as_posix(), rating=1, text=row["Text"], modality=row["modality"])
+
+    for row in read_csv(csv, check=check):
         path = Path(row["path"]).as_posix()
         name = hashlib.sha256(f"{kind}/{path}".encode()).hexdigest()[:16]
         modality, file = resolve_modality(row["modality"]).id, resolve_path(row, csv)
@@ -72,7 +77,7 @@ def queue(
         images: generated and real ones.
         real_share: of what is shown for the first time, how much is real, in [0, 1); less if there are too few.
         repeat_share: how many of the images come a second time, in [0, 1].
-        distance: how many others lie at least between both times.
+        distance: how many others lie at least between both times; images nearer to the end do not come again.
     """
     # hash() differs from process to process.
     chance = random.Random(hashlib.sha256(rater.encode()).digest())
@@ -83,8 +88,8 @@ def queue(
         real = real[: round(len(generated) * real_share / (1 - real_share))]
     shown = [(image, 0) for image in generated + real]
     chance.shuffle(shown)
-    again = chance.sample(shown, round(repeat_share * len(shown)))
-    for image, _ in again:
+    early = shown[: max(0, len(shown) - distance)]
+    for image, _ in chance.sample(early, min(len(early), round(repeat_share * len(shown)))):
         first = next(i for i, (other, _) in enumerate(shown) if other is image)
-        shown.insert(chance.randint(min(first + 1 + distance, len(shown)), len(shown)), (image, 1))
+        shown.insert(chance.randint(first + 1 + distance, len(shown)), (image, 1))
     return shown

@@ -56,7 +56,10 @@ class RatingDesk:
         digests = {(image.kind, image.path): image.digest for image in images}
         for rating in store.ratings():
             if rating.digest and digests.get((rating.kind, rating.path), rating.digest) != rating.digest:
-                raise ValueError(f"{store.path} holds ratings of another {rating.path}: choose another --store.")
+                raise ValueError(
+                    f"{store.path} holds ratings of another {rating.path}: "
+                    "choose another --store (and --ratings_repo)."
+                )
         self.store, self.images = store, {image.id: image for image in images}
         self.real_share, self.repeat_share, self.keep = real_share, repeat_share, keep
         self.queues: dict[str, list[tuple[RatedImage, int]]] = {}

@@ -34,6 +34,18 @@ def test_the_last_rating_of_an_image_counts_and_turns_are_kept_apart(tmp_path):
     assert [r.rating for r in store.ratings() if r.turn == 0] == [3], "what is read back from a log may be older"
 
 
+def test_a_real_image_may_have_the_name_of_a_generated_one(tmp_path):
+    store = RatingStore(tmp_path / "r.sqlite")
+    store.add(rating(rating=1), rating(rating=3, kind="real"), rating(rating=3, kind="real", turn=1))
+    assert {(r.kind, r.turn): r.rating for r in store.ratings()} == {
+        ("generated", 0): 1,
+        ("real", 0): 3,
+        ("real", 1): 3,
+    }
+    assert counts(store.ratings())["oct"]["images"] == 2
+    assert consistency(store.ratings()) == {"ann": {"n": 1, "same": 1.0}}
+
+
 def test_many_threads_write_at_once(tmp_path):
     store = RatingStore(tmp_path / "r.sqlite")
 
@@ -57,6 +69,7 @@ def test_many_threads_write_at_once(tmp_path):
         ({"rater": " "}, "rater has to be a text of 1 to 80"),
         ({"rater": "x" * 81}, "rater has to be a text of 1 to 80"),
         ({"path": "../secret.png"}, "within the folder"),
+        ({"text": ""}, "text has to be a text of 1 to 1000"),
         ({"path": "/secret.png"}, "within the folder"),
         ({"kind": "fake"}, "'generated' or 'real', got 'fake'"),
         ({"turn": -1}, "turn has to be"),

@@ -12,7 +12,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from generate_page import Limits, check
+import torch
+from generate_page import Drawer, Limits, Settings, check
 from PIL import Image
 from rating_images import queue, read_folder
 from rating_page import Answer, RatingDesk
@@ -59,6 +60,7 @@ def test_the_images_that_come_along_are_synthetic_and_say_so():
         (["--real_share", "1"], "shares have to be in"),
         (["--max_images", "0"], "Limits have to be at least 1"),
         (["--store", "notes.txt"], "notes.txt is no store of ratings"),
+        (["--host", "256.0.0.1"], "error:"),
     ],
 )
 def test_a_host_is_told_in_a_line_what_is_wrong(tmp_path, options, message):
@@ -87,8 +89,23 @@ def test_every_rater_has_an_order_of_their_own_which_stays(tmp_path):
     assert len(set(first)) == len(first) == 50 and sum(image.kind == "real" for image in first) == 10
     again = [(i, image) for i, (image, turn) in enumerate(shown) if turn == 1]
     assert len(again) == 5
-    away = [i - shown.index((image, 0)) for i, image in again]
-    assert min(away) > 10 or max(i for i, _ in again) == len(shown) - 1, "not at once, unless the images end before"
+    assert min(i - shown.index((image, 0)) for i, image in again) > 10, "not at once"
+    assert queue(images[:8], "ann", 0.2, 1.0) == queue(images[:8], "ann", 0.2, 0.0), "too few for any to come again"
+
+
+def test_what_the_store_would_refuse_is_told_before_anybody_rates(tmp_path):
+    with pytest.raises(ValueError, match="row 1.*1 to 1000 characters"):
+        read_folder(write_folder(tmp_path / "made", 1, text="x" * 1001), "generated")
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_what_was_left_out_are_the_candidates_that_did_not_come_back(make_pipeline, candidates):
+    drawer = Drawer(make_pipeline(filtered=True), "model", "revision")
+    settings = Settings("oct", "normal", images=2, seed=7, steps=2, guidance=1.0, candidates=candidates)
+    output, others = drawer.draw(settings, lambda *progress, **told: None)
+    assert len(others) == len(set(others)) == 2 * (candidates - 1) and not set(others) & set(output.seeds)
+    again = drawer.pipe.draw_seeds([0, 1], 3, [torch.Generator().manual_seed(seed) for seed in (7, 8)])
+    assert candidates == 1 or sorted(others + output.seeds) == sorted(again)
 
 
 def test_nothing_sent_to_the_browser_tells_real_from_generated(tmp_path):
