@@ -1,6 +1,7 @@
 """The pipeline: a modality and a sentence in, synthetic medical images out."""
 
 import functools
+import importlib.util
 import inspect
 import json
 import os
@@ -34,10 +35,11 @@ from diffusers.utils import BaseOutput, logging, scale_lora_layers, unscale_lora
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .minim_filter import FilterHead, FilterHeadOutput
+from .minim_filter import FILTER_LIBRARY, FilterHead, FilterHeadOutput
 from .minim_filter.fingerprints import distances
 from .minim_filter.funnel import REASONS, Funnel, combine, plan_stages, select_state, weaker
 from .modalities import AMBIGUOUS, Modality, resolve_modality, split_prefix
+from .standalone import source_code
 from .tokens import negative_text, prompt_text
 
 
@@ -193,7 +195,8 @@ class MinimPipeline(
         unet ([`UNet2DConditionModel`]): denoises the latents.
         scheduler ([`SchedulerMixin`]): one of DDIM, DDPM, DPM-Solver++ (multistep), Euler, Euler ancestral and UniPC;
             for a model with a non-zero terminal SNR any other of Stable Diffusion's as well.
-        filter_head ([`FilterHead`]): rates candidates on their way and at the end; optional.
+        filter_head ([`FilterHead`]): rates candidates on their way and at the end; `None` for none. It has no default
+            here because `DiffusionPipeline.from_pretrained(..., filter_head=None)` leaves out only what has none.
         modalities: ids of the modalities trained, a list or, as `model_index.json` has it, one string with spaces
             between. `None` for a base model, which takes any known modality.
         findings: the findings learned, by modality id.
@@ -219,7 +222,7 @@ class MinimPipeline(
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: KarrasDiffusionSchedulers,
-        filter_head: FilterHead | None = None,
+        filter_head: FilterHead | None,
         modalities: list[str] | str | None = None,
         findings: dict[str, list[str]] | None = None,
         num_inference_steps: int = 25,
@@ -267,18 +270,35 @@ class MinimPipeline(
             kwargs["dtype"] = torch.float32
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    def save_config(self, save_directory: str | os.PathLike, **kwargs):
-        """Writes `model_index.json`, and takes this machine's paths out of all configs in `save_directory`.
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs):
+        """As [`ConfigMixin.extract_init_dict`], but the filter head's class is always the one this pipeline knows.
 
-        `save_pretrained` calls it after it has written the components and before it uploads them.
+        Also where another version of this code has been loaded in the same process.
+        """
+        init_dict, unused_kwargs, hidden_config_dict = super().extract_init_dict(config_dict, **kwargs)
+        if "filter_head" in init_dict and init_dict["filter_head"][0] is not None:
+            init_dict["filter_head"] = (FILTER_LIBRARY, FilterHead.__name__)
+        return init_dict, unused_kwargs, hidden_config_dict
+
+    def save_config(self, save_directory: str | os.PathLike, **kwargs):
+        """Writes `model_index.json` and the code, and takes this machine's paths out of all configs.
+
+        The code is for those who load the model without the package. `save_pretrained` calls this after it has
+        written the components and before it uploads them.
         """
         super().save_config(save_directory, **kwargs)
         folder = Path(save_directory)
+        (folder / "pipeline.py").write_text(source_code(), encoding="utf-8")
+        if self.filter_head is not None:
+            (folder / "filter_head" / "minim_filter.py").write_text(source_code(), encoding="utf-8")
         components = [path for name in self.components for path in folder.glob(f"{name}/*config.json")]
         for path in [folder / self.config_name, *components]:
             config = json.loads(path.read_text(encoding="utf-8"))
             config.pop("_name_or_path", None)
             config.pop("name_or_path", None)
+            if path.name == self.config_name and self.filter_head is not None:
+                config["filter_head"] = ["minim_filter", "FilterHead"]  # whatever the module is called here
             if path.name == self.config_name and config["modalities"] is not None:
                 # diffusers takes a list of strings for a component, and then refuses to download the model.
                 config["modalities"] = " ".join(config["modalities"])
@@ -286,6 +306,16 @@ class MinimPipeline(
                 # transformers loads in the dtype that is written here, diffusers in fp32 whatever the files hold.
                 config["dtype"] = "float32"
             path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Publishes the model with its card, code, fp16 variant and sample images: as `train/push_to_hub.py` does.
+
+        See `minim_pipeline.publishing.publish` for the arguments. Where the package is not installed, diffusers' own
+        [`~DiffusionPipeline.push_to_hub`] uploads weights and code, with a bare card.
+        """
+        if importlib.util.find_spec("minim_pipeline") is None:
+            return super().push_to_hub(repo_id, **kwargs)
+        return importlib.import_module("minim_pipeline.publishing").publish(self, repo_id, **kwargs)
 
     def enable_vae_slicing(self):
         """Decodes one image at a time, for less memory."""

@@ -4,19 +4,31 @@ import re
 from pathlib import Path
 
 import gradio as gr
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from minim_pipeline import EMBEDDED_CHECKPOINT
 
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def first_file(*paths: Path) -> Path | None:
-    return next((path for path in paths if path.is_file()), None)
+def from_hub(model: str, name: str) -> Path | None:
+    """A file of a model on the Hub, if it has that one."""
+    try:
+        return Path(hf_hub_download(model, name))
+    except EntryNotFoundError:
+        return None
 
 
 def build(model: str) -> Path | None:
     """Adds the page to the `gr.Blocks` that is open; returns the evaluation report, if there is one."""
-    card = first_file(Path(model) / "README.md", ROOT / "pipeline_card.md")
-    report = first_file(Path(model) / "evaluation" / "report.html", ROOT / "docs" / "evaluation" / "report.html")
+    card, report = Path(model) / "README.md", Path(model) / "evaluation" / "report.html"
+    if model == str(EMBEDDED_CHECKPOINT):
+        card, report = ROOT / "pipeline_card.md", ROOT / "docs" / "evaluation" / "report.html"
+    elif not Path(model).is_dir():
+        card, report = (from_hub(model, name) for name in ("README.md", "evaluation/report.html"))
+    card, report = (path if path is not None and path.is_file() else None for path in (card, report))
     if report is not None:
         gr.Markdown(
             "The figures below come from measurements; [the evaluation report](report) has all of them, with plots."

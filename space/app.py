@@ -22,11 +22,11 @@ except ImportError:
     spaces = None
 
 import gradio as gr  # noqa: E402
-import httpx  # noqa: E402
 from about_page import build as build_about  # noqa: E402
 from agreement_page import routes as agreement_routes  # noqa: E402
 from generate_page import Drawer, Limits  # noqa: E402
 from generate_page import build as build_generate  # noqa: E402
+from huggingface_hub.utils import httpx  # noqa: E402
 from rating_images import read_folder  # noqa: E402
 from rating_log import RatingLog  # noqa: E402
 from rating_page import PAGES, RatingDesk  # noqa: E402

@@ -99,6 +99,7 @@ def make_pipeline(tmp_path_factory) -> Callable:
             "tokenizer": tokenizer,
             "unet": unet.eval(),
             "scheduler": scheduler,
+            "filter_head": None,
         }
         if filtered:
             kwargs = {"filter_head": _filter_head(len(tokenizer), tokenizer.pad_token_id, channels, vae), **kwargs}

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import Hub
+from hub_server import Hub, environment
 
 from minim_pipeline.ratings import Rating, RatingStore
 
@@ -38,10 +38,8 @@ def hub():
 
 
 def start(hub: Hub, disk: Path, ratings: list) -> str:
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    environment |= {"HF_HOME": str(disk / "hf"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, "-c", START, str(SPACE), str(disk), repr(ratings)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(hub, disk / "hf"), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -76,7 +74,7 @@ def test_a_broken_line_is_told_and_the_others_are_read(tmp_path):
 
 
 def test_a_repository_without_a_token_is_told_at_once(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    variables = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
     command = [sys.executable, str(SPACE / "app.py"), "--ratings_repo", "clinic/ratings"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 2 and "HF_TOKEN" in done.stderr and list(tmp_path.iterdir()) == []

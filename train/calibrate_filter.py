@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from candidates import Candidates, draw_candidates, follow
 from copies import fingerprints, fit_code, plant, pooled_features, version_features, veto_report
 from filter_report import auroc
+from hub import add_hub_arguments, check_hub_arguments, push_parts
 from matplotlib.figure import Figure
 from raters import learned_from
 
@@ -67,7 +68,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--seed", type=int, default=0)
+    add_hub_arguments(parser)
     args = parser.parse_args(argv)
+    check_hub_arguments(args)
     if args.precision is not None and args.teacher is None:
         raise ValueError("--precision needs --teacher: classifiers that read what the images show.")
     if args.code_bits < 8 or args.code_bits % 8:
@@ -310,6 +313,7 @@ def main(argv=None) -> dict:
     report = {"arguments": vars(args), "calibration": calibration, "generated": figures, "copies": copies}
     report |= {"stages": stages, "plans": plans, "noise": table}
     (output / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
+    push_parts(args, "calibrate_filter", output / "filter_head")
     print(json.dumps({key: value for key, value in report.items() if key not in ("arguments", "plans")}, indent=2))
     return report
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import broadcast
+from hub import add_hub_arguments, check_hub_arguments
 from tqdm.auto import tqdm
 
 
@@ -48,6 +49,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--checkpoints_total_limit", type=int, default=2)
     run.add_argument("--resume_from_checkpoint", help="A checkpoint's folder, or 'latest'.")
     run.add_argument("--report_to", help="Trackers of accelerate: tensorboard, wandb, … ; none by default.")
+    add_hub_arguments(parser)
 
 
 def check_common_arguments(args: argparse.Namespace) -> None:
@@ -59,6 +61,7 @@ def check_common_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--split and --val_split are both {args.split!r}; --val_split none validates on nothing.")
     if args.resolution < 8 or args.resolution % 8:
         raise ValueError(f"--resolution has to be a positive multiple of 8, got {args.resolution}.")
+    check_hub_arguments(args)
 
 
 def read_splits(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
@@ -204,6 +207,7 @@ def list_checkpoints(output_dir: str) -> list[Path]:
 _MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "max_train_steps", "max_train_minutes", "validation_steps"),
     *("checkpointing_steps", "checkpoints_total_limit", "report_to", "compile", "gradient_checkpointing"),
+    *("push_to_hub", "hub_model_id"),
 }
 
 

@@ -44,6 +44,7 @@ from common import (
 )
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
+from hub import push_parts
 from PIL import Image
 
 from minim_pipeline import resolve_modality
@@ -320,6 +321,7 @@ def main(argv=None) -> None:
             vae.save_pretrained(Path(args.output_dir) / "vae")
             if val_rows:
                 log.write("final", **validate(vae, val_images, val_names))
+        push_parts(args, "train_autoencoder", Path(args.output_dir) / "vae")
     accelerator.end_training()
 
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from hub import add_hub_arguments, check_hub_arguments, push_parts
 
 from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.classifier import ARCHITECTURES, Recipe, train_classifier
@@ -43,7 +44,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads.")
-    return parser.parse_args(argv)
+    add_hub_arguments(parser)
+    args = parser.parse_args(argv)
+    check_hub_arguments(args)
+    return args
 
 
 def format_report(title: str, report: dict) -> str:
@@ -131,7 +135,9 @@ def main(argv=None) -> dict:
         "arguments": {k: v for k, v in vars(args).items() if k not in ("train_data", "output_dir", "threads")},
         "val": {name: accuracy_report(p, classes, *asked, sources=sources) for name, p in each.items()},
     }
-    (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    output = Path(args.output_dir)
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    push_parts(args, "train_classifier", *(output / name for name in judges.models), output / "judges.json")
     for name, figures in report["val"].items():
         print(format_report(f"{name} on val", figures))
     return report

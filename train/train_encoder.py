@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from captions import load_captions, phrase
+from hub import add_hub_arguments, check_hub_arguments, push_parts
 from tqdm.auto import tqdm
 from transformers import (
     CLIPTextConfig,
@@ -61,7 +62,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads.")
+    add_hub_arguments(parser)
     args = parser.parse_args(argv)
+    check_hub_arguments(args)
     for name in ("width", "text_width", "resolution", "caption_variants", "max_train_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
@@ -234,6 +237,7 @@ def main(argv=None) -> dict:
         "val": measure(encoder, images, val_images, val_rows, labels_of),
     }
     (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    push_parts(args, "train_encoder", args.output_dir)
     print(json.dumps({k: report[k] for k in ("parameters", "seconds", "val")}, indent=2))
     return report
 

@@ -40,6 +40,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from filter_data import Captions, Drawn, Pool, build_pool, draw, encode, kept, versions
 from filter_report import cross_validate, finding_report, quality_report
+from hub import push_parts
 from raters import Raters, learned_from, raters_report, read_ratings
 from trajectories import Trajectories
 
@@ -370,6 +371,7 @@ def main(argv=None) -> dict:
         report["finding, val"] = finding_report(final, lessons, val_rows, val_latents, pipe.tokenizer, args.seed)
     final.half().save_pretrained(output / "filter_head")
     (output / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
+    push_parts(args, "train_filter", output / "filter_head")
     print(json.dumps({k: v for k, v in report.items() if k != "arguments"}, indent=2))
     return report
 

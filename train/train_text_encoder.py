@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from captions import load_captions, normalize, vary_caption
 from corpus import SYNONYMS, abbreviate, decorate, expand, generate
+from hub import add_hub_arguments, check_hub_arguments, push_parts
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -64,7 +65,10 @@ def parse_args(argv=None):
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log_every", type=int, default=50)
-    return parser.parse_args(argv)
+    add_hub_arguments(parser)
+    args = parser.parse_args(argv)
+    check_hub_arguments(args)
+    return args
 
 
 # Text
@@ -447,6 +451,7 @@ def main(args: argparse.Namespace) -> list[float]:
     student.save_pretrained(args.output_dir / "text_encoder")
     tokenizer.save_pretrained(args.output_dir / "tokenizer")
     (args.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    push_parts(args, "train_text_encoder", args.output_dir / "text_encoder", args.output_dir / "tokenizer")
     print(f"saved to {args.output_dir}, {(time.time() - started) / 60:.1f} min")
     return history
 

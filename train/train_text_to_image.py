@@ -44,6 +44,7 @@ from common import (
 )
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_snr
+from hub import push_parts, push_pipeline
 from latents import Latents, memorised_share
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -162,6 +163,7 @@ def build_pipeline(args: argparse.Namespace, modalities: list[str], findings: di
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,
+        filter_head=None,
         modalities=modalities,
         findings=findings,
         **{name: value if getattr(args, name) is None else getattr(args, name) for name, value in defaults.items()},
@@ -364,6 +366,12 @@ def main(argv=None) -> None:
     if accelerator.is_main_process:
         log.write("best", loss=best.loss, at_step=best.step)
         finish(args, pipe, output)
+        if args.lora_rank:
+            push_parts(
+                args, "train_text_to_image", *sorted((output / "best").glob("pytorch_lora_weights.safetensors"))
+            )
+        else:
+            push_pipeline(args, output / "pipeline")
     accelerator.end_training()
 
 

@@ -10,7 +10,8 @@ import diffusers
 from .filter_head import FilterHead, FilterHeadOutput
 
 
-__all__ = ["FilterHead", "FilterHeadOutput"]
+__all__ = ["FILTER_LIBRARY", "FilterHead", "FilterHeadOutput"]
 
 # diffusers looks a component's folder up among its own pipelines, and writes it into model_index.json if it is there.
-diffusers.pipelines.minim_filter = sys.modules[__name__]
+FILTER_LIBRARY = "minim_filter"
+setattr(diffusers.pipelines, FILTER_LIBRARY, sys.modules[__name__])

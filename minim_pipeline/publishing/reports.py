@@ -1,0 +1,88 @@
+"""The figures of a model in one `report.json` beside its weights; whatever its card claims is read from there."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import EvalResult
+from safetensors import safe_open
+
+
+# Reports that make up report.json, as `train/` and `minim evaluate` write them into a project's docs/.
+SECTIONS = {"generation": "report.json", "filter": "filter/report.json", "evaluation": "evaluation/report.json"}
+
+
+def gather_reports(docs: str | Path, model: str | Path) -> dict:
+    """What report.json of a published model holds: the reports found in `docs`, by section, and the model's `parts`.
+
+    Args:
+        docs: folder with `report.json`, `filter/report.json` and `evaluation/report.json`; any may be missing.
+        model: folder of the saved pipeline, whose parts are counted.
+    """
+    found = {name: Path(docs) / file for name, file in SECTIONS.items()}
+    report = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.is_file()}
+    return {"parts": count_parts(model)} | report
+
+
+def count_parts(model: str | Path) -> dict[str, dict[str, int]]:
+    """`parameters` and `bytes` of each component with weights, without the variants."""
+    parts: dict[str, dict[str, int]] = {}
+    for path in sorted(Path(model).glob("*/*.safetensors")):
+        if ".fp16" in path.name:
+            continue
+        part = parts.setdefault(path.parent.name, {"parameters": 0, "bytes": 0})
+        part["bytes"] += path.stat().st_size
+        with safe_open(path, "pt") as file:
+            for key in file.keys():
+                part["parameters"] += math.prod(file.get_slice(key).get_shape())
+    return parts
+
+
+def read_report(path: str | Path) -> dict:
+    """A report.json with its sections: a published model's, or one of those that make it up.
+
+    Raises:
+        ValueError: the file is no JSON, or no report that this package writes.
+    """
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no report: {error}.") from error
+    marks = {"generation": "generated", "filter": "comparisons", "evaluation": "sets"}
+    if isinstance(report, dict):
+        if set(report) & set(SECTIONS):
+            return report
+        for section, mark in marks.items():
+            if mark in report:
+                return {section: report}
+    raise ValueError(
+        f"{path} is no report of this package: none of its sections {', '.join(SECTIONS)}, and not one of them itself."
+    )
+
+
+def eval_results(report: dict) -> Iterator[EvalResult]:
+    """The figures that the Hub shows beside a card (`model-index`)."""
+    phrasings = {"train": "phrasings as in training", "new": "new phrasings"}
+    for split, part in report.get("generation", {}).get("generated", {}).items():
+        name = f"findings read right by classifiers, {phrasings.get(split, split)}"
+        yield result("all", "balanced_accuracy", name, part["balanced_accuracy"])
+        for modality, figures in part["modalities"].items():
+            yield result(modality, "balanced_accuracy", name, figures["balanced_accuracy"])
+    for modality, part in report.get("evaluation", {}).get("modalities", {}).items():
+        for extractor, figures in part.get("fidelity", {}).items():
+            name = f"Fréchet distance to real val images, features of {extractor}"
+            yield result(modality, "frechet_distance", name, figures["frechet_distance"]["value"])
+
+
+def result(modality: str, metric: str, name: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-to-image",
+        dataset_name=f"val images, {modality}",
+        dataset_type="minim-open",
+        dataset_config=modality,
+        dataset_split="val",
+        metric_type=metric,
+        metric_name=name,
+        metric_value=value,
+    )

@@ -1,0 +1,222 @@
+"""From a pipeline to a repository on the Hub, in one commit or not at all."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, get_token, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import httpx, validate_repo_id
+
+from .. import EMBEDDED_CHECKPOINT
+from .card import read_card, write_card
+from .leaks import check_folder
+from .reports import gather_reports, read_report
+from .staging import stage
+
+
+# In a checkout the embedded model's card and reports lie where people read them.
+CHECKOUT = Path(__file__).parents[2]
+KINDS = ("model", "dataset", "space")
+
+
+def publish(
+    pipe,
+    repo_id: str,
+    *,
+    card: str | Path | None = None,
+    report: str | Path | None = None,
+    samples: int = 1,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    safe_serialization: bool = True,
+    variant: str | None = None,
+) -> str:
+    """Uploads a pipeline in one commit: weights, their fp16 variant, code, card, report and sample pictures.
+
+    Everything is made and checked before the repository is touched. A cut connection leaves the repository as it was;
+    what had come through by then is not sent again.
+
+    Args:
+        pipe: a `MinimPipeline`.
+        repo_id: `"name"` or `"owner/name"`; made if it is not there yet.
+        card: a file that becomes README.md. By default the one beside the weights that the pipeline was loaded from,
+            if these are unchanged, and otherwise a bare one.
+        report: report.json of the model, or of `train/report_model.py` or `minim evaluate`; default as for `card`.
+        samples: pictures drawn of each modality, for the card.
+        private: makes a new repository private; an old one stays what it is.
+        revision: branch that is committed to, made if it is not there yet; default `main`.
+        create_pr: opens a pull request instead.
+        commit_message: of the commit.
+        token: with the right to write; by default the one that `hf auth login` stored, or `HF_TOKEN`.
+        safe_serialization: only `True`; pickles are not published.
+        variant: None or "fp16"; both are published whatever it is.
+
+    Returns:
+        Address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: there is no token, or none that may write there; `repo_id` is of another kind, or holds something
+            else; the card lacks fields; or something in the model must not be uploaded. Nothing was uploaded then.
+        OSError: the Hub could not be reached, or the connection broke.
+    """
+    if not safe_serialization:
+        raise ValueError("safe_serialization=False would publish pickles, which run code when they are loaded.")
+    if variant not in (None, "fp16"):
+        raise ValueError(f"variant has to be None or 'fp16', got {variant!r}.")
+    api = connect(token)
+    check_target(api, repo_id, "model")
+    with staged(pipe, repo_id, card=card, report=report, samples=samples) as folder:
+        return upload(
+            api,
+            folder,
+            repo_id,
+            "model",
+            replaced=[*(f"{name}/*" for name in pipe.components), "samples/*", "evaluation/*", "report.json"],
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or "Upload MinimPipeline",
+        )
+
+
+@contextmanager
+def staged(
+    pipe,
+    repo_id: str,
+    *,
+    card: str | Path | None = None,
+    report: str | Path | None = None,
+    samples: int = 1,
+) -> Iterator[Path]:
+    """A temporary folder with all that would be uploaded, checked; arguments and errors as for `publish`."""
+    found_card, found_report, page = find_papers(pipe)
+    figures = read_report(report) if report is not None else found_report
+    page = page if report is None else None
+    if card is not None or found_card is not None:
+        card = read_card(card or found_card)
+    else:
+        card = write_card(pipe, repo_id.split("/")[-1], bool(figures))
+    with tempfile.TemporaryDirectory(prefix="minim-") as temporary:
+        folder = Path(temporary)
+        stage(pipe, folder, repo_id, card, figures, page, samples)
+        check_folder(folder)
+        yield folder
+
+
+def find_papers(pipe) -> tuple[Path | None, dict, Path | None]:
+    """Card, report and its page of the folder that a pipeline was loaded from, if its weights are still those."""
+    source = Path(str(pipe.config.get("_name_or_path") or ""))
+    if not (source / "model_index.json").is_file() or not is_unchanged(pipe, source):
+        return None, {}, None
+    if source.resolve() == EMBEDDED_CHECKPOINT.resolve() and (CHECKOUT / "pipeline_card.md").is_file():
+        docs = CHECKOUT / "docs"
+        return CHECKOUT / "pipeline_card.md", gather_reports(docs, source), docs / "evaluation" / "report.html"
+    card, report, page = source / "README.md", source / "report.json", source / "evaluation" / "report.html"
+    figures = read_report(report) if report.is_file() else {}
+    return card if card.is_file() else None, figures, page if page.is_file() else None
+
+
+def is_unchanged(pipe, source: Path) -> bool:
+    """Whether the pipeline's weights are those of the folder, but for their dtype."""
+    before = type(pipe).from_pretrained(source).components
+    for name, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module) != isinstance(before[name], torch.nn.Module):
+            return False
+        if not isinstance(component, torch.nn.Module):
+            continue
+        now, then = component.state_dict(), before[name].state_dict()
+        if now.keys() != then.keys() or not all(torch.equal(now[k].cpu(), then[k].to(now[k].dtype)) for k in now):
+            return False
+    return True
+
+
+def connect(token: str | None = None) -> HfApi:
+    """The Hub's client with the token given, or with the one that is stored; raises ValueError if there is none."""
+    token = token or get_token()
+    if not token:
+        raise ValueError("There is no token for the Hub: run `hf auth login`, or set HF_TOKEN to one that may write.")
+    return HfApi(token=token)
+
+
+def check_target(api: HfApi, repo_id: str, kind: str) -> None:
+    """Raises ValueError if a repository of this name and kind cannot take the upload; asks, and changes nothing."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no id of a repository: it is to be 'owner/name'.") from error
+    with told("reach the Hub"):
+        user = api.whoami()
+        repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+        kinds = [other for other in KINDS if api.repo_exists(repo_id, repo_type=other)]
+    if kinds and kind not in kinds:
+        raise ValueError(f"{repo_id} is a {kinds[0]} on the Hub, not a {kind}: choose another name.")
+    if kind in kinds:
+        with told(f"write to {repo_id}"):
+            api.auth_check(repo_id, repo_type=kind, write=True)
+    if kind == "model" and kind in kinds:
+        check_class(api, repo_id)
+
+
+def check_class(api: HfApi, repo_id: str) -> None:
+    """Raises ValueError if the repository holds a pipeline of another class."""
+    try:
+        index = json.loads(Path(hf_hub_download(repo_id, "model_index.json", token=api.token)).read_text())
+    except EntryNotFoundError:
+        return
+    if index.get("_class_name") != "MinimPipeline":
+        raise ValueError(
+            f"{repo_id} holds a {index.get('_class_name')}, which would be overwritten: choose another name."
+        )
+
+
+def upload(
+    api: HfApi,
+    folder: Path,
+    repo_id: str,
+    kind: str,
+    *,
+    replaced: list[str],
+    commit_message: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **creation,
+) -> str:
+    """Commits a folder to a repository, made if need be; `replaced`: patterns of old files that the commit removes."""
+    with told(f"write to {repo_id}"):
+        repo_id = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True, **creation).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            repo_type=kind,
+            folder_path=folder,
+            revision=revision,
+            create_pr=create_pr,
+            delete_patterns=replaced,
+            commit_message=commit_message,
+        )
+    return commit.pr_url or commit.commit_url
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Turns what the Hub refuses into one line."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        why = {401: "the token is not valid", 403: "the token has no right to"}.get(status)
+        if isinstance(error, RepositoryNotFoundError):
+            why = "there is no such repository, or the token may not see it"
+        reason = why or " ".join(str(error.server_message or error).split())
+        raise ValueError(f"Could not {what}: {reason}.") from error
+    except httpx.HTTPError as error:
+        raise OSError(f"Could not {what}: the connection failed ({error or type(error).__name__}).") from error
