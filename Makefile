@@ -1,6 +1,7 @@
 # make demo   pictures of all five modalities from the embedded model, offline once the packages are installed
 # make test   style and tests
 # make space  the pages to generate and rate images, at http://127.0.0.1:7860
+# make test-diffusers   loading, saving and publishing with the older diffusers that are admitted
 # make lint   style only
 # make clean  removes .venv and what the other targets made
 
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test space lint clean
+.PHONY: demo test test-diffusers space lint clean
 
 demo: $(VENV)/.installed
 	@rm -rf demo
@@ -24,6 +25,13 @@ space: $(VENV)/.installed-space
 # One thread a worker: on two cores, tests that share them are slower than tests side by side.
 test: lint
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-diffusers: $(VENV)/.installed-test
+	@set -e; for version in 0.40.0 0.41.0; do \
+		$(PIP) install --no-deps --upgrade --target build/diffusers-$$version diffusers==$$version; \
+		PYTHONPATH=build/diffusers-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal \
+			tests/test_hub_loading.py tests/test_push_to_hub.py tests/test_pipeline_loading.py; \
+	done
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

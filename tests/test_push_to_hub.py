@@ -256,3 +256,31 @@ except ValueError as error:
     # Other weights than those that the card and the figures are about.
     changed = hub.files("models/org/changed")
     assert "report.json" not in changed and b"license: unknown" in changed["README.md"]
+
+
+def test_a_training_script_publishes_what_it_made(hub, tmp_path):
+    from PIL import Image
+
+    rows = ["path,Text,modality,split"]
+    for i in range(6):
+        Image.new("L", (32, 32), 40 * i).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,Edema.,OCT,{'val' if i > 3 else 'train'}")
+    (tmp_path / "data.csv").write_text("\n".join(rows))
+    command = [sys.executable, str(TRAIN / "train_autoencoder.py"), "--train_data", str(tmp_path / "data.csv")]
+    command += ["--output_dir", str(tmp_path / "eyes"), "--preset", "tiny", "--resolution", "32", "--crop", "32"]
+    command += ["--train_batch_size", "2", "--max_train_steps", "1"]
+
+    def run(*arguments: str, token: str = "hf_good") -> subprocess.CompletedProcess:
+        env = environment(hub, tmp_path / "hf", token)
+        return subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=200)
+
+    for refused, told in (
+        (run("--hub_model_id", "org/eyes"), "without --push_to_hub"),
+        (run("--push_to_hub", token="forged"), "the token is not valid"),
+    ):
+        assert refused.returncode and told in refused.stderr and not (tmp_path / "eyes").exists(), "before training"
+    done = run("--push_to_hub", "--hub_model_id", "org/eyes")
+    assert done.returncode == 0, done.stderr
+    files = hub.files("models/org/eyes")
+    assert set(files) == {".gitattributes", "README.md", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
+    assert b"train_autoencoder.py" in files["README.md"] and str(tmp_path).encode() not in files["vae/config.json"]

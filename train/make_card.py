@@ -1,0 +1,73 @@
+"""Writes pipeline_card.md, the card of the embedded model: a template whose figures all come from its reports.
+
+python train/make_card.py
+"""
+
+import argparse
+from pathlib import Path
+
+import jinja2
+
+from minim_pipeline import EMBEDDED_CHECKPOINT, MODALITIES
+from minim_pipeline.publishing import gather_reports
+
+
+ROOT = Path(__file__).parents[1]
+TEMPLATE = Path(__file__).with_name("pipeline_card.md.jinja")
+
+
+def dp(value: float, places: int) -> str:
+    """So many decimal places."""
+    return f"{float(value):.{places}f}"
+
+
+def percent(value: float, places: int = 0) -> str:
+    return dp(100 * value, places)
+
+
+def points(value: float) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return f"{100 * value:+.1f}"
+
+
+FILTERS = {
+    "dp": dp,
+    "pct": percent,
+    "points": points,
+    "band": lambda interval, places: f"[{', '.join(dp(end, places) for end in interval)}]",
+    "band_pct": lambda interval: f"[{', '.join(map(percent, interval))}]",
+    "band_points": lambda interval: f"[{', '.join(map(points, interval))}]",
+    "millions": lambda value, places=1: dp(value / 1e6, places),
+    "thousands": lambda value: f"{int(value):,}",
+    "short": lambda value: f"{float(value):g}",
+    "words": lambda value: "no one two three four five six seven eight nine ten".split()[value],
+    "title_of": lambda name: MODALITIES[name].name,
+}
+
+
+def render(report: dict, template: str | None = None) -> str:
+    """The card's text.
+
+    Args:
+        report: as `gather_reports` gives it.
+        template: default: pipeline_card.md.jinja beside this file.
+
+    Raises:
+        jinja2.UndefinedError: the report has no such figure; the message names it.
+    """
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    environment.filters |= FILTERS
+    return environment.from_string(template or TEMPLATE.read_text(encoding="utf-8")).render(report=report)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=EMBEDDED_CHECKPOINT, type=Path, help="Folder of the pipeline.")
+    parser.add_argument("--docs", default=ROOT / "docs", type=Path, help="Folder of its reports.")
+    parser.add_argument("--output", default=ROOT / "pipeline_card.md", type=Path)
+    args = parser.parse_args(argv)
+    args.output.write_text(render(gather_reports(args.docs, args.model)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
