@@ -28,10 +28,11 @@ def draw(pipe, **options):
 def origin(thing):
     return type(thing).__module__.split(".")[0]
 
-FOLDER = sys.argv[2]
+FOLDER, OTHER = sys.argv[2:]
 told = {}
 """
 REMOTE = 'custom_pipeline="org/minim", trust_remote_code=True'
+OTHER = 'custom_pipeline="org/other", trust_remote_code=True'
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +77,12 @@ def hub(saved):
     started.close()
 
 
-def run(hub: Hub, home: Path, code: str, package: bool, folder: Path | str = "", **variables: str) -> dict:
+def run(
+    hub: Hub, home: Path, code: str, package: bool, folder: Path | str = "", other: Path | str = "", **variables: str
+) -> dict:
     """What a fresh process that runs `code` put into `told`."""
-    command = [sys.executable, "-c", HEAD + code + "\nprint(json.dumps(told))", json.dumps(package), str(folder)]
+    command = [sys.executable, "-c", HEAD + code + "\nprint(json.dumps(told))"]
+    command += [json.dumps(package), str(folder), str(other)]
     env = environment(hub, home) | variables
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -87,12 +91,24 @@ def run(hub: Hub, home: Path, code: str, package: bool, folder: Path | str = "",
 
 
 @pytest.fixture(scope="module")
+def stable_diffusion(make_pipeline, tmp_path_factory) -> Path:
+    """A folder as of SD-1.x in miniature; what the package makes of it is to be saved beside it, in `ours`."""
+    folder = tmp_path_factory.mktemp("sd") / "sd1"
+    make_pipeline("sd1").save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index = {name: index[name] for name in ("vae", "text_encoder", "unet", "tokenizer", "scheduler")}
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
+    (folder / "pipeline.py").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
-def packaged(hub, saved, home) -> dict:
+def packaged(hub, saved, stable_diffusion, home) -> dict:
     """What the package draws, loaded in its ways; leaves the repository in the cache of `home`."""
     code = """
 from minim_pipeline import FilterHead, MinimPipeline
@@ -114,8 +130,11 @@ parts = {name: c.from_pretrained("org/minim", subfolder=name) for name, c in par
 parts["scheduler"] = DPMSolverMultistepScheduler.from_pretrained("org/minim", subfolder="scheduler")
 parts["filter_head"] = FilterHead.from_pretrained("org/minim", subfolder="filter_head")
 told["from parts"] = draw(MinimPipeline.from_pretrained("org/minim", **parts))
+base = MinimPipeline.from_pretrained(f"{OTHER}/sd1")
+told["base"] = draw(base)
+base.save_pretrained(f"{OTHER}/ours")
 """
-    return run(hub, home, code, True, saved)
+    return run(hub, home, code, True, saved, stable_diffusion.parent)
 
 
 def test_all_ways_of_the_package_draw_the_same(packaged):
@@ -143,7 +162,9 @@ told["first version"] = draw(MinimPipeline.from_pretrained("org/minim", revision
     assert len(hub.requests) == before
 
 
-def test_without_the_package_the_repository_draws_the_same(hub, home, saved, packaged, tmp_path):
+@pytest.fixture(scope="module")
+def unpackaged(hub, home, saved, stable_diffusion, packaged) -> dict:
+    """What the repository's own code draws; saves the pipeline again, beside the folder it was saved in first."""
     code = f"""
 try:
     DiffusionPipeline.from_pretrained("org/minim", custom_pipeline="org/minim")
@@ -158,19 +179,27 @@ told["folder"] = draw(DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=
 told["head left out"] = draw(DiffusionPipeline.from_pretrained("org/minim", filter_head=None, {REMOTE}))
 half = DiffusionPipeline.from_pretrained("org/minim", variant="fp16", dtype=torch.float16, {REMOTE})
 told["fp16"] = [str(half.unet.dtype), str(half.text_encoder.dtype), str(half.filter_head.dtype)]
-told["fp16 loaded as fp32"] = draw(DiffusionPipeline.from_pretrained("org/minim", variant="fp16", {REMOTE}))
-pipe.save_pretrained({str(tmp_path / "again")!r})
+told["fp16 loaded as fp32"] = str(DiffusionPipeline.from_pretrained("org/minim", variant="fp16", {REMOTE}).unet.dtype)
+base = f"{{OTHER}}/ours"
+told["base"] = draw(DiffusionPipeline.from_pretrained(base, custom_pipeline=base, trust_remote_code=True))
+pipe.save_pretrained(f"{{FOLDER}}/../again")
 """
-    told = run(hub, home, code, False, saved)
-    assert "trust_remote_code=True" in told["untrusted"]
-    assert told["origin"] == ["diffusers_modules"] * 2
-    assert told["hub"] == told["folder"] == packaged["class"], "bit for bit"
-    assert told["named"] == told["head left out"] == packaged["head left out"]
-    assert told["fp16"] == packaged["fp16"]
-    for complaint in ("might require the following packages", "Expected types", "are not expected by"):
-        assert complaint not in told["stderr"]
+    return run(hub, home, code, False, saved, stable_diffusion.parent)
 
-    again = tmp_path / "again"
+
+def test_without_the_package_the_repository_draws_the_same(unpackaged, packaged):
+    assert "trust_remote_code=True" in unpackaged["untrusted"]
+    assert unpackaged["origin"] == ["diffusers_modules"] * 2
+    assert unpackaged["hub"] == unpackaged["folder"] == packaged["class"], "bit for bit"
+    assert unpackaged["named"] == unpackaged["head left out"] == packaged["head left out"]
+    for what in ("fp16", "fp16 loaded as fp32"):
+        assert unpackaged[what] == packaged[what]
+    for complaint in ("might require the following packages", "Expected types", "are not expected by"):
+        assert complaint not in unpackaged["stderr"]
+
+
+def test_saved_without_the_package_it_loads_again_also_offline(hub, home, saved, unpackaged, packaged):
+    again = saved.parent / "again"
     for name in ("model_index.json", "pipeline.py", "filter_head/minim_filter.py", "filter_head/config.json"):
         assert (again / name).read_bytes() == (saved / name).read_bytes(), name
     code = """
@@ -183,14 +212,20 @@ told["cached"] = draw(DiffusionPipeline.from_pretrained(kept, custom_pipeline=ke
     assert told["again"] == told["cached"] == packaged["class"]
 
 
+@pytest.fixture(scope="module")
+def other(hub, home) -> list:
+    """What `org/other` draws in a process that knows nothing else."""
+    return run(hub, home, f'told["other"] = draw(DiffusionPipeline.from_pretrained("org/other", {OTHER}))', False)[
+        "other"
+    ]
+
+
 @pytest.mark.parametrize("package", [False, True])
-def test_two_repositories_of_different_versions_do_not_mix(hub, home, packaged, package, tmp_path):
-    remote = 'custom_pipeline="org/other", trust_remote_code=True'
-    alone = run(hub, home, f'told["other"] = draw(DiffusionPipeline.from_pretrained("org/other", {remote}))', False)
-    assert alone["other"] != packaged["class"]
+def test_two_repositories_of_different_versions_do_not_mix(hub, home, packaged, other, package, tmp_path):
+    assert other != packaged["class"]
     code = f"""
 first = DiffusionPipeline.from_pretrained("org/minim", {"" if package else REMOTE})
-second = DiffusionPipeline.from_pretrained("org/other", {remote})
+second = DiffusionPipeline.from_pretrained("org/other", {OTHER})
 told["first"], told["second"] = draw(first), draw(second)
 told["heads"] = [origin(first.filter_head), origin(second.filter_head)]
 import pathlib
@@ -203,26 +238,9 @@ told["first afterwards"] = draw(first)
 """
     told = run(hub, home, ("import minim_pipeline.pipeline_minim\n" if package else "") + code, package)
     assert told["first"] == told["first again"] == told["first afterwards"] == packaged["class"]
-    assert told["second"] == told["second again"] == alone["other"]
+    assert told["second"] == told["second again"] == other
     assert told["heads"] == ["minim_pipeline" if package else "diffusers_modules", "diffusers_modules"]
 
 
-def test_stable_diffusion_as_the_base_loads_without_the_package_once_saved(hub, home, make_pipeline, tmp_path):
-    make_pipeline("sd1").save_pretrained(tmp_path / "sd1")
-    index = json.loads((tmp_path / "sd1" / "model_index.json").read_text())
-    index = {name: index[name] for name in ("vae", "text_encoder", "unet", "tokenizer", "scheduler")}
-    index["_class_name"] = "StableDiffusionPipeline"
-    (tmp_path / "sd1" / "model_index.json").write_text(json.dumps(index))
-    (tmp_path / "sd1" / "pipeline.py").unlink()
-    code = f"""
-from minim_pipeline import MinimPipeline
-pipe = MinimPipeline.from_pretrained(FOLDER)
-told["base"] = draw(pipe)
-pipe.save_pretrained({str(tmp_path / "ours")!r})
-"""
-    told = run(hub, home, code, True, tmp_path / "sd1")
-    code = """
-pipe = DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
-told["again"] = draw(pipe)
-"""
-    assert run(hub, home, code, False, tmp_path / "ours")["again"] == told["base"]
+def test_stable_diffusion_as_the_base_loads_without_the_package_once_saved(packaged, unpackaged):
+    assert unpackaged["base"] == packaged["base"] != packaged["class"]

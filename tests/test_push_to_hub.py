@@ -240,13 +240,15 @@ try:
     pipe.push_to_hub("org/pickles", safe_serialization=False)
 except ValueError as error:
     print(error)
+sys.path.insert(0, sys.argv[2])
+import push_to_hub
+push_to_hub.main(["--model", sys.argv[1], "--repo-id", "org/script"])
 """
-    command = [sys.executable, "-c", code, str(models / "full")]
+    command = [sys.executable, "-c", code, str(models / "full"), str(TRAIN)]
     env = environment(hub, tmp_path, "hf_good")
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "/models/org/direct/commit/" in done.stdout and "pickles" in done.stdout
-    push(hub, tmp_path, ("hf_good", ["--model", models / "full", "--repo-id", "org/script"]))
     ours, theirs = hub.files("models/org/direct"), hub.files("models/org/script")
     assert set(ours) == set(theirs)
     assert hub.repositories["models/org/direct"].private
@@ -266,21 +268,32 @@ def test_a_training_script_publishes_what_it_made(hub, tmp_path):
         Image.new("L", (32, 32), 40 * i).save(tmp_path / f"{i}.png")
         rows.append(f"{i}.png,Edema.,OCT,{'val' if i > 3 else 'train'}")
     (tmp_path / "data.csv").write_text("\n".join(rows))
-    command = [sys.executable, str(TRAIN / "train_autoencoder.py"), "--train_data", str(tmp_path / "data.csv")]
-    command += ["--output_dir", str(tmp_path / "eyes"), "--preset", "tiny", "--resolution", "32", "--crop", "32"]
-    command += ["--train_batch_size", "2", "--max_train_steps", "1"]
-
-    def run(*arguments: str, token: str = "hf_good") -> subprocess.CompletedProcess:
-        env = environment(hub, tmp_path / "hf", token)
-        return subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=200)
-
-    for refused, told in (
-        (run("--hub_model_id", "org/eyes"), "without --push_to_hub"),
-        (run("--push_to_hub", token="forged"), "the token is not valid"),
-    ):
-        assert refused.returncode and told in refused.stderr and not (tmp_path / "eyes").exists(), "before training"
-    done = run("--push_to_hub", "--hub_model_id", "org/eyes")
+    options = ["--train_data", str(tmp_path / "data.csv"), "--output_dir", str(tmp_path / "eyes")]
+    options += ["--preset", "tiny", "--resolution", "32", "--crop", "32"]
+    options += ["--train_batch_size", "2", "--max_train_steps", "1"]
+    code = """
+import json, os, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import train_autoencoder
+options = json.loads(sys.argv[2])
+told = []
+for token, arguments in [("", ["--hub_model_id", "org/eyes"]), ("forged", ["--push_to_hub"])]:
+    os.environ["HF_TOKEN"] = token
+    try:
+        train_autoencoder.main([*options, *arguments])
+    except ValueError as error:
+        told.append([str(error), pathlib.Path(options[3]).exists()])
+os.environ["HF_TOKEN"] = "hf_good"
+train_autoencoder.main([*options, "--push_to_hub", "--hub_model_id", "org/eyes"])
+print(json.dumps(told))
+"""
+    command = [sys.executable, "-c", code, str(TRAIN), json.dumps(options)]
+    env = environment(hub, tmp_path / "hf", None)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+    (useless, _), (forged, trained) = json.loads(done.stdout.splitlines()[-1])
+    assert "without --push_to_hub" in useless
+    assert "the token is not valid" in forged and not trained, "told before training"
     files = hub.files("models/org/eyes")
     assert set(files) == {".gitattributes", "README.md", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
     assert b"train_autoencoder.py" in files["README.md"] and str(tmp_path).encode() not in files["vae/config.json"]

@@ -9,11 +9,13 @@ from pathlib import Path
 import jinja2
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MODALITIES
+from minim_pipeline.minim_filter.funnel import plan_stages
 from minim_pipeline.publishing import gather_reports
 
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = Path(__file__).with_name("pipeline_card.md.jinja")
+WORDS = "no one two three four five six seven eight nine ten".split()
 
 
 def dp(value: float, places: int) -> str:
@@ -30,6 +32,11 @@ def points(value: float) -> str:
     return f"{100 * value:+.1f}"
 
 
+def of_candidates(share: float, candidates: int) -> str:
+    """How many candidates a stage of the filter leaves, in words; at least one, as `plan_stages` has it."""
+    return WORDS[plan_stages([(0.0, share)], candidates)[0][1]]
+
+
 FILTERS = {
     "dp": dp,
     "pct": percent,
@@ -40,7 +47,8 @@ FILTERS = {
     "millions": lambda value, places=1: dp(value / 1e6, places),
     "thousands": lambda value: f"{int(value):,}",
     "short": lambda value: f"{float(value):g}",
-    "words": lambda value: "no one two three four five six seven eight nine ten".split()[value],
+    "words": lambda value: WORDS[int(value)],
+    "of_candidates": of_candidates,
     "title_of": lambda name: MODALITIES[name].name,
 }
 

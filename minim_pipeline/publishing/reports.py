@@ -26,7 +26,7 @@ def gather_reports(docs: str | Path, model: str | Path) -> dict:
 
 
 def count_parts(model: str | Path) -> dict[str, dict[str, int]]:
-    """`parameters` and `bytes` of each component with weights, without the variants."""
+    """`parameters` (floating-point numbers) and `bytes` of each component with weights, without the variants."""
     parts: dict[str, dict[str, int]] = {}
     for path in sorted(Path(model).glob("*/*.safetensors")):
         if ".fp16" in path.name:
@@ -35,7 +35,9 @@ def count_parts(model: str | Path) -> dict[str, dict[str, int]]:
         part["bytes"] += path.stat().st_size
         with safe_open(path, "pt") as file:
             for key in file.keys():
-                part["parameters"] += math.prod(file.get_slice(key).get_shape())
+                weights = file.get_slice(key)
+                if weights.get_dtype().startswith(("F", "BF")):  # fingerprints are U8
+                    part["parameters"] += math.prod(weights.get_shape())
     return parts
 
 
