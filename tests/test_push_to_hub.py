@@ -236,6 +236,12 @@ print(pipe.push_to_hub("org/direct", private=True))
 with torch.no_grad():
     next(pipe.unet.parameters()).add_(1)
 pipe.push_to_hub("org/changed", commit_message="another model")
+pipe = MinimPipeline.from_pretrained("org/direct")
+pipe.set_progress_bar_config(disable=True)
+pipe.push_to_hub("org/copy")
+with torch.no_grad():
+    next(pipe.unet.parameters()).add_(1)
+pipe.push_to_hub("org/tuned")
 try:
     pipe.push_to_hub("org/pickles", safe_serialization=False)
 except ValueError as error:
@@ -255,6 +261,9 @@ push_to_hub.main(["--model", sys.argv[1], "--repo-id", "org/script"])
     for path in ours:
         if not path.endswith(".png") and path != "README.md":
             assert ours[path] == theirs[path], path
+    # What came from the Hub keeps its card and licence; what was trained from there names it.
+    assert front_matter(hub.files("models/org/copy")["README.md"])["license_name"] == "house"
+    assert front_matter(hub.files("models/org/tuned")["README.md"])["base_model"] == "org/direct"
     # Other weights than those that the card and the figures are about.
     changed = hub.files("models/org/changed")
     assert "report.json" not in changed and b"license: unknown" in changed["README.md"]

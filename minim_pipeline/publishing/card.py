@@ -82,11 +82,13 @@ def read_card(path: str | Path) -> ModelCard:
     return card
 
 
-def write_card(pipe, name: str, has_report: bool) -> ModelCard:
-    """A card for a model that has none of its own: what it is, and how it is used."""
+def write_card(pipe, name: str, has_report: bool, base_model: str | None = None) -> ModelCard:
+    """A card for a model that has none of its own: what it is, how it is used, and what it was made from."""
     modalities = pipe.config.modalities or ["oct"]
     prompt = ((pipe.config.findings or {}).get(modalities[0]) or ["macular edema"])[0]
     data = ModelCardData(license="unknown", tags=["medical", "synthetic", "diffusers", *modalities], **FIXED)
+    if base_model:
+        data.base_model = base_model
     text = PLAIN.format(
         name=name,
         modalities=", ".join(modalities) if pipe.config.modalities else "any modality (a base model, not trained yet)",

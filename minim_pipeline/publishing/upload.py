@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, get_token, hf_hub_download
+from huggingface_hub import HfApi, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx, validate_repo_id
 
@@ -102,7 +102,8 @@ def staged(
     if card is not None or found_card is not None:
         card = read_card(card or found_card)
     else:
-        card = write_card(pipe, repo_id.split("/")[-1], bool(figures))
+        origin = str(pipe.config.get("_name_or_path") or "")
+        card = write_card(pipe, repo_id.split("/")[-1], bool(figures), origin if is_hub_id(origin) else None)
     with tempfile.TemporaryDirectory(prefix="minim-") as temporary:
         folder = Path(temporary)
         stage(pipe, folder, repo_id, card, figures, page, samples)
@@ -111,8 +112,9 @@ def staged(
 
 
 def find_papers(pipe) -> tuple[Path | None, dict, Path | None]:
-    """Card, report and its page of the folder that a pipeline was loaded from, if its weights are still those."""
-    source = Path(str(pipe.config.get("_name_or_path") or ""))
+    """Card, report and its page of what a pipeline was loaded from, if its weights are still those."""
+    name = str(pipe.config.get("_name_or_path") or "")
+    source = Path(snapshot_download(name)) if is_hub_id(name) else Path(name)
     if not (source / "model_index.json").is_file() or not is_unchanged(pipe, source):
         return None, {}, None
     if source.resolve() == EMBEDDED_CHECKPOINT.resolve() and (CHECKOUT / "pipeline_card.md").is_file():
@@ -121,6 +123,11 @@ def find_papers(pipe) -> tuple[Path | None, dict, Path | None]:
     card, report, page = source / "README.md", source / "report.json", source / "evaluation" / "report.html"
     figures = read_report(report) if report.is_file() else {}
     return card if card.is_file() else None, figures, page if page.is_file() else None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a pipeline that was loaded by this name came from the Hub."""
+    return name.count("/") == 1 and not Path(name).is_absolute() and not Path(name).exists()
 
 
 def is_unchanged(pipe, source: Path) -> bool:
