@@ -290,7 +290,7 @@ class MinimPipeline(
         super().save_config(save_directory, **kwargs)
         folder = Path(save_directory)
         (folder / "pipeline.py").write_text(source_code(), encoding="utf-8")
-        if self.filter_head is not None:
+        if self.filter_head is not None and (folder / "filter_head").is_dir():
             (folder / "filter_head" / "minim_filter.py").write_text(source_code(), encoding="utf-8")
         components = [path for name in self.components for path in folder.glob(f"{name}/*config.json")]
         for path in [folder / self.config_name, *components]:

@@ -54,6 +54,11 @@ def test_no_path_of_this_machine_is_saved(pipeline_dir, tmp_path):
         assert "name_or_path" not in text and str(pipeline_dir.parent) not in text, path
 
 
+def test_the_config_can_be_saved_alone(make_pipeline, tmp_path):
+    make_pipeline(filtered=True).save_config(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"model_index.json", "pipeline.py"}
+
+
 def test_diffusers_finds_the_class(pipeline_dir, shared_pipeline):
     pipe = diffusers.DiffusionPipeline.from_pretrained(pipeline_dir)
     assert type(pipe) is MinimPipeline and differ(draw(pipe), draw(shared_pipeline)) < 1e-5
