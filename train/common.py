@@ -17,7 +17,12 @@ from tqdm.auto import tqdm
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that every trainer has, named as in diffusers' examples."""
+    """The arguments that every trainer on images has, named as in diffusers' examples."""
+    add_data_arguments(parser)
+    add_run_arguments(parser)
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--train_data", required=True, help="CSV in MINIM's format: path,Text,modality[,finding,split].")
     data.add_argument("--split", default="train", help="Rows of this `split` are trained on; 'all' takes every row.")
@@ -25,6 +30,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--resolution", type=int, default=256, help="Side of the images in pixels, a multiple of 8.")
     data.add_argument("--skip_bad_rows", action="store_true", help="Leave out missing or broken images and rows.")
     data.add_argument("--max_train_samples", type=int, help="Train on the first so many rows only (for debugging).")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", required=True)
     run.add_argument("--seed", type=int, default=0)
@@ -54,13 +62,18 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_common_arguments(args: argparse.Namespace) -> None:
     """Raises ValueError for numbers no run can have, before any image is read."""
-    for name in ("train_batch_size", "max_train_steps", "validation_steps", "checkpointing_steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
+    check_run_arguments(args)
     if args.split == args.val_split:
         raise ValueError(f"--split and --val_split are both {args.split!r}; --val_split none validates on nothing.")
     if args.resolution < 8 or args.resolution % 8:
         raise ValueError(f"--resolution has to be a positive multiple of 8, got {args.resolution}.")
+
+
+def check_run_arguments(args: argparse.Namespace) -> None:
+    """As `check_common_arguments`, of a run that reads no images."""
+    for name in ("train_batch_size", "max_train_steps", "validation_steps", "checkpointing_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
     check_hub_arguments(args)
 
 
@@ -109,8 +122,9 @@ def hold_images(images: torch.Tensor, device: torch.device) -> torch.Tensor:
 class Schedule:
     """How far a run is, from 0 to 1: by steps, or by time where that is further (`--max_train_minutes`)."""
 
-    def __init__(self, max_steps: int, max_minutes: float | None = None):
+    def __init__(self, max_steps: int, max_minutes: float | None = None, look_every: int = 16):
         self.max_steps, self.max_seconds = max_steps, 60 * max_minutes if max_minutes else math.inf
+        self.look_every = look_every  # steps from one look at the clock to the next
         self.step, self.spent, self.by_time, self._last = 0, 0.0, 0.0, None
 
     def advance(self, accelerator) -> None:
@@ -119,7 +133,7 @@ class Schedule:
         self.spent += now - self._last if self._last is not None else 0.0
         self._last = now
         self.step += 1
-        if self.step % 16 == 0 and self.max_seconds < math.inf:
+        if self.step % self.look_every == 0 and self.max_seconds < math.inf:
             # All processes go by the main process's clock; asking it makes them wait, so it is asked now and then.
             clock = torch.tensor([self.spent / self.max_seconds], device=accelerator.device, dtype=torch.float32)
             self.by_time = broadcast(clock).item()

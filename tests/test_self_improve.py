@@ -1,0 +1,195 @@
+"""A round of self-improvement in miniature, with people's ratings and with a stand-in, killed and gone on with."""
+
+import csv
+import json
+
+import pytest
+import self_improve
+import stand_in
+import torch
+import tune_filter
+from PIL import Image
+
+from minim_pipeline import FilterHead, MinimPipeline
+from minim_pipeline.evaluation.classifier import make_resnet
+from minim_pipeline.evaluation.judges import Judges
+from minim_pipeline.minim_filter import FilterHeadOutput
+from minim_pipeline.ratings import Rating, RatingStore, image_digest
+
+
+torch.set_num_threads(1)
+
+FINDINGS = ["normal", "diabetic macular edema"]
+CLASSES = [("oct", finding) for finding in FINDINGS]
+PREFERENCE = (
+    "--max_train_steps 2 --validation_steps 1 --checkpointing_steps 1 --train_batch_size 4 --prompts_per_step 2 "
+    "--images_per_prompt 4 --timesteps_per_image 1 --watch_images 1 --learning_rate 1e-3 --patience 9"
+)
+SIZES = "--candidates 4 --tuning_steps 3 --tuning_batch_size 8 --calibration_images 6 --images_per_finding 4 --pairs 4"
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(make_pipeline, tmp_path_factory):
+    """A pipeline, real images, phrasings, judges, and the arguments that name them."""
+    folder = tmp_path_factory.mktemp("world")
+    make_pipeline(filtered=True, findings={"oct": FINDINGS}, num_inference_steps=2).save_pretrained(folder / "model")
+    generator, rows = torch.Generator().manual_seed(0), []
+    for i in range(32):
+        image = (torch.rand(8, 8, 3, generator=generator) * 255).byte().numpy()
+        Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        split, part = ("val", "") if i >= 20 else ("train", "C")
+        row = dict(path=f"{i}.png", Text=f"{FINDINGS[i % 2]}.", modality="OCT", finding=FINDINGS[i % 2], split=split)
+        rows.append(row | {"part": part, "group": f"g{i}"})
+    write_csv(folder / "data.csv", rows)
+    texts = {finding: {"train": [finding, f"{finding} eye"], "new": [f"Shows {finding}"]} for finding in FINDINGS}
+    (folder / "captions.json").write_text(json.dumps({"oct": texts}))
+    torch.manual_seed(0)
+    Judges({"cnn": make_resnet(2, 8)}, CLASSES, 32).save_pretrained(folder / "judges")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rater(world):
+    """A stand-in, trained for some steps."""
+    few = "--classifier_steps 2 --realism_steps 2 --width 16 --min_train 1 --min_val 1 --images_per_caption 1"
+    where = ["--train_data", str(world / "data.csv"), "--pretrained_model_name_or_path", str(world / "model")]
+    report = stand_in.main([*where, *few.split(), "--output_dir", str(world / "stand_in")])
+    assert 0 <= report["realism, kept out"]["oct"]["auroc"] <= 1
+    return world / "stand_in"
+
+
+@pytest.fixture(scope="module")
+def arguments(world):
+    named = ["--pretrained_model_name_or_path", str(world / "model"), "--captions", str(world / "captions.json")]
+    named += ["--data", str(world / "data.csv"), "--judges", str(world / "judges")]
+    return [*named, *SIZES.split(), "--preference", PREFERENCE]
+
+
+def test_a_round_waits_for_people_and_takes_each_of_their_ratings_once(arguments, tmp_path):
+    folder = tmp_path / "round"
+    run = [*arguments, "--output_dir", str(folder)]
+    assert self_improve.main(run) == {"waiting for": "ratings"}
+    images = folder / "candidates"
+    candidates = list(csv.DictReader(open(images / "data.csv")))
+    assert len(candidates) == 16 and {row["finding"] for row in candidates} == set(FINDINGS)
+
+    # As the rating page stores them: two raters, one of whom changes a word, and a picture of another round.
+    store = RatingStore(tmp_path / "ratings.sqlite")
+    for i, row in enumerate(candidates):
+        for rater in ("ann", "bob"):
+            digest = image_digest(images / row["path"])
+            store.add(Rating(rater, row["path"], 1 + (i + (rater == "bob")) % 3, row["Text"], "oct", digest=digest))
+    store.write_csv(tmp_path / "ratings.csv", {"generated": images})
+    rows = list(csv.DictReader(open(tmp_path / "ratings.csv")))
+    Image.new("RGB", (64, 64)).save(tmp_path / "other.png")
+    rows += [rows[0] | {"rating": "3", "time": "2999"}, rows[0] | {"path": "other.png", "digest": ""}]
+    given = write_csv(tmp_path / "given.csv", rows)
+
+    report = self_improve.main([*run, "--ratings", str(given)])
+    taken = list(csv.DictReader(open(folder / "ratings.csv")))
+    assert len(taken) == 32 and len({(row["rater"], row["path"]) for row in taken}) == 32
+    assert next(row for row in taken if row["rater"] == rows[0]["rater"])["rating"] == "3", "the later word counts"
+    assert report["ratings"]["raters"] == {"ann": 16, "bob": 16} and report["head"]["images"] == 16
+    pipe = MinimPipeline.from_pretrained(folder / "pipeline")
+    assert pipe.filter_head.config.calibration["oct"]["ratings"] == 32
+    comparison = report["comparison"]
+    assert comparison["n"] == 16 and comparison["accuracy"]["phrasings"]["new"]["n"] == 8
+    low, high = comparison["accuracy"]["interval"]
+    assert low <= comparison["accuracy"]["difference"] <= high
+    assert "rated 3 by the stand-in" not in comparison
+    assert set(comparison["copies"]["latents"]) == {"before", "after"}
+    assert (folder / "comparison" / "sheet.png").is_file()
+    assert report["minutes"]["all"] >= 0 and set(report["minutes"]) >= {"candidates", "preference", "comparison"}
+    with pytest.raises(ValueError, match="round of other arguments: seed was 0, now 7"):
+        self_improve.main([*run, "--ratings", str(given), "--seed", "7"])
+
+
+def test_killed_at_any_point_a_round_goes_on_to_the_same_end(arguments, rater, tmp_path, monkeypatch):
+    def arguments_of(name):
+        return [*arguments, "--skip_memorisation", "--stand_in", str(rater), "--output_dir", str(tmp_path / name)]
+
+    whole = self_improve.main(arguments_of("whole"))
+    assert whole["ratings"]["raters"] == {"stand-in": 16}
+    assert whole["comparison"]["rated 3 by the stand-in"]["n"] == 16
+
+    class Killed(Exception):
+        pass
+
+    def dying(victim):
+        def dies(*_):
+            raise Killed
+
+        return [(name, dies if name == victim else stage, made) for name, stage, made in STAGES]
+
+    STAGES = self_improve.STAGES  # noqa: N806
+    for victim in ("ratings", "head", "pipeline", "comparison"):
+        monkeypatch.setattr(self_improve, "STAGES", dying(victim))
+        with pytest.raises(Killed):
+            self_improve.main(arguments_of("cut"))
+    monkeypatch.undo()
+    again = self_improve.main(arguments_of("cut"))
+    for name in ("ratings", "head", "thresholds"):
+        assert again[name] == whole[name], name
+    assert again["preference"]["best"]["score"] == whole["preference"]["best"]["score"]
+    assert again["comparison"]["accuracy"] == whole["comparison"]["accuracy"]
+    # A finished round is not done again.
+    assert self_improve.main(arguments_of("cut")) == again
+
+
+def test_overall_is_the_worse_of_both_grades():
+    sure = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    rated = FilterHeadOutput(None, None, sure[[0, 1, 0]], sure[[0, 0, 2]], None, None)
+    assert tune_filter.overall(rated).argmax(1).tolist() == [2, 1, 0]
+
+
+def test_a_head_learns_what_raters_say_and_keeps_to_itself_elsewhere(make_pipeline):
+    pipe = make_pipeline(filtered=True)
+    names = ("in_channels", "sample_size", "latent_scale", "vocab_size", "pad_token_id", "layers_per_block")
+    torch.manual_seed(0)
+    same = {name: pipe.filter_head.config[name] for name in names}
+    pipe.filter_head = FilterHead(**same, block_out_channels=(16, 16), norm_num_groups=4)
+    args = tune_filter.parse_args(["--ratings", "x", "--output_dir", "x", "--tuning_steps", "40"])
+    args.tuning_learning_rate, args.tuning_batch_size = 5e-3, 32
+    latents = torch.randn(60, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents[::2] *= 0.3  # what the raters like
+    rows = [
+        {"path": f"{i}", "Text": "cyst", "modality": "oct", "rating": "31"[i % 2], "rater": "ann"} for i in range(60)
+    ]
+    _, report = tune_filter.tune(pipe, rows, latents, args)
+    assert report["taken"] and report["after"]["log_loss"] < report["before"]["log_loss"]
+    assert report["after"]["auroc, good"] > 0.9
+    with pytest.raises(ValueError, match="ratings of 4 images; at least 10"):
+        tune_filter.tune(pipe, rows[:4], latents[:4], args)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (["--preference", "--beta 0"], "--beta has to be above 0"),
+        (["--candidates", "0"], "--candidates has to be at least 1, got 0"),
+        (["--acceptance", "2"], "--acceptance has to be above 0 and at most 1, got 2.0"),
+        (["--kept_out", "1"], "--kept_out has to be between 0 and 1"),
+    ],
+)
+def test_bad_arguments_are_told_before_any_work(arguments, change, told, tmp_path):
+    with pytest.raises(ValueError, match=told):
+        self_improve.main([*arguments, *change, "--output_dir", str(tmp_path / "round")])
+    assert not (tmp_path / "round").exists()
+
+
+def test_ratings_of_other_images_only_are_refused(arguments, tmp_path):
+    folder = tmp_path / "round"
+    self_improve.main([*arguments, "--output_dir", str(folder)])
+    Image.new("RGB", (64, 64)).save(tmp_path / "other.png")
+    given = write_csv(tmp_path / "x.csv", [{"path": "other.png", "Text": "a", "modality": "OCT", "rating": 2}])
+    with pytest.raises(ValueError, match="none of 1 ratings is of an image in"):
+        self_improve.main([*arguments, "--output_dir", str(folder), "--ratings", str(given)])
+    assert not (folder / "ratings.csv").exists()

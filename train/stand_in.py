@@ -1,0 +1,193 @@
+"""A stand-in for a clinician, where none is at hand: two networks of part C give a generated image 1, 2 or 3.
+
+A classifier says whether the image shows the finding, a judge of realism whether it could be real. Both learn from
+part C of the train split, which neither the filter head (part A) nor the judges (part B) learn from. What a stand-in
+says is not what a clinician would say, and wherever its ratings appear they are called a stand-in's.
+
+- 3: the finding is read as right, and the image looks as real as 70 % of real images of its modality.
+- 1: another finding is read (look-alikes do not count), or the image looks less real than 90 % of real ones.
+- 2: everything between.
+
+Real images go through the pipeline's autoencoder first, or the judge of realism would learn the decoder's marks. A
+part of the real images is kept out of its training, and says where those limits lie.
+
+    python train/stand_in.py --train_data data.csv --output_dir runs/stand_in
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import train_classifier
+from filter_report import auroc
+from hub import add_hub_arguments, check_hub_arguments, push_parts
+
+from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
+from minim_pipeline.data import read_csv
+from minim_pipeline.evaluation.classifier import Recipe, make_resnet
+from minim_pipeline.evaluation.classifier import train_classifier as fit
+from minim_pipeline.evaluation.judges import Judges, class_of, load_judges, read
+from minim_pipeline.evaluation.sampling import draw_images
+from minim_pipeline.image_loading import load_images
+
+
+RATER = "stand-in"
+# Shares of real images that look less real than the limits of ratings 1 and 3.
+LIMITS = (0.1, 0.3)
+KINDS = [("any", "generated"), ("any", "real")]
+
+
+class StandIn:
+    """Rates images by the module's rule.
+
+    Args:
+        findings: the classifier of findings.
+        realism: the judge of realism, of two classes: generated, real.
+        limits: by modality id, the realism below which an image gets 1, and from which it may get 3.
+    """
+
+    def __init__(self, findings: Judges, realism: Judges, limits: dict[str, list[float]]):
+        self.findings, self.realism, self.limits = findings, realism, limits
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: torch.device | str = "cpu") -> "StandIn":
+        folder = Path(path)
+        limits = json.loads((folder / "limits.json").read_text())
+        return cls(load_judges(folder / "findings", device), load_judges(folder / "realism", device), limits)
+
+    def rate(self, images: torch.Tensor, modalities: list[str], findings: list[str]) -> list[int]:
+        """Ratings, 1 to 3, of images uint8 [N, 3, H, W] for the findings asked for.
+
+        Raises:
+            ValueError: it has not learned the finding, or the modality.
+        """
+        for key in dict.fromkeys(zip(modalities, findings, strict=True)):
+            if key not in self.findings.classes or key[0] not in self.limits:
+                raise ValueError(f"This stand-in has not learned the finding {key[1]!r} of {key[0]!r}.")
+        said, real = self.findings.judge(images), realism_of(self.realism, images)
+        ratings = [0] * len(images)
+        for modality in dict.fromkeys(modalities):
+            mine = [i for i, name in enumerate(modalities) if name == modality]
+            asked = [findings[i] for i in mine]
+            right, alike = (read(said[mine], self.findings.classes, modality, asked, merge) for merge in (False, True))
+            low, high = self.limits[modality]
+            for place, i in enumerate(mine):
+                if not alike[place] or real[i] < low:
+                    ratings[i] = 1
+                else:
+                    ratings[i] = 3 if right[place] and real[i] >= high else 2
+        return ratings
+
+
+def realism_of(judge: Judges, images: torch.Tensor) -> torch.Tensor:
+    """The log odds that images are real: fp32 [N]."""
+    return torch.special.logit(judge.judge(images)[:, 1], eps=1e-6)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part,group.")
+    parser.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="What is judged.")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--part", default="C", help="Rows of the train split with this `part`.")
+    parser.add_argument("--classifier_steps", type=int, default=1600)
+    parser.add_argument("--realism_steps", type=int, default=600)
+    parser.add_argument("--width", type=int, default=48)
+    parser.add_argument("--images_per_caption", type=int, default=2, help="Drawn to tell real from generated by.")
+    parser.add_argument("--kept_out", type=float, default=0.3, help="Share of the groups that set the limits.")
+    parser.add_argument("--min_train", type=int, default=20, help="Findings with fewer train images are left out.")
+    parser.add_argument("--min_val", type=int, default=9, help="Findings with fewer val images are left out.")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--seed", type=int, default=0)
+    add_hub_arguments(parser)
+    args = parser.parse_args(argv)
+    check_hub_arguments(args)
+    if not 0 < args.kept_out < 1:
+        raise ValueError(f"--kept_out has to be between 0 and 1, got {args.kept_out}.")
+    return args
+
+
+@torch.no_grad()
+def through_the_autoencoder(pipe: MinimPipeline, rows, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Images uint8 [N, 3, H, W] as the pipeline would deliver them."""
+    result = []
+    for part in torch.arange(len(images)).split(batch_size):
+        latents = pipe.encode_images(images[part].to(pipe.device) / 127.5 - 1)
+        decoded = pipe.decode_latents(latents, [resolve_modality(rows[i]["modality"]) for i in part.tolist()])
+        result.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
+    return torch.cat(result)
+
+
+def train_realism(args, rows: list[dict], device) -> tuple[Judges, dict, dict]:
+    """The judge of realism, the limits of each modality, and how well it tells on groups that were kept out."""
+    pipe = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path, filter_head=None).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    real = through_the_autoencoder(pipe, rows, load_images(rows, args.train_data, size), args.batch_size)
+    asked = [row for row in rows for _ in range(args.images_per_caption)]
+    seeds = [(args.seed + 1) * 10**8 + i for i in range(len(asked))]
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
+        drawn = draw_images(pipe, [r["Text"] for r in asked], [r["modality"] for r in asked], seeds, args.batch_size)
+    of = rows + asked
+    images, label = torch.cat([real, drawn]), torch.tensor([1] * len(real) + [0] * len(drawn))
+    groups = sorted({row.get("group") or row["path"] for row in rows})
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    out = {groups[i] for i in order[: max(1, round(args.kept_out * len(groups)))]}
+    kept_out = torch.tensor([(row.get("group") or row["path"]) in out for row in of])
+    kinds = [resolve_modality(row["modality"]) for row in of]
+    names = list(dict.fromkeys(kind.id for kind in kinds))
+
+    learned = (~kept_out).nonzero()[:, 0]
+    recipe = Recipe(max_train_steps=args.realism_steps, mix=0.0, seed=args.seed, bf16=args.mixed_precision == "bf16")
+    torch.manual_seed(args.seed)
+    model = fit(
+        make_resnet(2, args.width // 2),
+        images[learned].to(device),
+        label[learned].to(device),
+        torch.tensor([kinds[i].flip for i in learned.tolist()], device=device),
+        torch.tensor([kinds[i].grey for i in learned.tolist()], device=device),
+        2,
+        recipe,
+        "realism",
+        origin=torch.tensor([names.index(kinds[i].id) for i in learned.tolist()], device=device),
+    )
+    judge = Judges({"resnet": model}, KINDS, recipe.resolution)
+    found = realism_of(judge, images[kept_out])
+    limits, report = {}, {}
+    for name in names:
+        mine = torch.tensor([kind.id == name for kind in kinds])[kept_out]
+        truth = label[kept_out][mine] == 1
+        limits[name] = [round(v, 4) for v in found[mine][truth].quantile(torch.tensor(LIMITS)).tolist()]
+        report[name] = {"auroc": round(auroc(found[mine], truth), 4), "real": int(truth.sum()), "n": int(mine.sum())}
+    return judge, limits, report
+
+
+def main(argv=None) -> dict:
+    args = parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    output = Path(args.output_dir)
+    require = ("path", "Text", "modality", "finding", "split", "part")
+    rows = [row for row in read_csv(args.train_data, split="train", require=require) if row["part"] == args.part]
+    if not rows:
+        raise ValueError(f"{args.train_data} has no train rows of part {args.part!r}.")
+    precision = ["--mixed_precision", args.mixed_precision]
+    sizes = ["--max_train_steps", str(args.classifier_steps), "--width", str(args.width), "--seed", str(args.seed)]
+    least = ["--min_train", str(args.min_train), "--min_val", str(args.min_val)]
+    where = ["--train_data", args.train_data, "--part", args.part, "--output_dir", str(output / "findings")]
+    findings = train_classifier.main([*where, *sizes, *least, *precision, "--architectures", "resnet"])
+    known = load_judges(output / "findings").classes
+    rows = [row for row in rows if class_of(row) in known]
+    judge, limits, realism = train_realism(args, rows, device)
+    judge.save_pretrained(output / "realism")
+    (output / "limits.json").write_text(json.dumps(limits, indent=2) + "\n")
+    report = {"findings, val": findings["val"]["resnet"], "realism, kept out": realism, "limits": limits}
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    push_parts(args, "stand_in", output / "findings", output / "realism", output / "limits.json")
+    print(json.dumps({"realism, kept out": realism, "limits": limits}, indent=2))
+    return report
+
+
+if __name__ == "__main__":
+    main()
