@@ -24,6 +24,7 @@ _MODULE_OF = {
     "MODALITIES": "modalities",
     "Modality": "modalities",
     "names_a_side": "modalities",
+    "register_modality": "modalities",
     "resolve_modality": "modalities",
     "split_prefix": "modalities",
     "add_modality_tokens": "tokens",

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from . import EMBEDDED_CHECKPOINT
 from .data import DatasetWriter, read_csv, read_json
-from .modalities import Modality, resolve_modality
+from .modalities import Modality, register_definitions, resolve_modality
 from .provenance import save_png
 
 
@@ -131,6 +131,8 @@ def read_model_index(model: str) -> dict:
     index = read_json(file)
     if isinstance(index.get("modalities"), str):
         index["modalities"] = index["modalities"].split()
+    # What the model has learned beyond the table is known from here on.
+    register_definitions(index.get("custom_modalities") or {})
     return index
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ MODALITIES: dict[str, Modality] = {
     )
 }
 
+# What every installation knows; a model that has learned others brings their definitions along.
+BUILT_IN = frozenset(MODALITIES)
+
 # Words that fit more than one modality, and which.
 AMBIGUOUS: dict[str, tuple[str, ...]] = {
     "mri": ("brain_mri", "breast_mri"),
@@ -73,6 +76,60 @@ def _key(name: str) -> str:
 
 
 _BY_KEY = {_key(spelling): m for m in MODALITIES.values() for spelling in (m.id, m.name, *m.aliases)}
+
+
+def register_modality(modality: Modality) -> Modality:
+    """Adds a modality to the table, for as long as the process lasts.
+
+    A pipeline with this modality among its `modalities` saves the definition, and registers it when it is loaded.
+
+    Returns:
+        `modality`. To register the very same again changes nothing.
+
+    Raises:
+        ValueError: the id is no lower-case word of letters, digits and underscores; name, words or an alias is empty;
+            the id belongs to another definition; or a spelling belongs to another modality, or fits several.
+    """
+    known = MODALITIES.get(modality.id)
+    if known == modality:
+        return known
+    if known is not None:
+        now, before = asdict(modality), asdict(known)
+        told = "; ".join(
+            f"{field} is {before[field]!r}, now {now[field]!r}" for field in now if now[field] != before[field]
+        )
+        raise ValueError(f"modality {modality.id!r} is in the table already, with another definition: {told}.")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", modality.id):
+        raise ValueError(
+            f"The id of a modality has to begin with a letter a-z and go on with a-z, 0-9 and _, got {modality.id!r}."
+        )
+    spellings = (modality.id, modality.name, *modality.aliases)
+    if not modality.words.strip() or not all(_key(spelling) for spelling in spellings):
+        raise ValueError(f"modality {modality.id!r}: its name, its words and its aliases must not be empty.")
+    for spelling in spellings:
+        key = _key(spelling)
+        if key in AMBIGUOUS:
+            fits = " or ".join(map(repr, AMBIGUOUS[key]))
+            raise ValueError(f"modality {modality.id!r} cannot be called {spelling!r}: that may be {fits}.")
+        if key in _BY_KEY:
+            raise ValueError(
+                f"modality {modality.id!r} cannot be called {spelling!r}: that is modality {_BY_KEY[key].id!r}."
+            )
+    MODALITIES[modality.id] = modality
+    _BY_KEY.update({_key(spelling): modality for spelling in spellings})
+    return modality
+
+
+def register_definitions(definitions: dict[str, dict]) -> None:
+    """Registers what `custom_definitions` gave, also after JSON made lists of its tuples; raises likewise."""
+    for name, definition in definitions.items():
+        register_modality(Modality(**{**definition, "id": name, "aliases": tuple(definition.get("aliases", ()))}))
+
+
+def custom_definitions(ids: list[str]) -> dict[str, dict]:
+    """By id what defines those of the modalities `ids` that only this process knows: `name`, `words`, ..."""
+    mine = [asdict(MODALITIES[name]) for name in ids if name in MODALITIES and name not in BUILT_IN]
+    return {definition.pop("id"): definition for definition in mine}
 
 
 def resolve_modality(name: str, trained: list[str] | tuple[str, ...] | None = None) -> Modality:

@@ -38,7 +38,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from .minim_filter import FILTER_LIBRARY, FilterHead, FilterHeadOutput
 from .minim_filter.fingerprints import distances
 from .minim_filter.funnel import REASONS, Funnel, combine, plan_stages, select_state, weaker
-from .modalities import AMBIGUOUS, Modality, resolve_modality, split_prefix
+from .modalities import (
+    AMBIGUOUS,
+    Modality,
+    custom_definitions,
+    register_definitions,
+    resolve_modality,
+    split_prefix,
+)
 from .standalone import source_code
 from .tokens import negative_text, prompt_text
 
@@ -207,6 +214,8 @@ class MinimPipeline(
         num_candidates: likewise.
         zero_terminal_snr: whether the model's noise schedule ends in pure noise. Read from `scheduler` if not given,
             and kept when the scheduler is swapped.
+        custom_modalities: by id the definitions of modalities that are not in the package's table, as
+            `register_modality` takes them. They are registered; those of `modalities` are added and saved.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -231,12 +240,15 @@ class MinimPipeline(
         guidance_interval: list[float] | tuple[float, float] = (0.0, 1.0),
         num_candidates: int = 1,
         zero_terminal_snr: bool | None = None,
+        custom_modalities: dict[str, dict] | None = None,
     ):
         super().__init__()
         if zero_terminal_snr is None:
             zero_terminal_snr = scheduler is not None and scheduler.config.get("rescale_betas_zero_snr", False)
         if isinstance(modalities, str):
             modalities = modalities.split()
+        register_definitions(custom_modalities or {})
+        custom_modalities = {**(custom_modalities or {}), **custom_definitions(modalities or [])}
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -254,6 +266,7 @@ class MinimPipeline(
             guidance_interval=[float(fraction) for fraction in guidance_interval],
             num_candidates=num_candidates,
             zero_terminal_snr=zero_terminal_snr,
+            custom_modalities=custom_modalities or None,
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -302,6 +315,8 @@ class MinimPipeline(
             if path.name == self.config_name and config["modalities"] is not None:
                 # diffusers takes a list of strings for a component, and then refuses to download the model.
                 config["modalities"] = " ".join(config["modalities"])
+            if path.name == self.config_name and not config["custom_modalities"]:
+                del config["custom_modalities"]
             if path.parent.name == "text_encoder":
                 # transformers loads in the dtype that is written here, diffusers in fp32 whatever the files hold.
                 config["dtype"] = "float32"

@@ -32,6 +32,7 @@ FINDINGS = {
         "large cell carcinoma",
     },
     "brain_mri": {"glioma", "meningioma", "pituitary tumor", "no tumor"},
+    "breast_us": {"benign", "malignant", "normal"},
 }
 
 
@@ -113,6 +114,7 @@ def test_vary_caption_keeps_age_and_sex_or_drops_them(captions):
         ("fundus", "no diabetic retinopathy", "No diabetic retinopathy."),
         ("chest_ct", "non-COVID", "Axial chest CT, negative for COVID-19 pneumonia."),
         ("brain_mri", "no tumor", "No evidence of brain tumor."),
+        ("breast_us", "normal", "Breast ultrasound without a mass."),
     ],
 )
 def test_vary_caption_keeps_the_negation(captions, modality, finding, text):

@@ -1,6 +1,34 @@
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
-from minim_pipeline.modalities import AMBIGUOUS, MODALITIES, names_a_side, resolve_modality, split_prefix
+from minim_pipeline import modalities
+from minim_pipeline.modalities import (
+    AMBIGUOUS,
+    MODALITIES,
+    Modality,
+    names_a_side,
+    register_modality,
+    resolve_modality,
+    split_prefix,
+)
+
+
+SKIN = Modality("skin", "Dermoscopy", "photograph of the skin", ("skin lesion",), grey=False, flip=True)
+
+
+@pytest.fixture
+def table():
+    """What a test registers is forgotten after it."""
+    tables = (modalities.MODALITIES, modalities._BY_KEY)
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before):
+        table.clear()
+        table.update(entries)
 
 
 def test_minims_six_and_breast_ultrasound_are_known():
@@ -73,3 +101,79 @@ def test_split_prefix(text, expected):
 def test_names_a_side():
     assert names_a_side("effusion on the Left") and names_a_side("OD, drusen")
     assert not names_a_side("bright lesions, soft borders")
+
+
+def test_a_registered_modality_is_like_those_of_the_table(table):
+    assert register_modality(SKIN) is SKIN
+    assert register_modality(Modality(**vars(SKIN))) is SKIN, "the same again"
+    for spelling in ("skin", "dermoscopy", "Skin-Lesion"):
+        assert resolve_modality(spelling) is SKIN
+    assert split_prefix("Dermoscopy: nevus") == ("Dermoscopy", "nevus")
+    with pytest.raises(ValueError, match="'skin' is known, but this model has not been trained on it"):
+        resolve_modality("skin", trained=["oct"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"grey": True}, "'skin' is in the table already, with another definition: grey is False, now True"),
+        ({"id": "Skin"}, "has to begin with a letter a-z .* got 'Skin'"),
+        ({"id": "2d"}, "has to begin with a letter a-z .* got '2d'"),
+        ({"id": "x_ray"}, "'x_ray' cannot be called 'x_ray': that is modality 'cxr'"),
+        ({"id": "photo", "aliases": ("Colour Fundus",)}, "'photo' cannot be called 'Colour Fundus': .* 'fundus'"),
+        ({"id": "photo", "name": "CT"}, "cannot be called 'CT': that may be 'chest_ct' or 'oct'"),
+        ({"id": "photo", "name": "-"}, "'photo': its name, its words and its aliases must not be empty"),
+        ({"id": "photo", "words": " "}, "'photo': its name, its words and its aliases must not be empty"),
+    ],
+)
+def test_what_cannot_be_registered(table, changed, message):
+    register_modality(SKIN)
+    before = dict(MODALITIES)
+    fields = {"name": "Photo", "aliases": ()} if "id" in changed else {}
+    with pytest.raises(ValueError, match=message):
+        register_modality(Modality(**vars(SKIN) | fields | changed))
+    assert before == MODALITIES
+
+
+LOAD = """
+import json, sys
+folder, package = sys.argv[1], json.loads(sys.argv[2])
+if not package:
+    sys.modules["minim_pipeline"] = None  # as if it were not installed
+from diffusers import DiffusionPipeline
+if package:
+    import minim_pipeline.pipeline_minim
+    pipe = DiffusionPipeline.from_pretrained(folder)
+else:
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+pipe.save_config(f"{folder}/../again")
+image = pipe("nevus", modality="skin lesion", seeds=[0], num_inference_steps=2, output_type="np").images[0]
+print(json.dumps([image.shape, float(abs(image[..., 0] - image[..., 1]).max())]))
+"""
+
+
+@pytest.mark.parametrize("package", [True, False])
+def test_a_pipeline_brings_its_own_modalities_along(make_pipeline, table, tmp_path, package):
+    from minim_pipeline import add_modality_tokens
+
+    register_modality(SKIN)
+    pipe = make_pipeline(modalities=["oct", "skin"])
+    add_modality_tokens(pipe.tokenizer, pipe.text_encoder, ["skin"])
+    pipe.save_pretrained(tmp_path / "model")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    definition = {"name": "Dermoscopy", "words": SKIN.words, "aliases": ["skin lesion"], "grey": False, "flip": True}
+    assert index["custom_modalities"] == {"skin": definition}
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "model"), json.dumps(package)]
+    env = os.environ | {"HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shape, colour = json.loads(done.stdout.splitlines()[-1])
+    assert shape == [64, 64, 3] and colour > 0
+    assert json.loads((tmp_path / "again" / "model_index.json").read_text())["custom_modalities"] == {
+        "skin": definition
+    }
+
+
+def test_a_pipeline_of_the_table_says_nothing_of_others(make_pipeline, tmp_path):
+    make_pipeline().save_config(tmp_path)
+    assert "custom_modalities" not in json.loads((tmp_path / "model_index.json").read_text())

@@ -93,6 +93,14 @@ class Latents:
         noise = torch.randn(mean.shape, device=generator.device, generator=generator)
         return (mean + std * noise - self.shift) * self.scale
 
+    def join(self, other: "Latents") -> "Latents":
+        """These, and behind them those of another data set with as many versions."""
+        # One may have found room on the device where the other did not.
+        device = self.mean.device if self.mean.device == other.mean.device else torch.device("cpu")
+        pairs = (self.mean, other.mean), (self.std, other.std)
+        mean, std = (torch.cat([part.to(device) for part in pair]) for pair in pairs)
+        return Latents(mean, std, self.scale, self.shift)
+
     def plain(self) -> torch.Tensor:
         """The posterior's means of the images themselves, scaled: [N, C, h, w]."""
         return (self.mean[:, 0].float() - self.shift) * self.scale

@@ -49,6 +49,7 @@ from minim_pipeline.evaluation.judges import claimed_classes, class_of, load_jud
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.minim_filter import FilterHead
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
+from minim_pipeline.modalities import MODALITIES, register_definitions
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -58,7 +59,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     model = parser.add_argument_group("model")
     model.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="The pipeline.")
     model.add_argument("--teacher", required=True, help="Classifiers of part A: say what generated images show.")
-    model.add_argument("--block_out_channels", type=int, nargs=2, default=(80, 144))
+    model.add_argument("--pretrained_filter_head", help="Start from this head; its config stays.")
+    model.add_argument("--block_out_channels", type=int, nargs=2, default=(80, 144), help="Of a head from scratch.")
     data = parser.add_argument_group("what it learns from")
     data.add_argument("--part", default="A", help="Rows of the train split with this `part`; 'all' takes every row.")
     data.add_argument(
@@ -222,6 +224,40 @@ def code_loss(head: FilterHead, a: torch.Tensor, b: torch.Tensor, temperature: f
     return F.cross_entropy(alike, other)
 
 
+def extend_head(base: FilterHead, pipe: MinimPipeline) -> FilterHead:
+    """A head like `base` that also reads the tokens of modalities which the pipeline has learned since.
+
+    The row of a new modality in the embedding starts as the mean of those of its words, as in the text encoder; so
+    does that of a token which lay there unused, of a modality for which a calibrated head has no thresholds.
+
+    Thresholds stay until `calibrate_filter.py` finds new ones. Fingerprints go, and with them the thresholds for
+    copies: they are read from features that are about to change. The code, which that script fits, begins anew.
+
+    Raises:
+        ValueError: `base` was trained for other latents, or for a larger vocabulary.
+    """
+    tokenizer, old = pipe.tokenizer, base.config.vocab_size
+    of_pipe = {"in_channels": pipe.unet.config.in_channels, "latent_scale": pipe.vae.config.scaling_factor}
+    for name, value in of_pipe.items():
+        if base.config[name] != value:
+            raise ValueError(f"The head was trained for {name} {base.config[name]}, the pipeline has {value}.")
+    if len(tokenizer) < old:
+        raise ValueError(f"The head was trained for {old} tokens, the pipeline has only {len(tokenizer)}.")
+    calibration = {m: {**found, "copy": -1} for m, found in (base.config.calibration or {}).items()} or None
+    changed = {"vocab_size": len(tokenizer), "num_fingerprints": 0, "calibration": calibration}
+    head = FilterHead.from_config({**base.config, **changed})
+    fresh = {name: value for name, value in head.state_dict().items() if name.startswith("code.")}
+    state = {**base.state_dict(), **fresh, "fingerprints": head.fingerprints}
+    rows = torch.cat([state["text.tokens.weight"], head.text["tokens"].weight.detach()[old:]])
+    for name in pipe.config.modalities or []:
+        token = tokenizer.convert_tokens_to_ids(MODALITIES[name].token)
+        if token >= old or (calibration and name not in calibration):
+            words = tokenizer(MODALITIES[name].words, add_special_tokens=False).input_ids
+            rows[token] = rows[words].mean(0)
+    head.load_state_dict({**state, "text.tokens.weight": rows})
+    return head
+
+
 def merge(*batches: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
@@ -271,6 +307,9 @@ def main(argv=None) -> dict:
     checkpoint = find_checkpoint(args)
     output, device = Path(args.output_dir), accelerator.device
     set_seed(args.seed)
+    # Before any row is read: it may be of a modality that only the pipeline knows.
+    index = MinimPipeline.load_config(args.pretrained_model_name_or_path)
+    register_definitions(index.get("custom_modalities") or {})
     all_rows, val_rows = read_splits(args)
     classes = claimed_classes(all_rows, all_rows, args.min_train, 0)
     rows = [r for r in all_rows if args.part in ("all", r.get("part")) and class_of(r) in classes]
@@ -291,15 +330,18 @@ def main(argv=None) -> dict:
     )
     pool, drawn = materials(args, pipe, rows, classes, {row["path"] for row in ratings}, device)
     lessons = Lessons(args, pipe, captions, pool, drawn)
-    head = FilterHead(
-        in_channels=pipe.unet.config.in_channels,
-        sample_size=pipe.unet.config.sample_size,
-        latent_scale=pipe.vae.config.scaling_factor,
-        vocab_size=len(pipe.tokenizer),
-        max_length=pipe.tokenizer.model_max_length,
-        pad_token_id=pipe.tokenizer.pad_token_id,
-        block_out_channels=tuple(args.block_out_channels),
-    )
+    if args.pretrained_filter_head:
+        head = extend_head(FilterHead.from_pretrained(args.pretrained_filter_head), pipe).to(device)
+    else:
+        head = FilterHead(
+            in_channels=pipe.unet.config.in_channels,
+            sample_size=pipe.unet.config.sample_size,
+            latent_scale=pipe.vae.config.scaling_factor,
+            vocab_size=len(pipe.tokenizer),
+            max_length=pipe.tokenizer.model_max_length,
+            pad_token_id=pipe.tokenizer.pad_token_id,
+            block_out_channels=tuple(args.block_out_channels),
+        )
     ema = EMAModel(head.parameters(), decay=args.ema_decay, use_ema_warmup=True)
     ema.to(device)
     optimizer = torch.optim.AdamW(

@@ -19,9 +19,14 @@ From Stable Diffusion 1.x or 2.x, as the reference does (the modalities become n
     accelerate launch train/train_text_to_image.py --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 \
         --resolution 512 --train_data data.csv --output_dir runs/sd --learning_rate 1e-5 --train_batch_size 8 \
         --gradient_accumulation_steps 4 --gradient_checkpointing --mixed_precision bf16
+
+What a MinimPipeline knows it forgets while it learns something else, unless it goes on seeing it: --replay gives every
+batch a share of old rows, and --anchor_weight holds its predictions for them near those of the base (distillation, as
+in learning without forgetting, arXiv 1606.09282). `add_modality.py` does so.
 """
 
 import argparse
+import copy
 import math
 import shutil
 from pathlib import Path
@@ -50,6 +55,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
+from minim_pipeline.modalities import register_definitions
 from minim_pipeline.tokens import add_modality_tokens, tokenize
 
 
@@ -95,6 +101,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     data.add_argument("--captions", help="JSON with phrasings of every finding; default: train/captions.json.")
     data.add_argument("--caption_variants", type=int, default=32, help="Phrasings of every caption.")
     data.add_argument("--latent_variants", type=int, default=8, help="Augmented versions of every image.")
+    replay = parser.add_argument_group("keeping what the base knows")
+    replay.add_argument("--replay", help="CSV of rows that the base has learned from, or of their modalities.")
+    replay.add_argument("--replay_share", type=float, default=0.5, help="Of every batch; 0 only validates on them.")
+    replay.add_argument(
+        "--anchor_weight", type=float, default=0.0, help="Of the squared distance to the base's predictions for them."
+    )
     sampling = parser.add_argument_group("sampling, for the grids and as the pipeline's defaults")
     sampling.add_argument("--num_inference_steps", type=int, help="Default, as for the next three: the base's, or 20.")
     sampling.add_argument("--guidance_scale", type=float, help="Of a new model: 3.")
@@ -113,7 +125,29 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name in (*counts, "num_inference_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
+    check_replay(args)
     return args
+
+
+def check_replay(args: argparse.Namespace) -> None:
+    if args.replay and not args.pretrained_model_name_or_path:
+        raise ValueError("--replay needs --pretrained_model_name_or_path: a new model has nothing to forget.")
+    if args.anchor_weight < 0:
+        raise ValueError(f"--anchor_weight has to be at least 0, got {args.anchor_weight}.")
+    if not 0 <= args.replay_share < 1:
+        raise ValueError(f"--replay_share has to be at least 0 and less than 1, got {args.replay_share}.")
+    if args.anchor_weight and not (args.replay and args.replay_share):
+        raise ValueError("--anchor_weight needs --replay with a --replay_share above 0: the rows that it is for.")
+    if args.replay and args.replay_share and not 0 < replayed(args) < args.train_batch_size:
+        raise ValueError(
+            f"--replay_share {args.replay_share} of --train_batch_size {args.train_batch_size} is {replayed(args)}:"
+            " old and new rows both have to be in every batch."
+        )
+
+
+def replayed(args: argparse.Namespace) -> int:
+    """How many images of a batch are old ones."""
+    return round(args.replay_share * args.train_batch_size) if args.replay else 0
 
 
 def build_pipeline(args: argparse.Namespace, modalities: list[str], findings: dict[str, list[str]]) -> MinimPipeline:
@@ -207,8 +241,14 @@ def target(
 
 
 @torch.no_grad()
-def validation_loss(model: Denoise, scheduler: DDPMScheduler, latents: torch.Tensor, ids: torch.Tensor, names, args):
-    """The loss on val images, with noise and timesteps that are always the same: in all and per modality."""
+def validation_loss(
+    model: Denoise, scheduler: DDPMScheduler, latents: torch.Tensor, ids: torch.Tensor, names, args, old: int = 0
+):
+    """The loss on val images, with noise and timesteps that are always the same: in all and per modality.
+
+    Of the images the last `old` are of --replay. They are many and the new ones few, so `loss` is not the mean of all
+    then, but that of `loss_old` and `loss_new` in the shares that they have in training.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator("cpu").manual_seed(args.seed)
     noise = torch.randn(latents.shape, generator=generator)
@@ -223,6 +263,10 @@ def validation_loss(model: Denoise, scheduler: DDPMScheduler, latents: torch.Ten
         losses.append((mse * loss_weights(scheduler, t, args.snr_gamma)).cpu())
     losses = torch.cat(losses)
     figures = {"loss": round(losses.mean().item(), 5)}
+    if old:
+        parts = {"loss_old": losses[-old:].mean().item(), "loss_new": losses[:-old].mean().item()}
+        mean = args.replay_share * parts["loss_old"] + (1 - args.replay_share) * parts["loss_new"]
+        figures = {name: round(value, 5) for name, value in {"loss": mean, **parts}.items()}
     for name in dict.fromkeys(names):
         mine = torch.tensor([n == name for n in names])
         figures[f"loss_{name}"] = round(losses[mine].mean().item(), 5)
@@ -243,7 +287,17 @@ def main(argv=None) -> None:
     device, rank = accelerator.device, accelerator.process_index
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
+    if args.pretrained_model_name_or_path:
+        # Before any row is read: it may be of a modality that only the base knows.
+        index = MinimPipeline.load_config(args.pretrained_model_name_or_path)
+        register_definitions(index.get("custom_modalities") or {})
     train_rows, val_rows = read_splits(args)
+    new, new_val = len(train_rows), len(val_rows)
+    if args.replay:
+        old_args = argparse.Namespace(**{**vars(args), "train_data": args.replay})
+        old_rows, old_val_rows = read_splits(old_args)
+        check_known(old_rows + old_val_rows, args.replay, index, args.pretrained_model_name_or_path)
+        train_rows, val_rows = train_rows + old_rows, val_rows + old_val_rows
     present = {resolve_modality(row["modality"]).id for row in train_rows}
     modalities = [name for name in MODALITIES if name in present]
     findings: dict[str, list[str]] = {m: [] for m in modalities}
@@ -261,13 +315,20 @@ def main(argv=None) -> None:
     token_only = tokenize(tokenizer, [resolve_modality(row["modality"]).token for row in train_rows]).to(device)
     nothing = tokenize(tokenizer, [""]).to(device)
     vae.requires_grad_(False).eval().to(device)
-    train_latents = Latents.encode(args, accelerator, vae, train_rows, "train", args.latent_variants)
+    train_latents = Latents.encode(args, accelerator, vae, train_rows[:new], "train", args.latent_variants)
+    if args.replay:
+        old = Latents.encode(old_args, accelerator, vae, old_rows, "replay", args.latent_variants)
+        train_latents = train_latents.join(old)
     if val_rows:
-        val_latents = Latents.encode(args, accelerator, vae, val_rows, "val", 1).plain()
+        val_latents = Latents.encode(args, accelerator, vae, val_rows[:new_val], "val", 1).plain()
+        if args.replay:
+            old = Latents.encode(old_args, accelerator, vae, old_val_rows, "replay-val", 1).plain()
+            val_latents = torch.cat([val_latents, old])
         val_ids = phrase(val_rows, captions, tokenizer, 1, args.seed)
         val_names = [resolve_modality(row["modality"]).id for row in val_rows]
     vae.to("cpu")
 
+    anchor = make_anchor(args, unet, text_encoder, device) if args.anchor_weight else None
     groups = trainable(args, unet, text_encoder, pipe.new_tokens)
     averaged = [p for group in groups for p in group["params"]]
     ema = EMAModel(averaged, decay=args.ema_decay, use_ema_warmup=True, foreach=True)
@@ -278,6 +339,8 @@ def main(argv=None) -> None:
     model, optimizer = accelerator.prepare(Denoise(unet, text_encoder), optimizer)
     if args.compile:
         unet.compile(dynamic=False)
+        if anchor is not None:
+            anchor.unet.compile(dynamic=False)
     schedule = Schedule(args.max_train_steps, args.max_train_minutes)
     best = Best()
     accelerator.register_for_checkpointing(ema, schedule, best)
@@ -293,6 +356,10 @@ def main(argv=None) -> None:
         accelerator, args.output_dir, schedule, batch * accelerator.num_processes * args.gradient_accumulation_steps
     )
 
+    def validate() -> dict[str, float]:
+        plain, old = Denoise(unet, text_encoder), len(val_rows) - new_val
+        return validation_loss(plain, noise_schedule, val_latents, val_ids, val_names, args, old)
+
     def evaluate() -> None:
         """Loss, grids and nearest training images of the averaged weights, by the main process."""
         if accelerator.is_main_process:
@@ -303,8 +370,7 @@ def main(argv=None) -> None:
             figures = {}
             with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 if val_rows:
-                    plain = Denoise(unet, text_encoder)
-                    figures = validation_loss(plain, noise_schedule, val_latents, val_ids, val_names, args)
+                    figures = validate()
                 rows = val_rows or train_rows
                 samples = draw_samples(pipe, rows, args, output / f"samples-{schedule.step}")
             if val_rows:
@@ -320,8 +386,15 @@ def main(argv=None) -> None:
             text_encoder.train(args.train_text_encoder)
         accelerator.wait_for_everyone()
 
+    if args.replay and val_rows and schedule.step == 0 and accelerator.is_main_process:
+        # What there is to lose. The base as it is: its averaged weights are all that it has.
+        unet.eval()
+        text_encoder.eval()
+        with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+            log.write("base", **validate())
     unet.train()
     text_encoder.train(args.train_text_encoder)
+    old_images = replayed(args)
     rates = [group["peak"] for group in groups]
     while not schedule.done:
         for group, peak in zip(optimizer.param_groups, rates, strict=True):
@@ -331,10 +404,12 @@ def main(argv=None) -> None:
                 args.seed, schedule.step * args.gradient_accumulation_steps + part, rank, device
             )
 
-            def randint(high, generator=generator):
-                return torch.randint(high, (batch,), device=device, generator=generator)
+            def randint(high, count=batch, generator=generator):
+                return torch.randint(high, (count,), device=device, generator=generator)
 
-            index = randint(len(train_rows))
+            index = randint(new, batch - old_images)
+            if old_images:
+                index = torch.cat([index, new + randint(len(train_rows) - new, old_images)])
             latents = train_latents.draw(index, randint(args.latent_variants), generator)  # [B, C, h, w]
             text = ids[index, randint(args.caption_variants)]  # [B, L]
             chance = torch.rand(batch, 1, device=device, generator=generator)
@@ -342,9 +417,16 @@ def main(argv=None) -> None:
             text = torch.where(chance < args.drop_all, nothing, text)
             timesteps = randint(noise_schedule.config.num_train_timesteps)
             noise = torch.randn(latents.shape, device=device, generator=generator)
+            noisy = noise_schedule.add_noise(latents, noise, timesteps)
             with accelerator.accumulate(model):
-                prediction = model(noise_schedule.add_noise(latents, noise, timesteps), timesteps, text).float()
+                prediction = model(noisy, timesteps, text).float()
                 mse = (prediction - target(noise_schedule, latents, noise, timesteps)).square().mean((1, 2, 3))
+                if anchor is not None:
+                    old = slice(batch - old_images, None)
+                    with torch.no_grad(), accelerator.autocast():
+                        before = anchor(noisy[old], timesteps[old], text[old]).float()
+                    distance = (prediction[old] - before).square().mean((1, 2, 3))
+                    mse = torch.cat([mse[: batch - old_images], mse[old] + args.anchor_weight * distance])
                 loss = (mse * loss_weights(noise_schedule, timesteps, args.snr_gamma)).mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -414,6 +496,28 @@ def trainable(args, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, new
         table = text_encoder.get_input_embeddings().weight.requires_grad_(True)
         groups.append({"params": [table], "peak": args.text_encoder_learning_rate, "weight_decay": 0.0})
     return groups
+
+
+def check_known(rows: list[dict], source: str, index: dict, model: str) -> None:
+    """Raises ValueError for rows to replay of modalities that `model`, by its `model_index.json`, has not learned."""
+    learned = index.get("modalities") or []
+    learned = learned.split() if isinstance(learned, str) else learned
+    unknown = {resolve_modality(row["modality"]).id for row in rows} - set(learned)
+    if unknown:
+        raise ValueError(
+            f"{source}, to replay, has rows of {', '.join(map(repr, sorted(unknown)))}, which {model} has not learned;"
+            f" it has learned: {', '.join(learned) or 'none'}."
+        )
+
+
+def make_anchor(args, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, device) -> Denoise:
+    """The base as it is before training, frozen. A text encoder that is not trained reads old captions for both."""
+    text_encoder = copy.deepcopy(text_encoder) if args.train_text_encoder else text_encoder
+    anchor = Denoise(copy.deepcopy(unet), text_encoder).to(device)
+    anchor.unet.requires_grad_(False).eval()
+    if args.train_text_encoder:
+        text_encoder.requires_grad_(False).eval()
+    return anchor
 
 
 def keep_old_tokens(text_encoder: CLIPTextModel, new_tokens: list[int], train_text_encoder: bool) -> None:
