@@ -425,9 +425,8 @@ def main(argv=None) -> dict:
             figures = {name: value.mean().item() for name, value in score(pipe, drawn, prompts, args).items()}
         else:
             drawn = rated
-        trained.train()
+        # Without dropout: what differs from `old` is to be what was learned, not noise.
         figures |= update(policies, accelerator, optimizer, scheduler, drawn, texts, args, schedule.step)
-        trained.eval()
         if rated is None:
             policies.follow(trained, args.old_decay)
         schedule.advance(accelerator)
