@@ -79,13 +79,24 @@ def test_what_is_rewarded_is_learned(make_pipeline):
     assert sum(means[-3:]) / 3 < sum(means[:3]) / 3 - 0.02, means
 
 
+def real_images(folder):
+    """Four images and their CSV, for replay."""
+    generator, rows = torch.Generator().manual_seed(0), []
+    for i in range(4):
+        Image.fromarray((torch.rand(64, 64, 3, generator=generator) * 255).byte().numpy()).save(folder / f"r{i}.png")
+        rows.append({"path": f"r{i}.png", **PROMPTS[i % 2], "split": "train"})
+    return write_csv(folder / "real.csv", rows)
+
+
 def test_a_run_writes_a_pipeline_and_goes_on_where_it_was_killed(arguments, base, tmp_path, monkeypatch):
+    replay = ["--replay", str(real_images(tmp_path)), "--latent_variants", "2", "--caption_variants", "2"]
+    arguments = [*arguments, *replay, "--num_inference_steps", "3"]
     more = "--max_train_steps 4 --validation_steps 2 --checkpointing_steps 1 --learning_rate 1e-2 --patience 9".split()
     whole = tmp_path / "whole"
     train_preference.main([*arguments, *more, "--output_dir", str(whole)])
     log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if r["kind"] == "val"] == [0, 2, 4]
-    assert {"rating", "spread", "loss", "anchor"} <= set(next(r for r in log if r["kind"] == "train"))
+    assert {"reward", "spread", "loss", "anchor"} <= set(next(r for r in log if r["kind"] == "train"))
     assert (whole / "samples-4" / "oct.png").is_file()
     pipe = MinimPipeline.from_pretrained(whole / "pipeline")
     assert pipe.filter_head is not None and pipe.config.num_inference_steps == 2
@@ -110,7 +121,7 @@ def test_a_run_writes_a_pipeline_and_goes_on_where_it_was_killed(arguments, base
         train_preference.main([*arguments, *more, "--output_dir", str(cut)])
     train_preference.main([*arguments, *more, "--output_dir", str(cut), "--resume_from_checkpoint", "latest"])
     again = [json.loads(line) for line in (cut / "log.jsonl").read_text().splitlines()]
-    told = ("step", "kind", "loss", "rating", "score")
+    told = ("step", "kind", "loss", "reward", "score", "replay")
     assert [{k: r.get(k) for k in told} for r in again] == [{k: r.get(k) for k in told} for r in log]
 
 
@@ -181,19 +192,22 @@ def test_rewards(make_pipeline):
     assert optimality(torch.tensor([-9.0, 0.0, 1.0]), 2.0).tolist() == [0, 0.5, 0.75]
     assert rating_reward([1, 2, 2, 3], ["low", "low", "high", "high"]).tolist() == [1.5, 2.5, 1.5, 2.5]
     latents = torch.zeros(4, 8, 8, 8)
-    latents[1] = 1
-    assert spread(latents, group).tolist()[2:] == [0, 0] and spread(latents, group)[0] > 0
+    latents[:] = torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents[1] *= 5
+    assert spread(latents, group).abs().max() < 1e-6, "more contrast is not more variety"
+    latents[1] = latents[1].flip(-1)
+    assert spread(latents, group)[0] == spread(latents, group)[1] > 0.1 and spread(latents, group)[2:].sum() < 1e-6
+    assert spread(latents, torch.arange(4)).tolist() == [0] * 4, "an image that is alone"
 
     pipe = make_pipeline(filtered=True)
     latents = torch.randn(5, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     texts, kinds = ["a", "b", "c", "d", "e"], ["oct"] * 5
     rewards = filter_reward(pipe, latents, texts, kinds, batch_size=2)
     assert torch.allclose(rewards, filter_reward(pipe, latents, texts, kinds), atol=1e-5)
-    capped = filter_reward(pipe, latents, texts, kinds, enough=(1.0, 3.0))
-    assert (capped == 1).all() and rewards.max() > 1
+    assert rewards.abs().max() <= 4 and filter_reward(pipe, latents, texts, kinds, limit=0.5).abs().max() <= 0.5
     code = pipe.filter_head(latents, latents, torch.zeros(5), input_ids=torch.ones(5, 48, dtype=torch.long)).code
     from minim_pipeline.minim_filter.fingerprints import pack
 
     pipe.filter_head.fingerprints = pack(code[:1])
     pipe.filter_head.register_to_config(calibration={"oct": {"score": 1.0, "finding": 1.0, "copy": 0}})
-    assert filter_reward(pipe, latents, texts, kinds)[0] == 1, "a copy of a training image is worth nothing"
+    assert filter_reward(pipe, latents, texts, kinds)[0] == -4, "a copy of a training image is worth nothing"

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from minim_pipeline import MinimPipeline, resolve_modality
 from minim_pipeline.minim_filter import FilterHeadOutput
 from minim_pipeline.minim_filter.fingerprints import distances
-from minim_pipeline.minim_filter.funnel import combine
 
 
 @torch.no_grad()
@@ -27,49 +26,51 @@ def rate(
     return FilterHeadOutput(*(torch.cat(values) for values in zip(*(part.to_tuple() for part in parts), strict=True)))
 
 
+def overall(rated: FilterHeadOutput) -> torch.Tensor:
+    """Probabilities [N, 3] of the worse of quality and finding being 1, 2 and 3: of one rating for both."""
+    above = [rated.quality_probs[:, k:].sum(1) * rated.finding_probs[:, k:].sum(1) for k in (1, 2)]
+    return torch.stack([1 - above[0], above[0] - above[1], above[1]], 1)
+
+
 def filter_reward(
     pipe: MinimPipeline,
     latents: torch.Tensor,
     prompts: list[str],
     modalities: list[str],
-    enough: tuple[float, float] | None = None,
+    limit: float = 4.0,
     batch_size: int = 512,
 ) -> torch.Tensor:
-    """The filter head's rating of finished latents [N, C, h, w], 1 to 3: fp32 [N].
+    """The log odds of a rating of 3, as the filter head foretells them of finished latents [N, C, h, w]: fp32 [N].
+
+    Not the expected rating: where that nears 3, nothing would be left to tell a clear image from a clearer one.
+    Copies of training images, as the head's fingerprints know them, get the worst reward.
 
     Args:
-        enough: quality and finding count up to here; by default as the head's config has it. What is good enough is
-            not made better at the cost of variety.
-
-    Copies of training images, as the head's fingerprints know them, get the worst rating.
+        limit: rewards lie between -limit and limit, so that no image counts without end.
     """
-    head = pipe.filter_head
-    quality_enough, finding_enough = enough or head.config.enough
     rated = rate(pipe, latents, prompts, modalities, batch_size)
-    reward = combine(rated.quality.clamp(max=quality_enough), rated.finding.clamp(max=finding_enough))
-    calibration = head.config.calibration or {}
+    reward = torch.logit(overall(rated)[:, 2], eps=1e-6).clamp(-limit, limit)
+    calibration = pipe.filter_head.config.calibration or {}
     near = [calibration.get(resolve_modality(name).id, {}).get("copy", -1) for name in modalities]
-    copies = distances(rated.code, head.fingerprints) <= torch.tensor(near, device=reward.device)
-    return torch.where(copies, 1.0, reward)
+    copies = distances(rated.code, pipe.filter_head.fingerprints) <= torch.tensor(near, device=reward.device)
+    return torch.where(copies, -limit, reward)
 
 
 def spread(latents: torch.Tensor, group: torch.Tensor, pooled: int = 4) -> torch.Tensor:
-    """How far each image lies from the others of its group: mean distance of latents averaged over squares, fp32 [N].
+    """How unlike the others of its group each image is: mean cosine distance of pooled latents, fp32 [N].
 
-    Averaged over `pooled` x `pooled`, latents tell where things are, and not which noise a camera has.
+    Averaged over `pooled` x `pooled`, latents tell where things are, and not which noise a camera has; and only their
+    direction counts, or more contrast would pass for more variety.
 
     Args:
         latents: [N, C, h, w].
         group: int64 [N]; 0 for an image that is alone.
     """
     size = min(pooled, *latents.shape[-2:])
-    x = F.avg_pool2d(latents.float(), size).flatten(1)  # [N, D]
-    result = torch.zeros(len(x), device=x.device)
-    for number in group.unique():
-        mine = (group == number).nonzero()[:, 0]
-        if len(mine) > 1:
-            result[mine] = torch.cdist(x[mine], x[mine]).sum(1) / (len(mine) - 1)
-    return result
+    x = F.normalize(F.avg_pool2d(latents.float(), size).flatten(1), dim=1)  # [N, D]
+    same = (group[:, None] == group[None]).float()
+    same.fill_diagonal_(0)
+    return ((1 - x @ x.T) * same).sum(1) / same.sum(1).clamp(min=1)
 
 
 def centred(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,14 @@ A classifier says whether the image shows the finding, a judge of realism whethe
 part C of the train split, which neither the filter head (part A) nor the judges (part B) learn from. What a stand-in
 says is not what a clinician would say, and wherever its ratings appear they are called a stand-in's.
 
-- 3: the finding is read as right, and the image looks as real as 70 % of real images of its modality.
-- 1: another finding is read (look-alikes do not count), or the image looks less real than 90 % of real ones.
-- 2: everything between.
+How real an image looks is the share of real images of its finding that look less real, to judges that have not seen
+them: part C goes in two halves, each half is judged by a network that learned from the other, and a generated image
+by both. Real images go through the pipeline's autoencoder first, or its marks would be learned.
 
-Real images go through the pipeline's autoencoder first, or the judge of realism would learn the decoder's marks. A
-part of the real images is kept out of its training, and says where those limits lie.
+- 3: the finding is read as right, and the image looks as real as 30 % of the real ones.
+- 1: the finding is read as less than half as likely as another (look-alikes do not count), or nine in ten real images
+  look more real.
+- 2: everything between.
 
     python train/stand_in.py --train_data data.csv --output_dir runs/stand_in
 """
@@ -27,15 +29,17 @@ from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
 from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.classifier import Recipe, make_resnet
 from minim_pipeline.evaluation.classifier import train_classifier as fit
-from minim_pipeline.evaluation.judges import Judges, class_of, load_judges, read
+from minim_pipeline.evaluation.judges import LOOK_ALIKE, Judges, class_of, load_judges, read
 from minim_pipeline.evaluation.sampling import draw_images
 from minim_pipeline.image_loading import load_images
 
 
 RATER = "stand-in"
-# Shares of real images that look less real than the limits of ratings 1 and 3.
+# Shares of real images: below the first an image is rated 1, from the second on it may be rated 3.
 LIMITS = (0.1, 0.3)
 KINDS = [("any", "generated"), ("any", "real")]
+FOLDS = 2
+FEWEST = 8  # real images of a finding, for a scale of its own; below, that of the modality
 
 
 class StandIn:
@@ -43,41 +47,65 @@ class StandIn:
 
     Args:
         findings: the classifier of findings.
-        realism: the judge of realism, of two classes: generated, real.
-        limits: by modality id, the realism below which an image gets 1, and from which it may get 3.
+        realism: for each half of part C, the judge that has not seen it.
+        scales: for each half, by "modality: finding" and by modality, its real images' realism in ascending order.
     """
 
-    def __init__(self, findings: Judges, realism: Judges, limits: dict[str, list[float]]):
-        self.findings, self.realism, self.limits = findings, realism, limits
+    def __init__(self, findings: Judges, realism: list[Judges], scales: list[dict[str, list[float]]]):
+        self.findings, self.realism, self.scales = findings, realism, scales
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: torch.device | str = "cpu") -> "StandIn":
         folder = Path(path)
-        limits = json.loads((folder / "limits.json").read_text())
-        return cls(load_judges(folder / "findings", device), load_judges(folder / "realism", device), limits)
+        realism = [load_judges(folder / f"realism-{k}", device) for k in range(FOLDS)]
+        scales = json.loads((folder / "scales.json").read_text())
+        return cls(load_judges(folder / "findings", device), realism, scales)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes all but the classifier of findings, which `train_classifier.py` has written."""
+        for k, judge in enumerate(self.realism):
+            judge.save_pretrained(Path(path) / f"realism-{k}")
+        (Path(path) / "scales.json").write_text(json.dumps(self.scales) + "\n")
+
+    def looks_real(self, images: torch.Tensor, modalities: list[str], findings: list[str]) -> torch.Tensor:
+        """The share of real images that look less real than each of these: [N] in [0, 1]."""
+        shares = []
+        for judge, scales in zip(self.realism, self.scales, strict=True):
+            found = realism_of(judge, images)
+            for i, (modality, finding) in enumerate(zip(modalities, findings, strict=True)):
+                scale = torch.tensor(scales.get(f"{modality}: {finding}") or scales[modality])
+                found[i] = (scale < found[i]).double().mean()
+            shares.append(found)
+        return torch.stack(shares).mean(0)
 
     def rate(self, images: torch.Tensor, modalities: list[str], findings: list[str]) -> list[int]:
         """Ratings, 1 to 3, of images uint8 [N, 3, H, W] for the findings asked for.
 
         Raises:
-            ValueError: it has not learned the finding, or the modality.
+            ValueError: it has not learned a finding.
         """
         for key in dict.fromkeys(zip(modalities, findings, strict=True)):
-            if key not in self.findings.classes or key[0] not in self.limits:
+            if key not in self.findings.classes:
                 raise ValueError(f"This stand-in has not learned the finding {key[1]!r} of {key[0]!r}.")
-        said, real = self.findings.judge(images), realism_of(self.realism, images)
-        ratings = [0] * len(images)
-        for modality in dict.fromkeys(modalities):
-            mine = [i for i, name in enumerate(modalities) if name == modality]
-            asked = [findings[i] for i in mine]
-            right, alike = (read(said[mine], self.findings.classes, modality, asked, merge) for merge in (False, True))
-            low, high = self.limits[modality]
-            for place, i in enumerate(mine):
-                if not alike[place] or real[i] < low:
-                    ratings[i] = 1
-                else:
-                    ratings[i] = 3 if right[place] and real[i] >= high else 2
+        said, real = self.findings.judge(images), self.looks_real(images, modalities, findings)
+        ratings = []
+        for i, (modality, finding) in enumerate(zip(modalities, findings, strict=True)):
+            mine, others = 0.0, 0.0
+            for (name, other), probability in zip(self.findings.classes, said[i].tolist(), strict=True):
+                if name == modality and look_alike(modality, other) == look_alike(modality, finding):
+                    mine = max(mine, probability)
+                elif name == modality:
+                    others = max(others, probability)
+            right = read(said[i : i + 1], self.findings.classes, modality, [finding])[0]
+            if mine < others / 2 or real[i] < LIMITS[0]:
+                ratings.append(1)
+            else:
+                ratings.append(3 if right and real[i] >= LIMITS[1] else 2)
         return ratings
+
+
+def look_alike(modality: str, finding: str) -> str:
+    return LOOK_ALIKE.get((modality, finding), finding)
 
 
 def realism_of(judge: Judges, images: torch.Tensor) -> torch.Tensor:
@@ -95,7 +123,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--realism_steps", type=int, default=600)
     parser.add_argument("--width", type=int, default=48)
     parser.add_argument("--images_per_caption", type=int, default=2, help="Drawn to tell real from generated by.")
-    parser.add_argument("--kept_out", type=float, default=0.3, help="Share of the groups that set the limits.")
     parser.add_argument("--min_train", type=int, default=20, help="Findings with fewer train images are left out.")
     parser.add_argument("--min_val", type=int, default=9, help="Findings with fewer val images are left out.")
     parser.add_argument("--batch_size", type=int, default=128)
@@ -104,8 +131,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_hub_arguments(parser)
     args = parser.parse_args(argv)
     check_hub_arguments(args)
-    if not 0 < args.kept_out < 1:
-        raise ValueError(f"--kept_out has to be between 0 and 1, got {args.kept_out}.")
     return args
 
 
@@ -120,8 +145,8 @@ def through_the_autoencoder(pipe: MinimPipeline, rows, images: torch.Tensor, bat
     return torch.cat(result)
 
 
-def train_realism(args, rows: list[dict], device) -> tuple[Judges, dict, dict]:
-    """The judge of realism, the limits of each modality, and how well it tells on groups that were kept out."""
+def train_realism(args, rows: list[dict], device) -> tuple[list[Judges], list[dict], dict]:
+    """The judges of realism, the scales of the halves they have not seen, and how well they tell there (AUROC)."""
     pipe = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path, filter_head=None).to(device)
     pipe.set_progress_bar_config(disable=True)
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -134,34 +159,40 @@ def train_realism(args, rows: list[dict], device) -> tuple[Judges, dict, dict]:
     images, label = torch.cat([real, drawn]), torch.tensor([1] * len(real) + [0] * len(drawn))
     groups = sorted({row.get("group") or row["path"] for row in rows})
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    out = {groups[i] for i in order[: max(1, round(args.kept_out * len(groups)))]}
-    kept_out = torch.tensor([(row.get("group") or row["path"]) in out for row in of])
+    fold_of = {groups[i]: place % FOLDS for place, i in enumerate(order)}
+    fold = torch.tensor([fold_of[row.get("group") or row["path"]] for row in of])
     kinds = [resolve_modality(row["modality"]) for row in of]
     names = list(dict.fromkeys(kind.id for kind in kinds))
-
-    learned = (~kept_out).nonzero()[:, 0]
-    recipe = Recipe(max_train_steps=args.realism_steps, mix=0.0, seed=args.seed, bf16=args.mixed_precision == "bf16")
-    torch.manual_seed(args.seed)
-    model = fit(
-        make_resnet(2, args.width // 2),
-        images[learned].to(device),
-        label[learned].to(device),
-        torch.tensor([kinds[i].flip for i in learned.tolist()], device=device),
-        torch.tensor([kinds[i].grey for i in learned.tolist()], device=device),
-        2,
-        recipe,
-        "realism",
-        origin=torch.tensor([names.index(kinds[i].id) for i in learned.tolist()], device=device),
-    )
-    judge = Judges({"resnet": model}, KINDS, recipe.resolution)
-    found = realism_of(judge, images[kept_out])
-    limits, report = {}, {}
+    bf16 = args.mixed_precision == "bf16"
+    recipe = Recipe(max_train_steps=args.realism_steps, mix=0.0, seed=args.seed, bf16=bf16)
+    judges, scales, found = [], [], torch.zeros(len(of))
+    for k in range(FOLDS):
+        mine = (fold != k).nonzero()[:, 0]
+        torch.manual_seed(args.seed)
+        model = fit(
+            make_resnet(2, args.width // 2),
+            images[mine].to(device),
+            label[mine].to(device),
+            torch.tensor([kinds[i].flip for i in mine.tolist()], device=device),
+            torch.tensor([kinds[i].grey for i in mine.tolist()], device=device),
+            2,
+            recipe,
+            f"realism {k + 1} of {FOLDS}",
+            origin=torch.tensor([names.index(kinds[i].id) for i in mine.tolist()], device=device),
+        )
+        judges.append(Judges({"resnet": model}, KINDS, recipe.resolution))
+        found[fold == k] = realism_of(judges[k], images[fold == k])
+        scale: dict[str, list[float]] = {}
+        for i in ((fold == k) & (label == 1)).nonzero()[:, 0].tolist():
+            for name in (kinds[i].id, f"{kinds[i].id}: {of[i]['finding']}"):
+                scale.setdefault(name, []).append(round(found[i].item(), 4))
+        scales.append({name: sorted(v) for name, v in scale.items() if ":" not in name or len(v) >= FEWEST})
+    report = {}
     for name in names:
-        mine = torch.tensor([kind.id == name for kind in kinds])[kept_out]
-        truth = label[kept_out][mine] == 1
-        limits[name] = [round(v, 4) for v in found[mine][truth].quantile(torch.tensor(LIMITS)).tolist()]
+        mine = torch.tensor([kind.id == name for kind in kinds])
+        truth = label[mine] == 1
         report[name] = {"auroc": round(auroc(found[mine], truth), 4), "real": int(truth.sum()), "n": int(mine.sum())}
-    return judge, limits, report
+    return judges, scales, report
 
 
 def main(argv=None) -> dict:
@@ -179,13 +210,13 @@ def main(argv=None) -> dict:
     findings = train_classifier.main([*where, *sizes, *least, *precision, "--architectures", "resnet"])
     known = load_judges(output / "findings").classes
     rows = [row for row in rows if class_of(row) in known]
-    judge, limits, realism = train_realism(args, rows, device)
-    judge.save_pretrained(output / "realism")
-    (output / "limits.json").write_text(json.dumps(limits, indent=2) + "\n")
-    report = {"findings, val": findings["val"]["resnet"], "realism, kept out": realism, "limits": limits}
+    judges, scales, realism = train_realism(args, rows, device)
+    StandIn(load_judges(output / "findings"), judges, scales).save_pretrained(output)
+    report = {"findings, val": findings["val"]["resnet"], "realism, unseen halves": realism}
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    push_parts(args, "stand_in", output / "findings", output / "realism", output / "limits.json")
-    print(json.dumps({"realism, kept out": realism, "limits": limits}, indent=2))
+    parts = ["findings", *(f"realism-{k}" for k in range(FOLDS)), "scales.json"]
+    push_parts(args, "stand_in", *(output / part for part in parts))
+    print(json.dumps(report["realism, unseen halves"], indent=2))
     return report
 
 

@@ -49,6 +49,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from filter_data import encode
 from hub import push_pipeline
 from raters import read_ratings
+from replay import Replay
 from rewards import centred, filter_reward, optimality, rating_reward, spread, standardise
 from train_text_to_image import loss_weights, target
 from watch import Watch
@@ -77,10 +78,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     reward = parser.add_argument_group("reward: one of the first two")
     reward.add_argument("--prompts", help="CSV with Text,modality[,finding]: drawn for, rated by the filter head.")
     reward.add_argument("--ratings", help="CSV with path,Text,modality,rating[,rater]: images and people's ratings.")
-    reward.add_argument(
-        "--enough", type=float, nargs=2, help="Quality and finding count up to here; default: the filter head's."
-    )
-    reward.add_argument("--diversity_weight", type=float, default=0.3, help="Of being unlike a prompt's other images.")
+    reward.add_argument("--diversity_weight", type=float, default=0.2, help="Of being unlike a prompt's other images.")
     reward.add_argument(
         "--bound", type=float, default=2.0, help="Advantages are clipped at so many standard deviations."
     )
@@ -93,19 +91,26 @@ def parse_args(argv=None) -> argparse.Namespace:
     loss.add_argument("--anchor_weight", type=float, default=0.1, help="Of the distance to the network begun with.")
     loss.add_argument("--drop_text", type=float, default=0.15, help="Share of images that only hold the anchor.")
     loss.add_argument("--snr_gamma", type=float, default=5.0, help="As in train_text_to_image.py.")
+    real = parser.add_argument_group("real images, which keep the network to what they look like")
+    real.add_argument("--replay", help="CSV with path,Text,modality,split: its train images are learned from, too.")
+    real.add_argument("--replay_weight", type=float, default=0.3, help="Of the usual loss on them.")
+    real.add_argument("--latent_variants", type=int, default=4, help="Augmented versions of every image.")
+    real.add_argument("--caption_variants", type=int, default=16, help="Phrasings of every caption.")
+    real.add_argument("--captions", help="JSON with phrasings of every finding; default: train/captions.json.")
     watch = parser.add_argument_group("when to stop")
     watch.add_argument("--encoder", default=str(EMBEDDED_ENCODER), help="Image-text encoder that scores unseen.")
     watch.add_argument("--watch_images", type=int, default=16, help="Images of each finding that it looks at.")
     watch.add_argument("--patience", type=int, default=3, help="Looks without a better score before it stops.")
-    watch.add_argument("--least_spread", type=float, default=0.97, help="Of the spread that the images had at first.")
+    watch.add_argument("--least_spread", type=float, default=0.95, help="Of the spread that the images had at first.")
+    loss.add_argument("--num_inference_steps", type=int, help="Of the images to learn from; default: the pipeline's.")
     parser.add_argument("--sampling_batch_size", type=int, default=512)
     args = parser.parse_args(argv)
     check_run_arguments(args)
     if bool(args.prompts) == bool(args.ratings):
         raise ValueError("Give either --prompts, for the filter head's reward, or --ratings, for people's.")
     counts = ("prompts_per_step", "timesteps_per_image", "sampling_batch_size", "watch_images", "patience")
-    for name in counts:
-        if getattr(args, name) < 1:
+    for name in (*counts, "num_inference_steps", "latent_variants", "caption_variants"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
     if args.images_per_prompt < 2:
         raise ValueError(
@@ -164,6 +169,7 @@ def sample(pipe: MinimPipeline, prompts: list[dict], args, generator: torch.Gene
                 [prompts[i]["Text"] for i in chosen[mine]],
                 modality=[prompts[i]["modality"] for i in chosen[mine]],
                 seeds=seeds[mine],
+                num_inference_steps=args.num_inference_steps,
                 output_type="latent",
             ).images
         latents.append(drawn.float())
@@ -171,14 +177,14 @@ def sample(pipe: MinimPipeline, prompts: list[dict], args, generator: torch.Gene
 
 
 def score(pipe: MinimPipeline, drawn: Samples, prompts: list[dict], args) -> dict[str, torch.Tensor]:
-    """Sets `drawn.reward`: the filter head's rating, and how unlike its group an image is. Returns both, [N] each."""
+    """Sets `drawn.reward`, from the filter head's and from how unlike its group an image is; returns both, [N]."""
     chosen = drawn.prompt.tolist()
     texts, modalities = [prompts[i]["Text"] for i in chosen], [prompts[i]["modality"] for i in chosen]
-    rating = filter_reward(pipe, drawn.latents, texts, modalities, args.enough)
+    reward = filter_reward(pipe, drawn.latents, texts, modalities)
     unlike = spread(drawn.latents, drawn.prompt)
-    drawn.reward = standardise(centred(rating, drawn.prompt))
+    drawn.reward = standardise(centred(reward, drawn.prompt))
     drawn.reward += args.diversity_weight * standardise(centred(unlike, drawn.prompt))
-    return {"rating": rating, "spread": unlike}
+    return {"reward": reward, "spread": unlike}
 
 
 @dataclass
@@ -232,11 +238,33 @@ def preference_loss(
     return reward * weight, distance(new, reference) * weight
 
 
-def update(policies: Policies, accelerator, optimizer, scheduler, drawn: Samples, texts, args, step: int) -> dict:
+def replay_loss(policies: Policies, scheduler: DDPMScheduler, replay: Replay, count: int, g, args) -> torch.Tensor:
+    """The usual loss on real images, as in train_text_to_image.py."""
+    latents, text = replay.draw(count, g)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (count,), device=g.device, generator=g)
+    noise = torch.randn(latents.shape, device=g.device, generator=g)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    prediction = policies.new(noisy, timesteps, text, return_dict=False)[0].float()
+    mse = (prediction - target(scheduler, latents, noise, timesteps)).square().mean((1, 2, 3))
+    return (mse * loss_weights(scheduler, timesteps, args.snr_gamma)).mean()
+
+
+def update(
+    policies: Policies,
+    accelerator,
+    optimizer,
+    scheduler,
+    drawn: Samples,
+    texts,
+    args,
+    step: int,
+    replay: Replay | None = None,
+) -> dict:
     """Learns from each image `timesteps_per_image` times, in a new order and with new noise each time.
 
     Args:
         texts: hidden states of the prompts [P, L, D], and of their modalities' tokens alone [P, L, D].
+        replay: real images, of which as many are learned from.
     """
     device = drawn.latents.device
     g = step_generator(args.seed, step, accelerator.process_index + 10_000, device)
@@ -261,6 +289,11 @@ def update(policies: Policies, accelerator, optimizer, scheduler, drawn: Samples
             )
         # The negative side of guidance is to stay what it was, so there the anchor has its full weight.
         loss = (reward + anchor * torch.where(told, args.anchor_weight, 1.0)).mean()
+        if replay is not None:
+            with accelerator.autocast():
+                real = replay_loss(policies, scheduler, replay, n, g, args)
+            loss = loss + args.replay_weight * real
+            totals["replay"] = totals.get("replay", 0.0) + real.item() / len(batches)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
@@ -368,6 +401,8 @@ def main(argv=None) -> dict:
         untold = [prompt_text("", kind, pipe.tokenizer) for kind in kinds]
         texts = tuple(torch.cat([pipe.encode_texts([t], device) for t in some]) for some in (told, untold))
 
+    replay = Replay(args, accelerator, pipe) if args.replay else None
+
     trained = pipe.unet
     if args.lora_rank:
         from peft import LoraConfig
@@ -426,7 +461,7 @@ def main(argv=None) -> dict:
         else:
             drawn = rated
         # Without dropout: what differs from `old` is to be what was learned, not noise.
-        figures |= update(policies, accelerator, optimizer, scheduler, drawn, texts, args, schedule.step)
+        figures |= update(policies, accelerator, optimizer, scheduler, drawn, texts, args, schedule.step, replay)
         if rated is None:
             policies.follow(trained, args.old_decay)
         schedule.advance(accelerator)

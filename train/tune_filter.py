@@ -26,6 +26,7 @@ from filter_data import encode
 from filter_report import auroc
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 from raters import Raters, read_ratings
+from rewards import overall
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, prompt_text, resolve_modality
 from minim_pipeline.evaluation.agreement import weighted_kappa
@@ -67,12 +68,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     check_tuning_arguments(args)
     check_hub_arguments(args)
     return args
-
-
-def overall(rated: FilterHeadOutput) -> torch.Tensor:
-    """Probabilities [N, 3] of the worse of quality and finding being 1, 2 and 3."""
-    above = [rated.quality_probs[:, k:].sum(1) * rated.finding_probs[:, k:].sum(1) for k in (1, 2)]
-    return torch.stack([1 - above[0], above[0] - above[1], above[1]], 1)
 
 
 def divergence(before: FilterHeadOutput, after: FilterHeadOutput) -> torch.Tensor:

@@ -1,0 +1,47 @@
+"""Real images beside what else a U-Net is trained on, so that it does not forget what they look like."""
+
+import torch
+from accelerate import Accelerator
+from captions import load_captions, phrase
+from latents import Latents
+
+from minim_pipeline import MinimPipeline, resolve_modality
+from minim_pipeline.data import read_csv
+
+
+class Replay:
+    """Latents of the train images of a CSV, each in some versions, with captions in some phrasings.
+
+    Args:
+        args: `replay` (the CSV), `captions`, `caption_variants`, `latent_variants`, `output_dir`, `seed` and
+            `mixed_precision`.
+        pipe: encodes images and captions.
+
+    Raises:
+        ValueError: the CSV has no train rows of the pipeline's modalities.
+    """
+
+    def __init__(self, args, accelerator: Accelerator, pipe: MinimPipeline):
+        known = pipe.config.modalities
+        rows = read_csv(args.replay, split="train", require=("path", "Text", "modality"), check_images=False)
+        rows = [row for row in rows if known is None or resolve_modality(row["modality"]).id in known]
+        if not rows:
+            raise ValueError(f"{args.replay} has no train images of {', '.join(known)}.")
+        self.text_encoder = pipe.text_encoder
+        self.variants = args.latent_variants
+        captions = load_captions(args.captions)
+        self.ids = phrase(rows, captions, pipe.tokenizer, args.caption_variants, args.seed).to(accelerator.device)
+        args.train_data, args.resolution = args.replay, pipe.unet.config.sample_size * pipe.vae_scale_factor
+        self.latents = Latents.encode(args, accelerator, pipe.vae, rows, "replay", args.latent_variants)
+
+    @torch.no_grad()
+    def draw(self, count: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents [count, C, h, w], scaled as the U-Net takes them, and hidden states [count, L, D]."""
+
+        def randint(high):
+            return torch.randint(high, (count,), device=g.device, generator=g)
+
+        index = randint(len(self.ids))
+        latents = self.latents.draw(index, randint(self.variants), g)
+        text = self.ids[index, randint(self.ids.shape[1])]
+        return latents, self.text_encoder(text).last_hidden_state
