@@ -21,6 +21,8 @@ import csv
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -47,7 +49,7 @@ from minim_pipeline.ratings import image_digest
 
 
 # What may differ when a round goes on: where ratings come from, and how it is run.
-MAY_CHANGE = {"output_dir", "ratings", "stand_in", "batch_size", "push_to_hub", "hub_model_id"}
+MAY_CHANGE = {"output_dir", "ratings", "stand_in", "batch_size", "num_processes", "push_to_hub", "hub_model_id"}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -59,6 +61,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--candidates", type=int, default=2, help="Images of each prompt that are rated.")
     add("--ratings", help="CSV of ratings of the candidates, as `minim ratings` writes it.")
     add("--preference", default="", help="Arguments of train_preference.py as one: '--max_train_minutes 4'.")
+    add("--num_processes", type=int, default=1, help="Of preference training, a GPU each, through accelerate.")
     add("--acceptance", type=float, default=0.7, help="Share of generated images that the new thresholds accept.")
     add("--calibration_images", type=int, default=200, help="Of each modality, to set the thresholds by.")
     add("--seed", type=int, default=0, help="Another one for every round: no image is to be drawn twice.")
@@ -69,7 +72,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_hub_arguments(parser)
     args = parser.parse_args(argv)
     check_tuning_arguments(args)
-    for name in ("candidates", "batch_size", "calibration_images", "images_per_finding"):
+    for name in ("candidates", "batch_size", "calibration_images", "images_per_finding", "num_processes"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
     if not 0 < args.acceptance <= 1:
@@ -256,7 +259,13 @@ def save_whole(folder: Path, model, name: str, report: dict) -> None:
 def train_on_preferences(args: argparse.Namespace, folder: Path) -> None:
     """`preference/`: the U-Net, trained on the head's reward."""
     resume = ["--resume_from_checkpoint", "latest"] if (folder / "preference" / "log.jsonl").is_file() else []
-    train_preference.main([*preference_arguments(args), *resume])
+    call = [*preference_arguments(args), *resume]
+    if args.num_processes == 1:
+        train_preference.main(call)
+    else:
+        launch = ("-m", "accelerate.commands.launch", "--num_processes", str(args.num_processes))
+        kind = "--multi_gpu" if torch.cuda.is_available() else "--cpu"
+        subprocess.run([sys.executable, *launch, kind, train_preference.__file__, *call], check=True)
 
 
 def write_pipeline(args: argparse.Namespace, folder: Path) -> None:

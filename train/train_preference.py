@@ -212,41 +212,33 @@ def preference_loss(
     good: torch.Tensor,
     told: torch.Tensor,
     args,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """DiffusionNFT's loss and the anchor's, [B] each, before they are weighed against each other.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """DiffusionNFT's loss and the anchor's, [n] each, and the usual loss of real images, [B - n]; not yet weighed.
 
     Args:
-        latents: finished images [B, C, h, w], scaled as the U-Net takes them.
+        latents: finished images [B, C, h, w], scaled as the U-Net takes them: n that were drawn, and then real ones.
         text: hidden states [B, L, D].
-        good: [B] in [0, 1], see `rewards.optimality`.
-        told: bool [B]; where the prompt was left out only the anchor counts.
+        good: [n] in [0, 1], see `rewards.optimality`.
+        told: bool [n]; where the prompt was left out only the anchor counts.
     """
+    n = len(good)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     goal = target(scheduler, latents, noise, timesteps)
     with torch.no_grad():
-        old = policies.old(noisy, timesteps, text, return_dict=False)[0].float()
-        reference = policies.reference(noisy, timesteps, text, return_dict=False)[0].float()
+        drawn = noisy[:n], timesteps[:n], text[:n]
+        old = policies.old(*drawn, return_dict=False)[0].float()
+        reference = policies.reference(*drawn, return_dict=False)[0].float()
+    # In one pass, which is what several processes expect between two steps.
     new = policies.new(noisy, timesteps, text, return_dict=False)[0].float()
-    positive = old.lerp(new, args.beta)
+    positive = old.lerp(new[:n], args.beta)
     negative = 2 * old - positive
 
     def distance(a, b):
         return (a - b).square().mean((1, 2, 3))
 
+    reward = (good * distance(positive, goal[:n]) + (1 - good) * distance(negative, goal[:n])) * told
     weight = loss_weights(scheduler, timesteps, args.snr_gamma)
-    reward = (good * distance(positive, goal) + (1 - good) * distance(negative, goal)) * told
-    return reward * weight, distance(new, reference) * weight
-
-
-def replay_loss(policies: Policies, scheduler: DDPMScheduler, replay: Replay, count: int, g, args) -> torch.Tensor:
-    """The usual loss on real images, as in train_text_to_image.py."""
-    latents, text = replay.draw(count, g)
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (count,), device=g.device, generator=g)
-    noise = torch.randn(latents.shape, device=g.device, generator=g)
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    prediction = policies.new(noisy, timesteps, text, return_dict=False)[0].float()
-    mse = (prediction - target(scheduler, latents, noise, timesteps)).square().mean((1, 2, 3))
-    return (mse * loss_weights(scheduler, timesteps, args.snr_gamma)).mean()
+    return reward * weight[:n], distance(new[:n], reference) * weight[:n], distance(new[n:], goal[n:]) * weight[n:]
 
 
 def update(
@@ -279,21 +271,20 @@ def update(
         n = len(part)
         told = torch.rand(n, device=device, generator=g) >= args.drop_text
         mine = drawn.prompt[part]
-        text = torch.where(told[:, None, None], texts[0][mine], texts[1][mine])
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (n,), device=device, generator=g)
-        latents = drawn.latents[part]
+        latents, text = drawn.latents[part], torch.where(told[:, None, None], texts[0][mine], texts[1][mine])
+        if replay is not None:
+            latents, text = (torch.cat(pair) for pair in zip((latents, text), replay.draw(n, g), strict=True))
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=device, generator=g)
         noise = torch.randn(latents.shape, device=device, generator=g)
         with accelerator.autocast():
-            reward, anchor = preference_loss(
+            reward, anchor, real = preference_loss(
                 policies, scheduler, latents, timesteps, noise, text, good[part], told, args
             )
         # The negative side of guidance is to stay what it was, so there the anchor has its full weight.
         loss = (reward + anchor * torch.where(told, args.anchor_weight, 1.0)).mean()
         if replay is not None:
-            with accelerator.autocast():
-                real = replay_loss(policies, scheduler, replay, n, g, args)
-            loss = loss + args.replay_weight * real
-            totals["replay"] = totals.get("replay", 0.0) + real.item() / len(batches)
+            loss = loss + args.replay_weight * real.mean()
+            totals["replay"] = totals.get("replay", 0.0) + real.mean().item() / len(batches)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()

@@ -38,7 +38,7 @@ from minim_pipeline.tokens import tokenize
 
 def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     tuning = parser.add_argument_group("the filter head's further training")
-    tuning.add_argument("--tuning_steps", type=int, default=400)
+    tuning.add_argument("--tuning_steps", type=int, default=200)
     tuning.add_argument("--tuning_learning_rate", type=float, default=2e-4)
     tuning.add_argument("--tuning_batch_size", type=int, default=256)
     tuning.add_argument("--tuning_anchor", type=float, default=0.5, help="Of staying as it was for other prompts.")
