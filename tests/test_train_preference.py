@@ -7,7 +7,7 @@ import pytest
 import torch
 import train_preference
 from PIL import Image
-from rewards import centred, filter_reward, optimality, rating_reward, spread
+from rewards import advantage, centred, filter_reward, optimality, rating_reward, spread
 from safetensors.torch import load_file
 
 from minim_pipeline import MinimPipeline
@@ -189,6 +189,9 @@ def test_a_pipeline_without_a_filter_and_bad_prompts_are_refused(arguments, base
 def test_rewards(make_pipeline):
     group = torch.tensor([0, 0, 1, 1])
     assert centred(torch.tensor([1.0, 3.0, 10.0, 10.0]), group).tolist() == [-1, 1, 0, 0]
+    uneven = advantage(torch.tensor([0.0, 2.0, 0.0, 20.0]), group)
+    assert uneven[:2].tolist() == pytest.approx([-0.55, 0.55], abs=0.01) and uneven[2:].tolist() == [-1, 1]
+    assert advantage(torch.tensor([5.0, 5.0, 0.0, 2.0]), group).tolist() == [0, 0, -1, 1]
     assert optimality(torch.tensor([-9.0, 0.0, 1.0]), 2.0).tolist() == [0, 0.5, 0.75]
     assert rating_reward([1, 2, 2, 3], ["low", "low", "high", "high"]).tolist() == [1.5, 2.5, 1.5, 2.5]
     latents = torch.zeros(4, 8, 8, 8)
@@ -204,10 +207,10 @@ def test_rewards(make_pipeline):
     texts, kinds = ["a", "b", "c", "d", "e"], ["oct"] * 5
     rewards = filter_reward(pipe, latents, texts, kinds, batch_size=2)
     assert torch.allclose(rewards, filter_reward(pipe, latents, texts, kinds), atol=1e-5)
-    assert rewards.abs().max() <= 4 and filter_reward(pipe, latents, texts, kinds, limit=0.5).abs().max() <= 0.5
+    assert rewards.abs().max() <= 6 and filter_reward(pipe, latents, texts, kinds, limit=0.5).abs().max() <= 0.5
     code = pipe.filter_head(latents, latents, torch.zeros(5), input_ids=torch.ones(5, 48, dtype=torch.long)).code
     from minim_pipeline.minim_filter.fingerprints import pack
 
     pipe.filter_head.fingerprints = pack(code[:1])
     pipe.filter_head.register_to_config(calibration={"oct": {"score": 1.0, "finding": 1.0, "copy": 0}})
-    assert filter_reward(pipe, latents, texts, kinds)[0] == -4, "a copy of a training image is worth nothing"
+    assert filter_reward(pipe, latents, texts, kinds)[0] == -6, "a copy of a training image is worth nothing"

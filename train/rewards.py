@@ -37,19 +37,22 @@ def filter_reward(
     latents: torch.Tensor,
     prompts: list[str],
     modalities: list[str],
-    limit: float = 4.0,
+    limit: float = 6.0,
     batch_size: int = 512,
 ) -> torch.Tensor:
-    """The log odds of a rating of 3, as the filter head foretells them of finished latents [N, C, h, w]: fp32 [N].
+    """The log odds that the finding is there, in a picture that is at least usable: fp32 [N].
 
-    Not the expected rating: where that nears 3, nothing would be left to tell a clear image from a clearer one.
-    Copies of training images, as the head's fingerprints know them, get the worst reward.
+    As the filter head foretells it of finished latents [N, C, h, w]: P(finding = 3) P(quality >= 2). Not the expected
+    rating: where that nears 3, nothing would be left to tell a clear image from a clearer one. Better than usable does
+    not count, as it goes at the cost of variety (see `FilterHead.enough`). Copies of training images, as the head's
+    fingerprints know them, get the worst reward.
 
     Args:
         limit: rewards lie between -limit and limit, so that no image counts without end.
     """
     rated = rate(pipe, latents, prompts, modalities, batch_size)
-    reward = torch.logit(overall(rated)[:, 2], eps=1e-6).clamp(-limit, limit)
+    good = rated.finding_probs[:, 2] * rated.quality_probs[:, 1:].sum(1)
+    reward = torch.logit(good, eps=1e-6).clamp(-limit, limit)
     calibration = pipe.filter_head.config.calibration or {}
     near = [calibration.get(resolve_modality(name).id, {}).get("copy", -1) for name in modalities]
     copies = distances(rated.code, pipe.filter_head.fingerprints) <= torch.tensor(near, device=reward.device)
@@ -80,12 +83,16 @@ def centred(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     return values - (total / torch.bincount(index))[index]
 
 
-def standardise(values: torch.Tensor) -> torch.Tensor:
-    """Values [N] over their standard deviation; zeros where they do not differ.
+def advantage(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """How much better each value [N] is than the mean of its group, in standard deviations of the group.
 
-    Over that of all groups, not of each: where all images of a prompt are alike, there is little to learn.
+    A finding that is hard to see has log odds which differ little, and counts no less. A group whose values hardly
+    differ is not blown up: at least a quarter of the deviation within all groups counts.
     """
-    return values / values.std().clamp(min=1e-6) if len(values) > 1 else torch.zeros_like(values)
+    apart = centred(values, group)
+    deviation = (apart.square() - centred(apart.square(), group)).sqrt()  # of each one's group
+    least = apart.square().mean().sqrt() / 4
+    return apart / deviation.clamp(min=least.clamp(min=1e-6))
 
 
 def optimality(advantage: torch.Tensor, bound: float) -> torch.Tensor:

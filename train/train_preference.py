@@ -50,7 +50,7 @@ from filter_data import encode
 from hub import push_pipeline
 from raters import read_ratings
 from replay import Replay
-from rewards import centred, filter_reward, optimality, rating_reward, spread, standardise
+from rewards import advantage, filter_reward, optimality, rating_reward, spread
 from train_text_to_image import loss_weights, target
 from watch import Watch
 
@@ -182,8 +182,8 @@ def score(pipe: MinimPipeline, drawn: Samples, prompts: list[dict], args) -> dic
     texts, modalities = [prompts[i]["Text"] for i in chosen], [prompts[i]["modality"] for i in chosen]
     reward = filter_reward(pipe, drawn.latents, texts, modalities)
     unlike = spread(drawn.latents, drawn.prompt)
-    drawn.reward = standardise(centred(reward, drawn.prompt))
-    drawn.reward += args.diversity_weight * standardise(centred(unlike, drawn.prompt))
+    drawn.reward = advantage(reward, drawn.prompt)
+    drawn.reward += args.diversity_weight * advantage(unlike, drawn.prompt)
     return {"reward": reward, "spread": unlike}
 
 
@@ -329,8 +329,8 @@ def read_rated(args, pipe: MinimPipeline, device) -> tuple[list[dict], Samples]:
     kind = torch.tensor([names.index(row["modality"]) for row in rows])
     # An only rating of a prompt says something beside those of its modality.
     alone = torch.bincount(prompt)[prompt] < 2
-    advantage = torch.where(alone, centred(reward, kind), centred(reward, prompt))
-    if not advantage.any():
+    better = torch.where(alone, advantage(reward, kind), advantage(reward, prompt))
+    if not better.any():
         raise ValueError(f"{args.ratings}: all {len(rows)} ratings are alike, so there is nothing to prefer.")
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     paths = list(dict.fromkeys(row["path"] for row in rows))
@@ -338,7 +338,7 @@ def read_rated(args, pipe: MinimPipeline, device) -> tuple[list[dict], Samples]:
     images = load_images([first[path] for path in paths], args.ratings, size)
     latents = encode(pipe.vae, images, args.mixed_precision == "bf16").float()
     latents = latents[torch.tensor([paths.index(row["path"]) for row in rows])]
-    return prompts, Samples(latents.to(device), prompt.to(device), standardise(advantage).to(device))
+    return prompts, Samples(latents.to(device), prompt.to(device), better.to(device))
 
 
 class Best:
