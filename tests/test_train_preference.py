@@ -7,10 +7,12 @@ import pytest
 import torch
 import train_preference
 from PIL import Image
-from rewards import advantage, centred, filter_reward, optimality, rating_reward, spread
+from rewards import advantage, are_copies, centred, finding_reward, optimality, rate, rating_reward, spread
 from safetensors.torch import load_file
 
 from minim_pipeline import MinimPipeline
+from minim_pipeline.minim_filter import FilterHeadOutput
+from minim_pipeline.minim_filter.fingerprints import pack
 
 
 torch.set_num_threads(1)
@@ -190,7 +192,7 @@ def test_rewards(make_pipeline):
     group = torch.tensor([0, 0, 1, 1])
     assert centred(torch.tensor([1.0, 3.0, 10.0, 10.0]), group).tolist() == [-1, 1, 0, 0]
     uneven = advantage(torch.tensor([0.0, 2.0, 0.0, 20.0]), group)
-    assert uneven[:2].tolist() == pytest.approx([-0.55, 0.55], abs=0.01) and uneven[2:].tolist() == [-1, 1]
+    assert uneven[:2].tolist() == pytest.approx([-0.563, 0.563], abs=0.001) and uneven[2:].tolist() == [-1, 1]
     assert advantage(torch.tensor([5.0, 5.0, 0.0, 2.0]), group).tolist() == [0, 0, -1, 1]
     assert optimality(torch.tensor([-9.0, 0.0, 1.0]), 2.0).tolist() == [0, 0.5, 0.75]
     assert rating_reward([1, 2, 2, 3], ["low", "low", "high", "high"]).tolist() == [1.5, 2.5, 1.5, 2.5]
@@ -202,15 +204,24 @@ def test_rewards(make_pipeline):
     assert spread(latents, group)[0] == spread(latents, group)[1] > 0.1 and spread(latents, group)[2:].sum() < 1e-6
     assert spread(latents, torch.arange(4)).tolist() == [0] * 4, "an image that is alone"
 
+
+def test_the_reward_is_of_finding_and_usable_quality(make_pipeline):
+    probabilities = torch.tensor([[0.0, 0.5, 0.5], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    rated = FilterHeadOutput(None, None, probabilities[[0, 1, 1, 2]], probabilities[[1, 1, 0, 1]], None, None)
+    assert finding_reward(rated).tolist() == [6, 6, 0, -6], "better than usable does not count"
+
     pipe = make_pipeline(filtered=True)
     latents = torch.randn(5, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     texts, kinds = ["a", "b", "c", "d", "e"], ["oct"] * 5
-    rewards = filter_reward(pipe, latents, texts, kinds, batch_size=2)
-    assert torch.allclose(rewards, filter_reward(pipe, latents, texts, kinds), atol=1e-5)
-    assert rewards.abs().max() <= 6 and filter_reward(pipe, latents, texts, kinds, limit=0.5).abs().max() <= 0.5
-    code = pipe.filter_head(latents, latents, torch.zeros(5), input_ids=torch.ones(5, 48, dtype=torch.long)).code
-    from minim_pipeline.minim_filter.fingerprints import pack
-
-    pipe.filter_head.fingerprints = pack(code[:1])
+    rated = rate(pipe, latents, texts, kinds, batch_size=2)
+    assert torch.allclose(rated.finding, rate(pipe, latents, texts, kinds).finding, atol=1e-5)
+    assert not are_copies(pipe, rated, kinds).any()
+    pipe.filter_head.fingerprints = pack(rated.code[:1])
     pipe.filter_head.register_to_config(calibration={"oct": {"score": 1.0, "finding": 1.0, "copy": 0}})
-    assert filter_reward(pipe, latents, texts, kinds)[0] == -6, "a copy of a training image is worth nothing"
+    assert are_copies(pipe, rated, kinds).tolist() == [True, False, False, False, False]
+
+    prompts = [{"Text": "a", "modality": "oct"}]
+    args = train_preference.parse_args(["--prompts", "x", "--output_dir", "x"])
+    drawn = train_preference.Samples(latents, torch.zeros(5, dtype=torch.long))
+    train_preference.score(pipe, drawn, prompts, args)
+    assert drawn.reward[0] == -args.bound == drawn.reward.min(), "nothing is worse than a copy"

@@ -32,31 +32,25 @@ def overall(rated: FilterHeadOutput) -> torch.Tensor:
     return torch.stack([1 - above[0], above[0] - above[1], above[1]], 1)
 
 
-def filter_reward(
-    pipe: MinimPipeline,
-    latents: torch.Tensor,
-    prompts: list[str],
-    modalities: list[str],
-    limit: float = 6.0,
-    batch_size: int = 512,
-) -> torch.Tensor:
+def finding_reward(rated: FilterHeadOutput, limit: float = 6.0) -> torch.Tensor:
     """The log odds that the finding is there, in a picture that is at least usable: fp32 [N].
 
-    As the filter head foretells it of finished latents [N, C, h, w]: P(finding = 3) P(quality >= 2). Not the expected
-    rating: where that nears 3, nothing would be left to tell a clear image from a clearer one. Better than usable does
-    not count, as it goes at the cost of variety (see `FilterHead.enough`). Copies of training images, as the head's
-    fingerprints know them, get the worst reward.
+    P(finding = 3) P(quality >= 2), as the filter head foretells it. Not the expected rating: where that nears 3,
+    nothing would be left to tell a clear image from a clearer one. Better than usable does not count, as it goes at
+    the cost of variety (see `FilterHead.enough`).
 
     Args:
         limit: rewards lie between -limit and limit, so that no image counts without end.
     """
-    rated = rate(pipe, latents, prompts, modalities, batch_size)
     good = rated.finding_probs[:, 2] * rated.quality_probs[:, 1:].sum(1)
-    reward = torch.logit(good, eps=1e-6).clamp(-limit, limit)
+    return torch.logit(good, eps=1e-6).clamp(-limit, limit)
+
+
+def are_copies(pipe: MinimPipeline, rated: FilterHeadOutput, modalities: list[str]) -> torch.Tensor:
+    """Which images are copies of training images, as the filter head's fingerprints know them: bool [N]."""
     calibration = pipe.filter_head.config.calibration or {}
     near = [calibration.get(resolve_modality(name).id, {}).get("copy", -1) for name in modalities]
-    copies = distances(rated.code, pipe.filter_head.fingerprints) <= torch.tensor(near, device=reward.device)
-    return torch.where(copies, -limit, reward)
+    return distances(rated.code, pipe.filter_head.fingerprints) <= torch.tensor(near, device=rated.code.device)
 
 
 def spread(latents: torch.Tensor, group: torch.Tensor, pooled: int = 4) -> torch.Tensor:

@@ -50,7 +50,7 @@ from filter_data import encode
 from hub import push_pipeline
 from raters import read_ratings
 from replay import Replay
-from rewards import advantage, filter_reward, optimality, rating_reward, spread
+from rewards import advantage, are_copies, finding_reward, optimality, rate, rating_reward, spread
 from train_text_to_image import loss_weights, target
 from watch import Watch
 
@@ -180,10 +180,11 @@ def score(pipe: MinimPipeline, drawn: Samples, prompts: list[dict], args) -> dic
     """Sets `drawn.reward`, from the filter head's and from how unlike its group an image is; returns both, [N]."""
     chosen = drawn.prompt.tolist()
     texts, modalities = [prompts[i]["Text"] for i in chosen], [prompts[i]["modality"] for i in chosen]
-    reward = filter_reward(pipe, drawn.latents, texts, modalities)
-    unlike = spread(drawn.latents, drawn.prompt)
-    drawn.reward = advantage(reward, drawn.prompt)
-    drawn.reward += args.diversity_weight * advantage(unlike, drawn.prompt)
+    rated = rate(pipe, drawn.latents, texts, modalities)
+    reward, unlike = finding_reward(rated), spread(drawn.latents, drawn.prompt)
+    better = advantage(reward, drawn.prompt) + args.diversity_weight * advantage(unlike, drawn.prompt)
+    # Nothing is worse than a copy of a training image.
+    drawn.reward = torch.where(are_copies(pipe, rated, modalities), -args.bound, better)
     return {"reward": reward, "spread": unlike}
 
 
