@@ -41,7 +41,15 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from hub import add_hub_arguments, check_hub_arguments, push_pipeline
 
-from minim_pipeline import FilterHead, MinimPipeline, Modality, register_modality, resolve_modality, split_prefix
+from minim_pipeline import (
+    EMBEDDED_CHECKPOINT,
+    FilterHead,
+    MinimPipeline,
+    Modality,
+    register_modality,
+    resolve_modality,
+    split_prefix,
+)
 from minim_pipeline.data import read_csv, resolve_path
 from minim_pipeline.evaluation.judges import claimed_classes
 from minim_pipeline.modalities import BUILT_IN, MODALITIES
@@ -49,7 +57,7 @@ from minim_pipeline.modalities import BUILT_IN, MODALITIES
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="The pipeline to start from: a folder or a Hub id.")
+    parser.add_argument("--model", default=str(EMBEDDED_CHECKPOINT), help="The pipeline to start from.")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,split[,finding,part].")
     parser.add_argument("--replay", help="CSV of what the model has learned already, in the same format.")

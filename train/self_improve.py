@@ -7,9 +7,9 @@
 draws images into `runs/round-1/candidates`, and stops there for people to rate them:
 
     python space/app.py --images runs/round-1/candidates --store runs/round-1/ratings.sqlite
-    minim ratings --store runs/round-1/ratings.sqlite --images runs/round-1/candidates --output ratings.csv
+    minim ratings --store runs/round-1/ratings.sqlite --images runs/round-1/candidates --output given.csv
 
-Run again with `--ratings ratings.csv`, it goes on to `runs/round-1/pipeline` and `report.json`. Where no rater is at
+Run again with `--ratings given.csv`, it goes on to `runs/round-1/pipeline` and `report.json`. Where no rater is at
 hand, `--stand_in` names the folder of a stand-in (stand_in.py), which is called so wherever its figures appear.
 
 Killed at any point and started again with the same arguments, a round goes on where it was. Of the ratings those of
@@ -365,9 +365,12 @@ def main(argv=None) -> dict:
         if (folder / made).is_file() or (name == "comparison" and not args.data):
             continue
         if name == "ratings" and not (args.ratings or args.stand_in):
+            images, store = folder / "candidates", folder / "ratings.sqlite"
             print(
-                f"Now {folder / 'candidates'} is to be rated: python space/app.py --images {folder / 'candidates'}\n"
-                "Then run this again with --ratings, or with --stand_in where nobody is at hand."
+                f"Now {images} has to be rated, 1 to 3. On a page in the browser, and from there into a CSV:\n"
+                f"    python space/app.py --images {images} --store {store}\n"
+                f"    minim ratings --store {store} --images {images} --output {folder / 'given.csv'}\n"
+                "Then run this again with --ratings; or with --stand_in, where nobody is at hand."
             )
             return {"waiting for": "ratings"}
         print(f"round: {name}")
