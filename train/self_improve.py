@@ -383,6 +383,9 @@ def main(argv=None) -> dict:
     report = write_report(folder, minutes)
     if report["comparison"]:
         print(summary(report["comparison"]))
+    if report["preference"]["best"]["at_step"] == 0:
+        print("No step of preference training was better than none: the U-Net is what it was.")
+    print(f"The new pipeline is in {folder / 'pipeline'}, and what it is worth in {folder / 'report.json'}.")
     push_pipeline(args, folder / "pipeline")
     return report
 

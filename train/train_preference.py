@@ -299,8 +299,11 @@ def update(
 
 
 def load(args) -> MinimPipeline:
-    given = {"filter_head": FilterHead.from_pretrained(args.filter_head).eval()} if args.filter_head else {}
-    return MinimPipeline.from_pretrained(args.pretrained_model_name_or_path, **given)
+    pipe = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path)
+    if args.filter_head:
+        pipe.filter_head = FilterHead.from_pretrained(args.filter_head).eval()
+        pipe.check_filter_head()
+    return pipe
 
 
 def read_prompts(path: str, pipe: MinimPipeline) -> list[dict]:
