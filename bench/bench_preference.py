@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from minim_pipeline import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline
+from minim_pipeline import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline, resolve_modality
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
@@ -79,25 +79,26 @@ def main(argv=None) -> dict:
     rank = args.lora_rank if args.lora_rank is not None else 16 * args.sd
     run = train_preference.parse_args(["--prompts", "-", "--output_dir", "-"])
     run.mixed_precision = "bf16" if device.type == "cuda" else "no"
-    run.images_per_prompt, run.prompts_per_step = min(16, args.images), max(1, args.images // 16)
+    run.images_per_prompt, run.prompts_per_step = min(8, args.images), max(1, args.images // 8)
     run.sampling_batch_size = run.train_batch_size = args.batch_size
     run.timesteps_per_image = args.timesteps_per_image
     prompts = [{"modality": "cxr", "Text": f"pneumonia {i}"} for i in range(run.prompts_per_step)]
-    trained = pipe.unet.requires_grad_(not rank)
+    trained, reference = pipe.unet.requires_grad_(not rank), copy.deepcopy(pipe.unet).requires_grad_(False)
     if rank:
         from peft import LoraConfig
 
         layers = ["to_k", "to_q", "to_v", "to_out.0"]
         trained.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
-    frozen = [copy.deepcopy(trained).requires_grad_(False) for _ in range(2)]
-    policies = train_preference.Policies(trained, *frozen)
-    pipe.unet = policies.old
     weights = [p for p in trained.parameters() if p.requires_grad]
-    policies.new, optimizer = accelerator.prepare(trained, torch.optim.AdamW(weights, lr=1e-6))
+    unet, optimizer = accelerator.prepare(trained, torch.optim.AdamW(weights, lr=1e-6))
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    teacher = train_preference.Teacher(pipe.filter_head.requires_grad_(False), reference, scheduler, run)
+    kinds = [resolve_modality("cxr")] * len(prompts)
     with torch.no_grad():
         embeds = torch.cat([pipe.encode_texts([p["Text"]], device) for p in prompts])
+        asked = pipe.prepare_funnel([p["Text"] for p in prompts], kinds, list(range(len(kinds))), 1, device).text
+    texts = train_preference.Texts(embeds, embeds, asked)
 
     def clock() -> float:
         if device.type == "cuda":
@@ -110,9 +111,9 @@ def main(argv=None) -> dict:
         g = torch.Generator(device).manual_seed(turn)
         drawn = train_preference.sample(pipe, prompts, run, g)
         after_drawing = clock()
-        train_preference.score(pipe, drawn, prompts, run)
+        train_preference.score(pipe, drawn, prompts)
         after_rating = clock()
-        train_preference.update(policies, accelerator, optimizer, scheduler, drawn, (embeds, embeds), run, turn)
+        train_preference.update(unet, teacher, accelerator, optimizer, drawn, texts, turn)
         ended = clock()
         if turn:
             seconds["draw"] += after_drawing - begun

@@ -173,7 +173,7 @@ def test_a_head_learns_what_raters_say_and_keeps_to_itself_elsewhere(make_pipeli
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (["--preference", "--beta 0"], "--beta has to be above 0"),
+        (["--preference", "--anchor_weight -1"], "--anchor_weight has to be at least 0"),
         (["--candidates", "0"], "--candidates has to be at least 1, got 0"),
         (["--acceptance", "2"], "--acceptance has to be above 0 and at most 1, got 2.0"),
         (["--kept_out", "1"], "--kept_out has to be between 0 and 1"),

@@ -1,8 +1,4 @@
-"""Rewards of drawn images: plain functions from latents, or from people's ratings, to a number for each image.
-
-A reward counts within its group, the images of one prompt: a hard prompt's best image is worth as much as an easy
-one's (GRPO, arXiv 2402.03300; for diffusion DanceGRPO, arXiv 2505.07818).
-"""
+"""What images are rewarded for: plain functions of latents, or of what the filter head says of them."""
 
 import torch
 import torch.nn.functional as F
@@ -68,37 +64,3 @@ def spread(latents: torch.Tensor, group: torch.Tensor, pooled: int = 4) -> torch
     same = (group[:, None] == group[None]).float()
     same.fill_diagonal_(0)
     return ((1 - x @ x.T) * same).sum(1) / same.sum(1).clamp(min=1)
-
-
-def centred(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Values [N] less the mean of their group."""
-    _, index = group.unique(return_inverse=True)
-    total = torch.zeros(int(index.max()) + 1, device=values.device).index_add(0, index, values)
-    return values - (total / torch.bincount(index))[index]
-
-
-def advantage(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """How much better each value [N] is than the mean of its group, in standard deviations of the group.
-
-    A finding that is hard to see has log odds which differ little, and counts no less. A group whose values hardly
-    differ is not blown up: at least a quarter of the deviation within all groups counts.
-    """
-    apart = centred(values, group)
-    deviation = (apart.square() - centred(apart.square(), group)).sqrt()  # of each one's group
-    least = apart.square().mean().sqrt() / 4
-    return apart / deviation.clamp(min=least.clamp(min=1e-6))
-
-
-def optimality(advantage: torch.Tensor, bound: float) -> torch.Tensor:
-    """The probability, in [0, 1], that an image counts as a good one: 0.5 at an advantage of 0, clipped at `bound`."""
-    return 0.5 + 0.5 * (advantage / bound).clamp(-1, 1)
-
-
-def rating_reward(ratings: list[float], raters: list[str]) -> torch.Tensor:
-    """People's ratings [N] without what each rater gives more or less than all of them do on average: fp32 [N]."""
-    values = torch.tensor(ratings, dtype=torch.float32)
-    average = values.mean()
-    for name in set(raters):
-        mine = torch.tensor([rater == name for rater in raters])
-        values[mine] += average - values[mine].mean()
-    return values

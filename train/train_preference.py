@@ -1,24 +1,22 @@
-"""Trains the U-Net on a reward: towards images that the filter head, or people, rate well, away from the others.
+"""Trains the U-Net on a reward: so that what it draws is rated better by the filter head, or by people.
 
-DiffusionNFT (arXiv 2509.16117): the policy that drew the images stays as `old`; beside it stand one that moves towards
-the trained network, `old + beta (new - old)`, and its mirror image, `old - beta (new - old)`. The first is to predict
-good images, the second bad ones, both by the usual loss on noised images:
+Reward feedback learning (ReFL, ImageReward, arXiv 2304.05977) with a reward that lives on latents and knows the noise
+level, as in latent reward models (arXiv 2502.01051). Of images that the pipeline draws, noised to any level, the
+U-Net tells the clean latents; the filter head rates that estimate at that level; and the rating's gradient goes
+through the estimate into the U-Net. Nothing is decoded, and no chain of sampling steps is differentiated through. At
+high noise the head sees only coarse shapes, so there is little for it to be fooled by.
 
-    r |positive - target|^2 + (1 - r) |negative - target|^2
-
-It needs finished images and a reward for each, and nothing of how they were drawn: any sampler will do, guided as the
-pipeline has it, and ratings of images that were drawn long ago. Rewards are those of latents, so nothing is decoded.
-
-What keeps it honest: an anchor to the network that it began with, everywhere for prompts left out (the negative side
-of guidance stays what it was); a share of the reward for being unlike the other images of a prompt; nothing for copies
-of training images; and a scorer that the training does not see, the image-text encoder, which says when to stop.
+What keeps it honest: an anchor to the network that it began with, alone where the prompt is left out (the negative
+side of guidance stays what it was); a term for images of one prompt staying as unlike each other as they were; no
+reward for copies of training images, nor for what is good already; real images beside, if asked for; and a scorer that
+the training does not see, the image-text encoder, which says when to stop.
 
 From the pipeline's filter head:
 
     accelerate launch train/train_preference.py --pretrained_model_name_or_path runs/model --prompts prompts.csv \
-        --output_dir runs/preference --mixed_precision bf16 --max_train_minutes 5
+        --output_dir runs/preference --mixed_precision bf16 --max_train_minutes 4
 
-or straight from people's ratings of its images, as `minim ratings` writes them:
+or from people's ratings of its images, as `minim ratings` writes them; the head learns from them first:
 
     accelerate launch train/train_preference.py --pretrained_model_name_or_path runs/model --ratings ratings.csv \
         --output_dir runs/preference --mixed_precision bf16
@@ -26,13 +24,13 @@ or straight from people's ratings of its images, as `minim ratings` writes them:
 
 import argparse
 import copy
+import json
 import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from common import (
@@ -50,8 +48,9 @@ from filter_data import encode
 from hub import push_pipeline
 from raters import read_ratings
 from replay import Replay
-from rewards import advantage, are_copies, finding_reward, optimality, rate, rating_reward, spread
+from rewards import are_copies, finding_reward, rate, spread
 from train_text_to_image import loss_weights, target
+from tune_filter import add_tuning_arguments, check_tuning_arguments, tune
 from watch import Watch
 
 from minim_pipeline import (
@@ -64,6 +63,7 @@ from minim_pipeline import (
 )
 from minim_pipeline.data import read_csv
 from minim_pipeline.image_loading import load_images
+from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -72,28 +72,27 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.set_defaults(train_batch_size=256, learning_rate=1e-4, lr_warmup_steps=2, adam_weight_decay=0.0)
     parser.set_defaults(max_train_steps=30, validation_steps=5, checkpointing_steps=5)
     model = parser.add_argument_group("model")
-    model.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="The pipeline.")
+    model.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="With a filter head.")
     model.add_argument("--filter_head", help="Folder of another filter head than the pipeline's.")
     model.add_argument("--lora_rank", type=int, default=0, help="Train a LoRA of this rank instead of the U-Net.")
     reward = parser.add_argument_group("reward: one of the first two")
-    reward.add_argument("--prompts", help="CSV with Text,modality[,finding]: drawn for, rated by the filter head.")
-    reward.add_argument("--ratings", help="CSV with path,Text,modality,rating[,rater]: images and people's ratings.")
-    reward.add_argument("--diversity_weight", type=float, default=0.2, help="Of being unlike a prompt's other images.")
+    reward.add_argument("--prompts", help="CSV with Text,modality[,finding]: what is drawn, and rated by the head.")
+    reward.add_argument("--ratings", help="CSV with path,Text,modality,rating[,rater]: the head learns from it first.")
+    reward.add_argument("--enough", type=float, default=3.0, help="Log odds of the finding from which on none counts.")
+    reward.add_argument("--diversity_weight", type=float, default=4.0, help="Of a prompt's images staying unlike.")
+    reward.add_argument("--anchor_weight", type=float, default=50.0, help="Of staying near the network begun with.")
     reward.add_argument(
-        "--bound", type=float, default=2.0, help="Advantages are clipped at so many standard deviations."
+        "--drop_text", type=float, default=0.15, help="Share of prompts left out, for the anchor only."
     )
-    loss = parser.add_argument_group("loss; a step draws images, rates them, and learns from them")
-    loss.add_argument("--prompts_per_step", type=int, default=64, help="Groups a step and a process.")
-    loss.add_argument("--images_per_prompt", type=int, default=16, help="Images a group.")
+    loss = parser.add_argument_group("a step draws images, rates them, and learns from them")
+    loss.add_argument("--prompts_per_step", type=int, default=64, help="Prompts a step and a process.")
+    loss.add_argument("--images_per_prompt", type=int, default=8, help="Images of each.")
     loss.add_argument("--timesteps_per_image", type=int, default=4, help="How often a step learns from each image.")
-    loss.add_argument("--beta", type=float, default=1.0, help="Guidance strength of the paper; less moves further.")
-    loss.add_argument("--old_decay", type=float, default=0.3, help="What is left of `old` after each step, in [0, 1].")
-    loss.add_argument("--anchor_weight", type=float, default=0.1, help="Of the distance to the network begun with.")
-    loss.add_argument("--drop_text", type=float, default=0.15, help="Share of images that only hold the anchor.")
-    loss.add_argument("--snr_gamma", type=float, default=5.0, help="As in train_text_to_image.py.")
+    loss.add_argument("--num_inference_steps", type=int, help="Of the images to learn from; default: the pipeline's.")
     real = parser.add_argument_group("real images, which keep the network to what they look like")
     real.add_argument("--replay", help="CSV with path,Text,modality,split: its train images are learned from, too.")
-    real.add_argument("--replay_weight", type=float, default=0.3, help="Of the usual loss on them.")
+    real.add_argument("--snr_gamma", type=float, default=5.0, help="As in train_text_to_image.py.")
+    real.add_argument("--replay_weight", type=float, default=1.0, help="Of the usual loss on them.")
     real.add_argument("--latent_variants", type=int, default=4, help="Augmented versions of every image.")
     real.add_argument("--caption_variants", type=int, default=16, help="Phrasings of every caption.")
     real.add_argument("--captions", help="JSON with phrasings of every finding; default: train/captions.json.")
@@ -101,13 +100,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     watch.add_argument("--encoder", default=str(EMBEDDED_ENCODER), help="Image-text encoder that scores unseen.")
     watch.add_argument("--watch_images", type=int, default=16, help="Images of each finding that it looks at.")
     watch.add_argument("--patience", type=int, default=3, help="Looks without a better score before it stops.")
-    watch.add_argument("--least_spread", type=float, default=0.95, help="Of the spread that the images had at first.")
-    loss.add_argument("--num_inference_steps", type=int, help="Of the images to learn from; default: the pipeline's.")
+    watch.add_argument("--least_spread", type=float, default=0.9, help="Of the spread that the images had at first.")
+    add_tuning_arguments(parser)
     parser.add_argument("--sampling_batch_size", type=int, default=512)
     args = parser.parse_args(argv)
     check_run_arguments(args)
+    check_tuning_arguments(args)
     if bool(args.prompts) == bool(args.ratings):
-        raise ValueError("Give either --prompts, for the filter head's reward, or --ratings, for people's.")
+        raise ValueError("Give either --prompts, to be rated by the filter head, or --ratings, which it learns from.")
     counts = ("prompts_per_step", "timesteps_per_image", "sampling_batch_size", "watch_images", "patience")
     for name in (*counts, "num_inference_steps", "latent_variants", "caption_variants"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -116,28 +116,33 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise ValueError(
             f"--images_per_prompt has to be at least 2, got {args.images_per_prompt}: a group is compared."
         )
-    for name, low, high in (("beta", 0, 10), ("bound", 0, 100)):
-        if not low < getattr(args, name) <= high:
-            raise ValueError(f"--{name} has to be above {low} and at most {high}, got {getattr(args, name)}.")
-    for name in ("old_decay", "drop_text", "least_spread"):
+    if args.train_batch_size % args.images_per_prompt:
+        raise ValueError(
+            f"--train_batch_size has to be a multiple of --images_per_prompt ({args.images_per_prompt}), whose images"
+            f" are compared; got {args.train_batch_size}."
+        )
+    for name in ("drop_text", "least_spread"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} has to be between 0 and 1, got {getattr(args, name)}.")
+    for name in ("diversity_weight", "anchor_weight", "replay_weight"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} has to be at least 0, got {getattr(args, name)}.")
     return args
 
 
 @dataclass
 class Samples:
-    """N finished images of some prompts.
+    """N finished images, those of a prompt one after the other.
 
     Args:
         latents: fp32 [N, C, h, w].
-        prompt: int64 [N], of the list of prompts; also the group.
-        reward: fp32 [N], higher is better, comparable within a prompt.
+        prompt: int64 [N], of the list of prompts.
+        counts: bool [N], whether the reward of each counts; set by `score`.
     """
 
     latents: torch.Tensor
     prompt: torch.Tensor
-    reward: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -176,132 +181,143 @@ def sample(pipe: MinimPipeline, prompts: list[dict], args, generator: torch.Gene
     return Samples(torch.cat(latents), torch.tensor(chosen, device=pipe.device))
 
 
-def score(pipe: MinimPipeline, drawn: Samples, prompts: list[dict], args) -> dict[str, torch.Tensor]:
-    """Sets `drawn.reward`, from the filter head's and from how unlike its group an image is; returns both, [N]."""
+def score(pipe: MinimPipeline, drawn: Samples, prompts: list[dict]) -> dict[str, torch.Tensor]:
+    """Rates the finished images: `reward` and `spread` [N], to be watched. Copies of training images do not count."""
     chosen = drawn.prompt.tolist()
-    texts, modalities = [prompts[i]["Text"] for i in chosen], [prompts[i]["modality"] for i in chosen]
-    rated = rate(pipe, drawn.latents, texts, modalities)
-    reward, unlike = finding_reward(rated), spread(drawn.latents, drawn.prompt)
-    better = advantage(reward, drawn.prompt) + args.diversity_weight * advantage(unlike, drawn.prompt)
-    # Nothing is worse than a copy of a training image.
-    drawn.reward = torch.where(are_copies(pipe, rated, modalities), -args.bound, better)
-    return {"reward": reward, "spread": unlike}
+    modalities = [prompts[i]["modality"] for i in chosen]
+    rated = rate(pipe, drawn.latents, [prompts[i]["Text"] for i in chosen], modalities)
+    drawn.counts = ~are_copies(pipe, rated, modalities)
+    return {"reward": finding_reward(rated), "spread": spread(drawn.latents, drawn.prompt)}
 
 
 @dataclass
-class Policies:
-    """Three U-Nets: the one that is trained, the one that draws, and the one that it all began with."""
+class Texts:
+    """Of P prompts: hidden states [P, L, D]; those of their modalities' tokens alone; and the head's texts [P, T]."""
 
-    new: nn.Module
-    old: UNet2DConditionModel
-    reference: UNet2DConditionModel
-
-    @torch.no_grad()
-    def follow(self, trained: UNet2DConditionModel, decay: float) -> None:
-        """`old` moves to what has been trained, but for a share of `decay`."""
-        for mine, other in zip(self.old.parameters(), trained.parameters(), strict=True):
-            mine.lerp_(other.to(mine.dtype), 1 - decay)
+    told: torch.Tensor
+    untold: torch.Tensor
+    asked: torch.Tensor
 
 
-def preference_loss(
-    policies: Policies,
-    scheduler: DDPMScheduler,
-    latents: torch.Tensor,
-    timesteps: torch.Tensor,
-    noise: torch.Tensor,
-    text: torch.Tensor,
-    good: torch.Tensor,
-    told: torch.Tensor,
-    args,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """DiffusionNFT's loss and the anchor's, [n] each, and the usual loss of real images, [B - n]; not yet weighed.
+class Teacher:
+    """What the U-Net learns from: the filter head, and the network that it began with.
 
     Args:
-        latents: finished images [B, C, h, w], scaled as the U-Net takes them: n that were drawn, and then real ones.
-        text: hidden states [B, L, D].
-        good: [n] in [0, 1], see `rewards.optimality`.
-        told: bool [n]; where the prompt was left out only the anchor counts.
+        head: frozen.
+        reference: frozen.
+        scheduler: the noise schedule.
     """
-    n = len(good)
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    goal = target(scheduler, latents, noise, timesteps)
-    with torch.no_grad():
-        drawn = noisy[:n], timesteps[:n], text[:n]
-        old = policies.old(*drawn, return_dict=False)[0].float()
-        reference = policies.reference(*drawn, return_dict=False)[0].float()
-    # In one pass, which is what several processes expect between two steps.
-    new = policies.new(noisy, timesteps, text, return_dict=False)[0].float()
-    positive = old.lerp(new[:n], args.beta)
-    negative = 2 * old - positive
 
-    def distance(a, b):
-        return (a - b).square().mean((1, 2, 3))
+    def __init__(self, head: FilterHead, reference: UNet2DConditionModel, scheduler: DDPMScheduler, args):
+        self.head, self.reference, self.scheduler, self.args = head, reference, scheduler, args
 
-    reward = (good * distance(positive, goal[:n]) + (1 - good) * distance(negative, goal[:n])) * told
-    weight = loss_weights(scheduler, timesteps, args.snr_gamma)
-    return reward * weight[:n], distance(new[:n], reference) * weight[:n], distance(new[n:], goal[n:]) * weight[n:]
+    def losses(
+        self,
+        unet,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        noise: torch.Tensor,
+        text: torch.Tensor,
+        asked: torch.Tensor,
+        group: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """By name: `reward`, `anchor` and `diversity` of n drawn images, [n] each; `replay` of real ones, [B - n].
+
+        Args:
+            unet: the one that is trained.
+            latents: finished images [B, C, h, w], scaled as the U-Net takes them: n that were drawn, then real ones.
+            timesteps: int64 [B], the same within a group.
+            text: hidden states [B, L, D].
+            asked: what the head is to find, [n, T].
+            group: int64 [n]; images of one prompt.
+        """
+        n = len(group)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        # In one pass, which is what several processes expect between two steps.
+        new = unet(noisy, timesteps, text, return_dict=False)[0].float()
+        with torch.no_grad():
+            old = self.reference(noisy[:n], timesteps[:n], text[:n], return_dict=False)[0].float()
+        angle = noise_angles(self.scheduler.alphas_cumprod, timesteps[:n])
+        before, after = (
+            estimate_clean(noisy[:n], told, angle, self.scheduler.config.prediction_type) for told in (old, new[:n])
+        )
+        rated = self.head(noisy[:n], after, angle, text=asked)
+        real = (new[n:] - target(self.scheduler, latents, noise, timesteps)[n:]).square().mean((1, 2, 3))
+        return {
+            "reward": finding_reward(rated).clamp(max=self.args.enough),
+            "anchor": (new[:n] - old).square().mean((1, 2, 3)),
+            # How much less unlike they are, as a share of what they were.
+            "diversity": spread(after, group) / spread(before, group).clamp(min=1e-3) - 1,
+            "replay": real * loss_weights(self.scheduler, timesteps[n:], self.args.snr_gamma),
+        }
 
 
 def update(
-    policies: Policies,
+    unet,
+    teacher: Teacher,
     accelerator,
     optimizer,
-    scheduler,
     drawn: Samples,
-    texts,
-    args,
+    texts: Texts,
     step: int,
     replay: Replay | None = None,
-) -> dict:
-    """Learns from each image `timesteps_per_image` times, in a new order and with new noise each time.
+) -> dict[str, float]:
+    """Learns from each image `timesteps_per_image` times, with new noise each time; returns means of the losses.
 
     Args:
-        texts: hidden states of the prompts [P, L, D], and of their modalities' tokens alone [P, L, D].
         replay: real images, of which as many are learned from.
     """
-    device = drawn.latents.device
+    args, scheduler, device = teacher.args, teacher.scheduler, drawn.latents.device
     g = step_generator(args.seed, step, accelerator.process_index + 10_000, device)
-    good = optimality(drawn.reward, args.bound)
-    rounds = [torch.randperm(len(good), device=device, generator=g) for _ in range(args.timesteps_per_image)]
-    # Whole batches only: what does not fill one was seen in another order already.
-    batches = torch.cat(rounds).split(args.train_batch_size)
+    size = args.images_per_prompt
+    groups = len(drawn.prompt) // size
+    rounds = [torch.randperm(groups, device=device, generator=g) for _ in range(args.timesteps_per_image)]
+    # Whole groups, which are compared, and whole batches: what does not fill one was seen in another order already.
+    batches = torch.cat(rounds).split(max(1, args.train_batch_size // size))
     batches = [part for part in batches if len(part) == len(batches[0])]
-    totals = {"loss": 0.0, "anchor": 0.0, "grad_norm": 0.0}
+    totals: dict[str, float] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for part in batches:
-        n = len(part)
-        told = torch.rand(n, device=device, generator=g) >= args.drop_text
-        mine = drawn.prompt[part]
-        latents, text = drawn.latents[part], torch.where(told[:, None, None], texts[0][mine], texts[1][mine])
+        index = (part[:, None] * size + torch.arange(size, device=device)).flatten()
+        n, count = len(index), len(part)
+        group = torch.arange(count, device=device).repeat_interleave(size)
+        told = (torch.rand(count, device=device, generator=g) >= args.drop_text)[group]
+        mine = drawn.prompt[index]
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (count,), device=device, generator=g)[group]
+        latents, text = drawn.latents[index], torch.where(told[:, None, None], texts.told[mine], texts.untold[mine])
         if replay is not None:
             latents, text = (torch.cat(pair) for pair in zip((latents, text), replay.draw(n, g), strict=True))
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=device, generator=g)
+            more = torch.randint(scheduler.config.num_train_timesteps, (n,), device=device, generator=g)
+            timesteps = torch.cat([timesteps, more])
         noise = torch.randn(latents.shape, device=device, generator=g)
         with accelerator.autocast():
-            reward, anchor, real = preference_loss(
-                policies, scheduler, latents, timesteps, noise, text, good[part], told, args
-            )
-        # The negative side of guidance is to stay what it was, so there the anchor has its full weight.
-        loss = (reward + anchor * torch.where(told, args.anchor_weight, 1.0)).mean()
+            parts = teacher.losses(unet, latents, timesteps, noise, text, texts.asked[mine], group)
+        counted = (told & drawn.counts[index]).float()
+        wanted = parts["reward"] + args.diversity_weight * parts["diversity"].clamp(max=0)
+        loss = (args.anchor_weight * parts["anchor"] - wanted * counted).mean()
         if replay is not None:
-            loss = loss + args.replay_weight * real.mean()
-            totals["replay"] = totals.get("replay", 0.0) + real.mean().item() / len(batches)
+            loss = loss + args.replay_weight * parts["replay"].mean()
+        else:
+            del parts["replay"]
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        totals["loss"] += reward.mean().item() / len(batches)
-        totals["anchor"] += anchor.mean().item() / len(batches)
-        totals["grad_norm"] += float(norm) / len(batches)
+        for name, value in {"loss": loss, **parts, "grad_norm": norm}.items():
+            totals[name] = totals.get(name, 0.0) + float(value.detach().mean()) / len(batches)
     if not math.isfinite(totals["loss"]):
         raise ValueError(f"The loss is {totals['loss']} at step {step}: lower --learning_rate.")
+    # The reward of estimates; that of finished images is told by `score`.
+    totals["estimated_reward"] = totals.pop("reward")
     return totals
 
 
 def load(args) -> MinimPipeline:
     pipe = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path)
-    if args.filter_head:
-        pipe.filter_head = FilterHead.from_pretrained(args.filter_head).eval()
+    learned = Path(args.output_dir) / "filter_head"
+    head = args.filter_head or (learned if args.ratings and learned.is_dir() else None)
+    if head is not None:
+        pipe.filter_head = FilterHead.from_pretrained(head).eval()
         pipe.check_filter_head()
     return pipe
 
@@ -320,29 +336,25 @@ def read_prompts(path: str, pipe: MinimPipeline) -> list[dict]:
     return [row | {"modality": resolve_modality(row["modality"]).id} for row in rows]
 
 
-def read_rated(args, pipe: MinimPipeline, device) -> tuple[list[dict], Samples]:
-    """People's ratings as samples: a group is a prompt, or where its ratings do not differ, a finding or modality."""
+def learn_ratings(args, pipe: MinimPipeline) -> list[dict]:
+    """Gives the pipeline a head that has learned from people's ratings, and returns their prompts.
+
+    The head is kept in `output_dir`, and read from there when the run goes on.
+    """
     rows = read_ratings(args.ratings)
     for row in rows:
         row["modality"] = resolve_modality(row["modality"], pipe.config.modalities).id
-    reward = rating_reward([float(row["rating"]) for row in rows], [row["rater"] for row in rows])
-    keys = list(dict.fromkeys((row["modality"], row["Text"]) for row in rows))
-    prompts = [{"modality": modality, "Text": text} for modality, text in keys]
-    prompt = torch.tensor([keys.index((row["modality"], row["Text"])) for row in rows])
-    names = list(dict.fromkeys(modality for modality, _ in keys))
-    kind = torch.tensor([names.index(row["modality"]) for row in rows])
-    # An only rating of a prompt says something beside those of its modality.
-    alone = torch.bincount(prompt)[prompt] < 2
-    better = torch.where(alone, advantage(reward, kind), advantage(reward, prompt))
-    if not better.any():
-        raise ValueError(f"{args.ratings}: all {len(rows)} ratings are alike, so there is nothing to prefer.")
-    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    paths = list(dict.fromkeys(row["path"] for row in rows))
-    first = {row["path"]: row for row in reversed(rows)}
-    images = load_images([first[path] for path in paths], args.ratings, size)
-    latents = encode(pipe.vae, images, args.mixed_precision == "bf16").float()
-    latents = latents[torch.tensor([paths.index(row["path"]) for row in rows])]
-    return prompts, Samples(latents.to(device), prompt.to(device), better.to(device))
+    folder = Path(args.output_dir) / "filter_head"
+    if not folder.is_dir():
+        size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        latents = encode(pipe.vae, load_images(rows, args.ratings, size), args.mixed_precision == "bf16").float()
+        head, report = tune(pipe, rows, latents, args)
+        print(json.dumps(report, indent=2))
+        head.save_pretrained(folder.with_name(".filter_head"))
+        folder.with_name(".filter_head").rename(folder)
+    pipe.filter_head = FilterHead.from_pretrained(folder).eval().to(pipe.device)
+    keys = dict.fromkeys((row["modality"], row["Text"], row.get("finding") or "") for row in rows)
+    return [{"modality": modality, "Text": text, "finding": finding} for modality, text, finding in keys]
 
 
 class Best:
@@ -380,25 +392,28 @@ def main(argv=None) -> dict:
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()
-    if args.prompts and pipe.filter_head is None:
+    if pipe.filter_head is None:
         raise ValueError(
-            f"{args.pretrained_model_name_or_path} has no filter head to reward with: give --ratings, or train one."
+            f"{args.pretrained_model_name_or_path} has no filter head to reward with: train_filter.py makes one."
         )
-    if args.ratings:
-        prompts, rated = read_rated(args, pipe, device)
-    else:
-        prompts, rated = read_prompts(args.prompts, pipe), None
+    with accelerator.main_process_first():  # who tunes the head; the others read it
+        prompts = learn_ratings(args, pipe) if args.ratings else read_prompts(args.prompts, pipe)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
     kinds = [resolve_modality(row["modality"]) for row in prompts]
     with torch.no_grad():
-        told = [prompt_text(row["Text"], kind, pipe.tokenizer) for row, kind in zip(prompts, kinds, strict=True)]
-        untold = [prompt_text("", kind, pipe.tokenizer) for kind in kinds]
-        texts = tuple(torch.cat([pipe.encode_texts([t], device) for t in some]) for some in (told, untold))
-
+        told, untold = (
+            torch.cat([pipe.encode_texts([prompt_text(words, kind, pipe.tokenizer)], device) for words, kind in pairs])
+            for pairs in (
+                [(row["Text"], kind) for row, kind in zip(prompts, kinds, strict=True)],
+                [("", kind) for kind in kinds],
+            )
+        )
+        asked = [row["Text"] for row in prompts]
+        texts = Texts(told, untold, pipe.prepare_funnel(asked, kinds, list(range(len(kinds))), 1, device).text)
     replay = Replay(args, accelerator, pipe) if args.replay else None
 
-    trained = pipe.unet
+    trained, reference = pipe.unet, copy.deepcopy(pipe.unet)
     if args.lora_rank:
         from peft import LoraConfig
 
@@ -406,22 +421,19 @@ def main(argv=None) -> dict:
         trained.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=layers))
     else:
         trained.requires_grad_(True)
-    policies = Policies(trained, copy.deepcopy(trained).requires_grad_(False), copy.deepcopy(trained))
-    policies.reference.requires_grad_(False)
-    # Ratings are of what the first network drew, which stays `old`; otherwise what was learned draws the next images.
-    pipe.unet = trained if rated is not None else policies.old
+    teacher = Teacher(pipe.filter_head.requires_grad_(False).eval(), reference, scheduler, args)
     if args.gradient_checkpointing:
         trained.enable_gradient_checkpointing()
     weights = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         weights, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.adam_weight_decay
     )
-    policies.new, optimizer = accelerator.prepare(trained, optimizer)
+    wrapped, optimizer = accelerator.prepare(trained, optimizer)
     if args.compile:
-        for network in (trained, policies.old, policies.reference):
+        for network in (trained, reference):
             network.compile(dynamic=False)
     schedule, best = Schedule(args.max_train_steps, args.max_train_minutes, look_every=1), Best()
-    accelerator.register_for_checkpointing(policies.old, schedule, best)
+    accelerator.register_for_checkpointing(schedule, best)
     if checkpoint:
         accelerator.load_state(str(checkpoint))
     if accelerator.is_main_process:
@@ -449,16 +461,10 @@ def main(argv=None) -> dict:
     while not (schedule.done or stop):
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(args.learning_rate, args.lr_warmup_steps)
-        figures = {}
-        if rated is None:
-            drawn = sample(pipe, prompts, args, step_generator(args.seed, schedule.step, rank, device))
-            figures = {name: value.mean().item() for name, value in score(pipe, drawn, prompts, args).items()}
-        else:
-            drawn = rated
-        # Without dropout: what differs from `old` is to be what was learned, not noise.
-        figures |= update(policies, accelerator, optimizer, scheduler, drawn, texts, args, schedule.step, replay)
-        if rated is None:
-            policies.follow(trained, args.old_decay)
+        drawn = sample(pipe, prompts, args, step_generator(args.seed, schedule.step, rank, device))
+        figures = {name: value.mean().item() for name, value in score(pipe, drawn, prompts).items()}
+        # Without dropout: what differs from the reference is to be what was learned, not noise.
+        figures |= update(wrapped, teacher, accelerator, optimizer, drawn, texts, schedule.step, replay)
         schedule.advance(accelerator)
         log.tick(**figures)
         log.write("train", **{name: round(value, 5) for name, value in figures.items()})
