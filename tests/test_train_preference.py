@@ -138,12 +138,13 @@ def test_a_run_writes_a_pipeline_and_goes_on_where_it_was_killed(arguments, base
 def test_it_stops_when_an_unseen_scorer_no_longer_gains(arguments, base, tmp_path, monkeypatch):
     scores = iter([0.5, 0.6, 0.4, 0.4, 0.4, 0.9])
     monkeypatch.setattr(train_preference.Watch, "look", lambda *a: {"score": next(scores), "right": 0, "spread": 1})
-    more = "--max_train_steps 9 --validation_steps 1 --patience 2 --learning_rate 1e-2".split()
+    more = "--max_train_steps 9 --validation_steps 1 --patience 2 --learning_rate 1e-2 --guidance_scale 1.5".split()
     report = train_preference.main([*arguments, *more, "--output_dir", str(tmp_path)])
     assert (report["at_step"], report["steps"]) == (1, 3)
     best, before = unet_of(tmp_path / "best"), unet_of(base)
     assert any(not torch.equal(best[k], before[k]) for k in best)
     assert all(torch.equal(best[k], v) for k, v in unet_of(tmp_path / "pipeline").items())
+    assert MinimPipeline.load_config(tmp_path / "pipeline")["guidance_scale"] == 1.5
 
 
 def test_images_that_grow_alike_are_never_the_best():

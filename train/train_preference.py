@@ -79,10 +79,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     reward.add_argument("--prompts", help="CSV with Text,modality[,finding]: what is drawn, and rated by the head.")
     reward.add_argument("--ratings", help="CSV with path,Text,modality,rating[,rater]: the head learns from it first.")
     reward.add_argument("--enough", type=float, default=3.0, help="Log odds of the finding from which on none counts.")
-    reward.add_argument("--diversity_weight", type=float, default=4.0, help="Of a prompt's images staying unlike.")
+    reward.add_argument("--diversity_weight", type=float, default=8.0, help="Of a prompt's images staying unlike.")
     reward.add_argument("--anchor_weight", type=float, default=50.0, help="Of staying near the network begun with.")
     reward.add_argument(
         "--drop_text", type=float, default=0.15, help="Share of prompts left out, for the anchor only."
+    )
+    reward.add_argument(
+        "--guidance_scale", type=float, help="Of the new pipeline, which needs less than before; default: as it was."
     )
     loss = parser.add_argument_group("a step draws images, rates them, and learns from them")
     loss.add_argument("--prompts_per_step", type=int, default=64, help="Prompts a step and a process.")
@@ -458,6 +461,9 @@ def main(argv=None) -> dict:
         return stop[0]
 
     stop = look() if schedule.step == 0 else False
+    # What was before is looked at as it was.
+    if args.guidance_scale is not None:
+        pipe.register_to_config(guidance_scale=args.guidance_scale)
     while not (schedule.done or stop):
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(args.learning_rate, args.lr_warmup_steps)
@@ -476,7 +482,7 @@ def main(argv=None) -> dict:
 
     if accelerator.is_main_process:
         log.write("best", score=best.score, at_step=best.step)
-        finish(args, pipe, output)
+        finish(args, output, improved=best.step > 0)
         push_pipeline(args, output / "pipeline")
     accelerator.end_training()
     return {"score": best.score, "at_step": best.step, "steps": schedule.step, "minutes": schedule.spent / 60}
@@ -496,7 +502,7 @@ def save_weights(args, unet: UNet2DConditionModel, folder: Path) -> None:
     unfinished.rename(folder)
 
 
-def finish(args, pipe: MinimPipeline, output: Path) -> None:
+def finish(args, output: Path, improved: bool) -> None:
     """Writes the whole pipeline with the best weights to `pipeline/`; a LoRA is fused, and lies in `best/` as well."""
     made = load(args)
     if args.lora_rank:
@@ -505,6 +511,8 @@ def finish(args, pipe: MinimPipeline, output: Path) -> None:
         made.unload_lora_weights()
     else:
         made.unet = UNet2DConditionModel.from_pretrained(output / "best" / "unet")
+    if improved and args.guidance_scale is not None:
+        made.register_to_config(guidance_scale=args.guidance_scale)
     unfinished = output / ".pipeline"
     shutil.rmtree(unfinished, ignore_errors=True)
     made.save_pretrained(unfinished)
