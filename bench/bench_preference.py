@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from minim_pipeline import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline, resolve_modality
+from minim_pipeline import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
@@ -85,20 +85,13 @@ def main(argv=None) -> dict:
     prompts = [{"modality": "cxr", "Text": f"pneumonia {i}"} for i in range(run.prompts_per_step)]
     trained, reference = pipe.unet.requires_grad_(not rank), copy.deepcopy(pipe.unet).requires_grad_(False)
     if rank:
-        from peft import LoraConfig
-
-        layers = ["to_k", "to_q", "to_v", "to_out.0"]
-        trained.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
+        train_preference.add_lora(trained, rank)
     weights = [p for p in trained.parameters() if p.requires_grad]
     unet, optimizer = accelerator.prepare(trained, torch.optim.AdamW(weights, lr=1e-6))
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
-    teacher = train_preference.Teacher(pipe.filter_head.requires_grad_(False), reference, scheduler, run)
-    kinds = [resolve_modality("cxr")] * len(prompts)
-    with torch.no_grad():
-        embeds = torch.cat([pipe.encode_texts([p["Text"]], device) for p in prompts])
-        asked = pipe.prepare_funnel([p["Text"] for p in prompts], kinds, list(range(len(kinds))), 1, device).text
-    texts = train_preference.Texts(embeds, embeds, asked)
+    objective = train_preference.Objective(pipe.filter_head.requires_grad_(False), reference, scheduler, run)
+    texts = train_preference.encode_prompts(pipe, prompts)
 
     def clock() -> float:
         if device.type == "cuda":
@@ -113,7 +106,7 @@ def main(argv=None) -> dict:
         after_drawing = clock()
         train_preference.score(pipe, drawn, prompts)
         after_rating = clock()
-        train_preference.update(unet, teacher, accelerator, optimizer, drawn, texts, turn)
+        train_preference.update(unet, objective, accelerator, optimizer, drawn, texts, turn)
         ended = clock()
         if turn:
             seconds["draw"] += after_drawing - begun

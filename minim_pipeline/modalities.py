@@ -121,9 +121,20 @@ def register_modality(modality: Modality) -> Modality:
 
 
 def register_definitions(definitions: dict[str, dict]) -> None:
-    """Registers what `custom_definitions` gave, also after JSON made lists of its tuples; raises likewise."""
+    """Registers what `custom_definitions` gave, also after JSON made lists of its tuples.
+
+    Where the table has the modality already, its own names and words stay, or a model could not be loaded any more
+    once the table has grown, nor beside another model; only what images are has to agree.
+
+    Raises:
+        ValueError: as `register_modality`; for a modality of the table if it is grey or may be mirrored there and here
+            not, or the other way round.
+    """
     for name, definition in definitions.items():
-        register_modality(Modality(**{**definition, "id": name, "aliases": tuple(definition.get("aliases", ()))}))
+        modality = Modality(**{**definition, "id": name, "aliases": tuple(definition.get("aliases", ()))})
+        known = MODALITIES.get(name)
+        if known is None or (known.grey, known.flip) != (modality.grey, modality.flip):
+            register_modality(modality)
 
 
 def custom_definitions(ids: list[str]) -> dict[str, dict]:

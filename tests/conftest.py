@@ -3,6 +3,7 @@
 diffusers is imported where it is needed, so that tests of the rest do not wait for it.
 """
 
+import csv
 import json
 import os
 from collections.abc import Callable
@@ -15,6 +16,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 MODALITIES = ["oct", "fundus", "cxr", "chest_ct", "brain_mri"]
 FINDINGS = {"oct": ["normal", "diabetic macular edema"], "fundus": ["no retinopathy"], "cxr": ["effusion"]}
+
+
+def write_csv(path: Path, rows: list[dict]) -> Path:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
 
 
 def _tokenizer(folder: Path, max_length: int):

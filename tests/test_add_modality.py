@@ -101,7 +101,17 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def arguments(base, data, output, *more) -> list[str]:
-    call = ["--model", base, "--replay", data / "old.csv", "--output_dir", output, *COMMON, *FILTER, *more]
+    call = [
+        "--pretrained_model_name_or_path",
+        base,
+        "--replay",
+        data / "old.csv",
+        "--output_dir",
+        output,
+        *COMMON,
+        *FILTER,
+        *more,
+    ]
     return [str(part) for part in call]
 
 
@@ -152,7 +162,7 @@ def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, 
             patch.setattr(module, "main", killed)
         assert add_modality.main(call) == report, "all is done already"
     with pytest.raises(ValueError, match="has learned modality 'breast_us' already; it knows: oct, cxr, breast_us"):
-        add_modality.main([*call, "--model", str(tmp_path / "pipeline")])
+        add_modality.main([*call, "--pretrained_model_name_or_path", str(tmp_path / "pipeline")])
 
 
 def test_a_modality_that_nobody_knew_comes_along_with_its_definition(base, data, tmp_path):

@@ -11,6 +11,7 @@ from minim_pipeline.modalities import (
     MODALITIES,
     Modality,
     names_a_side,
+    register_definitions,
     register_modality,
     resolve_modality,
     split_prefix,
@@ -172,6 +173,15 @@ def test_a_pipeline_brings_its_own_modalities_along(make_pipeline, table, tmp_pa
     assert json.loads((tmp_path / "again" / "model_index.json").read_text())["custom_modalities"] == {
         "skin": definition
     }
+
+
+def test_a_model_s_definition_gives_way_to_the_table(table):
+    """A model that was saved before the table knew its modality is loaded with the table's names and words."""
+    register_modality(SKIN)
+    register_definitions({"skin": {"name": "Skin", "words": "skin", "aliases": ["mole"], "grey": False, "flip": True}})
+    assert resolve_modality("skin") is SKIN
+    with pytest.raises(ValueError, match="in the table already.*grey is False, now True"):
+        register_definitions({"skin": {"name": "Skin", "words": "skin", "grey": True, "flip": True}})
 
 
 def test_a_pipeline_of_the_table_says_nothing_of_others(make_pipeline, tmp_path):

@@ -8,6 +8,7 @@ import self_improve
 import stand_in
 import torch
 import tune_filter
+from conftest import write_csv
 from PIL import Image
 
 from minim_pipeline import FilterHead, MinimPipeline
@@ -26,14 +27,6 @@ PREFERENCE = (
     "--images_per_prompt 4 --timesteps_per_image 1 --watch_images 1 --learning_rate 1e-3 --patience 9"
 )
 SIZES = "--candidates 4 --tuning_steps 3 --tuning_batch_size 8 --calibration_images 6 --images_per_finding 4 --pairs 4"
-
-
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +84,11 @@ def test_a_round_waits_for_people_and_takes_each_of_their_ratings_once(arguments
     rows = list(csv.DictReader(open(tmp_path / "ratings.csv")))
     Image.new("RGB", (64, 64)).save(tmp_path / "other.png")
     rows += [rows[0] | {"rating": "3", "time": "2999"}, rows[0] | {"path": "other.png", "digest": ""}]
+    # Of a round before: its picture is gone, and one of this round lies where it lay.
+    rows += [
+        rows[1] | {"rater": "cid", "digest": "0" * 16},
+        rows[2] | {"rater": "cid", "path": "gone.png", "digest": ""},
+    ]
     given = write_csv(tmp_path / "given.csv", rows)
 
     report = self_improve.main([*run, "--ratings", str(given)])
@@ -99,7 +97,7 @@ def test_a_round_waits_for_people_and_takes_each_of_their_ratings_once(arguments
     assert next(row for row in taken if row["rater"] == rows[0]["rater"])["rating"] == "3", "the later word counts"
     assert report["ratings"]["raters"] == {"ann": 16, "bob": 16} and report["head"]["images"] == 16
     pipe = MinimPipeline.from_pretrained(folder / "pipeline")
-    assert pipe.filter_head.config.calibration["oct"]["ratings"] == 32
+    assert pipe.filter_head.config.calibration["oct"]["ratings"] == 16 * report["head"]["taken"]
     comparison = report["comparison"]
     assert comparison["n"] == 16 and comparison["accuracy"]["phrasings"]["new"]["n"] == 8
     low, high = comparison["accuracy"]["interval"]
@@ -108,6 +106,9 @@ def test_a_round_waits_for_people_and_takes_each_of_their_ratings_once(arguments
     assert set(comparison["copies"]["latents"]) == {"before", "after"}
     assert (folder / "comparison" / "sheet.png").is_file()
     assert report["minutes"]["all"] >= 0 and set(report["minutes"]) >= {"candidates", "preference", "comparison"}
+    other = write_csv(tmp_path / "more.csv", rows[:1])
+    with pytest.raises(ValueError, match="has taken its ratings from another file already"):
+        self_improve.main([*run, "--ratings", str(other)])
     with pytest.raises(ValueError, match="round of other arguments: seed was 0, now 7"):
         self_improve.main([*run, "--ratings", str(given), "--seed", "7"])
 
@@ -174,6 +175,9 @@ def test_a_head_learns_what_raters_say_and_keeps_to_itself_elsewhere(make_pipeli
     ("change", "told"),
     [
         (["--preference", "--anchor_weight -1"], "--anchor_weight has to be at least 0"),
+        (["--data", "nowhere.csv"], "--data has to be a file, and 'nowhere.csv' is none"),
+        (["--judges", "nowhere"], "--judges has to be a folder, and 'nowhere' is none"),
+        (["--preference", "--replay nowhere.csv"], "--replay has to be a file, and 'nowhere.csv' is none"),
         (["--candidates", "0"], "--candidates has to be at least 1, got 0"),
         (["--acceptance", "2"], "--acceptance has to be above 0 and at most 1, got 2.0"),
         (["--kept_out", "1"], "--kept_out has to be between 0 and 1"),

@@ -7,7 +7,7 @@ import pytest
 import rubric
 import torch
 import train_filter
-from conftest import MODALITIES
+from conftest import MODALITIES, write_csv
 from filter_data import Captions, Pool
 from filter_report import auroc, folds_by_group, other_findings, quality_report
 from PIL import Image
@@ -22,14 +22,6 @@ from minim_pipeline.minim_filter import FilterHead
 torch.set_num_threads(1)
 
 CLASSES = [("fundus", "glaucoma"), ("fundus", "normal"), ("oct", "diabetic macular edema"), ("oct", "normal")]
-
-
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 @pytest.fixture(scope="module")

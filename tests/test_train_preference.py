@@ -1,19 +1,20 @@
 """Preference training in miniature: it moves towards what is rewarded, and goes on where it was killed."""
 
 import copy
-import csv
 import json
+import shutil
 
 import pytest
 import torch
 import train_preference
 from accelerate import Accelerator
+from conftest import write_csv
 from diffusers import DDPMScheduler
 from PIL import Image
 from rewards import are_copies, finding_reward, rate, spread
 from safetensors.torch import load_file
 
-from minim_pipeline import FilterHead, MinimPipeline, resolve_modality
+from minim_pipeline import FilterHead, MinimPipeline
 from minim_pipeline.minim_filter import FilterHeadOutput
 from minim_pipeline.minim_filter.fingerprints import pack
 
@@ -26,14 +27,6 @@ PROMPTS = [
     {"Text": "Effusion.", "modality": "CXR", "finding": "effusion"},
 ]
 SIZES = "--train_batch_size 4 --prompts_per_step 2 --images_per_prompt 4 --timesteps_per_image 1 --watch_images 1"
-
-
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +47,8 @@ def unet_of(folder):
 
 
 def test_what_is_rewarded_is_learned_as_far_as_the_anchor_lets_it(make_pipeline):
-    """The head's rating of the U-Net's estimates rises; with a heavy anchor hardly anything moves."""
-    moved = {}
+    """The head's rating of the U-Net's estimates rises above a run in the same noise that an anchor holds back."""
+    rewards, distances = {}, {}
     for anchor in (0.0, 1e5):
         pipe = make_pipeline(filtered=True, num_inference_steps=2)
         names = ("in_channels", "sample_size", "latent_scale", "vocab_size", "pad_token_id", "layers_per_block")
@@ -66,25 +59,23 @@ def test_what_is_rewarded_is_learned_as_far_as_the_anchor_lets_it(make_pipeline)
         args = train_preference.parse_args(["--prompts", "x", "--output_dir", "x", *few.split()])
         args.anchor_weight = anchor
         prompts = [{"Text": text, "modality": "oct"} for text in ("a", "b")]
-        kinds = [resolve_modality("oct")] * 2
-        with torch.no_grad():
-            told, untold = (pipe.encode_texts(texts, "cpu") for texts in (["<oct> a", "<oct> b"], ["<oct>"] * 2))
-            asked = pipe.prepare_funnel(["a", "b"], kinds, [0, 1], 1, "cpu").text
-        texts = train_preference.Texts(told, untold, asked)
+        texts = train_preference.encode_prompts(pipe, prompts)
         reference = copy.deepcopy(pipe.unet).requires_grad_(False)
         scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-        teacher = train_preference.Teacher(pipe.filter_head.requires_grad_(False), reference, scheduler, args)
+        objective = train_preference.Objective(pipe.filter_head.requires_grad_(False), reference, scheduler, args)
         optimizer = torch.optim.AdamW(pipe.unet.parameters(), lr=2e-3, weight_decay=0.0)
-        rewards = []
+        rewards[anchor], distances[anchor] = [], []
         for step in range(8):
             drawn = train_preference.sample(pipe, prompts, args, torch.Generator().manual_seed(0))
             assert drawn.prompt.tolist() in ([0] * 4 + [1] * 4, [1] * 4 + [0] * 4)
             train_preference.score(pipe, drawn, prompts)
             pipe.unet.requires_grad_(True)
-            told = train_preference.update(pipe.unet, teacher, Accelerator(cpu=True), optimizer, drawn, texts, step)
-            rewards.append(told["estimated_reward"])
-        moved[anchor] = sum(rewards[-3:]) / 3 - rewards[0]
-    assert moved[0.0] > 0.2 > 5 * abs(moved[1e5]), moved
+            told = train_preference.update(pipe.unet, objective, Accelerator(cpu=True), optimizer, drawn, texts, step)
+            rewards[anchor].append(told["estimated_reward"])
+            distances[anchor].append(told["anchor"])
+    free, held = (sum(rewards[anchor][-3:]) / 3 for anchor in (0.0, 1e5))
+    assert free > held + 0.1, rewards
+    assert distances[0.0][-1] > 3 * distances[1e5][-1], distances
 
 
 def real_images(folder):
@@ -141,10 +132,52 @@ def test_it_stops_when_an_unseen_scorer_no_longer_gains(arguments, base, tmp_pat
     more = "--max_train_steps 9 --validation_steps 1 --patience 2 --learning_rate 1e-2 --guidance_scale 1.5".split()
     report = train_preference.main([*arguments, *more, "--output_dir", str(tmp_path)])
     assert (report["at_step"], report["steps"]) == (1, 3)
-    best, before = unet_of(tmp_path / "best"), unet_of(base)
+    best, before = unet_of(tmp_path / "best-1"), unet_of(base)
     assert any(not torch.equal(best[k], before[k]) for k in best)
     assert all(torch.equal(best[k], v) for k, v in unet_of(tmp_path / "pipeline").items())
     assert MinimPipeline.load_config(tmp_path / "pipeline")["guidance_scale"] == 1.5
+
+
+def test_weights_of_the_best_outlive_a_kill_while_others_are_written(arguments, base, tmp_path, monkeypatch):
+    """A better look is killed before its checkpoint; gone on with, it is worse: the earlier best is still there."""
+    scores = {0: 0.5, 1: 0.6, 2: 0.7}
+
+    def look(self, pipe, folder, batch_size):
+        return {"score": scores[int(folder.name.split("-")[1])], "right": 0, "spread": 1}
+
+    class Killed(Exception):
+        pass
+
+    save = train_preference.save_weights
+
+    def dies(args, unet, folder):
+        if folder.name == "best-2":
+            raise Killed
+        save(args, unet, folder)
+
+    monkeypatch.setattr(train_preference.Watch, "look", look)
+    run = "--max_train_steps 2 --validation_steps 1 --checkpointing_steps 1 --learning_rate 1e-2".split()
+    run = [*arguments, *run, "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(train_preference, "save_weights", dies)
+    with pytest.raises(Killed):
+        train_preference.main(run)
+    monkeypatch.setattr(train_preference, "save_weights", save)
+    scores[2] = 0.1
+    assert train_preference.main([*run, "--resume_from_checkpoint", "latest"])["at_step"] == 1
+    assert [folder.name for folder in tmp_path.glob("best-*")] == ["best-1"]
+    best = unet_of(tmp_path / "best-1")
+    assert all(torch.equal(best[k], v) for k, v in unet_of(tmp_path / "pipeline").items())
+
+
+def test_every_finding_is_drawn_equally_often(make_pipeline):
+    pipe = make_pipeline(num_inference_steps=1)
+    prompts = [{"Text": f"a {i}", "modality": "oct", "finding": "a"} for i in range(9)]
+    prompts += [{"Text": "b", "modality": "oct", "finding": "b"}]
+    few = "--prompts_per_step 8 --images_per_prompt 2 --train_batch_size 2".split()
+    args = train_preference.parse_args(["--prompts", "x", "--output_dir", "x", *few])
+    drawn = train_preference.sample(pipe, prompts, args, torch.Generator().manual_seed(0)).prompt.tolist()
+    assert sum(i == 9 for i in drawn) == 8 and len(set(drawn)) == 5
+    assert drawn[::2] == drawn[1::2], "the images of a prompt one after the other"
 
 
 def test_images_that_grow_alike_are_never_the_best():
@@ -164,7 +197,7 @@ def test_ratings_teach_the_head_and_a_lora(base, tmp_path):
     run += ["--ratings", str(ratings)]
     more = "--max_train_steps 2 --validation_steps 1 --checkpointing_steps 1 --lora_rank 2 --learning_rate 1e-2"
     train_preference.main([*run, *more.split(), "--tuning_steps", "2", "--tuning_batch_size", "4", "--patience", "9"])
-    assert list((tmp_path / "run" / "best").glob("pytorch_lora_weights*"))
+    assert list((tmp_path / "run").glob("best-*/pytorch_lora_weights*"))
     pipe = MinimPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert not any("lora" in name for name, _ in pipe.unet.named_parameters())
     learned = FilterHead.from_pretrained(tmp_path / "run" / "filter_head")
@@ -172,6 +205,12 @@ def test_ratings_teach_the_head_and_a_lora(base, tmp_path):
     again = [*more.replace("steps 2", "steps 3", 1).split(), "--tuning_steps", "2", "--tuning_batch_size", "4"]
     report = train_preference.main([*run, *again, "--patience", "9", "--resume_from_checkpoint", "latest"])
     assert report["steps"] == 3, "the head that was tuned is read again"
+    other = write_csv(tmp_path / "other.csv", [row | {"rating": 2} for row in rows])
+    run[-1] = str(other)
+    for left in (*(tmp_path / "run").glob("checkpoint-*"), tmp_path / "run" / "log.jsonl"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()  # killed before its first checkpoint
+    with pytest.raises(ValueError, match="has learned from other ratings than"):
+        train_preference.main([*run, *again, "--patience", "9"])
 
 
 @pytest.mark.parametrize(
@@ -182,6 +221,7 @@ def test_ratings_teach_the_head_and_a_lora(base, tmp_path):
         (["--prompts", "p.csv", "--images_per_prompt", "1"], "at least 2, got 1"),
         (["--prompts", "p.csv", "--anchor_weight", "-1"], "--anchor_weight has to be at least 0, got -1"),
         (["--prompts", "p.csv", "--train_batch_size", "12"], r"multiple of --images_per_prompt \(8\).*got 12"),
+        (["--prompts", "p.csv", "--guidance_scale", "-1"], "--guidance_scale has to be at least 0, got -1"),
         (["--prompts", "p.csv", "--drop_text", "2"], "--drop_text has to be between 0 and 1, got 2"),
     ],
 )

@@ -11,18 +11,18 @@ In stages, each in a folder of its own; a run that was stopped goes on where it 
 
 A modality of the package's table needs no more than its name:
 
-    python train/add_modality.py --model minim_pipeline/checkpoints/minim-256 --modality breast_us \
+    python train/add_modality.py --modality breast_us \
         --train_data new_domain.csv --replay data.csv --output_dir runs/breast_us --mixed_precision bf16 --compile
 
 Any other has to be defined, and the pipeline takes the definition along:
 
-    python train/add_modality.py --model runs/breast_us/pipeline --modality dermoscopy --color --flip \
-        --aliases dermatoscopy "skin lesion" --words "color photograph of a skin lesion" \
+    python train/add_modality.py --pretrained_model_name_or_path runs/breast_us/pipeline \
+        --modality dermoscopy --color --flip --aliases dermatoscopy "skin lesion" \
+        --words "color photograph of a skin lesion" \
         --train_data skin.csv --replay data.csv --output_dir runs/dermoscopy
 """
 
 import argparse
-import csv
 import gc
 import json
 import os
@@ -39,6 +39,7 @@ import train_filter
 import train_text_to_image
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
+from common import write_csv, write_json
 from hub import add_hub_arguments, check_hub_arguments, push_pipeline
 
 from minim_pipeline import (
@@ -52,12 +53,13 @@ from minim_pipeline import (
 )
 from minim_pipeline.data import read_csv, resolve_path
 from minim_pipeline.evaluation.judges import claimed_classes
+from minim_pipeline.generate import model_identity
 from minim_pipeline.modalities import BUILT_IN, MODALITIES
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(EMBEDDED_CHECKPOINT), help="The pipeline to start from.")
+    parser.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="The pipeline.")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,split[,finding,part].")
     parser.add_argument("--replay", help="CSV of what the model has learned already, in the same format.")
@@ -137,7 +139,10 @@ def define(args: argparse.Namespace, trained: list[str]) -> Modality:
     # What the table knows, or knows to be ambiguous, is a prefix.
     known = resolve_modality(args.modality) if split_prefix(f"{args.modality}:")[0] is not None else None
     if known is not None and known.id in trained:
-        raise ValueError(f"{args.model} has learned modality {known.id!r} already; it knows: {', '.join(trained)}.")
+        raise ValueError(
+            f"{args.pretrained_model_name_or_path} has learned modality {known.id!r} already; it knows:"
+            f" {', '.join(trained)}."
+        )
     if known is None or known.id not in BUILT_IN:
         if not (args.grey or args.color):
             raise ValueError(
@@ -206,15 +211,10 @@ def write_rows(path: Path, sources: list[tuple[list[dict], str]]) -> Path:
     """Rows of several CSV files as one beside which no image lies: every path leads from here to where it is."""
     rows = []
     for mine, source in sources:
-        places = [os.path.relpath(resolve_path(row, source), path.parent) for row in mine]
+        # Resolved: behind a link, "../.." leads elsewhere than it reads.
+        places = [os.path.relpath(resolve_path(row, source).resolve(), path.parent.resolve()) for row in mine]
         rows += [row | {"path": place} for row, place in zip(mine, places)]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    unfinished = path.with_suffix(".tmp")
-    with open(unfinished, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    unfinished.replace(path)
+    write_csv(path, rows)
     return path
 
 
@@ -224,7 +224,7 @@ class Progress:
     # What may differ when a run goes on.
     MAY_CHANGE = {
         *("output_dir", "push_to_hub", "hub_model_id", "max_train_steps", "max_train_minutes", "compile"),
-        *("validation_steps", "checkpointing_steps"),
+        *("validation_steps", "checkpointing_steps", "draw_batch_size"),
     }
 
     def __init__(self, args: argparse.Namespace):
@@ -241,9 +241,7 @@ class Progress:
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps({"arguments": self.arguments, "minutes": self.minutes}, indent=2) + "\n")
-        unfinished.replace(self.path)
+        write_json(self.path, {"arguments": self.arguments, "minutes": self.minutes})
 
     def run(self, name: str, stage, *args) -> None:
         """Runs a stage unless it is finished."""
@@ -269,7 +267,14 @@ def options(args: argparse.Namespace, *names: str) -> list[str]:
 
 
 def train_unet(args, output: Path, new: Path, resolution: int) -> None:
-    call = ["--pretrained_model_name_or_path", args.model, "--train_data", new, "--output_dir", output / "unet"]
+    call = [
+        "--pretrained_model_name_or_path",
+        args.pretrained_model_name_or_path,
+        "--train_data",
+        new,
+        "--output_dir",
+        output / "unet",
+    ]
     call += ["--resolution", resolution, "--resume_from_checkpoint", "latest"]
     call += options(args, "max_train_steps", "max_train_minutes", "train_batch_size", "learning_rate")
     call += options(args, "text_encoder_learning_rate", "lr_warmup_steps", "ema_decay", "caption_variants")
@@ -348,14 +353,14 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     if PartialState().num_processes > 1:
         raise ValueError("add_modality.py is run by one process; for several GPUs run the trainers one by one.")
-    base = MinimPipeline.from_pretrained(args.model)
+    base = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path)
     modality = define(args, list(base.config.modalities or []))
     new_rows, others = read_new(args, modality)
     filtered = base.filter_head is not None and not args.skip_filter
     sources = [(new_rows, args.train_data)]
     if args.replay:
         old_rows = read_csv(args.replay, check_images=False)
-        train_text_to_image.check_known(old_rows, args.replay, base.config, args.model)
+        train_text_to_image.check_known(old_rows, args.replay, base.config, args.pretrained_model_name_or_path)
         sources.append((old_rows, args.replay))
     if filtered:
         check_filter(args, modality, sources)
@@ -384,7 +389,7 @@ def main(argv=None) -> dict:
     splits = Counter(row["split"] for row in new_rows)
     report = {
         "modality": asdict(modality),
-        "model": args.model,
+        "model": list(model_identity(args.pretrained_model_name_or_path)),
         "rows": {"new": dict(splits), "left out": dict(others)},
         "minutes": progress.minutes,
         "validation loss": validation(output, modality),
@@ -392,7 +397,7 @@ def main(argv=None) -> dict:
     if filtered:
         made = json.loads((output / "calibrated" / "report.json").read_text())
         report["filter"] = {"calibration": made["calibration"], "generated": made["generated"]}
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(output / "report.json", report)
     push_pipeline(args, output / "pipeline")
     print(json.dumps({key: report[key] for key in ("minutes", "validation loss")}, indent=2))
     return report

@@ -31,6 +31,7 @@ from raters import learned_from
 from minim_pipeline import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline, resolve_modality
 from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.judges import Judges, claimed_classes, class_of, load_judges, read
+from minim_pipeline.generate import read_model_index
 from minim_pipeline.image_loading import load_images
 
 
@@ -227,6 +228,8 @@ def noise_curves(table: list[dict], stages, path: Path) -> None:
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device, bf16 = Accelerator().device, args.mixed_precision == "bf16"
+    # Before any row is read: it may be of a modality that only the pipeline knows.
+    read_model_index(args.pretrained_model_name_or_path)
     every = read_csv(args.train_data, require=("path", "Text", "modality", "finding", "split"))
     train = [row for row in every if row["split"] == "train"]
     val = [row for row in every if row["split"] == "val"]

@@ -1,6 +1,7 @@
 """What the training scripts share: arguments, randomness that does not depend on history, checkpoints, the log."""
 
 import argparse
+import csv
 import json
 import math
 import os
@@ -14,6 +15,8 @@ import torch
 from accelerate.utils import broadcast
 from hub import add_hub_arguments, check_hub_arguments
 from tqdm.auto import tqdm
+
+from minim_pipeline.provenance import atomic_path
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,10 +100,26 @@ def note_arguments(args: argparse.Namespace, checkpoint: Path | None) -> None:
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / "arguments.json").write_text(json.dumps(vars(args), indent=2, default=str))
-    log, step = output / "log.jsonl", int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    # Without a checkpoint everything is done again, what comes before the first step too.
+    log, step = output / "log.jsonl", int(checkpoint.name.split("-")[1]) if checkpoint else -1
     if log.is_file():
         kept = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
         log.write_text("".join(kept))
+
+
+def write_json(path: Path, content) -> None:
+    """Writes the file whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Writes rows, which need not have the same columns, whole or not at all."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def step_generator(seed: int, step: int, rank: int, device: torch.device | str) -> torch.Generator:

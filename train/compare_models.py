@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from common import write_json
 from evaluate_filter import diversity
 from PIL import Image
 from report_model import by_modality, plan
@@ -49,7 +50,7 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
     judging.add_argument("--stand_in", help="Folder of stand_in.py, which rates both.")
     judging.add_argument("--images_per_finding", type=int, default=64, help="With each of both sets of phrasings.")
     judging.add_argument("--pairs", type=int, default=400, help="Pairs of images of a prompt a modality, for MS-SSIM.")
-    judging.add_argument("--comparison_seed", type=int, default=0, help="Image i of each set has this seed plus i.")
+    judging.add_argument("--comparison_seed", type=int, default=0, help="Image i of the first set has this plus i.")
     judging.add_argument("--skip_memorisation", action="store_true", help="Do not look for copies of train images.")
 
 
@@ -80,8 +81,10 @@ def draw_both(args, before: str, after: str, folder: Path, device) -> tuple[list
         modality: [f for f in findings if f in (pipes["after"].config.findings or {}).get(modality, [])]
         for modality, findings in known.items()
     }
-    for phrasing in PHRASINGS:
-        mine = plan(judges.classes, learned, captions, phrasing, args.images_per_finding, args.comparison_seed)
+    for k, phrasing in enumerate(PHRASINGS):
+        # Other seeds for each set, or their images would be alike, and intervals of both together too narrow.
+        first = args.comparison_seed + k * 10**6
+        mine = plan(judges.classes, learned, captions, phrasing, args.images_per_finding, first)
         planned += [row | {"phrasing": phrasing} for row in mine]
     if not planned:
         raise ValueError(f"The judges in {args.judges} know no finding that both models have learned.")
@@ -273,8 +276,7 @@ def compare(args, before: str, after: str, folder: Path) -> dict:
         vae = MinimPipeline.from_pretrained(before, filter_head=None).vae.to(device).eval()
         report["copies"] = copies(args, images, planned, val_images, val_names, vae, device)
     sheet(images, planned, folder / "sheet.png")
-    with atomic_path(folder / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(folder / "report.json", report)
     return report
 
 

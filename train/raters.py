@@ -12,11 +12,12 @@ from minim_pipeline.evaluation.agreement import rater_agreement, weighted_kappa
 PRIOR_WIDTH = 1.0
 
 
-def read_ratings(path: str) -> list[dict]:
+def read_ratings(path: str, check_images: bool = True) -> list[dict]:
     """People's grades of images; every bad row is told, with its number, before any work is done.
 
     Columns: `path,Text,modality,rating`, optionally `rater`, `part` and `group`. Rows without a rater share one; an
     image without a group is one of its own. An image in two groups would be learned from in the fold that it tests.
+    With `check_images=False` images need not be there.
     """
     groups: dict[str, str] = {}
 
@@ -28,7 +29,7 @@ def read_ratings(path: str) -> list[dict]:
         if groups.setdefault(row["path"], group) != group:
             raise ValueError(f"{row['path']} is in group {group!r}, and in {groups[row['path']]!r} above")
 
-    rows = read_csv(path, require=("path", "Text", "modality", "rating"), check=check)
+    rows = read_csv(path, require=("path", "Text", "modality", "rating"), check_images=check_images, check=check)
     return [row | {"rater": row.get("rater") or "", "group": row.get("group") or row["path"]} for row in rows]
 
 

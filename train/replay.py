@@ -1,11 +1,13 @@
 """Real images beside what else a U-Net is trained on, so that it does not forget what they look like."""
 
+import argparse
+
 import torch
 from accelerate import Accelerator
 from captions import load_captions, phrase
 from latents import Latents
 
-from minim_pipeline import MinimPipeline, resolve_modality
+from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
 from minim_pipeline.data import read_csv
 
 
@@ -22,17 +24,18 @@ class Replay:
     """
 
     def __init__(self, args, accelerator: Accelerator, pipe: MinimPipeline):
-        known = pipe.config.modalities
-        rows = read_csv(args.replay, split="train", require=("path", "Text", "modality"), check_images=False)
-        rows = [row for row in rows if known is None or resolve_modality(row["modality"]).id in known]
+        known = pipe.config.modalities or list(MODALITIES)
+        rows = read_csv(args.replay, split="train", require=("path", "Text", "modality"))
+        rows = [row for row in rows if resolve_modality(row["modality"]).id in known]
         if not rows:
             raise ValueError(f"{args.replay} has no train images of {', '.join(known)}.")
         self.text_encoder = pipe.text_encoder
         self.variants = args.latent_variants
         captions = load_captions(args.captions)
         self.ids = phrase(rows, captions, pipe.tokenizer, args.caption_variants, args.seed).to(accelerator.device)
-        args.train_data, args.resolution = args.replay, pipe.unet.config.sample_size * pipe.vae_scale_factor
-        self.latents = Latents.encode(args, accelerator, pipe.vae, rows, "replay", args.latent_variants)
+        size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        mine = argparse.Namespace(**{**vars(args), "train_data": args.replay, "resolution": size})
+        self.latents = Latents.encode(mine, accelerator, pipe.vae, rows, "replay", args.latent_variants)
 
     @torch.no_grad()
     def draw(self, count: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -60,7 +60,7 @@ def spread(latents: torch.Tensor, group: torch.Tensor, pooled: int = 4) -> torch
         group: int64 [N]; 0 for an image that is alone.
     """
     size = min(pooled, *latents.shape[-2:])
-    x = F.normalize(F.avg_pool2d(latents.float(), size).flatten(1), dim=1)  # [N, D]
-    same = (group[:, None] == group[None]).float()
-    same.fill_diagonal_(0)
-    return ((1 - x @ x.T) * same).sum(1) / same.sum(1).clamp(min=1)
+    same = (group[:, None] == group[None]).float().fill_diagonal_(0)  # [N, N]
+    with torch.autocast(latents.device.type, enabled=False):  # small differences of numbers near 1
+        x = F.normalize(F.avg_pool2d(latents.float(), size).flatten(1), dim=1)  # [N, D]
+        return ((1 - x @ x.T) * same).sum(1) / same.sum(1).clamp(min=1)

@@ -17,7 +17,6 @@ this round's candidates are taken, each once; what a file holds of other rounds 
 """
 
 import argparse
-import csv
 import json
 import shlex
 import shutil
@@ -32,6 +31,7 @@ import torch
 import train_preference
 from calibrate_filter import threshold
 from captions import load_captions
+from common import write_csv, write_json
 from compare_models import add_comparison_arguments, compare, summary
 from hub import add_hub_arguments, check_hub_arguments, push_pipeline
 from raters import read_ratings
@@ -44,12 +44,15 @@ from minim_pipeline.data import read_csv, resolve_path
 from minim_pipeline.generate import generate, model_identity, plan_file, read_model_index
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.minim_filter.funnel import combine
-from minim_pipeline.provenance import atomic_path
 from minim_pipeline.ratings import image_digest
 
 
-# What may differ when a round goes on: where ratings come from, and how it is run.
-MAY_CHANGE = {"output_dir", "ratings", "stand_in", "batch_size", "num_processes", "push_to_hub", "hub_model_id"}
+# What may differ when a round goes on: where ratings come from, how it is run, and what it is judged by.
+MAY_CHANGE = {
+    *("output_dir", "ratings", "stand_in", "batch_size", "num_processes", "push_to_hub", "hub_model_id"),
+    # Of the comparison, whose images are kept by what they are of.
+    *("data", "judges", "images_per_finding", "pairs", "comparison_seed", "skip_memorisation"),
+}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -79,7 +82,15 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise ValueError(f"--acceptance has to be above 0 and at most 1, got {args.acceptance}.")
     if not 0 <= args.seed < 10**6:
         raise ValueError(f"--seed has to be from 0 to {10**6 - 1}, got {args.seed}.")
-    train_preference.parse_args(preference_arguments(args))
+    preference = train_preference.parse_args(preference_arguments(args))
+    given = {name: getattr(args, name) for name in ("data", "captions", "prompts", "ratings")}
+    for name, path in (given | {"replay": preference.replay}).items():
+        if path and not Path(path).is_file():
+            raise ValueError(f"--{name} has to be a file, and {path!r} is none.")
+    for name in ("judges", "stand_in", "encoder"):
+        path = getattr(args, name)
+        if path and not Path(path).is_dir():
+            raise ValueError(f"--{name} has to be a folder, and {path!r} is none.")
     check_hub_arguments(args)
     return args
 
@@ -96,18 +107,6 @@ def preference_arguments(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_json(path: Path, content: dict) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def check_arguments(args: argparse.Namespace, folder: Path) -> None:
     """Raises ValueError if the folder holds a round of other arguments, or of a model that has changed since."""
     file = folder / "arguments.json"
@@ -122,6 +121,17 @@ def check_arguments(args: argparse.Namespace, folder: Path) -> None:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, now)
+
+
+def check_taken(args: argparse.Namespace, folder: Path) -> None:
+    """Raises ValueError if the round has taken its ratings already, and others are given now."""
+    if args.ratings and (folder / "ratings.csv").is_file():
+        taken = json.loads((folder / "taken.json").read_text())["ratings"]
+        if taken != image_digest(args.ratings):
+            whose = "another file" if taken else "the stand-in"
+            raise ValueError(
+                f"{folder} has taken its ratings from {whose} already, not from {args.ratings}: begin another round."
+            )
 
 
 def write_prompts(args: argparse.Namespace, folder: Path) -> None:
@@ -173,22 +183,29 @@ def take_ratings(args: argparse.Namespace, folder: Path) -> None:
         rater = StandIn.from_pretrained(args.stand_in, "cuda" if torch.cuda.is_available() else "cpu")
         named = [row | {"modality": resolve_modality(row["modality"]).id} for row in candidates]
         named = [row for row in named if (row["modality"], row["finding"]) in rater.findings.classes]
+        if not named:
+            raise ValueError(f"The stand-in in {args.stand_in} has learned none of the findings in prompts.csv.")
         images = load_images(named, folder / "candidates" / "data.csv", image_side(args), trim=False)
         given = rater.rate(images, [row["modality"] for row in named], [row["finding"] for row in named])
         rows = [row | {"rating": rating, "rater": RATER} for row, rating in zip(named, given, strict=True)]
         rows = [row | {"path": f"candidates/{row['path']}"} for row in rows]
     columns = ("path", "Text", "modality", "finding", "rating", "rater", "seed")
+    write_json(folder / "taken.json", {"ratings": image_digest(args.ratings) if args.ratings else None})
     write_csv(folder / "ratings.csv", [{name: row[name] for name in columns} for row in rows])
 
 
 def match_ratings(path: str, candidates: list[dict], folder: Path) -> tuple[list[dict], int]:
-    """Ratings of the candidates, known by their place or by their content; and how many are not taken."""
+    """Ratings of the candidates, and how many are not taken.
+
+    A picture is known by its content, of which the rating page notes a digest: every round has a 0000.png. Where there
+    is no digest, it is known by its place.
+    """
     places = {(folder / "candidates" / row["path"]).resolve(): row for row in candidates}
     digests = {image_digest(place): row for place, row in places.items()}
-    found, rows = {}, read_ratings(path)
+    found, rows = {}, read_ratings(path, check_images=False)
     for row in sorted(rows, key=lambda row: row.get("time") or ""):
         place = Path(resolve_path(row, path)).resolve()
-        candidate = places.get(place) or digests.get(row.get("digest") or image_digest(place))
+        candidate = digests.get(row["digest"]) if row.get("digest") else places.get(place)
         if candidate is not None:
             # Of one and the same rating the later word counts.
             key = (row["rater"], candidate["path"], row.get("turn") or "0")
@@ -273,9 +290,11 @@ def write_pipeline(args: argparse.Namespace, folder: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load_for_drawing(args, folder / "preference" / "pipeline", device)
     prompts = read_csv(folder / "prompts.csv", check_images=False, require=("Text", "modality", "finding"))
-    people = Counter(
-        resolve_modality(row["modality"]).id for row in read_ratings(folder / "ratings.csv") if row["rater"] != RATER
-    )
+    people: Counter[str] = Counter()
+    if json.loads((folder / "head" / "report.json").read_text())["taken"]:
+        rated = [row for row in read_ratings(folder / "ratings.csv") if row["rater"] != RATER]
+        images = {row["path"]: resolve_modality(row["modality"]).id for row in rated}
+        people.update(images.values())
     calibration = {name: dict(values) for name, values in (pipe.filter_head.config.calibration or {}).items()}
     figures = {}
     for name in dict.fromkeys(resolve_modality(row["modality"]).id for row in prompts):
@@ -359,6 +378,7 @@ def main(argv=None) -> dict:
     if (index.get("filter_head") or [None])[0] is None:
         raise ValueError(f"{args.pretrained_model_name_or_path} has no filter head: train_filter.py makes one.")
     check_arguments(args, folder)
+    check_taken(args, folder)
     file = folder / "minutes.json"
     minutes = json.loads(file.read_text()) if file.is_file() else {}
     for name, stage, made in STAGES:
@@ -375,11 +395,13 @@ def main(argv=None) -> dict:
             return {"waiting for": "ratings"}
         print(f"round: {name}")
         begun = time.monotonic()
-        stage(args, folder)
+        try:
+            stage(args, folder)
+        finally:  # what is stopped and goes on has taken both times, unless it was killed outright
+            minutes[name] = round(minutes.get(name, 0.0) + (time.monotonic() - begun) / 60, 2)
+            write_json(file, minutes)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        minutes[name] = round((time.monotonic() - begun) / 60, 2)
-        write_json(file, minutes)
     report = write_report(folder, minutes)
     if report["comparison"]:
         print(summary(report["comparison"]))

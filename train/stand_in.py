@@ -31,6 +31,7 @@ from minim_pipeline.evaluation.classifier import Recipe, make_resnet
 from minim_pipeline.evaluation.classifier import train_classifier as fit
 from minim_pipeline.evaluation.judges import LOOK_ALIKE, Judges, class_of, load_judges, read
 from minim_pipeline.evaluation.sampling import draw_images
+from minim_pipeline.generate import read_model_index
 from minim_pipeline.image_loading import load_images
 
 
@@ -199,6 +200,8 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = Path(args.output_dir)
+    # Before any row is read: it may be of a modality that only the pipeline knows.
+    read_model_index(args.pretrained_model_name_or_path)
     require = ("path", "Text", "modality", "finding", "split", "part")
     rows = [row for row in read_csv(args.train_data, split="train", require=require) if row["part"] == args.part]
     if not rows:

@@ -46,10 +46,11 @@ from trajectories import Trajectories
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
 from minim_pipeline.evaluation.judges import claimed_classes, class_of, load_judges
+from minim_pipeline.generate import read_model_index
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.minim_filter import FilterHead
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
-from minim_pipeline.modalities import MODALITIES, register_definitions
+from minim_pipeline.modalities import MODALITIES
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -308,8 +309,7 @@ def main(argv=None) -> dict:
     output, device = Path(args.output_dir), accelerator.device
     set_seed(args.seed)
     # Before any row is read: it may be of a modality that only the pipeline knows.
-    index = MinimPipeline.load_config(args.pretrained_model_name_or_path)
-    register_definitions(index.get("custom_modalities") or {})
+    read_model_index(args.pretrained_model_name_or_path)
     all_rows, val_rows = read_splits(args)
     classes = claimed_classes(all_rows, all_rows, args.min_train, 0)
     rows = [r for r in all_rows if args.part in ("all", r.get("part")) and class_of(r) in classes]

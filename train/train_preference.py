@@ -24,6 +24,7 @@ or from people's ratings of its images, as `minim ratings` writes them; the head
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -42,6 +43,7 @@ from common import (
     note_arguments,
     save_checkpoint,
     step_generator,
+    write_json,
 )
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from filter_data import encode
@@ -49,7 +51,7 @@ from hub import push_pipeline
 from raters import read_ratings
 from replay import Replay
 from rewards import are_copies, finding_reward, rate, spread
-from train_text_to_image import loss_weights, target
+from train_text_to_image import add_lora, loss_weights, target
 from tune_filter import add_tuning_arguments, check_tuning_arguments, tune
 from watch import Watch
 
@@ -64,6 +66,7 @@ from minim_pipeline import (
 from minim_pipeline.data import read_csv
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
+from minim_pipeline.ratings import image_digest
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -127,8 +130,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name in ("drop_text", "least_spread"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} has to be between 0 and 1, got {getattr(args, name)}.")
-    for name in ("diversity_weight", "anchor_weight", "replay_weight"):
-        if getattr(args, name) < 0:
+    for name in ("diversity_weight", "anchor_weight", "replay_weight", "lora_rank", "guidance_scale"):
+        if getattr(args, name) is not None and getattr(args, name) < 0:
             raise ValueError(f"--{name} has to be at least 0, got {getattr(args, name)}.")
     return args
 
@@ -154,19 +157,12 @@ def sample(pipe: MinimPipeline, prompts: list[dict], args, generator: torch.Gene
 
     Prompts are chosen so that every finding comes up equally often.
     """
-    labels = [(row["modality"], row.get("finding") or row["Text"]) for row in prompts]
-    names = list(dict.fromkeys(labels))
-    frequency = torch.tensor([1 / labels.count(label) for label in labels], device=generator.device)
-    shares = min(args.prompts_per_step, len(prompts))
-    # A whole round of findings before any comes up again, each time with another of its prompts.
-    order, left = [], frequency.clone()
-    of_label = torch.tensor([names.index(label) for label in labels], device=generator.device)
-    while len(order) < shares:
-        for label in torch.randperm(len(names), device=generator.device, generator=generator).tolist():
-            mine = left * (of_label == label)
-            if mine.sum() > 0 and len(order) < shares:
-                order.append(int(torch.multinomial(mine, 1, generator=generator)))
-                left[order[-1]] = 0
+    queues: dict[tuple[str, str], list[int]] = {}
+    for i in torch.randperm(len(prompts), device=generator.device, generator=generator).tolist():
+        queues.setdefault((prompts[i]["modality"], prompts[i].get("finding") or prompts[i]["Text"]), []).append(i)
+    # The findings in turn, and of each its prompts in turn, both in an order of chance.
+    turns = itertools.cycle([itertools.cycle(queue) for queue in queues.values()])
+    order = [next(queue) for queue in itertools.islice(turns, args.prompts_per_step)]
     chosen = [i for i in order for _ in range(args.images_per_prompt)]
     seeds = torch.randint(2**62, (len(chosen),), device=generator.device, generator=generator).tolist()
     latents = []
@@ -202,8 +198,22 @@ class Texts:
     asked: torch.Tensor
 
 
-class Teacher:
-    """What the U-Net learns from: the filter head, and the network that it began with.
+@torch.no_grad()
+def encode_prompts(pipe: MinimPipeline, prompts: list[dict]) -> Texts:
+    device, kinds = pipe.device, [resolve_modality(row["modality"]) for row in prompts]
+    words = [row["Text"] for row in prompts]
+    told = [prompt_text(text, kind, pipe.tokenizer) for text, kind in zip(words, kinds, strict=True)]
+    distinct = list(dict.fromkeys(kinds))
+    untold = pipe.encode_texts([prompt_text("", kind, pipe.tokenizer) for kind in distinct], device)
+    return Texts(
+        torch.cat([pipe.encode_texts(told[i : i + 256], device) for i in range(0, len(told), 256)]),
+        untold[[distinct.index(kind) for kind in kinds]],
+        pipe.prepare_funnel(words, kinds, list(range(len(kinds))), 1, device).text,
+    )
+
+
+class Objective:
+    """What the U-Net is trained for: the filter head's rating, near the network that it began with.
 
     Args:
         head: frozen.
@@ -257,7 +267,7 @@ class Teacher:
 
 def update(
     unet,
-    teacher: Teacher,
+    objective: Objective,
     accelerator,
     optimizer,
     drawn: Samples,
@@ -270,7 +280,7 @@ def update(
     Args:
         replay: real images, of which as many are learned from.
     """
-    args, scheduler, device = teacher.args, teacher.scheduler, drawn.latents.device
+    args, scheduler, device = objective.args, objective.scheduler, drawn.latents.device
     g = step_generator(args.seed, step, accelerator.process_index + 10_000, device)
     size = args.images_per_prompt
     groups = len(drawn.prompt) // size
@@ -294,7 +304,7 @@ def update(
             timesteps = torch.cat([timesteps, more])
         noise = torch.randn(latents.shape, device=device, generator=g)
         with accelerator.autocast():
-            parts = teacher.losses(unet, latents, timesteps, noise, text, texts.asked[mine], group)
+            parts = objective.losses(unet, latents, timesteps, noise, text, texts.asked[mine], group)
         counted = (told & drawn.counts[index]).float()
         wanted = parts["reward"] + args.diversity_weight * parts["diversity"].clamp(max=0)
         loss = (args.anchor_weight * parts["anchor"] - wanted * counted).mean()
@@ -318,7 +328,7 @@ def update(
 def load(args) -> MinimPipeline:
     pipe = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path)
     learned = Path(args.output_dir) / "filter_head"
-    head = args.filter_head or (learned if args.ratings and learned.is_dir() else None)
+    head = learned if args.ratings and learned.is_dir() else args.filter_head
     if head is not None:
         pipe.filter_head = FilterHead.from_pretrained(head).eval()
         pipe.check_filter_head()
@@ -343,8 +353,12 @@ def learn_ratings(args, pipe: MinimPipeline) -> list[dict]:
     """Gives the pipeline a head that has learned from people's ratings, and returns their prompts.
 
     The head is kept in `output_dir`, and read from there when the run goes on.
+
+    Raises:
+        ValueError: the head that is kept there has learned from other ratings.
     """
     rows = read_ratings(args.ratings)
+    learned_from = {"ratings": image_digest(args.ratings)}
     for row in rows:
         row["modality"] = resolve_modality(row["modality"], pipe.config.modalities).id
     folder = Path(args.output_dir) / "filter_head"
@@ -353,8 +367,13 @@ def learn_ratings(args, pipe: MinimPipeline) -> list[dict]:
         latents = encode(pipe.vae, load_images(rows, args.ratings, size), args.mixed_precision == "bf16").float()
         head, report = tune(pipe, rows, latents, args)
         print(json.dumps(report, indent=2))
-        head.save_pretrained(folder.with_name(".filter_head"))
-        folder.with_name(".filter_head").rename(folder)
+        unfinished = folder.with_name(".filter_head")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        head.save_pretrained(unfinished)
+        write_json(unfinished / "ratings.json", learned_from)
+        unfinished.rename(folder)
+    elif json.loads((folder / "ratings.json").read_text()) != learned_from:
+        raise ValueError(f"{folder} has learned from other ratings than {args.ratings}: choose another --output_dir.")
     pipe.filter_head = FilterHead.from_pretrained(folder).eval().to(pipe.device)
     keys = dict.fromkeys((row["modality"], row["Text"], row.get("finding") or "") for row in rows)
     return [{"modality": modality, "Text": text, "finding": finding} for modality, text, finding in keys]
@@ -403,28 +422,15 @@ def main(argv=None) -> dict:
         prompts = learn_ratings(args, pipe) if args.ratings else read_prompts(args.prompts, pipe)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
-    kinds = [resolve_modality(row["modality"]) for row in prompts]
-    with torch.no_grad():
-        told, untold = (
-            torch.cat([pipe.encode_texts([prompt_text(words, kind, pipe.tokenizer)], device) for words, kind in pairs])
-            for pairs in (
-                [(row["Text"], kind) for row, kind in zip(prompts, kinds, strict=True)],
-                [("", kind) for kind in kinds],
-            )
-        )
-        asked = [row["Text"] for row in prompts]
-        texts = Texts(told, untold, pipe.prepare_funnel(asked, kinds, list(range(len(kinds))), 1, device).text)
+    texts = encode_prompts(pipe, prompts)
     replay = Replay(args, accelerator, pipe) if args.replay else None
 
     trained, reference = pipe.unet, copy.deepcopy(pipe.unet)
     if args.lora_rank:
-        from peft import LoraConfig
-
-        layers = ["to_k", "to_q", "to_v", "to_out.0"]
-        trained.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=layers))
+        add_lora(trained, args.lora_rank)
     else:
         trained.requires_grad_(True)
-    teacher = Teacher(pipe.filter_head.requires_grad_(False).eval(), reference, scheduler, args)
+    objective = Objective(pipe.filter_head.requires_grad_(False).eval(), reference, scheduler, args)
     if args.gradient_checkpointing:
         trained.enable_gradient_checkpointing()
     weights = [p for p in trained.parameters() if p.requires_grad]
@@ -444,7 +450,7 @@ def main(argv=None) -> dict:
     if args.report_to:
         accelerator.init_trackers("minim-preference", config=vars(args))
     watch = Watch(args.encoder, prompts, args.watch_images, device) if accelerator.is_main_process else None
-    drawn_a_step = args.images_per_prompt * min(args.prompts_per_step, len(prompts)) * accelerator.num_processes
+    drawn_a_step = args.images_per_prompt * args.prompts_per_step * accelerator.num_processes
     log = Log(accelerator, args.output_dir, schedule, drawn_a_step)
 
     def look() -> bool:
@@ -454,7 +460,7 @@ def main(argv=None) -> dict:
             with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
                 figures = watch.look(pipe, output / f"samples-{schedule.step}", args.sampling_batch_size)
             if best.take(figures["score"], figures["spread"], schedule.step, args.least_spread):
-                save_weights(args, pipe.unet, output / "best")
+                save_weights(args, pipe.unet, output / f"best-{schedule.step}")
             stop = [best.since >= args.patience]
             log.write("val", **figures, best=best.step)
         broadcast_object_list(stop)
@@ -470,7 +476,7 @@ def main(argv=None) -> dict:
         drawn = sample(pipe, prompts, args, step_generator(args.seed, schedule.step, rank, device))
         figures = {name: value.mean().item() for name, value in score(pipe, drawn, prompts).items()}
         # Without dropout: what differs from the reference is to be what was learned, not noise.
-        figures |= update(wrapped, teacher, accelerator, optimizer, drawn, texts, schedule.step, replay)
+        figures |= update(wrapped, objective, accelerator, optimizer, drawn, texts, schedule.step, replay)
         schedule.advance(accelerator)
         log.tick(**figures)
         log.write("train", **{name: round(value, 5) for name, value in figures.items()})
@@ -479,10 +485,13 @@ def main(argv=None) -> dict:
             stop = look()
         if schedule.step % args.checkpointing_steps == 0 and not (last or stop):
             save_checkpoint(accelerator, args.output_dir, schedule.step, args.checkpoints_total_limit)
+            # Not before: a run that goes on from the checkpoint before this one may need an earlier best.
+            forget_weights(output, best.step)
 
     if accelerator.is_main_process:
         log.write("best", score=best.score, at_step=best.step)
-        finish(args, output, improved=best.step > 0)
+        finish(args, output, best.step)
+        forget_weights(output, best.step)
         push_pipeline(args, output / "pipeline")
     accelerator.end_training()
     return {"score": best.score, "at_step": best.step, "steps": schedule.step, "minutes": schedule.spent / 60}
@@ -502,16 +511,22 @@ def save_weights(args, unet: UNet2DConditionModel, folder: Path) -> None:
     unfinished.rename(folder)
 
 
-def finish(args, output: Path, improved: bool) -> None:
-    """Writes the whole pipeline with the best weights to `pipeline/`; a LoRA is fused, and lies in `best/` as well."""
+def forget_weights(output: Path, best: int) -> None:
+    for folder in output.glob("best-*"):
+        if folder.name != f"best-{best}":
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def finish(args, output: Path, best: int) -> None:
+    """Writes the whole pipeline with the best weights to `pipeline/`; a LoRA is fused, and lies in `best-<step>/`."""
     made = load(args)
     if args.lora_rank:
-        made.load_lora_weights(output / "best")
+        made.load_lora_weights(output / f"best-{best}")
         made.fuse_lora()
         made.unload_lora_weights()
     else:
-        made.unet = UNet2DConditionModel.from_pretrained(output / "best" / "unet")
-    if improved and args.guidance_scale is not None:
+        made.unet = UNet2DConditionModel.from_pretrained(output / f"best-{best}" / "unet")
+    if best and args.guidance_scale is not None:
         made.register_to_config(guidance_scale=args.guidance_scale)
     unfinished = output / ".pipeline"
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -55,7 +55,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
-from minim_pipeline.modalities import register_definitions
+from minim_pipeline.generate import read_model_index
 from minim_pipeline.tokens import add_modality_tokens, tokenize
 
 
@@ -289,8 +289,7 @@ def main(argv=None) -> None:
 
     if args.pretrained_model_name_or_path:
         # Before any row is read: it may be of a modality that only the base knows.
-        index = MinimPipeline.load_config(args.pretrained_model_name_or_path)
-        register_definitions(index.get("custom_modalities") or {})
+        index = read_model_index(args.pretrained_model_name_or_path)
     train_rows, val_rows = read_splits(args)
     new, new_val = len(train_rows), len(val_rows)
     if args.replay:
@@ -474,17 +473,7 @@ def trainable(args, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, new
     """Freezes what is not trained, and gives the optimizer's groups of what is."""
     text_encoder.requires_grad_(args.train_text_encoder)
     if args.lora_rank:
-        from peft import LoraConfig
-
-        unet.requires_grad_(False)
-        unet.add_adapter(
-            LoraConfig(
-                r=args.lora_rank,
-                lora_alpha=args.lora_rank,
-                init_lora_weights="gaussian",
-                target_modules=["to_k", "to_q", "to_v", "to_out.0"],
-            )
-        )
+        add_lora(unet, args.lora_rank)
     decay = args.adam_weight_decay
     weights = [p for p in unet.parameters() if p.requires_grad]
     groups = [{"params": weights, "peak": args.learning_rate, "weight_decay": decay}]
@@ -498,10 +487,18 @@ def trainable(args, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, new
     return groups
 
 
+def add_lora(unet: UNet2DConditionModel, rank: int) -> None:
+    """Freezes the U-Net, and adds a LoRA that changes nothing yet."""
+    from peft import LoraConfig
+
+    unet.requires_grad_(False)
+    layers = ["to_k", "to_q", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=layers))
+
+
 def check_known(rows: list[dict], source: str, index: dict, model: str) -> None:
     """Raises ValueError for rows to replay of modalities that `model`, by its `model_index.json`, has not learned."""
     learned = index.get("modalities") or []
-    learned = learned.split() if isinstance(learned, str) else learned
     unknown = {resolve_modality(row["modality"]).id for row in rows} - set(learned)
     if unknown:
         raise ValueError(

@@ -7,8 +7,8 @@ of the head's two grades:
 
 Half of the images that a step sees are finished, half are noised, with the U-Net's estimate of them: the head is asked
 on the way, too. What ratings do not speak of stays as it was: an anchor holds the head's grades for prompts that the
-images were not drawn for. A part of the images is kept out; if the head is not better at their ratings, the old one
-stays.
+images were not drawn for; and what it sees of an image does not change, since fingerprints of training images are read
+from that. A part of the images is kept out; if the head is not better at their ratings, the old one stays.
 
     python train/tune_filter.py --pretrained_model_name_or_path runs/model --ratings ratings.csv --output_dir runs/head
 """
@@ -36,6 +36,10 @@ from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 from minim_pipeline.tokens import tokenize
 
 
+# Parts of the head behind the pooled features, of which the fingerprints are made.
+LEARNING = ("pool", "text", "quality", "finding", "logit_scale")
+
+
 def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     tuning = parser.add_argument_group("the filter head's further training")
     tuning.add_argument("--tuning_steps", type=int, default=200)
@@ -49,6 +53,9 @@ def check_tuning_arguments(args: argparse.Namespace) -> None:
     for name in ("tuning_steps", "tuning_batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
+    for name in ("tuning_anchor", "tuning_learning_rate"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} has to be at least 0, got {getattr(args, name)}.")
     if not 0 < args.kept_out < 1:
         raise ValueError(f"--kept_out has to be between 0 and 1, got {args.kept_out}.")
 
@@ -89,7 +96,7 @@ def tune(
         latents: of the image of each row, fp32 [N, C, h, w], scaled as the U-Net takes them.
 
     Raises:
-        ValueError: there are fewer than ten images.
+        ValueError: there are fewer than ten images, or none is left to learn from.
     """
     torch.manual_seed(args.seed)  # for the head's dropout
     device = pipe.filter_head.device
@@ -98,6 +105,8 @@ def tune(
         raise ValueError(f"There are ratings of {len(paths)} images; at least 10 are needed to learn and to test.")
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(args.seed)).tolist()
     out = {paths[i] for i in order[: max(2, round(args.kept_out * len(paths)))]}
+    if len(out) == len(paths):
+        raise ValueError(f"--kept_out {args.kept_out} of {len(paths)} images leaves none to learn from: lower it.")
     kept_out = torch.tensor([row["path"] in out for row in rows])
     prompts = [prompt_text(row["Text"], resolve_modality(row["modality"]), pipe.tokenizer) for row in rows]
     ids = tokenize(pipe.tokenizer, prompts)[:, : pipe.filter_head.config.max_length].to(device)
@@ -106,10 +115,14 @@ def tune(
     rater = raters.index([row["rater"] for row in rows]).to(device)
     latents = latents.to(device)
     old = pipe.filter_head.float().eval().requires_grad_(False)
-    head = copy.deepcopy(old).requires_grad_(True).train()
+    head = copy.deepcopy(old)
+    learning = [p for name, p in head.named_parameters() if name.split(".")[0] in LEARNING]
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    head.train()
     alphas_cumprod = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.to(device)
     # A bias has to move as far as the head's score does, in few steps.
-    groups = [{"params": head.parameters()}, {"params": raters.parameters(), "weight_decay": 0.0, "scale": 50.0}]
+    groups = [{"params": learning}, {"params": raters.parameters(), "weight_decay": 0.0, "scale": 50.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.tuning_learning_rate, weight_decay=0.05)
     learned = (~kept_out).nonzero()[:, 0].to(device)
 
@@ -142,7 +155,7 @@ def tune(
         strange = (other != ids[mine]).any(1).float()
         anchor = (divergence(before, head(*seen, other)) * strange).sum() / strange.sum().clamp(min=1)
         (loss + args.tuning_anchor * anchor + raters.penalty(len(learned))).backward()
-        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     head.eval().requires_grad_(False)
