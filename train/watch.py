@@ -48,6 +48,12 @@ class Watch:
             min(batch_size, 64 if pipe.device.type == "cpu" else 256),
             name="watching",
         )
+        self.save(images, folder)
+        with torch.autocast(pipe.device.type, enabled=False):  # a ruler, at its own precision
+            return self.measure(images)
+
+    def measure(self, images: torch.Tensor) -> dict[str, float]:
+        """`look`'s figures of images uint8 [N, 3, H, W], one for each row."""
         features, embeddings = self.encoder.encode_images(images)
         # 20 is near the temperature that the encoder was trained with; it only has to be the same each time.
         logits = (20 * embeddings @ self.prototypes.T).masked_fill(~self.same[self.label], -torch.inf)
@@ -57,7 +63,6 @@ class Watch:
             torch.pdist(features[self.label == k]).mean() if (self.label == k).sum() > 1 else torch.zeros(())
             for k in range(len(self.labels))
         ]
-        self.save(images, folder)
         return {
             "score": round(mine.mean().item(), 5),
             "right": round((probabilities.argmax(1) == self.label).double().mean().item(), 5),
