@@ -3,11 +3,11 @@
 What is reported of each, of the difference, and with a paired 95 % interval where images can be drawn anew:
 
 - accuracy: what the judges of part B read, equally many images a finding, with phrasings as in training and new ones;
-- rated 3: by a stand-in rater (stand_in.py) if one is given;
+- rated 3: by a stand-in rater (stand_in.py) if one is given, of the findings that it has learned;
 - KID and Fréchet distance from val images in the features of the image-text encoder, inception score of the judges'
   probabilities, MS-SSIM among images of a prompt, recall of val images, and copies of training images.
 
-Findings that one of both models does not know are left out.
+Findings that one of both models does not know are left out, and modalities of which there are no real images.
 
     python train/compare_models.py --before runs/old --after runs/new --data data.csv --output_dir runs/comparison
 """
@@ -68,6 +68,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
+def modalities_of(args) -> set[str]:
+    """The ids of which --data has what both models are compared with: val images and, for copies, train images."""
+    found = []
+    for split in ("val",) if args.skip_memorisation else ("val", "train"):
+        rows = read_csv(args.data, split=split, require=("path", "Text", "modality"), check_images=False)
+        found.append({resolve_modality(row["modality"]).id for row in rows})
+    return set.intersection(*found)
+
+
 def draw_both(args, before: str, after: str, folder: Path, device) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """The plan and the images uint8 [N, 3, H, W] of both models, kept in `folder`."""
     judges, captions = load_judges(args.judges), json.loads(Path(args.captions).read_text())
@@ -76,10 +85,11 @@ def draw_both(args, before: str, after: str, folder: Path, device) -> tuple[list
     for name, model in models.items():
         pipes[name] = MinimPipeline.from_pretrained(model, filter_head=None)
         pipes[name].set_progress_bar_config(disable=True)
-    known = pipes["before"].config.findings or {}
+    known, real = pipes["before"].config.findings or {}, modalities_of(args)
     learned = {
         modality: [f for f in findings if f in (pipes["after"].config.findings or {}).get(modality, [])]
         for modality, findings in known.items()
+        if modality in real
     }
     for k, phrasing in enumerate(PHRASINGS):
         # Other seeds for each set, or their images would be alike, and intervals of both together too narrow.
@@ -87,7 +97,17 @@ def draw_both(args, before: str, after: str, folder: Path, device) -> tuple[list
         mine = plan(judges.classes, learned, captions, phrasing, args.images_per_finding, first)
         planned += [row | {"phrasing": phrasing} for row in mine]
     if not planned:
-        raise ValueError(f"The judges in {args.judges} know no finding that both models have learned.")
+        raise ValueError(
+            f"The judges in {args.judges} know no finding that both models have learned, of a modality with images in"
+            f" {args.data}."
+        )
+    for modality in dict.fromkeys(p["modality"] for p in planned):
+        prompts = [p["prompt"] for p in planned if p["modality"] == modality]
+        if len(set(prompts)) == len(prompts):
+            raise ValueError(
+                f"--images_per_finding {args.images_per_finding} draws every prompt of {modality!r} once, and images"
+                " of a prompt are compared with each other: raise it."
+            )
     for name, pipe in pipes.items():
 
         def draw(pipe=pipe, name=name):
@@ -256,10 +276,13 @@ def compare(args, before: str, after: str, folder: Path) -> dict:
     report["accuracy"] = by_slot(right["before"], right["after"], planned)
     if args.stand_in:
         rater = StandIn.from_pretrained(args.stand_in, device)
-        asked = [p["modality"] for p in planned], [p["finding"] for p in planned]
-        rated = {name: torch.tensor(rater.rate(mine, *asked)) for name, mine in images.items()}
-        report["rated 3 by the stand-in"] = by_slot(rated["before"] == 3, rated["after"] == 3, planned)
-        report["rated 1 by the stand-in"] = paired(rated["before"] == 1, rated["after"] == 1, planned)
+        knows = [i for i, p in enumerate(planned) if (p["modality"], p["finding"]) in rater.findings.classes]
+        if knows:
+            slots = [planned[i] for i in knows]
+            asked = [p["modality"] for p in slots], [p["finding"] for p in slots]
+            rated = {name: torch.tensor(rater.rate(mine[knows], *asked)) for name, mine in images.items()}
+            report["rated 3 by the stand-in"] = by_slot(rated["before"] == 3, rated["after"] == 3, slots)
+            report["rated 1 by the stand-in"] = paired(rated["before"] == 1, rated["after"] == 1, slots)
 
     rows = read_csv(args.data, split="val", require=("path", "Text", "modality", "finding"))
     rows = [row for row in rows if class_of(row)[0] in modalities]
