@@ -3,13 +3,13 @@
 Reward feedback learning (ReFL, ImageReward, arXiv 2304.05977) with a reward that lives on latents and knows the noise
 level, as in latent reward models (arXiv 2502.01051). Of images that the pipeline draws, noised to any level, the
 U-Net tells the clean latents; the filter head rates that estimate at that level; and the rating's gradient goes
-through the estimate into the U-Net. Nothing is decoded, and no chain of sampling steps is differentiated through. At
-high noise the head sees only coarse shapes, so there is little for it to be fooled by.
+through the estimate into the U-Net. Nothing is decoded, and no chain of sampling steps is differentiated through.
 
-What keeps it honest: an anchor to the network that it began with, alone where the prompt is left out (the negative
-side of guidance stays what it was); a term for images of one prompt staying as unlike each other as they were; no
-reward for copies of training images, nor for what is good already; real images beside, if asked for; and a scorer that
-the training does not see, the image-text encoder, which says when to stop.
+What keeps it honest: no reward at the highest noise levels, where an estimate is the mean of many images, and reward
+would make all of them typical; an anchor to the network that it began with, alone where the prompt is left out (the
+negative side of guidance stays what it was); a term for images of one prompt staying as unlike each other as they
+were; no reward for copies of training images, nor for what is good already; real images beside, if asked for; and a
+scorer that the training does not see, the image-text encoder, which says when to stop.
 
 From the pipeline's filter head:
 
@@ -82,6 +82,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     reward.add_argument("--prompts", help="CSV with Text,modality[,finding]: what is drawn, and rated by the head.")
     reward.add_argument("--ratings", help="CSV with path,Text,modality,rating[,rater]: the head learns from it first.")
     reward.add_argument("--enough", type=float, default=3.0, help="Log odds of the finding from which on none counts.")
+    reward.add_argument(
+        "--reward_until", type=float, default=0.6, help="Share of noise levels, the lowest, that count."
+    )
     reward.add_argument("--diversity_weight", type=float, default=8.0, help="Of a prompt's images staying unlike.")
     reward.add_argument("--anchor_weight", type=float, default=50.0, help="Of staying near the network begun with.")
     reward.add_argument(
@@ -127,7 +130,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             f"--train_batch_size has to be a multiple of --images_per_prompt ({args.images_per_prompt}), whose images"
             f" are compared; got {args.train_batch_size}."
         )
-    for name in ("drop_text", "least_spread"):
+    for name in ("reward_until", "drop_text", "least_spread"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} has to be between 0 and 1, got {getattr(args, name)}.")
     for name in ("diversity_weight", "anchor_weight", "replay_weight", "lora_rank", "guidance_scale"):
@@ -305,7 +308,8 @@ def update(
         noise = torch.randn(latents.shape, device=device, generator=g)
         with accelerator.autocast():
             parts = objective.losses(unet, latents, timesteps, noise, text, texts.asked[mine], group)
-        counted = (told & drawn.counts[index]).float()
+        seen = timesteps[:n] < args.reward_until * scheduler.config.num_train_timesteps
+        counted = (told & seen & drawn.counts[index]).float()
         wanted = parts["reward"] + args.diversity_weight * parts["diversity"].clamp(max=0)
         loss = (args.anchor_weight * parts["anchor"] - wanted * counted).mean()
         if replay is not None:
