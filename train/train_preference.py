@@ -83,7 +83,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     reward.add_argument("--ratings", help="CSV with path,Text,modality,rating[,rater]: the head learns from it first.")
     reward.add_argument("--enough", type=float, default=3.0, help="Log odds of the finding from which on none counts.")
     reward.add_argument(
-        "--reward_until", type=float, default=0.6, help="Share of noise levels, the lowest, that count."
+        "--reward_until", type=float, default=0.4, help="Share of noise levels, the lowest, that count."
     )
     reward.add_argument("--diversity_weight", type=float, default=8.0, help="Of a prompt's images staying unlike.")
     reward.add_argument("--anchor_weight", type=float, default=50.0, help="Of staying near the network begun with.")
