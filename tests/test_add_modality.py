@@ -9,6 +9,7 @@ import pytest
 import torch
 import train_filter
 import train_text_to_image
+from conftest import write_csv
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -39,14 +40,6 @@ def table():
     for table, entries in zip(tables, before):
         table.clear()
         table.update(entries)
-
-
-def write_csv(path: Path, rows: list[dict]) -> Path:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def make_rows(folder: Path, classes: list[tuple[str, str]], seed: int) -> list[dict]:

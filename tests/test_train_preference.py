@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def unet_of(folder):
 def test_what_is_rewarded_is_learned_as_far_as_the_anchor_lets_it(make_pipeline):
     """The head's rating of the U-Net's estimates rises above a run in the same noise that an anchor holds back."""
     rewards, distances = {}, {}
-    for anchor, until in ((0.0, 1.0), (1e5, 1.0), (0.0, 0.0)):
+    for anchor, until in ((0.0, 1.0), (1e5, 1.0), (0.0, 0.25)):
         pipe = make_pipeline(filtered=True, num_inference_steps=2)
         names = ("in_channels", "sample_size", "latent_scale", "vocab_size", "pad_token_id", "layers_per_block")
         torch.manual_seed(0)
@@ -57,12 +58,13 @@ def test_what_is_rewarded_is_learned_as_far_as_the_anchor_lets_it(make_pipeline)
         pipe.filter_head = FilterHead(**same, block_out_channels=(16, 16), norm_num_groups=4).eval()
         few = "--train_batch_size 8 --prompts_per_step 2 --images_per_prompt 4 --timesteps_per_image 2 --enough 6"
         args = train_preference.parse_args(["--prompts", "x", "--output_dir", "x", *few.split()])
-        args.anchor_weight, args.reward_until = anchor, until
+        args.anchor_weight, args.reward_until, args.drop_text = anchor, until, 0.0
         prompts = [{"Text": text, "modality": "oct"} for text in ("a", "b")]
         texts = train_preference.encode_prompts(pipe, prompts)
         reference = copy.deepcopy(pipe.unet).requires_grad_(False)
         scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         objective = train_preference.Objective(pipe.filter_head.requires_grad_(False), reference, scheduler, args)
+        objective.losses = Mock(wraps=objective.losses)
         optimizer = torch.optim.AdamW(pipe.unet.parameters(), lr=2e-3, weight_decay=0.0)
         mine, far = rewards.setdefault((anchor, until), []), distances.setdefault((anchor, until), [])
         for step in range(8):
@@ -73,10 +75,12 @@ def test_what_is_rewarded_is_learned_as_far_as_the_anchor_lets_it(make_pipeline)
             told = train_preference.update(pipe.unet, objective, Accelerator(cpu=True), optimizer, drawn, texts, step)
             mine.append(told["estimated_reward"])
             far.append(told["anchor"])
+        levels = torch.cat([call.args[2] for call in objective.losses.call_args_list])
+        assert 0.5 * until < levels.max() / scheduler.config.num_train_timesteps < until
     free, held, _ = (sum(told[-3:]) / 3 for told in rewards.values())
     assert free > held + 0.1, rewards
-    free, held, nowhere = (told[-1] for told in distances.values())
-    assert free > 3 * held and nowhere == 0, distances
+    free, held, _ = (told[-1] for told in distances.values())
+    assert free > 3 * held, distances
 
 
 def real_images(folder):
@@ -130,8 +134,7 @@ def test_a_run_writes_a_pipeline_and_goes_on_where_it_was_killed(arguments, base
 def test_it_stops_when_an_unseen_scorer_no_longer_gains(arguments, base, tmp_path, monkeypatch):
     scores = iter([0.5, 0.6, 0.4, 0.4, 0.4, 0.9])
     monkeypatch.setattr(train_preference.Watch, "look", lambda *a: {"score": next(scores), "right": 0, "spread": 1})
-    more = "--max_train_steps 9 --validation_steps 1 --patience 2 --learning_rate 1e-2 --guidance_scale 1.5"
-    more = [*more.split(), "--reward_until", "1"]  # or the first step may have nothing to learn from
+    more = "--max_train_steps 9 --validation_steps 1 --patience 2 --learning_rate 1e-2 --guidance_scale 1.5".split()
     report = train_preference.main([*arguments, *more, "--output_dir", str(tmp_path)])
     assert (report["at_step"], report["steps"]) == (1, 3)
     best, before = unet_of(tmp_path / "best-1"), unet_of(base)
@@ -224,7 +227,7 @@ def test_ratings_teach_the_head_and_a_lora(base, tmp_path):
         (["--prompts", "p.csv", "--anchor_weight", "-1"], "--anchor_weight has to be at least 0, got -1"),
         (["--prompts", "p.csv", "--train_batch_size", "12"], r"multiple of --images_per_prompt \(8\).*got 12"),
         (["--prompts", "p.csv", "--guidance_scale", "-1"], "--guidance_scale has to be at least 0, got -1"),
-        (["--prompts", "p.csv", "--reward_until", "2"], "--reward_until has to be between 0 and 1, got 2"),
+        (["--prompts", "p.csv", "--reward_until", "2"], "--reward_until has to be above 0 and at most 1, got 2"),
         (["--prompts", "p.csv", "--drop_text", "2"], "--drop_text has to be between 0 and 1, got 2"),
     ],
 )

@@ -83,7 +83,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     reward.add_argument("--ratings", help="CSV with path,Text,modality,rating[,rater]: the head learns from it first.")
     reward.add_argument("--enough", type=float, default=3.0, help="Log odds of the finding from which on none counts.")
     reward.add_argument(
-        "--reward_until", type=float, default=0.4, help="Share of noise levels, the lowest, that count."
+        "--reward_until", type=float, default=0.4, help="Share of noise levels, the lowest, to learn at."
     )
     reward.add_argument("--diversity_weight", type=float, default=8.0, help="Of a prompt's images staying unlike.")
     reward.add_argument("--anchor_weight", type=float, default=50.0, help="Of staying near the network begun with.")
@@ -130,7 +130,9 @@ def parse_args(argv=None) -> argparse.Namespace:
             f"--train_batch_size has to be a multiple of --images_per_prompt ({args.images_per_prompt}), whose images"
             f" are compared; got {args.train_batch_size}."
         )
-    for name in ("reward_until", "drop_text", "least_spread"):
+    if not 0 < args.reward_until <= 1:
+        raise ValueError(f"--reward_until has to be above 0 and at most 1, got {args.reward_until}.")
+    for name in ("drop_text", "least_spread"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} has to be between 0 and 1, got {getattr(args, name)}.")
     for name in ("diversity_weight", "anchor_weight", "replay_weight", "lora_rank", "guidance_scale"):
@@ -297,9 +299,11 @@ def update(
         index = (part[:, None] * size + torch.arange(size, device=device)).flatten()
         n, count = len(index), len(part)
         group = torch.arange(count, device=device).repeat_interleave(size)
-        told = (torch.rand(count, device=device, generator=g) >= args.drop_text)[group]
-        mine = drawn.prompt[index]
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (count,), device=device, generator=g)[group]
+        told = torch.rand(count, device=device, generator=g) >= args.drop_text
+        # The negative side is anchored at all noise levels.
+        levels = scheduler.config.num_train_timesteps * torch.where(told, args.reward_until, 1.0)
+        timesteps = (torch.rand(count, device=device, generator=g) * levels).long()[group]
+        told, mine = told[group], drawn.prompt[index]
         latents, text = drawn.latents[index], torch.where(told[:, None, None], texts.told[mine], texts.untold[mine])
         if replay is not None:
             latents, text = (torch.cat(pair) for pair in zip((latents, text), replay.draw(n, g), strict=True))
@@ -308,8 +312,7 @@ def update(
         noise = torch.randn(latents.shape, device=device, generator=g)
         with accelerator.autocast():
             parts = objective.losses(unet, latents, timesteps, noise, text, texts.asked[mine], group)
-        seen = timesteps[:n] < args.reward_until * scheduler.config.num_train_timesteps
-        counted = (told & seen & drawn.counts[index]).float()
+        counted = (told & drawn.counts[index]).float()
         wanted = parts["reward"] + args.diversity_weight * parts["diversity"].clamp(max=0)
         loss = (args.anchor_weight * parts["anchor"] - wanted * counted).mean()
         if replay is not None:
