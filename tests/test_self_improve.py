@@ -1,5 +1,6 @@
 """A round of self-improvement in miniature, with people's ratings and with a stand-in, killed and gone on with."""
 
+import copy
 import csv
 import json
 
@@ -11,11 +12,12 @@ import tune_filter
 from conftest import write_csv
 from PIL import Image
 
-from minim_pipeline import FilterHead, MinimPipeline
+from minim_pipeline import FilterHead, MinimPipeline, prompt_text, resolve_modality
 from minim_pipeline.evaluation.classifier import make_resnet
 from minim_pipeline.evaluation.judges import Judges
 from minim_pipeline.minim_filter import FilterHeadOutput
 from minim_pipeline.ratings import Rating, RatingStore, image_digest
+from minim_pipeline.tokens import tokenize
 
 
 torch.set_num_threads(1)
@@ -151,7 +153,7 @@ def test_overall_is_the_worse_of_both_grades():
     assert tune_filter.overall(rated).argmax(1).tolist() == [2, 1, 0]
 
 
-def test_a_head_learns_what_raters_say_and_keeps_to_itself_elsewhere(make_pipeline):
+def test_a_head_learns_what_raters_say_of_the_picture_and_keeps_the_finding(make_pipeline):
     pipe = make_pipeline(filtered=True)
     names = ("in_channels", "sample_size", "latent_scale", "vocab_size", "pad_token_id", "layers_per_block")
     torch.manual_seed(0)
@@ -164,9 +166,23 @@ def test_a_head_learns_what_raters_say_and_keeps_to_itself_elsewhere(make_pipeli
     rows = [
         {"path": f"{i}", "Text": "cyst", "modality": "oct", "rating": "31"[i % 2], "rater": "ann"} for i in range(60)
     ]
-    _, report = tune_filter.tune(pipe, rows, latents, args)
+
+    def moved(anchor):
+        """How far the grades of quality and of the finding went; and the report."""
+        args.tuning_anchor = anchor
+        old = copy.deepcopy(pipe.filter_head).eval()
+        head, report = tune_filter.tune(pipe, rows, latents, args)
+        ids = tokenize(pipe.tokenizer, [prompt_text("cyst", resolve_modality("oct"), pipe.tokenizer)])
+        ids = ids[:, : old.config.max_length].expand(60, -1)
+        with torch.no_grad():
+            was, now = (some(latents, latents, torch.zeros(60), ids) for some in (old, head))
+        return (now.quality - was.quality).abs().mean(), (now.finding - was.finding).abs().mean(), report
+
+    quality, finding, report = moved(args.tuning_anchor)
     assert report["taken"] and report["after"]["log_loss"] < report["before"]["log_loss"]
     assert report["after"]["auroc, good"] > 0.9
+    assert finding < quality / 2, "what can be the picture's fault is not the finding's"
+    assert finding < moved(0.0)[1] / 2
     with pytest.raises(ValueError, match="ratings of 4 images; at least 10"):
         tune_filter.tune(pipe, rows[:4], latents[:4], args)
 

@@ -6,9 +6,15 @@ of the head's two grades:
     P(rating >= k) = P(quality >= k) P(finding >= k)
 
 Half of the images that a step sees are finished, half are noised, with the U-Net's estimate of them: the head is asked
-on the way, too. What ratings do not speak of stays as it was: an anchor holds the head's grades for prompts that the
-images were not drawn for; and what it sees of an image does not change, since fingerprints of training images are read
-from that. A part of the images is kept out; if the head is not better at their ratings, the old one stays.
+on the way, too.
+
+One number does not say which of both is at fault. The grade of the finding was learned from labels, and an anchor
+holds it, for the prompt that an image was drawn for and for another: what quality can explain, it explains, and only
+ratings that speak against a finding again and again move it. Left free, it takes over what raters think of the
+picture, and a U-Net rewarded by it learns that instead of the finding. What the head sees of an image does not change
+either, since fingerprints of training images are read from that.
+
+A part of the images is kept out; if the head is not better at their ratings, the old one stays.
 
     python train/tune_filter.py --pretrained_model_name_or_path runs/model --ratings ratings.csv --output_dir runs/head
 """
@@ -45,7 +51,7 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     tuning.add_argument("--tuning_steps", type=int, default=200)
     tuning.add_argument("--tuning_learning_rate", type=float, default=2e-4)
     tuning.add_argument("--tuning_batch_size", type=int, default=256)
-    tuning.add_argument("--tuning_anchor", type=float, default=0.5, help="Of staying as it was for other prompts.")
+    tuning.add_argument("--tuning_anchor", type=float, default=1.0, help="Of the finding's grade staying as it was.")
     tuning.add_argument("--kept_out", type=float, default=0.2, help="Share of the rated images that it is tested on.")
 
 
@@ -78,12 +84,9 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def divergence(before: FilterHeadOutput, after: FilterHeadOutput) -> torch.Tensor:
-    """KL divergence [N] of both grades."""
-    total = 0.0
-    for name in ("quality_probs", "finding_probs"):
-        p, q = (getattr(rated, name).clamp(min=1e-6) for rated in (before, after))
-        total = total + (p * (p.log() - q.log())).sum(1)
-    return total
+    """KL divergence [N] of the grades of the finding."""
+    p, q = (rated.finding_probs.clamp(min=1e-6) for rated in (before, after))
+    return (p * (p.log() - q.log())).sum(1)
 
 
 def tune(
@@ -150,10 +153,8 @@ def tune(
         loss = -overall(rated).gather(1, grades[mine][:, None] - 1)[:, 0].clamp(min=1e-6).log().mean()
         other = ids[learned[torch.randint(len(learned), mine.shape, device=device, generator=g)]]
         with torch.no_grad():
-            before = old(*seen, other)
-        # The same prompt drawn by chance is no other one.
-        strange = (other != ids[mine]).any(1).float()
-        anchor = (divergence(before, head(*seen, other)) * strange).sum() / strange.sum().clamp(min=1)
+            before = [old(*seen, asked) for asked in (ids[mine], other)]
+        anchor = sum(divergence(*pair).mean() for pair in zip(before, (rated, head(*seen, other)), strict=True))
         (loss + args.tuning_anchor * anchor + raters.penalty(len(learned))).backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
