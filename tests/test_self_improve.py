@@ -160,6 +160,7 @@ def test_a_head_learns_what_raters_say_of_the_picture_and_keeps_the_finding(make
     same = {name: pipe.filter_head.config[name] for name in names}
     pipe.filter_head = FilterHead(**same, block_out_channels=(16, 16), norm_num_groups=4)
     args = tune_filter.parse_args(["--ratings", "x", "--output_dir", "x", "--tuning_steps", "40"])
+    usual = args.tuning_anchor
     args.tuning_learning_rate, args.tuning_batch_size = 5e-3, 32
     latents = torch.randn(60, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     latents[::2] *= 0.3  # what the raters like
@@ -178,11 +179,12 @@ def test_a_head_learns_what_raters_say_of_the_picture_and_keeps_the_finding(make
             was, now = (some(latents, latents, torch.zeros(60), ids) for some in (old, head))
         return (now.quality - was.quality).abs().mean(), (now.finding - was.finding).abs().mean(), report
 
-    quality, finding, report = moved(args.tuning_anchor)
+    quality, finding, report = moved(1.0)
     assert report["taken"] and report["after"]["log_loss"] < report["before"]["log_loss"]
     assert report["after"]["auroc, good"] > 0.9
     assert finding < quality / 2, "what can be the picture's fault is not the finding's"
     assert finding < moved(0.0)[1] / 2
+    assert moved(usual)[1] < finding / 2, "by default, it hardly moves"
     with pytest.raises(ValueError, match="ratings of 4 images; at least 10"):
         tune_filter.tune(pipe, rows[:4], latents[:4], args)
 

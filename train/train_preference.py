@@ -72,8 +72,8 @@ from minim_pipeline.ratings import image_digest
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
-    parser.set_defaults(train_batch_size=256, learning_rate=1e-4, lr_warmup_steps=2, adam_weight_decay=0.0)
-    parser.set_defaults(max_train_steps=30, validation_steps=5, checkpointing_steps=5)
+    parser.set_defaults(train_batch_size=256, learning_rate=4e-5, lr_warmup_steps=5, adam_weight_decay=0.0)
+    parser.set_defaults(max_train_steps=12, validation_steps=4, checkpointing_steps=4)
     model = parser.add_argument_group("model")
     model.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="With a filter head.")
     model.add_argument("--filter_head", help="Folder of another filter head than the pipeline's.")
@@ -81,7 +81,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     reward = parser.add_argument_group("reward: one of the first two")
     reward.add_argument("--prompts", help="CSV with Text,modality[,finding]: what is drawn, and rated by the head.")
     reward.add_argument("--ratings", help="CSV with path,Text,modality,rating[,rater]: the head learns from it first.")
-    reward.add_argument("--enough", type=float, default=3.0, help="Log odds of the finding from which on none counts.")
+    reward.add_argument("--enough", type=float, default=1.5, help="Log odds of the finding from which on none counts.")
     reward.add_argument(
         "--reward_until", type=float, default=0.4, help="Share of noise levels, the lowest, to learn at."
     )
@@ -96,7 +96,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     loss = parser.add_argument_group("a step draws images, rates them, and learns from them")
     loss.add_argument("--prompts_per_step", type=int, default=64, help="Prompts a step and a process.")
     loss.add_argument("--images_per_prompt", type=int, default=8, help="Images of each.")
-    loss.add_argument("--timesteps_per_image", type=int, default=4, help="How often a step learns from each image.")
+    loss.add_argument("--timesteps_per_image", type=int, default=12, help="How often a step learns from each image.")
     loss.add_argument("--num_inference_steps", type=int, help="Of the images to learn from; default: the pipeline's.")
     real = parser.add_argument_group("real images, which keep the network to what they look like")
     real.add_argument("--replay", help="CSV with path,Text,modality,split: its train images are learned from, too.")

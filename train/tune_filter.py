@@ -51,7 +51,7 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     tuning.add_argument("--tuning_steps", type=int, default=200)
     tuning.add_argument("--tuning_learning_rate", type=float, default=2e-4)
     tuning.add_argument("--tuning_batch_size", type=int, default=256)
-    tuning.add_argument("--tuning_anchor", type=float, default=1.0, help="Of the finding's grade staying as it was.")
+    tuning.add_argument("--tuning_anchor", type=float, default=10.0, help="Of the finding's grade staying as it was.")
     tuning.add_argument("--kept_out", type=float, default=0.2, help="Share of the rated images that it is tested on.")
 
 
