@@ -38,7 +38,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=int)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--round_images", type=int, default=30_000, help="What a whole round draws to learn from.")
-    parser.add_argument("--round_timesteps", type=int, default=4, help="How often a round learns from each image.")
+    parser.add_argument("--round_timesteps", type=int, default=12, help="How often a round learns from each image.")
     return parser.parse_args(argv)
 
 
