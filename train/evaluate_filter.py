@@ -301,6 +301,7 @@ def main(argv=None) -> dict:
         levels=drawn.levels.numpy(),
         accepted=accepted.numpy(),
         wrong=wrong.numpy(),
+        chosen=made["filter"]["index"].numpy(),
         said=said.half().numpy(),
     )
     print(json.dumps({key: value for key, value in report.items() if key != "arguments"}, indent=2))

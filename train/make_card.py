@@ -23,6 +23,11 @@ def dp(value: float, places: int) -> str:
     return f"{float(value):.{places}f}"
 
 
+def in_order(modalities: dict) -> list[str]:
+    """Ids of modalities, as the package's table has them in order."""
+    return [name for name in MODALITIES if name in modalities]
+
+
 def percent(value: float, places: int = 0) -> str:
     return dp(100 * value, places)
 
@@ -49,6 +54,7 @@ FILTERS = {
     "short": lambda value: f"{float(value):g}",
     "words": lambda value: WORDS[int(value)],
     "of_candidates": of_candidates,
+    "in_order": in_order,
     "title_of": lambda name: MODALITIES[name].name,
 }
 

@@ -1,0 +1,66 @@
+"""The filter's report is what its three scripts wrote, and its pooled figures those of all slots."""
+
+import json
+
+import gather_filter
+import numpy as np
+import pytest
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def comparison(folder, seed, wrong, chosen):
+    """An output folder of evaluate_filter.py; of `wrong` a row for each slot, a column for each candidate."""
+    kappa = {"people": {"kappa": 0.8}}
+    write(
+        folder / "report.json", {"arguments": {"seed": seed, "data": "/home/ann/data.csv"}, "n": len(wrong), **kappa}
+    )
+    np.savez(folder / "candidates.npz", wrong=np.array(wrong).flatten(), chosen=np.array(chosen))
+    return str(folder)
+
+
+@pytest.fixture
+def call(tmp_path):
+    made = {
+        "training": write(
+            tmp_path / "a.json", {"arguments": {"seed": 0, "train_data": "/home/ann/d.csv"}, "steps": 3}
+        ),
+        "calibration": write(tmp_path / "b.json", {"arguments": {"part": "C"}, "stages": [[14.0, 0.5]]}),
+        "output": write(tmp_path / "docs" / "report.json", {gather_filter.SETTLED: [{"seed": 0, "note": "kept"}]}),
+    }
+    # Four slots of two candidates: three wrong first ones, of which the choice leaves one.
+    first = comparison(tmp_path / "first", 1, [[True, False], [True, False]], [1, 1])
+    second = comparison(tmp_path / "second", 2, [[True, True], [False, True]], [0, 0])
+    return [part for name, path in made.items() for part in (f"--{name}", path)], first, second
+
+
+def test_the_report_has_all_parts_and_no_path_of_the_machine(call, tmp_path):
+    arguments, first, second = call
+    gather_filter.main([*arguments, "--comparisons", first, second])
+    text = (tmp_path / "docs" / "report.json").read_text()
+    report = json.loads(text)
+    assert "/home" not in text
+    assert report["training"]["steps"] == 3 and report["calibration"]["arguments"] == {"part": "C"}
+    assert [c["seed"] for c in report["comparisons"]] == [1, 2] and report["people"] == {"kappa": 0.8}
+    assert report[gather_filter.SETTLED] == [{"seed": 0, "note": "kept"}]
+    pooled = report["fresh comparisons, pooled"]
+    assert (pooled["n"], pooled["wrong without"], pooled["wrong"]) == (4, 0.75, 0.25)
+    assert pooled["removed"] == pytest.approx(2 / 3, abs=1e-4), "two of three"
+    assert pooled["against the mean candidate"] == pytest.approx(1 - 0.25 / 0.625)
+
+
+def test_seeds_that_are_not_fresh_and_missing_files_are_told(call, tmp_path):
+    arguments, first, second = call
+    before = (tmp_path / "docs" / "report.json").read_text()
+    with pytest.raises(ValueError, match=r"seeds of their own, not \[1, 1\]"):
+        gather_filter.main([*arguments, "--comparisons", first, first])
+    settled = comparison(tmp_path / "settled", 0, [[True, False]], [0])
+    with pytest.raises(ValueError, match=r"not \[0\]; rules were settled on \[0\]"):
+        gather_filter.main([*arguments, "--comparisons", settled])
+    with pytest.raises(ValueError, match="There is no .*nowhere/report.json, no .*candidates.npz"):
+        gather_filter.main([*arguments, "--comparisons", str(tmp_path / "nowhere")])
+    assert (tmp_path / "docs" / "report.json").read_text() == before, "nothing is lost"
