@@ -96,6 +96,23 @@ def test_the_worst_findings_are_the_reports(report):
     assert '"normal" in OCT (0.12, ' in make_card.render(other)
 
 
+def test_a_modality_that_is_added_has_its_rows(report):
+    def add(figures):
+        """The figures of a sixth modality are brain MRI's, but for training on them, which is measured apart."""
+        for name, value in list(figures.items()):
+            if isinstance(value, dict) and name != "downstream":
+                add(value)
+            if name.endswith("brain_mri"):
+                figures[name.replace("brain_mri", "breast_us")] = value
+
+    other = copy.deepcopy(report)
+    add(other)
+    card, before = make_card.render(other), make_card.render(report)
+    rows = [len(re.findall(r"^\| BrainMRI\b.*", text, flags=re.MULTILINE)) for text in (card, before)]
+    assert rows[0] == rows[1] == len(re.findall(r"^\| BreastUS\b.*", card, flags=re.MULTILINE)) > 2
+    assert "BreastUS" not in before
+
+
 def test_huggingface_hub_reads_the_card():
     card = ModelCard.load(ROOT / "pipeline_card.md", ignore_metadata_errors=False)
     assert card.data.license == "other" and card.data.license_name

@@ -3,8 +3,8 @@
     python train/gather_filter.py --training runs/filter/report.json --calibration runs/calibrated/report.json \
         --comparisons runs/first runs/second --output docs/filter/report.json
 
-`runs/first` and `runs/second` are output folders of evaluate_filter.py, on seeds that nothing was settled on. What the
-report at --output says of other comparisons, those that rules were settled on, is kept.
+`runs/first` and `runs/second` are output folders of evaluate_filter.py, of one model and on seeds that nothing was
+settled on. What the report at --output says of other comparisons, those that rules were settled on, is kept.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--training", required=True, help="report.json of train_filter.py.")
     parser.add_argument("--calibration", required=True, help="report.json of calibrate_filter.py.")
-    parser.add_argument("--comparisons", required=True, nargs="+", help="Output folders of evaluate_filter.py.")
+    parser.add_argument("--comparisons", required=True, nargs=2, help="Output folders of evaluate_filter.py.")
     parser.add_argument("--output", required=True, help="The report, JSON.")
     args = parser.parse_args(argv)
     files = [args.training, args.calibration]
@@ -36,10 +36,30 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def read(path: str | Path) -> dict:
-    """A report without arguments that are paths: they tell of the machine it ran on, not of what it did."""
-    report = json.loads(Path(path).read_text(encoding="utf-8"))
-    report["arguments"] = {name: value for name, value in report["arguments"].items() if "/" not in str(value)}
-    return report
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def without_paths(report: dict) -> dict:
+    """The report without arguments that are paths: they tell of the machine it ran on, not of what it did."""
+    return report | {"arguments": {k: v for k, v in report["arguments"].items() if "/" not in str(v)}}
+
+
+def read_comparisons(folders: list[str]) -> list[dict]:
+    """What evaluate_filter.py found, with the `seed` taken out of the arguments.
+
+    Raises:
+        ValueError: more than the seed differs, of another model for instance.
+    """
+    reports = [read(Path(folder) / "report.json") for folder in folders]
+    seeds = [report["arguments"].pop("seed") for report in reports]
+    first, *others = ({k: v for k, v in r["arguments"].items() if k != "output_dir"} for r in reports)
+    for other in others:
+        differ = [
+            f"{k} is {first.get(k)!r} and {other.get(k)!r}" for k in first | other if first.get(k) != other.get(k)
+        ]
+        if differ:
+            raise ValueError(f"The comparisons may differ in their seeds only, but {'; '.join(differ)}.")
+    return [{"seed": seed, **without_paths(report)} for seed, report in zip(seeds, reports, strict=True)]
 
 
 def pooled(folders: list[str]) -> dict:
@@ -47,6 +67,8 @@ def pooled(folders: list[str]) -> dict:
     off, on, each = [], [], []
     for folder in folders:
         with np.load(Path(folder) / "candidates.npz") as stored:
+            if "chosen" not in stored:
+                raise ValueError(f"{folder} was written before evaluate_filter.py kept its choices: run that again.")
             chosen, wrong = torch.from_numpy(stored["chosen"]), torch.from_numpy(stored["wrong"])
         wrong = wrong.view(len(chosen), -1)  # [slots, candidates]
         off.append(wrong[:, 0])
@@ -61,19 +83,16 @@ def pooled(folders: list[str]) -> dict:
 def main(argv=None) -> dict:
     args = parse_args(argv)
     output = Path(args.output)
-    before = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
-    comparisons = []
-    for folder in args.comparisons:
-        report = read(Path(folder) / "report.json")
-        comparisons.append({"seed": report["arguments"]["seed"], **report})
+    before = read(output) if output.is_file() else {}
+    comparisons = read_comparisons(args.comparisons)
     seeds = [comparison["seed"] for comparison in comparisons]
     known = [c["seed"] for c in before.get(SETTLED, [])]
     if len(set(seeds)) < len(seeds) or set(seeds) & set(known):
         raise ValueError(f"The comparisons need seeds of their own, not {seeds}; rules were settled on {known}.")
     people = [comparison.pop("people", None) for comparison in comparisons]  # the same for all seeds
     report = {
-        "training": read(args.training),
-        "calibration": read(args.calibration),
+        "training": without_paths(read(args.training)),
+        "calibration": without_paths(read(args.calibration)),
         "comparisons": comparisons,
         "people": people[0],
         SETTLED: before.get(SETTLED, []),

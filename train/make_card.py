@@ -24,8 +24,8 @@ def dp(value: float, places: int) -> str:
 
 
 def in_order(modalities: dict) -> list[str]:
-    """Ids of modalities, as the package's table has them in order."""
-    return [name for name in MODALITIES if name in modalities]
+    """Ids of modalities in the order of the package's table."""
+    return sorted(modalities, key=list(MODALITIES).index)
 
 
 def percent(value: float, places: int = 0) -> str:
