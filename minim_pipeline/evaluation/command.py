@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(draw, "--seed", type=int, default=0, help="image i has seed + i (default 0)")
     add(draw, "--num-inference-steps", type=int, help="default: the model's own")
     add(draw, "--guidance-scale", type=float, help="default: the model's own")
+    add(draw, "--no-filter", action="store_true", help="leave the model's filter out: the generator alone is measured")
     add(draw, "--batch-size", type=int, help="images drawn together (default 4 on a CPU, else 64)")
     add(draw, "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="to draw in")
     add(draw, "--device", help="e.g. cpu, cuda (default: a GPU if there is one)")
@@ -103,6 +104,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--extraction-captions needs --pipeline to draw with and --train to compare with.")
     if args.downstream and not args.train:
         raise ValueError("--downstream needs --train, the real images to train on.")
+    if args.no_filter and not args.pipeline:
+        raise ValueError("--no-filter belongs to --pipeline: images that are there have been chosen already.")
     if args.low_data_pipeline and not (args.downstream and args.pipeline):
         raise ValueError("--low-data-pipeline belongs to --downstream with --pipeline.")
     if not 0 < args.low_data_share < 1:
@@ -246,6 +249,8 @@ def describe(args: argparse.Namespace, real, synthetic, train) -> dict:
         values = sorted({row[name] for row in synthetic.rows if row.get(name)})
         if values:
             settings[name] = ", ".join(values)
+    if args.no_filter:
+        settings["filter"] = "off"
     made |= {"model": settings.pop("model", None), "revision": settings.pop("revision", None), "settings": settings}
     return sets | {"synthetic": made}
 
@@ -281,6 +286,7 @@ def draw_synthetic(args: argparse.Namespace, real_rows: list[dict]) -> tuple[Pat
         device=args.device,
         dtype=args.dtype,
         batch_size=batch_size(args),
+        no_filter=args.no_filter,
     )
     asked = {DatasetWriter.name(item.index): item.extra for item in items}
     rows = read_csv(folder / "data.csv")
