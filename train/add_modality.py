@@ -301,6 +301,8 @@ def train_head(args, output: Path, every: Path, part: str, teacher: Path, resolu
     call += ["--learning_rate", args.filter_learning_rate, "--checkpointing_steps", args.checkpointing_steps]
     call += ["--max_train_minutes", args.filter_minutes] if args.filter_minutes else []
     call += options(args, "ratings", "captions", "drawn_images", "draw_batch_size", "min_train", "latent_variants")
+    # No cross-validation of people's grades: the head that this one starts from has learned from all of them.
+    call += ["--folds", 0]
     train_filter.main([*map(str, call), *options(args, "caption_variants", "mixed_precision", "seed")])
 
 
