@@ -1,4 +1,4 @@
-# make demo   pictures of all five modalities from the embedded model, offline once the packages are installed
+# make demo   pictures of all six modalities from the embedded model, offline once the packages are installed
 # make test   style and tests
 # make space  the pages to generate and rate images, at http://127.0.0.1:7860
 # make test-diffusers   loading, saving and publishing with the older diffusers that are admitted

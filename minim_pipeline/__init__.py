@@ -11,7 +11,7 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# The model that ships with the package: 256 px, five modalities, fp16 safetensors.
+# The model that ships with the package: 256 px, six modalities, fp16 safetensors.
 EMBEDDED_CHECKPOINT: Path = Path(__file__).parent / "checkpoints" / "minim-256"
 # The image-text encoder that reports and copy checks look through: 6 MB.
 EMBEDDED_ENCODER: Path = Path(__file__).parent / "checkpoints" / "minim-encoder"

@@ -9,7 +9,7 @@ import torch
 from minim_pipeline import EMBEDDED_CHECKPOINT, MODALITIES, MinimPipeline
 
 
-TRAINED = ["oct", "fundus", "cxr", "chest_ct", "brain_mri"]
+TRAINED = ["oct", "fundus", "cxr", "chest_ct", "brain_mri", "breast_us"]
 whole = pytest.mark.skipif(
     not (EMBEDDED_CHECKPOINT / "model_index.json").is_file(), reason="the U-Net is not part of this version"
 )
@@ -75,8 +75,8 @@ def test_it_draws_what_it_was_trained_on():
     assert {p.dtype for c in (pipe.unet, pipe.vae, pipe.text_encoder) for p in c.parameters()} == {torch.float32}
     assert sorted(pipe.config.modalities) == sorted(TRAINED)
     prompts = [pipe.config.findings[m][0] for m in TRAINED]
-    images = pipe(prompts, modality=TRAINED, seeds=list(range(5)), num_inference_steps=4, output_type="np").images
-    assert images.shape == (5, 256, 256, 3)
+    images = pipe(prompts, modality=TRAINED, seeds=list(range(6)), num_inference_steps=4, output_type="np").images
+    assert images.shape == (6, 256, 256, 3)
     for image, name in zip(images, TRAINED):
         assert (np.ptp(image, axis=-1).max() == 0) == MODALITIES[name].grey
         assert image.std() > 0.05
@@ -93,7 +93,7 @@ def test_what_it_learned_is_told():
 
 def test_the_filter_takes_neither_noise_nor_a_flat_picture_and_knows_its_thresholds():
     pipe = MinimPipeline.from_pretrained(EMBEDDED_CHECKPOINT)
-    assert pipe.config.num_candidates == 4 and len(pipe.filter_head.fingerprints) > 5000
+    assert pipe.config.num_candidates == 4 and len(pipe.filter_head.fingerprints) > 6000
     assert set(pipe.filter_head.config.calibration) == set(pipe.config.modalities)
     noise = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     noise[1] = 0.5

@@ -110,7 +110,7 @@ def test_figures_are_there_with_their_n_and_whose_they_are(report):
 
 def test_page_stands_alone(report):
     figures, page = report
-    assert "oct-12.png" in page and f"{figures['modalities']['cxr']['memorisation']['encoder']['limit']:.2g}" in page
+    assert "oct-12.png" in page and f"{figures['modalities']['cxr']['memorisation']['encoder']['limit']:.3g}" in page
     assert page.count("data:image/webp") == 2 * 4 + 2 * 2 * 6
     without_names = re.sub(r'xmlns[:a-z]*="[^"]*"', "", page)
     assert "http://" not in without_names and "https://" not in without_names
@@ -174,6 +174,18 @@ def test_pipeline_draws_what_is_measured_and_goes_on(sets, pipeline_dir, tmp_pat
     assert main(["evaluate", "--real", str(few), "--output-dir", str(tmp_path / "out"), *options, *other]) == 2
 
 
+@pytest.mark.parametrize("off", [False, True])
+def test_the_filter_chooses_what_is_measured_unless_it_is_left_out(off, sets, make_pipeline, tmp_path):
+    make_pipeline(filtered=True).save_pretrained(tmp_path / "model")
+    few = sets["real"].parent / "two.csv"
+    few.write_text("\n".join(sets["real"].read_text().splitlines()[:3]) + "\n")
+    options = ["--pipeline", str(tmp_path / "model"), "--num-inference-steps", "1", "--device", "cpu"]
+    report = evaluate({"real": few}, tmp_path / "out", *options, *["--no-filter"] * off)
+    columns = (tmp_path / "out" / "synthetic" / "data.csv").read_text().splitlines()[0].split(",")
+    assert ("accepted" in columns) is not off
+    assert report["sets"]["synthetic"]["settings"].get("filter") == ("off" if off else None)
+
+
 def test_images_on_both_sides_are_refused(sets, tmp_path, capsys):
     """By the files themselves, whatever CSV names them: every copy would look new beside them."""
     folder = sets["train"].parent
@@ -205,6 +217,7 @@ BAD = [
         "in --real and in --train",
     ),
     (["--real", "{real}", "--synthetic", "none.csv", "--output-dir", "out"], "none.csv"),
+    (["--real", "{real}", "--synthetic", "{real}", "--no-filter", "--output-dir", "out"], "belongs to --pipeline"),
     (["--real", "{real}", "--synthetic", "{real}", "--resolution", "0", "--output-dir", "out"], "at least 1, got 0"),
     (
         ["--real", "{real}", "--synthetic", "{real}", "--downstream", "--output-dir", "out"],

@@ -44,7 +44,7 @@ def server(tmp_path_factory):
 
 
 def test_it_says_when_it_is_ready_and_with_which_model(server):
-    assert server.health["status"] == "ok" and server.health["model"] == "minim-256" and server.health["images"] == 30
+    assert server.health["status"] == "ok" and server.health["model"] == "minim-256" and server.health["images"] == 36
 
 
 def test_the_images_that_come_along_are_synthetic_and_say_so():

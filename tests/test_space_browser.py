@@ -110,7 +110,7 @@ def test_a_link_fills_the_page_and_its_images_come_with_scores_and_as_a_zip(visi
 
 def test_what_cannot_be_drawn_is_said_in_words(visit):
     page = visit("/?modality=%3Cb%3Eoct")
-    page.wait_for_selector("text=Choose a modality: oct, fundus, cxr, chest_ct, brain_mri (got '<b>oct')")
+    page.wait_for_selector("text=Choose a modality: oct, fundus, cxr, chest_ct, brain_mri, breast_us (got '<b>oct')")
     page = visit("/?steps=100000&modality=oct&prompt=cyst")
     page.wait_for_selector("text=steps has to be a whole number from 2 to 50")
     page.get_by_label("What it shows").fill("   ")
@@ -125,7 +125,7 @@ def test_two_raters_at_once_and_the_way_back(visit, server):
     first = ann.locator("#picture img").get_attribute("src")
     for page, key in ((ann, "3"), (bob, "1"), (ann, "2"), (bob, "1")):
         rate(page, key)
-    assert ann.locator("#count").inner_text() == bob.locator("#count").inner_text() == "2 of 33"
+    assert ann.locator("#count").inner_text() == bob.locator("#count").inner_text() == "2 of 40"
     ann.keyboard.press("b")
     ann.keyboard.press("ArrowLeft")
     assert ann.locator("#picture img").get_attribute("src") == first
@@ -180,7 +180,7 @@ def test_ten_ratings_by_keys_survive_a_kill(browser, tmp_path):
         server = Server(tmp_path)
         page.goto(server.url + "/rate")  # another port, so the name is asked for again
         begin(page, "Dr Ten")
-        assert page.locator("#count").inner_text() == "10 of 33"
+        assert page.locator("#count").inner_text() == "10 of 40"
     finally:
         context.close()
         server.kill()

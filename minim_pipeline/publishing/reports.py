@@ -10,14 +10,19 @@ from safetensors import safe_open
 
 
 # Reports that make up report.json, as `train/` and `minim evaluate` write them into a project's docs/.
-SECTIONS = {"generation": "report.json", "filter": "filter/report.json", "evaluation": "evaluation/report.json"}
+SECTIONS = {
+    "generation": "report.json",
+    "filter": "filter/report.json",
+    "evaluation": "evaluation/report.json",
+    "rounds": "rounds/both-rounds.json",
+}
 
 
 def gather_reports(docs: str | Path, model: str | Path) -> dict:
     """What report.json of a published model holds: the reports found in `docs`, by section, and the model's `parts`.
 
     Args:
-        docs: folder with `report.json`, `filter/report.json` and `evaluation/report.json`; any may be missing.
+        docs: folder with the files of `SECTIONS`, of which any may be missing.
         model: folder of the saved pipeline, whose parts are counted.
     """
     found = {name: Path(docs) / file for name, file in SECTIONS.items()}
@@ -51,7 +56,7 @@ def read_report(path: str | Path) -> dict:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no report: {error}.") from error
-    marks = {"generation": "generated", "filter": "comparisons", "evaluation": "sets"}
+    marks = {"generation": "generated", "filter": "comparisons", "evaluation": "sets", "rounds": "frechet"}
     if isinstance(report, dict):
         if set(report) & set(SECTIONS):
             return report
