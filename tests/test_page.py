@@ -256,6 +256,8 @@ def test_whole_parts_can_be_left_out_with_a_reason():
 
 def test_conditions_of_downstream_training_can_be_left_out():
     report = copy.deepcopy(REPORT)
+    report["downstream"]["note"] = "Measured of another model."
+    assert "Measured of another model." in Text(render(report, {}, {})).text
     setting = report["downstream"]["low_data"]["data sharing"]
     setting["points"][0] = {"percent": 100, "left_out": "too few images to add", "gain": {"left_out": "nothing added"}}
     assert "too few images to add" in Text(render(report, {}, {})).text

@@ -309,7 +309,8 @@ def _downstream(report: Mapping) -> dict | None:
         "Accuracy on unseen real images of a classifier trained on each set. The ratio is synthetic over real: 1 "
         "where synthetic images teach as much as the real ones do."
     )
-    parts = [make_table("Trained on one set", head, rows, reading)]
+    # `note`: what a reader has to know first, such as that it was measured of another model than the rest.
+    parts = [make_table("Trained on one set", head, rows, reading, text=downstream.get("note", ""))]
 
     low_data = downstream.get("low_data") or {}
     if "left_out" in low_data:
