@@ -35,7 +35,7 @@ RATE = """async (count) => {
 
 def main(argv=None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ratings", type=int, default=30, help="How many images are rated; 33 come with the Space.")
+    parser.add_argument("--ratings", type=int, default=30, help="How many images are rated; 40 come with the Space.")
     parser.add_argument("--port", type=int, default=7899)
     args = parser.parse_args(argv)
     from playwright.sync_api import sync_playwright

@@ -22,6 +22,7 @@ EXAMPLES = {
     "cxr": ["Clear lungs, normal cardiac silhouette.", "bacterial pneumonia with lobar consolidation"],
     "chest_ct": ["COVID-19 pneumonia with bilateral ground-glass opacities", "squamous cell carcinoma"],
     "brain_mri": ["meningioma compressing the adjacent brain", "no tumor"],
+    "breast_us": ["Oval circumscribed hypoechoic mass, benign.", "Normal breast tissue."],
 }
 NOTICE = (
     "**Synthetic images, for research and teaching. Not a medical device: never for anybody's diagnosis or care.**"

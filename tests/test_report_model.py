@@ -91,9 +91,11 @@ def test_report_end_to_end(make_pipeline, tmp_path):
     from minim_pipeline.evaluation.classifier import ARCHITECTURES
     from minim_pipeline.evaluation.judges import Judges
 
-    findings = {"oct": ["normal", "diabetic macular edema"], "cxr": ["normal"]}
+    # Of fundus photographs there are no real images: they are left out.
+    findings = {"oct": ["normal", "diabetic macular edema"], "cxr": ["normal"], "fundus": ["glaucoma"]}
     make_pipeline(findings=findings).save_pretrained(tmp_path / "model")
     classes = [("oct", "normal"), ("oct", "diabetic macular edema"), ("cxr", "normal"), ("cxr", "COVID-19")]
+    classes.append(("fundus", "glaucoma"))
     models = {name: make(len(classes), 16) for name, make in ARCHITECTURES.items()}
     Judges(models, classes, 32).save_pretrained(tmp_path / "judges")
     rows = [["path", "Text", "modality", "finding", "split", "source"]]
@@ -113,6 +115,7 @@ def test_report_end_to_end(make_pipeline, tmp_path):
     arguments += ["--output", str(output)]
     report = report_model.main(arguments)
 
+    assert set(report["generated"]["new"]["modalities"]) == set(report["checks"]) == {"oct", "cxr"}
     assert json.loads(output.read_text()) == json.loads(json.dumps(report))
     assert str(tmp_path) not in output.read_text()
     assert report["generated"]["train"]["n"] == report["generated"]["new"]["n"] == 9

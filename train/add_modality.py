@@ -11,12 +11,12 @@ In stages, each in a folder of its own; a run that was stopped goes on where it 
 
 A modality of the package's table needs no more than its name:
 
-    python train/add_modality.py --modality breast_us \
-        --train_data new_domain.csv --replay data.csv --output_dir runs/breast_us --mixed_precision bf16 --compile
+    python train/add_modality.py --modality breast_mri \
+        --train_data new_domain.csv --replay data.csv --output_dir runs/breast_mri --mixed_precision bf16 --compile
 
 Any other has to be defined, and the pipeline takes the definition along:
 
-    python train/add_modality.py --pretrained_model_name_or_path runs/breast_us/pipeline \
+    python train/add_modality.py --pretrained_model_name_or_path runs/breast_mri/pipeline \
         --modality dermoscopy --color --flip --aliases dermatoscopy "skin lesion" \
         --words "color photograph of a skin lesion" \
         --train_data skin.csv --replay data.csv --output_dir runs/dermoscopy

@@ -10,7 +10,7 @@
 - Memorisation (minim_pipeline/evaluation/memorisation.py), in latents and in pixels.
 - Checks: equal channels, letterboxes, specks; and a sheet a modality, seeds in order, nothing picked.
 
-Findings that the judges do not know (too few images) are left out.
+Findings that the judges do not know (too few images) are left out, and modalities without val images.
 """
 
 import argparse
@@ -191,6 +191,10 @@ def main(argv=None) -> dict:
         return rows, [resolve_modality(row["modality"]).id for row in rows]
 
     val_rows, val_names = read_split("val")
+    # Of a modality without real images there is nothing to compare with.
+    learned = {name: found for name, found in pipe.config.findings.items() if name in val_names}
+    if len(learned) < len(pipe.config.findings):
+        print(f"left out, without val images in {args.data}:", ", ".join(set(pipe.config.findings) - set(learned)))
     val = load_images(val_rows, args.data, size)
     report = {
         "model": re.sub(r".*/", "", str(args.model).rstrip("/")),
@@ -241,7 +245,7 @@ def main(argv=None) -> dict:
     generated, names, findings = [], [], []
     report["generated"] = {}
     for phrasing in args.phrasings:
-        planned = plan(judges.classes, pipe.config.findings, captions, phrasing, args.images_per_finding, args.seed)
+        planned = plan(judges.classes, learned, captions, phrasing, args.images_per_finding, args.seed)
         begun = time.monotonic()
         cache = Path(args.save_images) / f"{phrasing}.npz" if args.save_images else None
         images = generate(pipe, planned, args.batch_size, report["settings"], cache)
