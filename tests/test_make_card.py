@@ -113,6 +113,14 @@ def test_a_modality_that_is_added_has_its_rows(report):
     assert "BreastMRI" not in before
 
 
+def test_the_card_says_of_which_model_the_downstream_part_was_measured(report):
+    other = copy.deepcopy(report)
+    other["evaluation"]["downstream"]["note"] = "Measured of another model."
+    assert "*Worth as training data*. Measured of another model. A small" in make_card.render(other)
+    del other["evaluation"]["downstream"]["note"]
+    assert "*Worth as training data*. A small" in make_card.render(other)
+
+
 def test_huggingface_hub_reads_the_card():
     card = ModelCard.load(ROOT / "pipeline_card.md", ignore_metadata_errors=False)
     assert card.data.license == "other" and card.data.license_name

@@ -129,6 +129,9 @@ def test_report_end_to_end(make_pipeline, tmp_path):
     again = report_model.main([*arguments, "--skip_autoencoder", "--skip_memorisation"])
     for phrasing in ("train", "new"):
         assert again["generated"][phrasing]["modalities"] == report["generated"][phrasing]["modalities"]
+    (tmp_path / "other.csv").write_text("path,Text,modality,finding,split\n0.png,x,BrainMRI,glioma,val\n")
+    with pytest.raises(ValueError, match="other.csv has no val images of what .* has learned: cxr, fundus, oct"):
+        report_model.main([*arguments, "--data", str(tmp_path / "other.csv")])
     with pytest.raises(ValueError, match="other settings"):
         report_model.main([*arguments, "--guidance_scale", "4"])
 

@@ -193,8 +193,11 @@ def main(argv=None) -> dict:
     val_rows, val_names = read_split("val")
     # Of a modality without real images there is nothing to compare with.
     learned = {name: found for name, found in pipe.config.findings.items() if name in val_names}
-    if len(learned) < len(pipe.config.findings):
-        print(f"left out, without val images in {args.data}:", ", ".join(set(pipe.config.findings) - set(learned)))
+    left = [name for name in pipe.config.findings if name not in learned]
+    if not learned:
+        raise ValueError(f"{args.data} has no val images of what {args.model} has learned: {', '.join(left)}.")
+    if left:
+        print(f"left out, without val images in {args.data}: {', '.join(left)}")
     val = load_images(val_rows, args.data, size)
     report = {
         "model": re.sub(r".*/", "", str(args.model).rstrip("/")),
