@@ -168,6 +168,28 @@ def retrieve_timesteps(
     return scheduler.timesteps, len(scheduler.timesteps)
 
 
+def check_finite(values: torch.Tensor, what: str, networks: dict[str, torch.nn.Module]) -> None:
+    """Raises ValueError if latents or pixels (N, ...) are not finite: no picture is made of them.
+
+    Args:
+        what: they are.
+        networks: by name, those that made them; the first whose weights are not finite is told.
+    """
+    broken = int((~values.isfinite()).flatten(1).any(1).sum())
+    if not broken:
+        return
+    why = ""
+    if networks:
+        dtypes = " and ".join(dict.fromkeys(str(network.dtype) for network in networks.values()))
+        why = f": numbers grew too large for {dtypes}; `dtype=torch.float32`, or less guidance, may help"
+    for name, network in networks.items():
+        weights = [p for p in network.parameters() if p.is_floating_point() and p.device.type != "meta"]
+        if not all(p.isfinite().all() for p in weights):
+            why = f": the weights of `{name}` are not finite, as of a training that has diverged"
+            break
+    raise ValueError(f"{what} are not finite for {broken} of {len(values)} images{why}.")
+
+
 def redrawing_seed(generator: torch.Generator) -> int | None:
     """The int64 that makes `generator` anew, or None if it has been drawn from or is no CPU generator."""
     if generator.device.type != "cpu":
@@ -665,12 +687,14 @@ class MinimPipeline(
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Latents (N, C, H/8, W/8), scaled as the U-Net takes them, of images (N, 3, H, W) in [-1, 1]."""
+        check_finite(pixels, "Pixels", {})
         upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
         if upcast:
             self.vae.float()
         latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().float()
         if upcast:
             self.vae.half()
+        check_finite(latents, "Encoded latents", {"vae": self.vae})
         return latents * self.vae.config.scaling_factor
 
     def decode_latents(self, latents: torch.Tensor, modalities: list[Modality]) -> torch.Tensor:
@@ -683,6 +707,7 @@ class MinimPipeline(
         if upcast:
             self.vae.half()
         images = images.float()
+        check_finite(images, "Decoded pixels", {"vae": self.vae})
         grey = torch.tensor([m.grey for m in modalities], device=images.device).view(-1, 1, 1, 1)
         return torch.where(grey, images.mean(1, keepdim=True), images)
 
@@ -1125,6 +1150,7 @@ class MinimPipeline(
                 callback_on_step_end_tensor_inputs,
                 funnel,
             )
+            check_finite(result, "Latents", {"unet": self.unet, "text_encoder": self.text_encoder})
             if not filtering:
                 final, chosen, drawn = list(result), round_seeds, [1] * num_images
                 break

@@ -26,7 +26,6 @@ import argparse
 import gc
 import json
 import os
-import shutil
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -39,6 +38,8 @@ import train_filter
 import train_text_to_image
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
+from arguments import check_numbers, check_shares
+from checkpoints import save_model
 from common import write_csv, write_json
 from hub import add_hub_arguments, check_hub_arguments, push_pipeline
 
@@ -122,10 +123,11 @@ def parse_args(argv=None) -> argparse.Namespace:
             "--replay is missing: the rows that the model has learned from, so that it does not forget them;"
             " --no_replay to do without."
         )
-    counts = ("max_train_steps", "filter_steps", "teacher_steps", "drawn_images", "draw_batch_size", "min_train")
-    for name in (*counts, "filter_batch_size", "prompts_per_modality"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
+    check_numbers(parser, args, from_zero=("seed", "lr_warmup_steps", "min_val"))
+    check_shares(args, "ema_decay", "replay_share")
+    for name in ("max_train_minutes", "filter_minutes"):
+        if getattr(args, name) == 0:
+            raise ValueError(f"--{name} has to be above 0, got 0.")
     return args
 
 
@@ -328,11 +330,7 @@ def write_pipeline(output: Path, base: MinimPipeline, filtered: bool) -> None:
     )
     if head is not None:
         pipe.filter_head.half()
-    unfinished, final = output / ".pipeline", output / "pipeline"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    pipe.save_pretrained(unfinished)
-    shutil.rmtree(final, ignore_errors=True)
-    unfinished.rename(final)
+    save_model(pipe, output / "pipeline")
 
 
 def validation(output: Path, modality: Modality) -> dict:

@@ -21,7 +21,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from arguments import check_numbers, check_shares
 from candidates import Candidates, draw_candidates, follow
+from checkpoints import save_model
+from common import write_json
 from copies import fingerprints, fit_code, plant, pooled_features, version_features, veto_report
 from filter_report import auroc
 from hub import add_hub_arguments, check_hub_arguments, push_parts
@@ -71,7 +74,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     add_hub_arguments(parser)
     args = parser.parse_args(argv)
+    check_numbers(parser, args)
+    check_shares(args, "copy_false_alarms")
     check_hub_arguments(args)
+    if args.candidates < 2:
+        raise ValueError(f"--candidates has to be at least 2, to choose from, got {args.candidates}.")
     if args.precision is not None and args.teacher is None:
         raise ValueError("--precision needs --teacher: classifiers that read what the images show.")
     if args.code_bits < 8 or args.code_bits % 8:
@@ -312,10 +319,10 @@ def main(argv=None) -> dict:
     output.mkdir(parents=True, exist_ok=True)
     acceptance_curves(drawn, modalities, calibration, output / "acceptance.png")
     noise_curves(table, stages, output / "noise.png")
-    head.half().save_pretrained(output / "filter_head")
+    save_model(head.half(), output / "filter_head")
     report = {"arguments": vars(args), "calibration": calibration, "generated": figures, "copies": copies}
     report |= {"stages": stages, "plans": plans, "noise": table}
-    (output / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
+    write_json(output / "report.json", json.loads(json.dumps(report, default=str)))
     push_parts(args, "calibrate_filter", output / "filter_head")
     print(json.dumps({key: value for key, value in report.items() if key not in ("arguments", "plans")}, indent=2))
     return report

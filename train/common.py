@@ -1,18 +1,18 @@
-"""What the training scripts share: arguments, randomness that does not depend on history, checkpoints, the log."""
+"""What the training scripts share: arguments, rows, randomness that does not depend on history, the log."""
 
 import argparse
 import csv
 import json
 import math
-import os
-import re
-import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast
+from arguments import check_shares, check_tracker
+from checkpoints import FINISHED, step_of
 from hub import add_hub_arguments, check_hub_arguments
 from tqdm.auto import tqdm
 
@@ -64,7 +64,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_common_arguments(args: argparse.Namespace) -> None:
-    """Raises ValueError for numbers no run can have, before any image is read."""
+    """Raises ValueError for what no run can have, before any image is read; numbers: `arguments.check_numbers`."""
     check_run_arguments(args)
     if args.split == args.val_split:
         raise ValueError(f"--split and --val_split are both {args.split!r}; --val_split none validates on nothing.")
@@ -74,9 +74,10 @@ def check_common_arguments(args: argparse.Namespace) -> None:
 
 def check_run_arguments(args: argparse.Namespace) -> None:
     """As `check_common_arguments`, of a run that reads no images."""
-    for name in ("train_batch_size", "max_train_steps", "validation_steps", "checkpointing_steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
+    if args.max_train_minutes is not None and args.max_train_minutes <= 0:
+        raise ValueError(f"--max_train_minutes has to be above 0, got {args.max_train_minutes}.")
+    check_shares(args, "ema_decay")
+    check_tracker(args.report_to)
     check_hub_arguments(args)
 
 
@@ -92,19 +93,45 @@ def read_splits(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
         return train[: args.max_train_samples], []
     # What is validated on is never trained on, also with --split all.
     train = [row for row in train if row.get("split") != args.val_split]
+    if not train:
+        raise ValueError(f"{args.train_data} has no rows to train on: all are of --val_split {args.val_split!r}.")
     return train[: args.max_train_samples], rows(args.val_split)[: args.max_train_samples]
 
 
+def check_processes(rows: list[dict], what: str) -> None:
+    """Raises ValueError if there are fewer rows than processes, each of which takes its share."""
+    processes = PartialState().num_processes
+    if len(rows) < processes:
+        raise ValueError(f"{what} has {len(rows)} rows for {processes} processes: start fewer, or give more rows.")
+
+
+def start_trackers(accelerator, name: str, args: argparse.Namespace) -> None:
+    """Starts what `--report_to` names, with the arguments in types that all trackers take."""
+    if args.report_to:
+        config = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in vars(args).items()}
+        accelerator.init_trackers(name, config=config)
+
+
 def note_arguments(args: argparse.Namespace, checkpoint: Path | None) -> None:
-    """Writes `arguments.json`; of an earlier log only what is before the checkpoint stays."""
+    """Writes `arguments.json`; of an earlier log only what is before the checkpoint stays.
+
+    That is without the validation after the same step, which is done again.
+    """
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    (output / FINISHED).unlink(missing_ok=True)
     (output / "arguments.json").write_text(json.dumps(vars(args), indent=2, default=str))
     # Without a checkpoint everything is done again, what comes before the first step too.
-    log, step = output / "log.jsonl", int(checkpoint.name.split("-")[1]) if checkpoint else -1
+    log, step = output / "log.jsonl", step_of(checkpoint) if checkpoint else -1
+
+    def stays(line: str) -> bool:
+        if not line.endswith("\n"):  # the process was killed while it wrote
+            return False
+        record = json.loads(line)
+        return record["step"] < step or (record["step"] == step and record["kind"] == "train")
+
     if log.is_file():
-        kept = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
-        log.write_text("".join(kept))
+        log.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if stays(line)))
 
 
 def write_json(path: Path, content) -> None:
@@ -170,10 +197,12 @@ class Schedule:
         return peak * min(1.0, (self.step + 1) / max(1, warmup_steps)) * 0.5 * (1 + math.cos(math.pi * self.progress))
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "spent": self.spent, "by_time": self.by_time}
+        return {"step": self.step, "spent": self.spent, "by_time": self.by_time, "max_seconds": self.max_seconds}
 
     def load_state_dict(self, state: dict) -> None:
         self.step, self.spent, self.by_time = state["step"], state["spent"], state["by_time"]
+        if state.get("max_seconds", self.max_seconds) != self.max_seconds:  # it goes on with more time
+            self.by_time = self.spent / self.max_seconds
 
 
 class Log:
@@ -215,59 +244,3 @@ class Log:
         flat = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
         self.accelerator.log(flat, step=self.schedule.step)
         self.bar.write(f"[{kind}] " + json.dumps({k: v for k, v in record.items() if k != "kind"}))
-
-
-def save_checkpoint(accelerator, output_dir: str, step: int, limit: int) -> None:
-    """Writes `checkpoint-<step>` whole or not at all, and removes the oldest beyond `limit`."""
-    final, unfinished = Path(output_dir) / f"checkpoint-{step}", Path(output_dir) / f".checkpoint-{step}"
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(unfinished, final)
-        for old in list_checkpoints(output_dir)[:-limit]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def list_checkpoints(output_dir: str) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
-
-
-# What may differ between a run and its continuation: where it lies, and how long and how closely it is watched.
-_MAY_CHANGE = {
-    *("output_dir", "resume_from_checkpoint", "max_train_steps", "max_train_minutes", "validation_steps"),
-    *("checkpointing_steps", "checkpoints_total_limit", "report_to", "compile", "gradient_checkpointing"),
-    *("push_to_hub", "hub_model_id"),
-}
-
-
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` names; None if there is nothing to resume from.
-
-    Raises:
-        ValueError: a checkpoint is named that does not exist; the folder holds a run and nothing was said of it; or
-            the run had other arguments, and so could not be continued as if it had never stopped.
-    """
-    argument, existing = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
-    if argument is None and (existing or (Path(args.output_dir) / "log.jsonl").is_file()):
-        found = ", ".join(p.name for p in existing) or "none"
-        raise ValueError(
-            f"{args.output_dir} holds an earlier run (checkpoints: {found}): give --resume_from_checkpoint latest to "
-            "go on with it, or another --output_dir."
-        )
-    if argument is None or (argument == "latest" and not existing):
-        return None
-    checkpoint = existing[-1] if argument == "latest" else Path(argument)
-    if not re.fullmatch(r"checkpoint-\d+", checkpoint.name) or not checkpoint.is_dir():
-        raise ValueError(f"{argument!r} is no folder `checkpoint-<step>`; there are: {[p.name for p in existing]}.")
-    if (checkpoint.parent / "arguments.json").is_file():
-        before = json.loads((checkpoint.parent / "arguments.json").read_text())
-        now = json.loads(json.dumps(vars(args), default=str))
-        other = [k for k in now if k not in _MAY_CHANGE and k in before and before[k] != now[k]]
-        if other:
-            told = "; ".join(f"--{k} was {before[k]!r}, now {now[k]!r}" for k in other)
-            raise ValueError(f"{checkpoint} is of a run with other arguments: {told}.")
-    return checkpoint

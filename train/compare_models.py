@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from arguments import check_numbers
 from common import write_json
 from evaluate_filter import diversity
 from PIL import Image
@@ -63,6 +64,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     add_comparison_arguments(parser)
     args = parser.parse_args(argv)
+    check_numbers(parser, args, from_zero=("comparison_seed",))
     if not args.data:
         raise ValueError("--data is needed: the CSV of real images that both are compared with.")
     return args

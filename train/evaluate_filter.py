@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from arguments import check_numbers
 from candidates import Candidates, draw_candidates, follow
 from filter_report import other_findings, quality_report, rate
 from PIL import Image
@@ -57,7 +58,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_numbers(parser, args)
+    return args
 
 
 def judged(pipe: MinimPipeline, drawn: Candidates, modalities: list[str]) -> tuple[torch.Tensor, list[str | None]]:

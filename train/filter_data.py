@@ -10,6 +10,7 @@ from pathlib import Path
 import rubric
 import torch
 from captions import phrase
+from checkpoints import count_bytes, whole_file
 from common import step_generator
 from latents import augment
 from safetensors import safe_open
@@ -127,10 +128,8 @@ def kept(path: Path, key: dict, make: Callable[[], dict[str, torch.Tensor]]) -> 
             if (stored.metadata() or {}).get("key") == text:
                 return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     tensors = {name: tensor.contiguous() for name, tensor in make().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    save_file(tensors, unfinished, metadata={"key": text})
-    unfinished.replace(path)
+    with whole_file(path, count_bytes(tensors)) as unfinished:
+        save_file(tensors, unfinished, metadata={"key": text})
     return tensors
 
 

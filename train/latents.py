@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from checkpoints import count_bytes, whole_file
 from common import hold_images, step_generator
 from diffusers import AutoencoderKL
 from safetensors import safe_open
@@ -49,9 +50,8 @@ class Latents:
         mine = file(accelerator.process_index)
         if not (mine.is_file() and safe_open(mine, "pt").metadata() == key):
             part = cls._encode(args, accelerator, vae, rows[accelerator.process_index :: world], versions)
-            unfinished = mine.with_suffix(".tmp")
-            save_file(dict(zip(("mean", "std"), part, strict=True)), unfinished, metadata=key)
-            unfinished.replace(mine)
+            with whole_file(mine, count_bytes(part)) as unfinished:
+                save_file(dict(zip(("mean", "std"), part, strict=True)), unfinished, metadata=key)
         accelerator.wait_for_everyone()
         mean = std = None
         for rank in range(world):
@@ -145,7 +145,8 @@ def memorised_share(
 ) -> float:
     """Share of samples that lie nearer to a training image than the nearest 1 % of val images of their modality do.
 
-    On latents [N, C, h, w] averaged over 2 x 2, where a copy stays near even if its noise differs.
+    On latents [N, C, h, w] averaged over 2 x 2, where a copy stays near even if its noise differs. Samples of a
+    modality without training images do not count; 0 if there are no others.
     """
     copies = total = 0
     names = [resolve_modality(row["modality"]).id for row in train_rows]
@@ -155,6 +156,8 @@ def memorised_share(
 
     for name, latents in samples.items():
         mine = torch.tensor([i for i, n in enumerate(names) if n == name])
+        if not len(mine):
+            continue
         references = train.mean[mine.to(train.mean.device)].flatten(0, 1).to(latents.device)
         references = features((references.float() - train.shift) * train.scale)
         real = features(val[[i for i, n in enumerate(val_names) if n == name]].to(latents.device))
@@ -163,4 +166,4 @@ def memorised_share(
         share, _ = copy_share(*distances)
         copies += share * len(latents)
         total += len(latents)
-    return round(copies / total, 4)
+    return round(copies / max(1, total), 4)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from arguments import check_numbers
 from PIL import Image
 from train_autoencoder import validate
 from train_classifier import format_report
@@ -66,7 +67,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--skip_autoencoder", action="store_true")
     parser.add_argument("--skip_memorisation", action="store_true")
     parser.add_argument("--threads", type=int, help="CPU threads.")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_numbers(parser, args)
+    return args
 
 
 def plan(classes, learned, captions: dict, phrasing: str, count: int, seed: int) -> list[dict]:

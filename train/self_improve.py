@@ -19,7 +19,6 @@ this round's candidates are taken, each once; what a file holds of other rounds 
 import argparse
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -29,8 +28,10 @@ from pathlib import Path
 
 import torch
 import train_preference
+from arguments import check_numbers
 from calibrate_filter import threshold
 from captions import load_captions
+from checkpoints import whole_folder
 from common import write_csv, write_json
 from compare_models import add_comparison_arguments, compare, summary
 from hub import add_hub_arguments, check_hub_arguments, push_pipeline
@@ -41,6 +42,7 @@ from tune_filter import add_tuning_arguments, check_tuning_arguments, tune
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
 from minim_pipeline.data import read_csv, resolve_path
+from minim_pipeline.finite import check_weights
 from minim_pipeline.generate import generate, model_identity, plan_file, read_model_index
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.minim_filter.funnel import combine
@@ -75,9 +77,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_hub_arguments(parser)
     args = parser.parse_args(argv)
     check_tuning_arguments(args)
-    for name in ("candidates", "batch_size", "calibration_images", "images_per_finding", "num_processes"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
+    check_numbers(parser, args, from_zero=("seed", "comparison_seed"))
     if not 0 < args.acceptance <= 1:
         raise ValueError(f"--acceptance has to be above 0 and at most 1, got {args.acceptance}.")
     if not 0 <= args.seed < 10**6:
@@ -264,13 +264,11 @@ def tune_head(args: argparse.Namespace, folder: Path) -> None:
 
 
 def save_whole(folder: Path, model, name: str, report: dict) -> None:
-    """Writes `model` into `folder/name` and `report.json` beside it: all of it, or nothing."""
-    unfinished = folder.with_name(f".{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished / name if name else unfinished)
-    write_json(unfinished / "report.json", report)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    """Writes `model`, if it is finite, into `folder/name` and `report.json` beside it: all of it, or nothing."""
+    check_weights(model)
+    with whole_folder(folder) as unfinished:
+        model.save_pretrained(unfinished / name if name else unfinished)
+        write_json(unfinished / "report.json", report)
 
 
 def train_on_preferences(args: argparse.Namespace, folder: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import train_classifier
+from arguments import check_numbers
 from filter_report import auroc
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 
@@ -131,6 +132,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     add_hub_arguments(parser)
     args = parser.parse_args(argv)
+    check_numbers(parser, args, from_zero=("seed", "min_val"))
     check_hub_arguments(args)
     return args
 

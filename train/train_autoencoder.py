@@ -30,22 +30,24 @@ import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from arguments import check_numbers, check_shares
+from checkpoints import find_checkpoint, is_finished, note_finished, save_model
 from common import (
     Log,
     Schedule,
     add_common_arguments,
     check_common_arguments,
-    find_checkpoint,
     hold_images,
     note_arguments,
     read_splits,
-    save_checkpoint,
+    start_trackers,
     step_generator,
 )
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from hub import push_parts
 from PIL import Image
+from run import Run
 
 from minim_pipeline import resolve_modality
 from minim_pipeline.image_loading import load_images
@@ -86,7 +88,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     loss.add_argument("--sharpening", type=float, default=0.8, help="Its weight, lambda; 0: fidelity only.")
     loss.add_argument("--sharpen_from", type=float, default=0.3, help="Share of the run after which it is asked for.")
     args = parser.parse_args(argv)
+    check_numbers(parser, args, from_zero=("seed", "lr_warmup_steps"))
     check_common_arguments(args)
+    check_shares(args, "sharpen_from")
     if args.freeze_encoder and not args.pretrained_model_name_or_path:
         raise ValueError("--freeze_encoder needs --pretrained_model_name_or_path, whose encoder is kept.")
     if args.crop % 32 or not 32 <= args.crop <= args.resolution:
@@ -217,6 +221,10 @@ def main(argv=None) -> None:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir
     )
+    if is_finished(args):
+        if accelerator.is_main_process:
+            push_parts(args, "train_autoencoder", Path(args.output_dir) / "vae")
+        return
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
     device, rank = accelerator.device, accelerator.process_index
@@ -256,8 +264,7 @@ def main(argv=None) -> None:
         ema.to(device)
     if accelerator.is_main_process:
         note_arguments(args, checkpoint)
-    if args.report_to:
-        accelerator.init_trackers("minim-autoencoder", config=vars(args))
+    start_trackers(accelerator, "minim-autoencoder", args)
     log = Log(accelerator, args.output_dir, schedule, args.train_batch_size * accelerator.num_processes)
 
     def evaluate() -> None:
@@ -277,7 +284,8 @@ def main(argv=None) -> None:
     batch = args.train_batch_size
     latents_shape = (batch, vae.config.latent_channels, args.crop // 8, args.crop // 8)
     vae.train()
-    while not schedule.done:
+
+    def train_step() -> dict[str, torch.Tensor]:
         generator = step_generator(args.seed, schedule.step, rank, device)
         index = torch.randint(len(images), (batch,), device=device, generator=generator)
         x = draw_batch(images, index, args.crop, generator, device)
@@ -292,23 +300,26 @@ def main(argv=None) -> None:
         weight = args.sharpening if schedule.progress >= args.sharpen_from else 0.0
         # Divided by its own value the loss has the gradient of log(MSE); past 50 dB there is nothing to gain.
         fidelity = ((mse - weight * energy / 4) / (mse.detach() + 1e-5)).mean()
-        accelerator.backward(fidelity + args.kl_weight * kl)
+        loss = fidelity + args.kl_weight * kl
+        accelerator.backward(loss)
         accelerator.clip_grad_norm_(trained, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         ema.step(trained)
         short = (energy < wanted).float().mean()  # share of images that have less energy than is wanted
         shown = {"psnr": -4.343 * mse.detach().log().mean(), "kl": kl.detach(), "short": short}
+        return {"loss": loss.detach(), **shown}
 
-        schedule.advance(accelerator)
-        log.tick(**shown)
-        if schedule.step % 200 == 0:
-            values = {k: round(float(v), 4) for k, v in shown.items()}
-            log.write("train", **values)
-        if schedule.step % args.validation_steps == 0:
-            evaluate()
-        if schedule.step % args.checkpointing_steps == 0 and not schedule.done:
-            save_checkpoint(accelerator, args.output_dir, schedule.step, args.checkpoints_total_limit)
+    with Run(accelerator, args, schedule, evaluate) as run:
+        run.begin()
+        while not schedule.done:
+            shown = train_step()
+            loss = shown.pop("loss")
+            schedule.advance(accelerator)
+            log.tick(**shown)
+            if schedule.step % 200 == 0:
+                log.write("train", **{k: round(float(v), 4) for k, v in shown.items()})
+            run.end_step(loss)
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -318,9 +329,10 @@ def main(argv=None) -> None:
             # That of a Stable Diffusion keeps its latents, and so does one whose encoder is frozen.
             if vae.config.scaling_factor == 1.0 and not args.freeze_encoder:
                 normalise_latents(vae, images)
-            vae.save_pretrained(Path(args.output_dir) / "vae")
+            save_model(vae, Path(args.output_dir) / "vae")
             if val_rows:
                 log.write("final", **validate(vae, val_images, val_names))
+        note_finished(args, schedule)
         push_parts(args, "train_autoencoder", Path(args.output_dir) / "vae")
     accelerator.end_training()
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from arguments import check_numbers, check_shares
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 
 from minim_pipeline.data import read_csv
@@ -46,6 +47,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads.")
     add_hub_arguments(parser)
     args = parser.parse_args(argv)
+    check_numbers(parser, args, from_zero=("seed", "min_val"))
+    check_shares(args, "mix", "ema_decay", "label_smoothing")
     check_hub_arguments(args)
     return args
 
@@ -82,6 +85,11 @@ def main(argv=None) -> dict:
 
     rows = known([row for row in all_train if "all" in args.part or row.get("part") in args.part])
     val_rows = known(val_rows)
+    if not rows or not val_rows:
+        raise ValueError(
+            f"{args.train_data} has {len(rows)} train rows of part {' '.join(args.part)} and {len(val_rows)} val rows"
+            f" of findings with {args.min_train} train and {args.min_val} val images: lower --min_train or --min_val."
+        )
     # A little larger than what the classifiers see, so that zooming in finds detail.
     size = min(256, args.resolution * 5 // 4 // 8 * 8)
     images = load_images(rows, args.train_data, size).to(device)

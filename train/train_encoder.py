@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from arguments import check_numbers, check_shares
 from captions import load_captions, phrase
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 from tqdm.auto import tqdm
@@ -36,6 +37,7 @@ from minim_pipeline import EMBEDDED_CHECKPOINT
 from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.classifier import augment, prepare_training
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
+from minim_pipeline.finite import FiniteLoss, check_weights
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.modalities import resolve_modality
 
@@ -65,9 +67,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_hub_arguments(parser)
     args = parser.parse_args(argv)
     check_hub_arguments(args)
-    for name in ("width", "text_width", "resolution", "caption_variants", "max_train_steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
+    check_numbers(parser, args)
+    check_shares(args, "ema_decay")
+    if args.temperature == 0:
+        raise ValueError("--temperature has to be above 0, got 0.")
     if args.train_batch_size < 2:
         raise ValueError(
             f"--train_batch_size has to be at least 2, to tell images apart, got {args.train_batch_size}."
@@ -133,6 +136,7 @@ def train(model: VisionTextDualEncoderModel, images, ids, labels, grey, args, de
     g = torch.Generator(device).manual_seed(args.seed)
     batch = min(args.train_batch_size, len(images))
     mirror = torch.ones(batch, dtype=torch.bool, device=device)
+    losses = FiniteLoss()
     with tqdm(range(args.max_train_steps), mininterval=2) as bar:
         for step in bar:
             # No image twice in a batch: it would be its own negative.
@@ -148,14 +152,18 @@ def train(model: VisionTextDualEncoderModel, images, ids, labels, grey, args, de
             scale = model.logit_scale.exp().clamp(max=100)
             about = text_loss(seen, read.repeat(2, 1), scale, labels[index].repeat(2))
             copies = copy_loss(*pooled.chunk(2), args.temperature)
-            (about + args.copy_weight * copies).backward()
+            loss = about + args.copy_weight * copies
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             average.update_parameters(model)
+            losses.add(loss, step + 1)
             if step % 50 == 0:
                 bar.set_postfix(text=f"{about.item():.3f}", copies=f"{copies.item():.3f}")
+    losses.check()
+    check_weights(average.module)
     return average.module.eval()
 
 

@@ -18,34 +18,39 @@ import copy
 import hashlib
 import json
 import math
+import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from arguments import check_numbers, check_shares
 from captions import load_captions
+from checkpoints import find_checkpoint, is_finished, note_finished, save_model
 from common import (
     Log,
     Schedule,
     add_common_arguments,
     check_common_arguments,
-    find_checkpoint,
     note_arguments,
     read_splits,
-    save_checkpoint,
+    start_trackers,
     step_generator,
+    write_json,
 )
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from filter_data import Captions, Drawn, Pool, build_pool, draw, encode, kept, versions
-from filter_report import cross_validate, finding_report, quality_report
+from filter_report import cross_validate, finding_report, other_findings, quality_report
 from hub import push_parts
 from raters import Raters, learned_from, raters_report, read_ratings
+from run import Run
 from trajectories import Trajectories
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
 from minim_pipeline.evaluation.judges import claimed_classes, class_of, load_judges
+from minim_pipeline.finite import FiniteLoss
 from minim_pipeline.generate import read_model_index
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.minim_filter import FilterHead
@@ -78,17 +83,17 @@ def parse_args(argv=None) -> argparse.Namespace:
     loss.add_argument("--clean_share", type=float, default=0.5, help="Share of finished images among the pool's.")
     loss.add_argument("--class_weight", type=float, default=0.5, help="Of telling all findings apart by their texts.")
     loss.add_argument("--code_weight", type=float, default=0.2, help="Of telling images apart by their codes.")
-    loss.add_argument("--rating_steps", type=int, default=300, help="Further steps with people's grades.")
+    loss.add_argument("--rating_steps", type=int, default=300, help="Further steps with people's grades, if any.")
     loss.add_argument("--rating_learning_rate", type=float, default=2e-4)
     loss.add_argument("--folds", type=int, default=5, help="Folds of the ratings, by group; 0 leaves that out.")
     args = parser.parse_args(argv)
+    check_numbers(parser, args, from_zero=("seed", "lr_warmup_steps", "rating_steps", "folds"))
     check_common_arguments(args)
-    for name in ("caption_variants", "latent_variants", "drawn_images", "trajectory_steps", "draw_batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
-    if not 0 <= args.clean_share <= 1:
-        raise ValueError(f"--clean_share has to be between 0 and 1, got {args.clean_share}.")
-    if args.folds == 1 or args.folds < 0:
+    check_shares(args, "clean_share")
+    for name in ("compile", "gradient_checkpointing"):
+        if getattr(args, name):
+            raise ValueError(f"--{name} does nothing here: leave it out.")
+    if args.folds == 1:
         raise ValueError(f"--folds has to be 0 or at least 2, got {args.folds}.")
     return args
 
@@ -271,6 +276,7 @@ def tune(
     # A bias has to move as far as the head's score does, in few steps.
     groups = [{"params": head.parameters()}, {"params": raters.parameters(), "weight_decay": 0.0, "scale": 50.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.rating_learning_rate, weight_decay=0.05)
+    watched = FiniteLoss()
     for step in range(args.rating_steps):
         for group in optimizer.param_groups:
             rate = args.rating_learning_rate * group.get("scale", 1.0)
@@ -287,6 +293,8 @@ def tune(
         torch.nn.utils.clip_grad_norm_(head.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        watched.add(loss, step + 1)
+    watched.check()
     return head.eval(), raters
 
 
@@ -302,18 +310,21 @@ def train_losses(head: FilterHead, lessons: Lessons, batch: dict[str, torch.Tens
 def main(argv=None) -> dict:
     args = parse_args(argv)
     # --mixed_precision is that of the frozen networks: the head's own arithmetic is fp32, always.
-    accelerator = Accelerator(project_dir=args.output_dir)
+    accelerator = Accelerator(log_with=args.report_to, project_dir=args.output_dir)
     if accelerator.num_processes > 1:
         raise ValueError(f"train_filter.py is run by one process, got {accelerator.num_processes}.")
-    checkpoint = find_checkpoint(args)
     output, device = Path(args.output_dir), accelerator.device
+    if is_finished(args):
+        push_parts(args, "train_filter", output / "filter_head")
+        return json.loads((output / "report.json").read_text())
+    checkpoint = find_checkpoint(args)
     set_seed(args.seed)
     # Before any row is read: it may be of a modality that only the pipeline knows.
     read_model_index(args.pretrained_model_name_or_path)
     all_rows, val_rows = read_splits(args)
     classes = claimed_classes(all_rows, all_rows, args.min_train, 0)
     rows = [r for r in all_rows if args.part in ("all", r.get("part")) and class_of(r) in classes]
-    val_rows = [row for row in val_rows if class_of(row) in classes]
+    val_rows = judgeable([row for row in val_rows if class_of(row) in classes], args)
     if not rows:
         raise ValueError(f"{args.train_data} has no rows of part {args.part!r} with a finding of {args.min_train}.")
     ratings = read_ratings(args.ratings) if args.ratings else []
@@ -354,6 +365,7 @@ def main(argv=None) -> dict:
         accelerator.load_state(str(checkpoint))
         ema.to(device)
     note_arguments(args, checkpoint)
+    start_trackers(accelerator, "minim-filter", args)
     log = Log(accelerator, args.output_dir, schedule, 2 * args.train_batch_size)
     if val_rows:
         val_images = load_images(val_rows, args.train_data, args.resolution)
@@ -364,7 +376,7 @@ def main(argv=None) -> dict:
         ema.copy_to(made.parameters())
         return made.eval()
 
-    while not schedule.done:
+    def train_step() -> dict[str, torch.Tensor]:
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(args.learning_rate, args.lr_warmup_steps)
         g = step_generator(args.seed, schedule.step, accelerator.process_index, device)
@@ -375,17 +387,24 @@ def main(argv=None) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         ema.step(head.parameters())
-        schedule.advance(accelerator)
-        if schedule.step % 20 == 0:
-            log.tick(**{name: value.item() for name, value in parts.items()})
-        if schedule.step % 200 == 0:
-            log.write("train", **{name: round(value.item(), 4) for name, value in parts.items()})
-        if val_rows and (schedule.step % args.validation_steps == 0 or schedule.done):
+        return {name: value.detach() for name, value in parts.items()}
+
+    def validate() -> None:
+        if val_rows:
             figures = finding_report(averaged(), lessons, val_rows, val_latents, pipe.tokenizer, args.seed)
             log.write("val", **{f"auroc_{level}": found["auroc"] for level, found in figures.items()})
-            averaged().half().save_pretrained(output / "filter_head")
-        if schedule.step % args.checkpointing_steps == 0 and not schedule.done:
-            save_checkpoint(accelerator, args.output_dir, schedule.step, args.checkpoints_total_limit)
+            save_model(averaged().half(), output / "filter_head")
+
+    with Run(accelerator, args, schedule, validate) as run:
+        run.begin()
+        while not schedule.done:
+            parts = train_step()
+            schedule.advance(accelerator)
+            if schedule.step % 20 == 0:
+                log.tick(**{name: value.item() for name, value in parts.items()})
+            if schedule.step % 200 == 0:
+                log.write("train", **{name: round(value.item(), 4) for name, value in parts.items()})
+            run.end_step(sum(parts.values()))
 
     final = averaged()
     report = {
@@ -411,11 +430,25 @@ def main(argv=None) -> dict:
         report |= raters_report(ratings, raters, guesses)
     if val_rows:
         report["finding, val"] = finding_report(final, lessons, val_rows, val_latents, pipe.tokenizer, args.seed)
-    final.half().save_pretrained(output / "filter_head")
-    (output / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
+    save_model(final.half(), output / "filter_head")
+    write_json(output / "report.json", json.loads(json.dumps(report, default=str)))
+    note_finished(args, schedule)
+    accelerator.end_training()
     push_parts(args, "train_filter", output / "filter_head")
     print(json.dumps({k: v for k, v in report.items() if k != "arguments"}, indent=2))
     return report
+
+
+def judgeable(val_rows: list[dict], args: argparse.Namespace) -> list[dict]:
+    """The val rows, or none, with a word, if no modality has two findings to be told apart."""
+    if val_rows and all(other < 0 for other in other_findings(val_rows, args.seed)):
+        warnings.warn(
+            f"{args.train_data} has val rows of one finding a modality only, which cannot be told from another:"
+            " nothing is validated.",
+            stacklevel=2,
+        )
+        return []
+    return val_rows
 
 
 def load_graded(ratings: list[dict], args, pipe: MinimPipeline, device):

@@ -34,14 +34,23 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from arguments import check_numbers, check_shares
+from checkpoints import (
+    find_checkpoint,
+    is_finished,
+    list_checkpoints,
+    note_finished,
+    save_model,
+    step_of,
+    whole_folder,
+)
 from common import (
     Log,
     Schedule,
     add_run_arguments,
     check_run_arguments,
-    find_checkpoint,
     note_arguments,
-    save_checkpoint,
+    start_trackers,
     step_generator,
     write_json,
 )
@@ -51,6 +60,7 @@ from hub import push_pipeline
 from raters import read_ratings
 from replay import Replay
 from rewards import are_copies, finding_reward, rate, spread
+from run import Run
 from train_text_to_image import add_lora, loss_weights, target
 from tune_filter import add_tuning_arguments, check_tuning_arguments, tune
 from watch import Watch
@@ -64,6 +74,7 @@ from minim_pipeline import (
     resolve_modality,
 )
 from minim_pipeline.data import read_csv
+from minim_pipeline.finite import check_loss, check_weights
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 from minim_pipeline.ratings import image_digest
@@ -113,14 +124,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_tuning_arguments(parser)
     parser.add_argument("--sampling_batch_size", type=int, default=512)
     args = parser.parse_args(argv)
+    check_numbers(parser, args, from_zero=("seed", "lora_rank", "lr_warmup_steps"))
     check_run_arguments(args)
     check_tuning_arguments(args)
+    check_shares(args, "drop_text", "least_spread")
     if bool(args.prompts) == bool(args.ratings):
         raise ValueError("Give either --prompts, to be rated by the filter head, or --ratings, which it learns from.")
-    counts = ("prompts_per_step", "timesteps_per_image", "sampling_batch_size", "watch_images", "patience")
-    for name in (*counts, "num_inference_steps", "latent_variants", "caption_variants"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
     if args.images_per_prompt < 2:
         raise ValueError(
             f"--images_per_prompt has to be at least 2, got {args.images_per_prompt}: a group is compared."
@@ -132,12 +141,6 @@ def parse_args(argv=None) -> argparse.Namespace:
         )
     if not 0 < args.reward_until <= 1:
         raise ValueError(f"--reward_until has to be above 0 and at most 1, got {args.reward_until}.")
-    for name in ("drop_text", "least_spread"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name} has to be between 0 and 1, got {getattr(args, name)}.")
-    for name in ("diversity_weight", "anchor_weight", "replay_weight", "lora_rank", "guidance_scale"):
-        if getattr(args, name) is not None and getattr(args, name) < 0:
-            raise ValueError(f"--{name} has to be at least 0, got {getattr(args, name)}.")
     return args
 
 
@@ -325,8 +328,7 @@ def update(
         optimizer.zero_grad()
         for name, value in {"loss": loss, **parts, "grad_norm": norm}.items():
             totals[name] = totals.get(name, 0.0) + float(value.detach().mean()) / len(batches)
-    if not math.isfinite(totals["loss"]):
-        raise ValueError(f"The loss is {totals['loss']} at step {step}: lower --learning_rate.")
+    check_loss(totals["loss"], step + 1)
     # The reward of estimates; that of finished images is told by `score`.
     totals["estimated_reward"] = totals.pop("reward")
     return totals
@@ -374,11 +376,10 @@ def learn_ratings(args, pipe: MinimPipeline) -> list[dict]:
         latents = encode(pipe.vae, load_images(rows, args.ratings, size), args.mixed_precision == "bf16").float()
         head, report = tune(pipe, rows, latents, args)
         print(json.dumps(report, indent=2))
-        unfinished = folder.with_name(".filter_head")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        head.save_pretrained(unfinished)
-        write_json(unfinished / "ratings.json", learned_from)
-        unfinished.rename(folder)
+        check_weights(head)
+        with whole_folder(folder) as unfinished:
+            head.save_pretrained(unfinished)
+            write_json(unfinished / "ratings.json", learned_from)
     elif json.loads((folder / "ratings.json").read_text()) != learned_from:
         raise ValueError(f"{folder} has learned from other ratings than {args.ratings}: choose another --output_dir.")
     pipe.filter_head = FilterHead.from_pretrained(folder).eval().to(pipe.device)
@@ -387,10 +388,14 @@ def learn_ratings(args, pipe: MinimPipeline) -> list[dict]:
 
 
 class Best:
-    """The best look so far: its score, when it was, and how many looks have come since."""
+    """The best look so far: its score, when it was, and how many looks have come since.
+
+    `of` tells which was the best when the checkpoint of a step was written, and so is needed by who goes on from it.
+    """
 
     def __init__(self):
         self.score, self.step, self.since, self.first_spread = -math.inf, 0, 0, None
+        self.of: dict[int, int] = {}
 
     def take(self, score: float, spread: float, step: int, least_spread: float) -> bool:
         """Whether this look is the best; images that have grown alike are never."""
@@ -413,8 +418,12 @@ def main(argv=None) -> dict:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir
     )
-    checkpoint = find_checkpoint(args)
     output, device, rank = Path(args.output_dir), accelerator.device, accelerator.process_index
+    if is_finished(args):
+        if accelerator.is_main_process:
+            push_pipeline(args, output / "pipeline")
+        return json.loads((output / "report.json").read_text())
+    checkpoint = find_checkpoint(args)
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     pipe = load(args).to(device)
@@ -454,8 +463,7 @@ def main(argv=None) -> dict:
         accelerator.load_state(str(checkpoint))
     if accelerator.is_main_process:
         note_arguments(args, checkpoint)
-    if args.report_to:
-        accelerator.init_trackers("minim-preference", config=vars(args))
+    start_trackers(accelerator, "minim-preference", args)
     watch = Watch(args.encoder, prompts, args.watch_images, device) if accelerator.is_main_process else None
     drawn_a_step = args.images_per_prompt * args.prompts_per_step * accelerator.num_processes
     log = Log(accelerator, args.output_dir, schedule, drawn_a_step)
@@ -473,54 +481,58 @@ def main(argv=None) -> dict:
         broadcast_object_list(stop)
         return stop[0]
 
-    stop = look() if schedule.step == 0 else False
-    # What was before is looked at as it was.
-    if args.guidance_scale is not None:
-        pipe.register_to_config(guidance_scale=args.guidance_scale)
-    while not (schedule.done or stop):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(args.learning_rate, args.lr_warmup_steps)
-        drawn = sample(pipe, prompts, args, step_generator(args.seed, schedule.step, rank, device))
-        figures = {name: value.mean().item() for name, value in score(pipe, drawn, prompts).items()}
-        # Without dropout: what differs from the reference is to be what was learned, not noise.
-        figures |= update(wrapped, objective, accelerator, optimizer, drawn, texts, schedule.step, replay)
-        schedule.advance(accelerator)
-        log.tick(**figures)
-        log.write("train", **{name: round(value, 5) for name, value in figures.items()})
-        last = schedule.done
-        if schedule.step % args.validation_steps == 0 or last:
-            stop = look()
-        if schedule.step % args.checkpointing_steps == 0 and not (last or stop):
-            save_checkpoint(accelerator, args.output_dir, schedule.step, args.checkpoints_total_limit)
-            # Not before: a run that goes on from the checkpoint before this one may need an earlier best.
-            forget_weights(output, best.step)
+    def forget() -> None:
+        """After a checkpoint: weights that neither it nor an earlier one needs."""
+        if accelerator.is_main_process:
+            forget_weights(output, {best.step, *(best.of.get(step_of(c), 0) for c in list_checkpoints(output))})
 
+    with Run(accelerator, args, schedule, look, saved=forget) as run:
+        # What was before is looked at as it was.
+        stop = look() if schedule.step == 0 else False
+        if args.guidance_scale is not None:
+            pipe.register_to_config(guidance_scale=args.guidance_scale)
+        stop = stop or run.begin()
+        while not (schedule.done or stop):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.learning_rate(args.learning_rate, args.lr_warmup_steps)
+            drawn = sample(pipe, prompts, args, step_generator(args.seed, schedule.step, rank, device))
+            figures = {name: value.mean().item() for name, value in score(pipe, drawn, prompts).items()}
+            # Without dropout: what differs from the reference is to be what was learned, not noise.
+            figures |= update(wrapped, objective, accelerator, optimizer, drawn, texts, schedule.step, replay)
+            schedule.advance(accelerator)
+            log.tick(**figures)
+            log.write("train", **{name: round(value, 5) for name, value in figures.items()})
+            best.of[schedule.step] = best.step
+            stop = run.end_step(torch.tensor(figures["loss"]))
+
+    report = {"score": best.score, "at_step": best.step, "steps": schedule.step, "minutes": schedule.spent / 60}
     if accelerator.is_main_process:
         log.write("best", score=best.score, at_step=best.step)
         finish(args, output, best.step)
-        forget_weights(output, best.step)
+        forget_weights(output, {best.step, *(best.of.get(step_of(c), 0) for c in list_checkpoints(output)[-1:])})
+        write_json(output / "report.json", report)
+        note_finished(args, schedule)
         push_pipeline(args, output / "pipeline")
     accelerator.end_training()
-    return {"score": best.score, "at_step": best.step, "steps": schedule.step, "minutes": schedule.spent / 60}
+    return report
 
 
 def save_weights(args, unet: UNet2DConditionModel, folder: Path) -> None:
-    """Writes the U-Net, or the LoRA, whole or not at all."""
-    unfinished = folder.with_name(f".{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    if args.lora_rank:
-        from peft.utils import get_peft_model_state_dict
+    """Writes the U-Net, or the LoRA, finite and whole, or not at all."""
+    check_weights(unet)
+    with whole_folder(folder) as unfinished:
+        if args.lora_rank:
+            from peft.utils import get_peft_model_state_dict
 
-        MinimPipeline.save_lora_weights(unfinished, unet_lora_layers=get_peft_model_state_dict(unet))
-    else:
-        unet.save_pretrained(unfinished / "unet")
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+            MinimPipeline.save_lora_weights(unfinished, unet_lora_layers=get_peft_model_state_dict(unet))
+        else:
+            unet.save_pretrained(unfinished / "unet")
 
 
-def forget_weights(output: Path, best: int) -> None:
+def forget_weights(output: Path, needed: set[int]) -> None:
+    """Removes the weights of looks at other steps than those `needed`."""
     for folder in output.glob("best-*"):
-        if folder.name != f"best-{best}":
+        if folder.name not in {f"best-{step}" for step in needed}:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -535,11 +547,7 @@ def finish(args, output: Path, best: int) -> None:
         made.unet = UNet2DConditionModel.from_pretrained(output / f"best-{best}" / "unet")
     if best and args.guidance_scale is not None:
         made.register_to_config(guidance_scale=args.guidance_scale)
-    unfinished = output / ".pipeline"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    made.save_pretrained(unfinished)
-    shutil.rmtree(output / "pipeline", ignore_errors=True)
-    unfinished.rename(output / "pipeline")
+    save_model(made, output / "pipeline")
 
 
 if __name__ == "__main__":

@@ -24,12 +24,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from arguments import check_numbers
 from captions import load_captions, normalize, vary_caption
+from checkpoints import save_model
 from corpus import SYNONYMS, abbreviate, decorate, expand, generate
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from minim_pipeline.finite import FiniteLoss
 from minim_pipeline.modalities import MODALITIES, resolve_modality
 
 
@@ -67,6 +70,11 @@ def parse_args(argv=None):
     parser.add_argument("--log_every", type=int, default=50)
     add_hub_arguments(parser)
     args = parser.parse_args(argv)
+    check_numbers(parser, args, from_zero=("seed", "warmup_steps"))
+    if args.hidden_size % args.num_heads:
+        raise ValueError(
+            f"--hidden_size has to be a multiple of --num_heads ({args.num_heads}), got {args.hidden_size}."
+        )
     check_hub_arguments(args)
     return args
 
@@ -415,7 +423,7 @@ def main(args: argparse.Namespace) -> list[float]:
         pct_start=min(0.3, args.warmup_steps / args.max_train_steps),
     )
     student.train()
-    history, queue = [], []
+    history, queue, watched = [], [], FiniteLoss()
     for step in range(1, args.max_train_steps + 1):
         queue = queue or texts.batches(args.train_batch_size)
         samples = queue.pop()
@@ -439,6 +447,7 @@ def main(args: argparse.Namespace) -> list[float]:
         optimizer.step()
         schedule.step()
         history.append(loss.item())
+        watched.add(loss, step)
         if step % args.log_every == 0 or step == args.max_train_steps:
             words = ", ".join(f"{key} {value.item():.3f}" for key, value in parts.items())
             minutes = (time.time() - started) / 60
@@ -447,8 +456,7 @@ def main(args: argparse.Namespace) -> list[float]:
     report = measure(student, tokenizer, captions)
     for modality, figures in report.items():
         print(modality, figures, flush=True)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    student.save_pretrained(args.output_dir / "text_encoder")
+    save_model(student, args.output_dir / "text_encoder")
     tokenizer.save_pretrained(args.output_dir / "tokenizer")
     (args.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     push_parts(args, "train_text_encoder", args.output_dir / "text_encoder", args.output_dir / "tokenizer")

@@ -27,24 +27,26 @@ in learning without forgetting, arXiv 1606.09282). `add_modality.py` does so.
 
 import argparse
 import copy
-import math
-import shutil
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from arguments import check_numbers, check_shares
 from captions import load_captions, phrase
+from checkpoints import find_checkpoint, is_finished, note_finished, save_model, whole_folder
 from common import (
     Log,
     Schedule,
     add_common_arguments,
     check_common_arguments,
-    find_checkpoint,
+    check_processes,
     note_arguments,
     read_splits,
-    save_checkpoint,
+    start_trackers,
     step_generator,
 )
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
@@ -52,9 +54,11 @@ from diffusers.training_utils import EMAModel, compute_snr
 from hub import push_parts, push_pipeline
 from latents import Latents, memorised_share
 from PIL import Image
+from run import Run
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
+from minim_pipeline.finite import check_loss, check_weights
 from minim_pipeline.generate import read_model_index
 from minim_pipeline.tokens import add_modality_tokens, tokenize
 
@@ -114,17 +118,17 @@ def parse_args(argv=None) -> argparse.Namespace:
     sampling.add_argument("--guidance_interval", type=float, nargs=2, help="Of a new model: all steps, 0 1.")
     sampling.add_argument("--validation_samples", type=int, default=8, help="Images a modality in every grid.")
     args = parser.parse_args(argv)
+    check_numbers(parser, args, from_zero=("seed", "lora_rank", "lr_warmup_steps"))
     check_common_arguments(args)
+    check_shares(args, "drop_text", "drop_all")
+    if args.drop_text + args.drop_all > 1:
+        raise ValueError(f"--drop_text {args.drop_text} and --drop_all {args.drop_all} are more than 1 together.")
     if bool(args.pretrained_model_name_or_path) == bool(args.preset):
         raise ValueError("Give either --pretrained_model_name_or_path or --preset.")
     if args.preset and not (args.vae and args.text_encoder):
         raise ValueError("--preset needs --vae and --text_encoder, the folders of trained ones.")
     if args.pretrained_model_name_or_path and (args.vae or args.text_encoder):
         raise ValueError("--vae and --text_encoder belong to --preset; a pretrained pipeline brings its own.")
-    counts = ("caption_variants", "latent_variants", "validation_samples", "gradient_accumulation_steps")
-    for name in (*counts, "num_inference_steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
     check_replay(args)
     return args
 
@@ -132,8 +136,6 @@ def parse_args(argv=None) -> argparse.Namespace:
 def check_replay(args: argparse.Namespace) -> None:
     if args.replay and not args.pretrained_model_name_or_path:
         raise ValueError("--replay needs --pretrained_model_name_or_path: a new model has nothing to forget.")
-    if args.anchor_weight < 0:
-        raise ValueError(f"--anchor_weight has to be at least 0, got {args.anchor_weight}.")
     if not 0 <= args.replay_share < 1:
         raise ValueError(f"--replay_share has to be at least 0 and less than 1, got {args.replay_share}.")
     if args.anchor_weight and not (args.replay and args.replay_share):
@@ -281,8 +283,12 @@ def main(argv=None) -> None:
         log_with=args.report_to,
         project_dir=args.output_dir,
     )
-    checkpoint = find_checkpoint(args)
     output = Path(args.output_dir)
+    if is_finished(args):
+        if accelerator.is_main_process:
+            push(args, output)
+        return
+    checkpoint = find_checkpoint(args)
     set_seed(args.seed)
     device, rank = accelerator.device, accelerator.process_index
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -290,12 +296,21 @@ def main(argv=None) -> None:
     if args.pretrained_model_name_or_path:
         # Before any row is read: it may be of a modality that only the base knows.
         index = read_model_index(args.pretrained_model_name_or_path)
+    else:
+        index = {}
     train_rows, val_rows = read_splits(args)
+    val_rows = judgeable(val_rows, train_rows, index, args.train_data)
+    check_processes(train_rows, f"--split {args.split} of {args.train_data}")
+    if val_rows:
+        check_processes(val_rows, f"--val_split {args.val_split} of {args.train_data}")
     new, new_val = len(train_rows), len(val_rows)
     if args.replay:
         old_args = argparse.Namespace(**{**vars(args), "train_data": args.replay})
         old_rows, old_val_rows = read_splits(old_args)
         check_known(old_rows + old_val_rows, args.replay, index, args.pretrained_model_name_or_path)
+        check_processes(old_rows, f"--replay {args.replay}")
+        if old_val_rows:
+            check_processes(old_val_rows, f"--val_split {args.val_split} of --replay {args.replay}")
         train_rows, val_rows = train_rows + old_rows, val_rows + old_val_rows
     present = {resolve_modality(row["modality"]).id for row in train_rows}
     modalities = [name for name in MODALITIES if name in present]
@@ -348,8 +363,7 @@ def main(argv=None) -> None:
         ema.to(device)
     if accelerator.is_main_process:
         note_arguments(args, checkpoint)
-    if args.report_to:
-        accelerator.init_trackers("minim-text-to-image", config=vars(args))
+    start_trackers(accelerator, "minim-text-to-image", args)
     batch = args.train_batch_size
     log = Log(
         accelerator, args.output_dir, schedule, batch * accelerator.num_processes * args.gradient_accumulation_steps
@@ -375,8 +389,7 @@ def main(argv=None) -> None:
             if val_rows:
                 figures["memorised"] = memorised_share(samples, val_latents, val_names, train_latents, train_rows)
             log.write("val", **figures)
-            if not math.isfinite(figures.get("loss", 0.0)):
-                raise ValueError(f"The loss is {figures['loss']} at step {schedule.step}: lower --learning_rate.")
+            check_loss(figures.get("loss", 0.0), schedule.step)
             if figures.get("loss", 0.0) <= best.loss or not (output / "best").is_dir():
                 best.loss, best.step = figures.get("loss", 0.0), schedule.step
                 save_weights(args, pipe, output / "best")
@@ -395,7 +408,10 @@ def main(argv=None) -> None:
     text_encoder.train(args.train_text_encoder)
     old_images = replayed(args)
     rates = [group["peak"] for group in groups]
-    while not schedule.done:
+
+    def train_step() -> torch.Tensor:
+        """The loss, mean over the parts that are accumulated."""
+        losses = []
         for group, peak in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = schedule.learning_rate(peak, args.lr_warmup_steps)
         for part in range(args.gradient_accumulation_steps):
@@ -433,27 +449,53 @@ def main(argv=None) -> None:
                     accelerator.clip_grad_norm_(averaged, args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
+            losses.append(loss.detach())
         ema.step(averaged)
+        return torch.stack(losses).mean()
 
-        schedule.advance(accelerator)
-        log.tick(loss=loss.detach())
-        if schedule.step % 200 == 0:
-            log.write("train", loss=round(loss.item(), 5), lr=optimizer.param_groups[0]["lr"])
-        if schedule.step % args.validation_steps == 0 or schedule.done:
-            evaluate()
-        if schedule.step % args.checkpointing_steps == 0 and not schedule.done:
-            save_checkpoint(accelerator, args.output_dir, schedule.step, args.checkpoints_total_limit)
+    with Run(accelerator, args, schedule, evaluate) as run:
+        run.begin()
+        while not schedule.done:
+            loss = train_step()
+            schedule.advance(accelerator)
+            log.tick(loss=loss)
+            if schedule.step % 200 == 0:
+                log.write("train", loss=round(loss.item(), 5), lr=optimizer.param_groups[0]["lr"])
+            run.end_step(loss)
 
     if accelerator.is_main_process:
         log.write("best", loss=best.loss, at_step=best.step)
         finish(args, pipe, output)
-        if args.lora_rank:
-            push_parts(
-                args, "train_text_to_image", *sorted((output / "best").glob("pytorch_lora_weights.safetensors"))
-            )
-        else:
-            push_pipeline(args, output / "pipeline")
+        note_finished(args, schedule)
+        push(args, output)
     accelerator.end_training()
+
+
+def judgeable(val_rows: list[dict], train_rows: list[dict], index: dict, source: str) -> list[dict]:
+    """The val rows of modalities that the model learns here, or has learned, by its `model_index.json`.
+
+    Of others it cannot know anything; they are left out, with a word. So are copies of train images where none are
+    learned from.
+    """
+    learned = {resolve_modality(row["modality"]).id for row in train_rows}
+    known = learned | set(index.get("modalities") or [])
+    counts = Counter(resolve_modality(row["modality"]).id for row in val_rows)
+    for names, what in (
+        (counts.keys() - known, "val rows are left out"),
+        (counts.keys() & known - learned, "copies of train images are not looked for"),
+    ):
+        if names:
+            told = ", ".join(f"{name!r} ({counts[name]} val rows)" for name in sorted(names))
+            warnings.warn(f"{source} has no train rows of {told}: {what}.", stacklevel=2)
+    return [row for row in val_rows if resolve_modality(row["modality"]).id in known]
+
+
+def push(args: argparse.Namespace, output: Path) -> None:
+    """Publishes what was made, if that was asked for."""
+    if args.lora_rank:
+        push_parts(args, "train_text_to_image", *sorted((output / "best").glob("pytorch_lora_weights.safetensors")))
+    else:
+        push_pipeline(args, output / "pipeline")
 
 
 class Best:
@@ -554,18 +596,17 @@ def draw_samples(pipe: MinimPipeline, rows: list[dict], args, folder: Path) -> d
 
 
 def save_weights(args, pipe: MinimPipeline, folder: Path) -> None:
-    """Writes the trained parts, whole or not at all."""
-    unfinished = folder.with_name(f".{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    if args.lora_rank:
-        from peft.utils import get_peft_model_state_dict
+    """Writes the trained parts, finite and whole, or not at all."""
+    for part in (pipe.unet, pipe.text_encoder):
+        check_weights(part)
+    with whole_folder(folder) as unfinished:
+        if args.lora_rank:
+            from peft.utils import get_peft_model_state_dict
 
-        MinimPipeline.save_lora_weights(unfinished, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
-    else:
-        pipe.unet.save_pretrained(unfinished / "unet")
-    pipe.text_encoder.save_pretrained(unfinished / "text_encoder")
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+            MinimPipeline.save_lora_weights(unfinished, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+        else:
+            pipe.unet.save_pretrained(unfinished / "unet")
+        pipe.text_encoder.save_pretrained(unfinished / "text_encoder")
 
 
 def finish(args, pipe: MinimPipeline, output: Path) -> None:
@@ -578,7 +619,7 @@ def finish(args, pipe: MinimPipeline, output: Path) -> None:
     else:
         pipe.unet = UNet2DConditionModel.from_pretrained(output / "best" / "unet")
     pipe.text_encoder = CLIPTextModel.from_pretrained(output / "best" / "text_encoder", dtype=torch.float32)
-    pipe.save_pretrained(output / "pipeline")
+    save_model(pipe, output / "pipeline")
 
 
 if __name__ == "__main__":

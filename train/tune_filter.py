@@ -26,7 +26,9 @@ import math
 from pathlib import Path
 
 import torch
-from common import step_generator
+from arguments import check_numbers
+from checkpoints import save_model
+from common import step_generator, write_json
 from diffusers import DDPMScheduler
 from filter_data import encode
 from filter_report import auroc
@@ -36,6 +38,7 @@ from rewards import overall
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, prompt_text, resolve_modality
 from minim_pipeline.evaluation.agreement import weighted_kappa
+from minim_pipeline.finite import FiniteLoss
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.minim_filter import FilterHead, FilterHeadOutput
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
@@ -56,12 +59,6 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_tuning_arguments(args: argparse.Namespace) -> None:
-    for name in ("tuning_steps", "tuning_batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} has to be at least 1, got {getattr(args, name)}.")
-    for name in ("tuning_anchor", "tuning_learning_rate"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name} has to be at least 0, got {getattr(args, name)}.")
     if not 0 < args.kept_out < 1:
         raise ValueError(f"--kept_out has to be between 0 and 1, got {args.kept_out}.")
 
@@ -78,6 +75,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_tuning_arguments(parser)
     add_hub_arguments(parser)
     args = parser.parse_args(argv)
+    check_numbers(parser, args)
     check_tuning_arguments(args)
     check_hub_arguments(args)
     return args
@@ -142,6 +140,7 @@ def tune(
         clean = estimate_clean(noisy, told, angle, pipe.scheduler.config.prediction_type)
         return torch.cat([x[:half], noisy]), torch.cat([x[:half], clean]), torch.cat([angle.new_zeros(half), angle])
 
+    watched = FiniteLoss()
     for step in range(args.tuning_steps):
         for group in optimizer.param_groups:
             rate = args.tuning_learning_rate * group.get("scale", 1.0)
@@ -155,10 +154,13 @@ def tune(
         with torch.no_grad():
             before = [old(*seen, asked) for asked in (ids[mine], other)]
         anchor = sum(divergence(*pair).mean() for pair in zip(before, (rated, head(*seen, other)), strict=True))
-        (loss + args.tuning_anchor * anchor + raters.penalty(len(learned))).backward()
+        loss = loss + args.tuning_anchor * anchor + raters.penalty(len(learned))
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        watched.add(loss, step + 1)
+    watched.check()
     head.eval().requires_grad_(False)
     report = {"n": len(rows), "images": len(paths), "kept out": int(kept_out.sum())}
     report["raters"] = dict(zip(raters.names, [round(b, 4) for b in raters.bias.tolist()], strict=True))
@@ -197,9 +199,8 @@ def main(argv=None) -> dict:
     latents = encode(pipe.vae, load_images(rows, args.ratings, size), args.mixed_precision == "bf16").float()
     head, report = tune(pipe, rows, latents, args)
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    head.half().save_pretrained(output / "filter_head")
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    save_model(head.half(), output / "filter_head")
+    write_json(output / "report.json", report)
     push_parts(args, "tune_filter", output / "filter_head")
     print(json.dumps(report, indent=2))
     return report

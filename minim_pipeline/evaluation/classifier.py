@@ -19,6 +19,8 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+from ..finite import FiniteLoss, check_weights
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -182,6 +184,9 @@ def train_classifier(
         may_mirror, grey: bool [N], see `augment`.
         name: what the progress bar is called.
         origin: int64 [N], where each image comes from; of every class, images of each origin are drawn equally often.
+
+    Raises:
+        ValueError: the loss, or a weight in the end, is not finite.
     """
     device = images.device
     model.to(device).train()
@@ -191,6 +196,7 @@ def train_classifier(
     g = torch.Generator(device).manual_seed(recipe.seed)
     kinds = labels if origin is None else labels + num_classes * origin
     frequency = 1 / torch.bincount(kinds)[kinds].float()
+    losses = FiniteLoss()
     with tqdm(range(recipe.max_train_steps), name, mininterval=2) as bar:
         for step in bar:
             index = torch.multinomial(frequency, recipe.train_batch_size, replacement=True, generator=g)
@@ -207,6 +213,9 @@ def train_classifier(
             schedule.step()
             optimizer.zero_grad()
             average.update_parameters(model)
+            losses.add(loss, step + 1)
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
+    losses.check()
+    check_weights(average.module)
     return average.module.eval()

@@ -6,6 +6,7 @@ torch and transformers are imported when everything that can be checked without 
 import argparse
 import io
 import json
+import math
 import os
 import platform
 import time
@@ -93,13 +94,14 @@ def check(args: argparse.Namespace) -> None:
     if bool(args.synthetic) == bool(args.pipeline):
         raise ValueError("give either --synthetic, images that are there, or --pipeline, a model that draws them.")
     counts = ("resolution", "num_images", "extraction_images")
-    counts += ("classifier_seeds", "classifier_steps", "classifier_resolution")
+    counts += ("classifier_seeds", "classifier_steps", "classifier_resolution", "num_inference_steps", "batch_size")
     for name in counts:
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} has to be at least 1, got {getattr(args, name)}.")
-    for name in ("sheet_images", "extraction_captions"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} has to be at least 0, got {getattr(args, name)}.")
+    for name in ("sheet_images", "extraction_captions", "seed", "guidance_scale"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} has to be at least 0, got {value}.")
     if args.extraction_captions and not (args.pipeline and args.train):
         raise ValueError("--extraction-captions needs --pipeline to draw with and --train to compare with.")
     if args.downstream and not args.train:
@@ -112,8 +114,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--low-data-share has to be between 0 and 1, got {args.low_data_share}.")
     if any(percent < 100 or percent % 100 for percent in args.percents):
         raise ValueError(f"--percents have to be multiples of 100, got {' '.join(map(str, args.percents))}.")
-    if args.batch_size is not None and args.batch_size < 1:
-        raise ValueError(f"--batch-size has to be at least 1, got {args.batch_size}.")
 
 
 def run(args: argparse.Namespace) -> dict:

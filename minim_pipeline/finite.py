@@ -1,0 +1,62 @@
+"""What has diverged is told where it is first seen, and never written: losses and weights that are no numbers."""
+
+import math
+
+import torch
+from torch import nn
+
+
+def check_loss(loss: float, step: int) -> None:
+    """Raises ValueError if the loss of a step is not finite."""
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"The loss is {loss} at step {step}: the training has diverged, and nothing is written of it. Lower the"
+            " learning rate."
+        )
+
+
+class FiniteLoss:
+    """Looks at every loss of a run, and ends the run at one that is not finite.
+
+    Reading a number waits for the device. So on a GPU the losses stay there, and are read every `every` steps and
+    before anything is written (`check`); the step that is told is the first that went wrong all the same.
+
+    Args:
+        every: steps from one reading to the next; on a CPU each is read.
+    """
+
+    def __init__(self, every: int = 16):
+        self.every, self.count = every, 0
+        self.value = self.step = None
+
+    def add(self, loss: torch.Tensor, step: int) -> None:
+        """Takes the loss, a number, of a step; raises as `check` if it is time to read."""
+        loss = loss.detach().float()
+        step = torch.full_like(loss, step, dtype=torch.long)
+        if self.value is not None:  # what is not finite is kept
+            well = self.value.isfinite()
+            loss, step = torch.where(well, loss, self.value), torch.where(well, step, self.step)
+        self.value, self.step, self.count = loss, step, self.count + 1
+        if loss.device.type == "cpu" or self.count % self.every == 0:
+            self.check()
+
+    def check(self) -> None:
+        """Raises ValueError if any loss so far was not finite."""
+        if self.value is not None:
+            check_loss(self.value.item(), self.step.item())
+
+
+def check_weights(model) -> None:
+    """Raises ValueError if a network, or one of a pipeline, holds weights that are not finite.
+
+    Args:
+        model: an `nn.Module` or a diffusers pipeline.
+    """
+    parts = model.components if hasattr(model, "components") else {type(model).__name__: model}
+    for name, part in parts.items():
+        for key, tensor in part.state_dict().items() if isinstance(part, nn.Module) else ():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(
+                    f"Weights of {name} are not finite ({key}, {str(tensor.dtype).removeprefix('torch.')}): the"
+                    " training has diverged, and nothing is written of it. Lower the learning rate."
+                )
