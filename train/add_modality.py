@@ -117,13 +117,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     add_hub_arguments(parser)
     args = parser.parse_args(argv)
+    check_numbers(parser, args, from_zero=("seed", "lr_warmup_steps", "min_val"))
     check_hub_arguments(args)
     if not args.replay and not args.no_replay:
         raise ValueError(
             "--replay is missing: the rows that the model has learned from, so that it does not forget them;"
             " --no_replay to do without."
         )
-    check_numbers(parser, args, from_zero=("seed", "lr_warmup_steps", "min_val"))
     check_shares(args, "ema_decay", "replay_share")
     for name in ("max_train_minutes", "filter_minutes"):
         if getattr(args, name) == 0:
