@@ -76,9 +76,8 @@ def test_no_number_below_its_least_passes_in_any_option(script, monkeypatch):
     ],
 )
 def test_a_tracker_that_is_not_there_is_refused(monkeypatch, name, message):
-    from accelerate.utils import LoggerType
-
     import train_autoencoder
+    from accelerate.utils import LoggerType
 
     monkeypatch.setattr(arguments, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
     call = ["--train_data", "none.csv", "--output_dir", "none"]

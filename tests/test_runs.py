@@ -1,4 +1,4 @@
-"""A run that diverges, is stopped, broken off, finished already, or short of room: what it leaves, and how it goes on."""
+"""A run that diverges, is stopped, cut off, finished, or short of room: what it leaves, and how it goes on."""
 
 import csv
 import json

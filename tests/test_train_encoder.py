@@ -37,6 +37,25 @@ def data(tmp_path_factory):
     return folder / "data.csv"
 
 
+def test_a_run_that_diverges_writes_nothing(data, tmp_path):
+    sizes = [
+        "--width",
+        "8",
+        "--text_width",
+        "16",
+        "--projection",
+        "12",
+        "--resolution",
+        "32",
+        "--learning_rate",
+        "1e30",
+    ]
+    run = ["--max_train_steps", "6", "--train_batch_size", "8", "--caption_variants", "2"]
+    with pytest.raises(ValueError, match="the training has diverged"):
+        train_encoder.main(["--train_data", str(data), "--output_dir", str(tmp_path / "out"), *sizes, *run])
+    assert not (tmp_path / "out").exists()
+
+
 def test_trained_encoder_loads_and_tells_what_it_is(data, tmp_path):
     sizes = ["--width", "8", "--text_width", "16", "--projection", "12", "--resolution", "32", "--threads", "1"]
     run = ["--max_train_steps", "12", "--train_batch_size", "8", "--caption_variants", "2", "--ema_decay", "0.5"]

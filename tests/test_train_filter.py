@@ -82,6 +82,30 @@ def test_a_run_goes_on_as_if_unbroken(arguments, tmp_path):
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
 
 
+def test_a_run_that_diverges_writes_no_head(arguments, tmp_path):
+    with pytest.raises(ValueError, match="the training has diverged"):
+        train_filter.main([*arguments, "--learning_rate", "1e30", "--output_dir", str(tmp_path)])
+    assert not (tmp_path / "filter_head").exists() and not (tmp_path / "report.json").exists()
+
+
+def test_grades_that_make_it_diverge_write_no_head(arguments, data, tmp_path):
+    """The further steps with people's grades are looked at, too."""
+    graded = ["--ratings", str(data.with_name("ratings.csv")), "--rating_steps", "4", "--val_split", "none"]
+    with pytest.raises(ValueError, match="the training has diverged"):
+        train_filter.main([*arguments, *graded, "--rating_learning_rate", "1e30", "--output_dir", str(tmp_path)])
+    assert not (tmp_path / "filter_head").exists()
+
+
+def test_val_rows_that_tell_nothing_apart_are_said(arguments, data, tmp_path):
+    """One finding of one modality: its caption is wrong for no image. The run goes on without a validation."""
+    rows = list(csv.DictReader(open(data)))
+    rows = [row for row in rows if row["split"] == "train" or row["finding"] == "glaucoma"]
+    few = write_csv(data.with_name("few.csv"), rows)
+    with pytest.warns(UserWarning, match="val rows of one finding a modality only"):
+        report = train_filter.main([*arguments, "--train_data", str(few), "--output_dir", str(tmp_path)])
+    assert report["steps"] == 4 and "finding, val" not in report
+
+
 def test_bad_ratings_are_told_before_any_work(arguments, data, tmp_path):
     rows = list(csv.DictReader(open(data.with_name("ratings.csv"))))
     rows[3]["rating"] = "4"

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import shutil
+import signal
 from unittest.mock import Mock
 
 import pytest
@@ -172,6 +174,36 @@ def test_weights_of_the_best_outlive_a_kill_while_others_are_written(arguments, 
     assert [folder.name for folder in tmp_path.glob("best-*")] == ["best-1"]
     best = unet_of(tmp_path / "best-1")
     assert all(torch.equal(best[k], v) for k, v in unet_of(tmp_path / "pipeline").items())
+
+
+def test_a_run_that_diverges_writes_nothing_of_it(arguments, tmp_path):
+    run = "--max_train_steps 3 --validation_steps 9 --lr_warmup_steps 1 --learning_rate 1e20".split()
+    with pytest.raises(ValueError, match="the training has diverged|are not finite"):
+        train_preference.main([*arguments, *run, "--output_dir", str(tmp_path)])
+    assert not (tmp_path / "pipeline").exists()
+    assert all(t.isfinite().all() for file in tmp_path.rglob("*.safetensors") for t in load_file(file).values())
+
+
+def test_sigterm_leaves_a_checkpoint_to_go_on_from(arguments, tmp_path, monkeypatch):
+    run = [*arguments, *"--max_train_steps 3 --validation_steps 2 --learning_rate 1e-2".split()]
+    train_preference.main([*run, "--output_dir", str(tmp_path / "whole")])
+    update = train_preference.update
+
+    def signalled(*given, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return update(*given, **more)
+
+    again = ["--output_dir", str(tmp_path / "cut"), "--resume_from_checkpoint", "latest"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_preference, "update", signalled)
+        for steps in (1, 2, 3):  # three times in a row, the second where a look is due, the third after the last step
+            with pytest.raises(SystemExit, match="143"):
+                train_preference.main([*run, *again])
+            assert (tmp_path / "cut" / f"checkpoint-{steps}").is_dir()
+    assert train_preference.main([*run, *again])["steps"] == 3
+    whole, cut = (unet_of(tmp_path / name / "pipeline") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert train_preference.main([*run, *again])["steps"] == 3, "finished already"
 
 
 def test_every_finding_is_drawn_equally_often(make_pipeline):

@@ -66,6 +66,12 @@ def trained(folder):
     return folder / "out", history
 
 
+def test_a_run_that_diverges_writes_nothing(folder):
+    with pytest.raises(ValueError, match="the training has diverged"):
+        script.main(arguments(folder, "diverged", learning_rate=1e30, max_train_steps=6))
+    assert not (folder / "diverged").exists()
+
+
 def test_loss_falls(trained):
     _, history = trained
     assert len(history) == 40
