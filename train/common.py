@@ -56,10 +56,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--compile", action="store_true", help="torch.compile the networks.")
     run.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, a quarter slower.")
     run.add_argument("--validation_steps", type=int, default=1000)
-    run.add_argument("--checkpointing_steps", type=int, default=1000)
+    run.add_argument("--checkpointing_steps", type=int, default=1000, help="Also after the last step, and at SIGTERM.")
     run.add_argument("--checkpoints_total_limit", type=int, default=2)
-    run.add_argument("--resume_from_checkpoint", help="A checkpoint's folder, or 'latest'.")
-    run.add_argument("--report_to", help="Trackers of accelerate: tensorboard, wandb, … ; none by default.")
+    run.add_argument(
+        "--resume_from_checkpoint",
+        help="A checkpoint's folder, or 'latest': the newest that is whole, if there is one.",
+    )
+    run.add_argument("--report_to", help="A tracker of accelerate: tensorboard, wandb, … ; none by default.")
     add_hub_arguments(parser)
 
 
