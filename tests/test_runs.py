@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minim_pipeline import MinimPipeline
-from minim_pipeline.finite import FiniteLoss
+from minim_pipeline.disk import save_model
+from minim_pipeline.finite import FiniteLoss, check_weights
 
 
 torch.set_num_threads(1)
@@ -235,7 +236,7 @@ def test_a_pipeline_that_does_not_fit_leaves_the_earlier_one(pipeline, tmp_path,
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "earlier").write_text("")
     with pytest.raises(OSError, match="No room on the disk: .* needed, .* free: .*pipeline'"):
-        checkpoints.save_model(pipeline, tmp_path / "pipeline")
+        save_model(pipeline, tmp_path / "pipeline")
     assert [path.name for path in tmp_path.rglob("*")] == ["pipeline", "earlier"]
 
 
@@ -250,12 +251,12 @@ def test_too_little_room_is_seen_before_anything_is_written(decoder_run, tmp_pat
 def test_a_pipeline_that_is_not_finite_is_not_written(pipeline, tmp_path):
     pipeline.text_encoder.get_input_embeddings().weight.data[3, 2] = torch.inf
     with pytest.raises(ValueError, match="Weights of text_encoder are not finite .*embedding"):
-        checkpoints.save_model(pipeline, tmp_path / "pipeline")
+        save_model(pipeline, tmp_path / "pipeline")
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="float16"):
         linear = torch.nn.Linear(2, 2)
         linear.weight.data.fill_(1e6)  # finite until it is stored in half precision
-        checkpoints.check_weights(linear.half())
+        check_weights(linear.half())
 
 
 def test_more_time_is_more_time():

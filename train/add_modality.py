@@ -39,7 +39,6 @@ import train_text_to_image
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from arguments import check_numbers, check_shares
-from checkpoints import save_model
 from common import write_csv, write_json
 from hub import add_hub_arguments, check_hub_arguments, push_pipeline
 
@@ -53,6 +52,7 @@ from minim_pipeline import (
     split_prefix,
 )
 from minim_pipeline.data import read_csv, resolve_path
+from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.judges import claimed_classes
 from minim_pipeline.generate import model_identity
 from minim_pipeline.modalities import BUILT_IN, MODALITIES
@@ -379,7 +379,7 @@ def main(argv=None) -> dict:
         parted = all({"A", "C"} <= {row.get("part") for row in rows} for rows, _ in sources)
         parts = ("A", "C") if parted else ("all", "all")
         teacher = Path(args.teacher or output / "teacher")
-        base.filter_head.save_pretrained(output / "base_filter_head")
+        save_model(base.filter_head, output / "base_filter_head")
         if not args.teacher:
             progress.run("teacher", train_teacher, args, output, every, parts[0])
         progress.run("filter", train_head, args, output, every, parts[0], teacher, resolution)

@@ -23,7 +23,6 @@ import torch
 from accelerate import Accelerator
 from arguments import check_numbers, check_shares
 from candidates import Candidates, draw_candidates, follow
-from checkpoints import save_model
 from common import write_json
 from copies import fingerprints, fit_code, plant, pooled_features, version_features, veto_report
 from filter_report import auroc
@@ -33,6 +32,7 @@ from raters import learned_from
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline, resolve_modality
 from minim_pipeline.data import read_csv
+from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.judges import Judges, claimed_classes, class_of, load_judges, read
 from minim_pipeline.generate import read_model_index
 from minim_pipeline.image_loading import load_images

@@ -123,7 +123,7 @@ def note_arguments(args: argparse.Namespace, checkpoint: Path | None) -> None:
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / FINISHED).unlink(missing_ok=True)
-    (output / "arguments.json").write_text(json.dumps(vars(args), indent=2, default=str))
+    write_json(output / "arguments.json", json.loads(json.dumps(vars(args), default=str)))
     # Without a checkpoint everything is done again, what comes before the first step too.
     log, step = output / "log.jsonl", step_of(checkpoint) if checkpoint else -1
 
@@ -134,7 +134,8 @@ def note_arguments(args: argparse.Namespace, checkpoint: Path | None) -> None:
         return record["step"] < step or (record["step"] == step and record["kind"] == "train")
 
     if log.is_file():
-        log.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if stays(line)))
+        with atomic_path(log) as temporary:
+            temporary.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if stays(line)))
 
 
 def write_json(path: Path, content) -> None:

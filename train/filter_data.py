@@ -10,7 +10,6 @@ from pathlib import Path
 import rubric
 import torch
 from captions import phrase
-from checkpoints import count_bytes, whole_file
 from common import step_generator
 from latents import augment
 from safetensors import safe_open
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 from trajectories import Trajectories, draw_trajectories
 
 from minim_pipeline import MinimPipeline, names_a_side, resolve_modality
+from minim_pipeline.disk import count_bytes, whole_file
 from minim_pipeline.evaluation.judges import LOOK_ALIKE, Judges, class_of
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from checkpoints import count_bytes, whole_file
 from common import hold_images, step_generator
 from diffusers import AutoencoderKL
 from safetensors import safe_open
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from minim_pipeline import names_a_side, resolve_modality
+from minim_pipeline.disk import count_bytes, whole_file
 from minim_pipeline.evaluation.memorisation import copy_share, nearest_distances
 from minim_pipeline.image_loading import load_images
 
@@ -80,6 +80,8 @@ class Latents:
                 y = augment(x, mirrored[start : start + 16], version, generator) if version else x
                 with accelerator.autocast():
                     posterior = vae.encode(y * 2 - 1).latent_dist
+                if not posterior.mean.isfinite().all():
+                    raise ValueError("The autoencoder's latents are not finite: it is broken, or overflows.")
                 mean.append(posterior.mean.half().cpu())
                 std.append(posterior.std.half().cpu())
             means.append(torch.stack(mean, 1))

@@ -31,7 +31,6 @@ import train_preference
 from arguments import check_numbers
 from calibrate_filter import threshold
 from captions import load_captions
-from checkpoints import whole_folder
 from common import write_csv, write_json
 from compare_models import add_comparison_arguments, compare, summary
 from hub import add_hub_arguments, check_hub_arguments, push_pipeline
@@ -42,6 +41,7 @@ from tune_filter import add_tuning_arguments, check_tuning_arguments, tune
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
 from minim_pipeline.data import read_csv, resolve_path
+from minim_pipeline.disk import whole_folder
 from minim_pipeline.finite import check_weights
 from minim_pipeline.generate import generate, model_identity, plan_file, read_model_index
 from minim_pipeline.image_loading import load_images

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import train_classifier
 from arguments import check_numbers
+from common import write_json
 from filter_report import auroc
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 
@@ -218,7 +219,7 @@ def main(argv=None) -> dict:
     judges, scales, realism = train_realism(args, rows, device)
     StandIn(load_judges(output / "findings"), judges, scales).save_pretrained(output)
     report = {"findings, val": findings["val"]["resnet"], "realism, unseen halves": realism}
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(output / "report.json", report)
     parts = ["findings", *(f"realism-{k}" for k in range(FOLDS)), "scales.json"]
     push_parts(args, "stand_in", *(output / part for part in parts))
     print(json.dumps(report["realism, unseen halves"], indent=2))

@@ -31,7 +31,7 @@ import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from arguments import check_numbers, check_shares
-from checkpoints import find_checkpoint, is_finished, note_finished, save_model
+from checkpoints import find_checkpoint, is_finished, note_finished
 from common import (
     Log,
     Schedule,
@@ -50,6 +50,7 @@ from PIL import Image
 from run import Run
 
 from minim_pipeline import resolve_modality
+from minim_pipeline.disk import save_model
 from minim_pipeline.image_loading import load_images
 
 

@@ -8,12 +8,12 @@ steps and looks at the val split once, at the end: nothing is chosen by it.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
 from arguments import check_numbers, check_shares
+from common import write_json
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 
 from minim_pipeline.data import read_csv
@@ -144,7 +144,7 @@ def main(argv=None) -> dict:
         "val": {name: accuracy_report(p, classes, *asked, sources=sources) for name, p in each.items()},
     }
     output = Path(args.output_dir)
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(output / "report.json", report)
     push_parts(args, "train_classifier", *(output / name for name in judges.models), output / "judges.json")
     for name, figures in report["val"].items():
         print(format_report(f"{name} on val", figures))

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from arguments import check_numbers, check_shares
 from captions import load_captions, phrase
+from common import write_json
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 from tqdm.auto import tqdm
 from transformers import (
@@ -244,7 +245,7 @@ def main(argv=None) -> dict:
         "arguments": {k: v for k, v in vars(args).items() if k not in ("train_data", "output_dir", "tokenizer")},
         "val": measure(encoder, images, val_images, val_rows, labels_of),
     }
-    (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(Path(args.output_dir) / "report.json", report)
     push_parts(args, "train_encoder", args.output_dir)
     print(json.dumps({k: report[k] for k in ("parameters", "seconds", "val")}, indent=2))
     return report

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from arguments import check_numbers, check_shares
 from captions import load_captions
-from checkpoints import find_checkpoint, is_finished, note_finished, save_model
+from checkpoints import find_checkpoint, is_finished, note_finished
 from common import (
     Log,
     Schedule,
@@ -49,6 +49,7 @@ from run import Run
 from trajectories import Trajectories
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
+from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.judges import claimed_classes, class_of, load_judges
 from minim_pipeline.finite import FiniteLoss
 from minim_pipeline.generate import read_model_index

@@ -35,15 +35,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from arguments import check_numbers, check_shares
-from checkpoints import (
-    find_checkpoint,
-    is_finished,
-    list_checkpoints,
-    note_finished,
-    save_model,
-    step_of,
-    whole_folder,
-)
+from checkpoints import find_checkpoint, is_finished, list_checkpoints, note_finished, step_of
 from common import (
     Log,
     Schedule,
@@ -74,6 +66,7 @@ from minim_pipeline import (
     resolve_modality,
 )
 from minim_pipeline.data import read_csv
+from minim_pipeline.disk import save_model, whole_folder
 from minim_pipeline.finite import check_loss, check_weights
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles

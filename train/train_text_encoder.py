@@ -26,12 +26,13 @@ import torch
 import torch.nn.functional as F
 from arguments import check_numbers
 from captions import load_captions, normalize, vary_caption
-from checkpoints import save_model
+from common import write_json
 from corpus import SYNONYMS, abbreviate, decorate, expand, generate
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from minim_pipeline.disk import save_model
 from minim_pipeline.finite import FiniteLoss
 from minim_pipeline.modalities import MODALITIES, resolve_modality
 
@@ -458,7 +459,7 @@ def main(args: argparse.Namespace) -> list[float]:
         print(modality, figures, flush=True)
     save_model(student, args.output_dir / "text_encoder")
     tokenizer.save_pretrained(args.output_dir / "tokenizer")
-    (args.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(args.output_dir / "report.json", report)
     push_parts(args, "train_text_encoder", args.output_dir / "text_encoder", args.output_dir / "tokenizer")
     print(f"saved to {args.output_dir}, {(time.time() - started) / 60:.1f} min")
     return history

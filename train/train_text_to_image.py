@@ -37,7 +37,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from arguments import check_numbers, check_shares
 from captions import load_captions, phrase
-from checkpoints import find_checkpoint, is_finished, note_finished, save_model, whole_folder
+from checkpoints import find_checkpoint, is_finished, note_finished
 from common import (
     Log,
     Schedule,
@@ -58,6 +58,7 @@ from run import Run
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
+from minim_pipeline.disk import save_model, whole_folder
 from minim_pipeline.finite import check_loss, check_weights
 from minim_pipeline.generate import read_model_index
 from minim_pipeline.tokens import add_modality_tokens, tokenize

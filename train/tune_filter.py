@@ -27,7 +27,6 @@ from pathlib import Path
 
 import torch
 from arguments import check_numbers
-from checkpoints import save_model
 from common import step_generator, write_json
 from diffusers import DDPMScheduler
 from filter_data import encode
@@ -37,6 +36,7 @@ from raters import Raters, read_ratings
 from rewards import overall
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, prompt_text, resolve_modality
+from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.agreement import weighted_kappa
 from minim_pipeline.finite import FiniteLoss
 from minim_pipeline.image_loading import load_images

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification
 
+from ..disk import save_model
 from ..modalities import resolve_modality
+from ..provenance import atomic_path
 from .images import to_input
 
 
@@ -40,11 +42,12 @@ class Judges:
         return next(next(iter(self.models.values())).parameters()).device
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes `judges.json` and a folder for each model (config and safetensors)."""
+        """Writes `judges.json` and a folder for each model (config and safetensors); raises as `save_model`."""
         for name, model in self.models.items():
-            model.save_pretrained(Path(path) / name)
+            save_model(model, Path(path) / name)
         config = {"models": list(self.models), "classes": self.classes, "image_size": self.image_size}
-        (Path(path) / "judges.json").write_text(json.dumps(config, indent=2) + "\n")
+        with atomic_path(Path(path) / "judges.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n")
 
     @torch.no_grad()
     def judge_each(self, images: torch.Tensor, batch_size: int | None = None) -> dict[str, torch.Tensor]:
