@@ -86,6 +86,13 @@ def test_the_limit_for_copies_lets_few_strangers_pass():
     assert copy_limit(torch.zeros(10), 0.01) == -1, "nothing can be told apart"
 
 
+def test_a_code_of_images_that_hardly_differ_fits_half_precision():
+    features = 1 + 1e-7 * torch.randn(6, 3, 16, generator=torch.Generator().manual_seed(0))
+    code = fit_code(features, bits=16)
+    assert all(parameter.isfinite().all() for parameter in code.parameters())
+    assert code.weight.abs().max() > 1
+
+
 def test_the_code_knows_versions_of_an_image_again_though_they_differ_much():
     """What differs between versions lies in other directions than what differs between images."""
     torch.manual_seed(0)

@@ -52,9 +52,12 @@ def fit_code(features: torch.Tensor, bits: int, directions: int = 160, ridge: fl
     chosen = whiten.T @ vectors[:, -directions:] / values[-directions:].clamp(min=1e-9).sqrt()  # [F, directions]
     g = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(torch.randn(bits, bits, generator=g, dtype=torch.float64))[0][:directions]
+    weight, bias = (chosen @ turn).T, -(mean @ chosen @ turn)
+    # Signs alone count, and of few images that hardly differ the numbers are too large for half precision.
+    scale = max(1.0, weight.abs().max().item() / 1e4, bias.abs().max().item() / 1e4)
     code = nn.Linear(len(mean), bits)
-    code.weight.data = (chosen @ turn).T.float().contiguous()
-    code.bias.data = -(mean @ chosen @ turn).float()
+    code.weight.data = (weight / scale).float().contiguous()
+    code.bias.data = (bias / scale).float()
     return code.half().float()  # as it will be saved
 
 

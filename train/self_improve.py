@@ -19,6 +19,7 @@ this round's candidates are taken, each once; what a file holds of other rounds 
 import argparse
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -280,7 +281,15 @@ def train_on_preferences(args: argparse.Namespace, folder: Path) -> None:
     else:
         launch = ("-m", "accelerate.commands.launch", "--num_processes", str(args.num_processes))
         kind = "--multi_gpu" if torch.cuda.is_available() else "--cpu"
-        subprocess.run([sys.executable, *launch, kind, train_preference.__file__, *call], check=True)
+        launched = subprocess.Popen([sys.executable, *launch, kind, train_preference.__file__, *call])
+        # Else the processes would go on when this one is ended; they write a checkpoint.
+        before = signal.signal(signal.SIGTERM, lambda *_: launched.terminate())
+        try:
+            code = launched.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        if code:
+            raise SystemExit(code if code > 0 else 128 - code)
 
 
 def write_pipeline(args: argparse.Namespace, folder: Path) -> None:
