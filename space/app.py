@@ -75,6 +75,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.real_share < 1 or not 0 <= args.repeat_share <= 1:
         parser.error(f"shares have to be in [0, 1) and [0, 1], got {args.real_share} and {args.repeat_share}")
+    if args.max_queue < 1:
+        parser.error(f"--max_queue has to be at least 1, got {args.max_queue}")
     if args.ratings_repo and not os.environ.get("HF_TOKEN"):
         parser.error("--ratings_repo needs a token with the right to write to it, in the variable HF_TOKEN")
     return args

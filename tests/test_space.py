@@ -57,6 +57,7 @@ def test_a_host_is_told_in_a_line_what_is_wrong(tmp_path):
     wrong = {
         "nowhere": ["--images", "nowhere"],
         "shares have to be in": ["--real_share", "1"],
+        "--max_queue has to be at least 1, got 0": ["--max_queue", "0"],
         "Limits have to be at least 1": ["--max_images", "0"],
         "notes.txt is no store of ratings": ["--store", "notes.txt"],
         "error:": ["--host", "256.0.0.1"],
