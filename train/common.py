@@ -5,6 +5,8 @@ import csv
 import json
 import math
 import time
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from checkpoints import FINISHED, step_of
 from hub import add_hub_arguments, check_hub_arguments
 from tqdm.auto import tqdm
 
+from minim_pipeline.modalities import resolve_modality
 from minim_pipeline.provenance import atomic_path
 
 
@@ -99,6 +102,25 @@ def read_splits(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     if not train:
         raise ValueError(f"{args.train_data} has no rows to train on: all are of --val_split {args.val_split!r}.")
     return train[: args.max_train_samples], rows(args.val_split)[: args.max_train_samples]
+
+
+def judgeable(val_rows: list[dict], train_rows: list[dict], index: dict, source: str) -> list[dict]:
+    """The val rows of modalities that the model learns here, or has learned, by its `model_index.json`.
+
+    Of others it cannot know anything; they are left out, with a word. So are copies of train images where none are
+    learned from.
+    """
+    learned = {resolve_modality(row["modality"]).id for row in train_rows}
+    known = learned | set(index.get("modalities") or [])
+    counts = Counter(resolve_modality(row["modality"]).id for row in val_rows)
+    for names, what in (
+        (counts.keys() - known, "val rows are left out"),
+        (counts.keys() & known - learned, "copies of train images are not looked for"),
+    ):
+        if names:
+            told = ", ".join(f"{name!r} ({counts[name]} val rows)" for name in sorted(names))
+            warnings.warn(f"{source} has no train rows of {told}: {what}.", stacklevel=2)
+    return [row for row in val_rows if resolve_modality(row["modality"]).id in known]
 
 
 def check_processes(rows: list[dict], what: str) -> None:

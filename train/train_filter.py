@@ -325,7 +325,7 @@ def main(argv=None) -> dict:
     all_rows, val_rows = read_splits(args)
     classes = claimed_classes(all_rows, all_rows, args.min_train, 0)
     rows = [r for r in all_rows if args.part in ("all", r.get("part")) and class_of(r) in classes]
-    val_rows = judgeable([row for row in val_rows if class_of(row) in classes], args)
+    val_rows = distinguishable([row for row in val_rows if class_of(row) in classes], args)
     if not rows:
         raise ValueError(f"{args.train_data} has no rows of part {args.part!r} with a finding of {args.min_train}.")
     ratings = read_ratings(args.ratings) if args.ratings else []
@@ -440,7 +440,7 @@ def main(argv=None) -> dict:
     return report
 
 
-def judgeable(val_rows: list[dict], args: argparse.Namespace) -> list[dict]:
+def distinguishable(val_rows: list[dict], args: argparse.Namespace) -> list[dict]:
     """The val rows, or none, with a word, if no modality has two findings to be told apart."""
     if val_rows and all(other < 0 for other in other_findings(val_rows, args.seed)):
         warnings.warn(

@@ -28,7 +28,6 @@ in learning without forgetting, arXiv 1606.09282). `add_modality.py` does so.
 import argparse
 import copy
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -44,6 +43,7 @@ from common import (
     add_common_arguments,
     check_common_arguments,
     check_processes,
+    judgeable,
     note_arguments,
     read_splits,
     start_trackers,
@@ -300,19 +300,22 @@ def main(argv=None) -> None:
     else:
         index = {}
     train_rows, val_rows = read_splits(args)
-    val_rows = judgeable(val_rows, train_rows, index, args.train_data)
-    check_processes(train_rows, f"--split {args.split} of {args.train_data}")
-    if val_rows:
-        check_processes(val_rows, f"--val_split {args.val_split} of {args.train_data}")
-    new, new_val = len(train_rows), len(val_rows)
+    old_rows, old_val_rows = [], []
     if args.replay:
         old_args = argparse.Namespace(**{**vars(args), "train_data": args.replay})
         old_rows, old_val_rows = read_splits(old_args)
         check_known(old_rows + old_val_rows, args.replay, index, args.pretrained_model_name_or_path)
-        check_processes(old_rows, f"--replay {args.replay}")
-        if old_val_rows:
-            check_processes(old_val_rows, f"--val_split {args.val_split} of --replay {args.replay}")
-        train_rows, val_rows = train_rows + old_rows, val_rows + old_val_rows
+    val_rows = judgeable(val_rows, train_rows + old_rows, index, args.train_data)
+    if old_val_rows and not val_rows:  # what is kept has the lowest mean of both
+        warnings.warn(f"{args.train_data} leaves no val rows, so those of --replay are left out, too.", stacklevel=2)
+        old_val_rows = []
+    shares = {f"--split {args.split} of {args.train_data}": train_rows, f"--replay {args.replay}": old_rows}
+    shares |= {"the validation": val_rows, f"the validation of --replay {args.replay}": old_val_rows}
+    for what, rows in shares.items():
+        if rows:
+            check_processes(rows, what)
+    new, new_val = len(train_rows), len(val_rows)
+    train_rows, val_rows = train_rows + old_rows, val_rows + old_val_rows
     present = {resolve_modality(row["modality"]).id for row in train_rows}
     modalities = [name for name in MODALITIES if name in present]
     findings: dict[str, list[str]] = {m: [] for m in modalities}
@@ -470,25 +473,6 @@ def main(argv=None) -> None:
         note_finished(args, schedule)
         push(args, output)
     accelerator.end_training()
-
-
-def judgeable(val_rows: list[dict], train_rows: list[dict], index: dict, source: str) -> list[dict]:
-    """The val rows of modalities that the model learns here, or has learned, by its `model_index.json`.
-
-    Of others it cannot know anything; they are left out, with a word. So are copies of train images where none are
-    learned from.
-    """
-    learned = {resolve_modality(row["modality"]).id for row in train_rows}
-    known = learned | set(index.get("modalities") or [])
-    counts = Counter(resolve_modality(row["modality"]).id for row in val_rows)
-    for names, what in (
-        (counts.keys() - known, "val rows are left out"),
-        (counts.keys() & known - learned, "copies of train images are not looked for"),
-    ):
-        if names:
-            told = ", ".join(f"{name!r} ({counts[name]} val rows)" for name in sorted(names))
-            warnings.warn(f"{source} has no train rows of {told}: {what}.", stacklevel=2)
-    return [row for row in val_rows if resolve_modality(row["modality"]).id in known]
 
 
 def push(args: argparse.Namespace, output: Path) -> None:
