@@ -16,7 +16,6 @@ import train_text_to_image
 from PIL import Image
 from safetensors.torch import load_file
 
-from minim_pipeline import MinimPipeline
 from minim_pipeline.disk import save_model
 from minim_pipeline.finite import FiniteLoss, check_weights
 
@@ -285,8 +284,3 @@ def test_a_resumed_log_survives_half_a_line(whole, decoder_run, tmp_path):
         file.write('{"kind": "val", "st')
     run(train_autoencoder, *decoder_run, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest")
     assert log_of(tmp_path / "run") == log_of(whole)
-
-
-def test_the_finished_pipeline_still_draws(unet_run, tmp_path):
-    run(train_text_to_image, *unet_run, "--val_split", "none", "--output_dir", tmp_path)
-    assert MinimPipeline.from_pretrained(tmp_path / "pipeline")("a", modality="oct", num_inference_steps=1).images
