@@ -35,6 +35,7 @@ from diffusers.utils import BaseOutput, logging, scale_lora_layers, unscale_lora
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .captions import check_caption
 from .minim_filter import FILTER_LIBRARY, FilterHead, FilterHeadOutput
 from .minim_filter.fingerprints import distances
 from .minim_filter.funnel import REASONS, Funnel, combine, plan_stages, select_state, weaker
@@ -528,6 +529,7 @@ class MinimPipeline(
                 raise ValueError(f"The prompt {text!r} begins with {prefix!r}, but `modality` is {name!r}.")
             if not rest.strip():
                 raise ValueError(f"`prompt` is empty: {text!r}.")
+            check_caption(rest)
             prompts.append(rest.strip())
             modalities.append(resolved)
         return prompts, modalities

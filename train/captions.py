@@ -26,8 +26,16 @@ _GRADE = re.compile(
 )
 _SAME_GRADE = {"npdr": "nonproliferative", "pdr": "proliferative"}
 
-# Words without which a caption says the same. Never a negation, a finding, a side or a grade.
-_FILLER = re.compile(r"\b(?:a|an|the|evidence of|signs of)\s+", re.IGNORECASE)
+# Words without which a caption says the same. Never a negation, a finding, a side or a grade, and never the A of a
+# class, as in "type A dissection" or, in lower case, "hepatitis a": they are taken only where an article can stand, at
+# the beginning or after a word that one follows.
+_FILLER = re.compile(
+    r"(^|[.;:]\s+|\b(?:with|without|of|in|on|at|by|for|from|to|as|no|is|are|has|have|had|there|shows?|showing|shown|"
+    r"reveals?|revealing|demonstrates?|demonstrating|displays?|displaying|suggests?|suggesting|indicates?|indicating|"
+    r"highlights?|highlighting|through|near|into|over|under|within|behind|around|beside|between|along|across)\s+)"
+    r"((?:(?:(?:a|an|the)(?!\s+(?:and|or|to)\b)|evidence\s+of|signs\s+of)\s+)+)(?=[^\W\d_]{2}|\d)",
+    re.IGNORECASE,
+)
 
 _SUFFIXES = {
     "right eye": ("right eye", "right eye", "OD"),
@@ -138,13 +146,20 @@ def _join(base: str, suffix: list[str], rng: random.Random) -> str:
 
 def _restyle(text: str, rng: random.Random) -> str:
     if rng.random() < 0.3:
-        text = _FILLER.sub("", text)
+        text = _FILLER.sub(_without_filler, text)
     if rng.random() < 0.1:
         for american, british in _BRITISH:
             text = re.sub(rf"\b{american}", british, text)
     if rng.random() < 0.5:
         text = text.removesuffix(".")
     return text.lower() if rng.random() < 0.3 else text
+
+
+def _without_filler(match: re.Match) -> str:
+    before, words = match.groups()
+    # "stage of A", "AN": a capital is an article's only at the beginning of a sentence.
+    first = words[0].lower() if not before.strip(" .;:") else words[0]
+    return before if (first + words[1:]).islower() else match[0]
 
 
 def phrase(rows: list[dict], captions: dict, tokenizer: CLIPTokenizer, variants: int, seed: int) -> torch.Tensor:
