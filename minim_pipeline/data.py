@@ -148,8 +148,8 @@ def read_csv(
     if mended:
         number, caption = mended[0]
         warnings.warn(
-            f"{path} has commas in captions without quotes around them, in {len(mended)} of {len(records)} rows. What "
-            f"stands between path and modality was read as the caption, of row {number} as {caption!r}.",
+            f"{path} has captions with commas and without quotes, in {len(mended)} of {len(records)} rows; the commas "
+            f"were taken for the captions' own, as in row {number}: {caption!r}.",
             stacklevel=2,
         )
     rows = [row for number, _, row in kept if number not in bad]

@@ -217,6 +217,8 @@ class MinimPipeline(
             and kept when the scheduler is swapped.
         custom_modalities: by id the definitions of modalities that are not in the package's table, as
             `register_modality` takes them. They are registered; those of `modalities` are added and saved.
+        bare_prompts: whether the text encoder is given the prompt alone, without the modality: for a U-Net that was
+            trained on captions as they stand.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -242,6 +244,7 @@ class MinimPipeline(
         num_candidates: int = 1,
         zero_terminal_snr: bool | None = None,
         custom_modalities: dict[str, dict] | None = None,
+        bare_prompts: bool = False,
     ):
         super().__init__()
         if zero_terminal_snr is None:
@@ -268,6 +271,7 @@ class MinimPipeline(
             num_candidates=num_candidates,
             zero_terminal_snr=zero_terminal_snr,
             custom_modalities=custom_modalities or None,
+            bare_prompts=bare_prompts,
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -318,6 +322,8 @@ class MinimPipeline(
                 config["modalities"] = " ".join(config["modalities"])
             if path.name == self.config_name and not config["custom_modalities"]:
                 del config["custom_modalities"]
+            if path.name == self.config_name and not config["bare_prompts"]:
+                del config["bare_prompts"]
             if path.parent.name == "text_encoder":
                 # transformers loads in the dtype that is written here, diffusers in fp32 whatever the files hold.
                 config["dtype"] = "float32"
@@ -570,7 +576,8 @@ class MinimPipeline(
         if prompt_embeds is None or (do_classifier_free_guidance and negative_prompt_embeds is None):
             prompts, modalities = self.resolve_prompts(prompt, modality, batch_size)
         if prompt_embeds is None:
-            texts = [prompt_text(p, m, self.tokenizer) for p, m in zip(prompts, modalities)]
+            bare = self.config.bare_prompts
+            texts = prompts if bare else [prompt_text(p, m, self.tokenizer) for p, m in zip(prompts, modalities)]
             prompt_embeds = self.encode_texts(texts, device, clip_skip)
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             negatives = (
@@ -578,7 +585,8 @@ class MinimPipeline(
                 if not isinstance(negative_prompt, (list, tuple))
                 else negative_prompt
             )
-            texts = [negative_text(n, m, self.tokenizer) for n, m in zip(negatives, modalities)]
+            bare = self.config.bare_prompts
+            texts = negatives if bare else [negative_text(n, m, self.tokenizer) for n, m in zip(negatives, modalities)]
             negative_prompt_embeds = self.encode_texts(texts, device, clip_skip, max_length=prompt_embeds.shape[1])
 
         # The U-Net's dtype wherever there is one: a text encoder may run in another.

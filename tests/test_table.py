@@ -25,9 +25,7 @@ def write(folder, text):
 @pytest.mark.parametrize("header", ["path,Text,modality", "path,Text,modality,split", "image_path,prompt,modal"])
 def test_a_missing_caption_is_a_bad_row(tmp_path, caption, header):
     path = write(tmp_path, f"{header}\na.png,{caption},OCT{',train' * ('split' in header)}\n")
-    with pytest.raises(
-        ValueError, match=r"row 1 \(line 2\): '.*' is no caption"
-    ):
+    with pytest.raises(ValueError, match=r"row 1 \(line 2\): '.*' is no caption"):
         read_csv(path, check_images=False)
 
 
@@ -36,7 +34,7 @@ def test_unquoted_commas_of_minims_example_are_the_caption_s(tmp_path):
     with pytest.raises(ValueError, match=r"1 bad row:\n  row 3 \(line 4\): 4 fields, .*an unquoted comma"):
         read_csv(write(tmp_path, text), check_images=False)
     path = write(tmp_path, text.replace("PET", "BrainMRI"))
-    with pytest.warns(UserWarning, match="in 2 of 3 rows.*row 1 as 'The heart, lungs,and  vessels: 1,5 cm.'") as told:
+    with pytest.warns(UserWarning, match="in 2 of 3 rows.*row 1: 'The heart, lungs,and  vessels: 1,5 cm.'") as told:
         rows = read_csv(path, check_images=False)
     assert len(told) == 1
     assert [row["Text"] for row in rows] == ["The heart, lungs,and  vessels: 1,5 cm.", "Clear", "A mass,x"]
@@ -60,9 +58,7 @@ def test_one_modality_for_all_rows_fills_gaps_and_contradicts_none(tmp_path):
         "Fundus",
         "color fundus",
     ]
-    with pytest.raises(
-        ValueError, match=r"row 2 \(line 3\): modality 'color fundus', but 'OCT' is asked"
-    ):
+    with pytest.raises(ValueError, match=r"row 2 \(line 3\): modality 'color fundus', but 'OCT' is asked"):
         read_csv(path, check_images=False, modality="OCT")
 
 

@@ -56,6 +56,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
 from minim_pipeline.generate import read_model_index
+from minim_pipeline.loading import load_with_unet, unet_folder
 from minim_pipeline.tokens import add_modality_tokens, tokenize
 
 
@@ -88,6 +89,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     model.add_argument("--vae", help="Folder of a trained autoencoder (train_autoencoder.py).")
     model.add_argument("--text_encoder", help="Folder with `tokenizer` and `text_encoder` (train_text_encoder.py).")
+    model.add_argument(
+        "--unet", help="Start from this U-Net, such as MINIM's checkpoint/unet, in the pretrained pipeline's place."
+    )
     model.add_argument("--train_text_encoder", action="store_true", help="Train the text encoder along.")
     model.add_argument("--text_encoder_learning_rate", type=float, default=1e-5)
     model.add_argument("--lora_rank", type=int, default=0, help="Train a LoRA of this rank instead of the U-Net.")
@@ -121,6 +125,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise ValueError("--preset needs --vae and --text_encoder, the folders of trained ones.")
     if args.pretrained_model_name_or_path and (args.vae or args.text_encoder):
         raise ValueError("--vae and --text_encoder belong to --preset; a pretrained pipeline brings its own.")
+    if args.unet and not (args.pretrained_model_name_or_path and unet_folder(args.unet)):
+        raise ValueError(
+            f"--unet has to be the folder of a U-Net, beside --pretrained_model_name_or_path; got {args.unet!r}."
+        )
     counts = ("caption_variants", "latent_variants", "validation_samples", "gradient_accumulation_steps")
     for name in (*counts, "num_inference_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -175,7 +183,10 @@ def build_pipeline(args: argparse.Namespace, modalities: list[str], findings: di
             timestep_spacing="trailing",
         )
     else:
-        base = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path)
+        if args.unet:
+            base = load_with_unet(args.pretrained_model_name_or_path, args.unet, bare=False)
+        else:
+            base = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path)
         vae, text_encoder, tokenizer, unet = base.vae, base.text_encoder, base.tokenizer, base.unet
         scheduler = base.scheduler
         if args.prediction_type not in (None, scheduler.config.prediction_type):

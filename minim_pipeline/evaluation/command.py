@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(sets, "--pipeline", metavar="PATH_OR_HUB_ID", help="draw them from the captions of --real with this model")
     add(sets, "--train", type=Path, metavar="CSV", help="what the generator learned from; without: no audit of copies")
     add(sets, "--train-split", help="take only its rows of this `split`")
+    add(sets, "--modality", help="of all rows of CSV files that have no such column")
+    add(sets, "--image-root", type=Path, metavar="FOLDER", help="look for the images of --real and --train here: by "
+        "their whole path, or what is left of it without its first folders")  # fmt: skip
     add(sets, "--label-column", default="finding", help="column of the finding (default: finding)")
     add(sets, "--skip-bad-rows", action="store_true", help="leave bad rows out instead of stopping")
     add(sets, "--resolution", type=int, default=256, help="side in pixels to which all are brought (default 256)")
@@ -132,12 +135,12 @@ def run(args: argparse.Namespace) -> dict:
     if missing:
         raise ValueError(f"the page needs {' and '.join(missing)}: pip install 'minim-pipeline[evaluate]'.")
 
-    def rows_of(path: Path, split: str | None) -> list[dict]:
-        return read_csv(path, split=split, skip_bad_rows=args.skip_bad_rows)
+    def rows_of(path: Path, split: str | None, root: Path | None) -> list[dict]:
+        return read_csv(path, split, root, args.skip_bad_rows, modality=args.modality)
 
-    real_rows = rows_of(args.real, args.real_split)
-    train_rows = rows_of(args.train, args.train_split) if args.train else None
-    synthetic_rows = rows_of(args.synthetic, None) if args.synthetic else None
+    real_rows = rows_of(args.real, args.real_split, args.image_root)
+    train_rows = rows_of(args.train, args.train_split, args.image_root) if args.train else None
+    synthetic_rows = rows_of(args.synthetic, None, None) if args.synthetic else None
     if train_rows:
         check_overlap(real_rows, args.real, train_rows, args.train)
 
