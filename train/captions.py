@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import torch
+from rows import tell_cut
 from transformers import CLIPTokenizer
 
 from minim_pipeline.modalities import resolve_modality
@@ -165,8 +166,9 @@ def _without_filler(match: re.Match) -> str:
 def phrase(rows: list[dict], captions: dict, tokenizer: CLIPTokenizer, variants: int, seed: int) -> torch.Tensor:
     """Token ids [N, variants, L] of the rows' captions, each in several phrasings behind its modality's token.
 
-    A single variant is the caption as it stands.
+    A single variant is the caption as it stands. Captions that are longer than the encoder reads are told.
     """
+    tell_cut([f"{resolve_modality(row['modality']).token} {row['Text']}" for row in rows], tokenizer)
     rng = random.Random(seed)
     texts = []
     for row in rows:

@@ -52,6 +52,7 @@ from diffusers.training_utils import EMAModel, compute_snr
 from hub import push_parts, push_pipeline
 from latents import Latents, memorised_share
 from PIL import Image
+from rows import image_paths, tell_repeats
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
@@ -304,8 +305,14 @@ def main(argv=None) -> None:
     train_rows, val_rows = read_splits(args)
     new, new_val = len(train_rows), len(val_rows)
     if args.replay:
-        old_args = argparse.Namespace(**{**vars(args), "train_data": args.replay})
+        # --modality and --image_root are of --train_data.
+        elsewhere = {"train_data": args.replay, "modality": None, "image_root": None}
+        old_args = argparse.Namespace(**{**vars(args), **elsewhere})
         old_rows, old_val_rows = read_splits(old_args)
+        both = image_paths(train_rows, args.train_data), image_paths(old_val_rows, args.replay)
+        tell_repeats(f"{args.train_data} and the val rows of {args.replay}", *both)
+        both = image_paths(old_rows, args.replay), image_paths(val_rows, args.train_data)
+        tell_repeats(f"{args.replay} and the val rows of {args.train_data}", *both)
         check_known(old_rows + old_val_rows, args.replay, index, args.pretrained_model_name_or_path)
         train_rows, val_rows = train_rows + old_rows, val_rows + old_val_rows
     present = {resolve_modality(row["modality"]).id for row in train_rows}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .. import EMBEDDED_ENCODER, __version__
 from ..data import DatasetWriter, read_csv, resolve_path
+from ..duplicates import file_keys
 from ..provenance import atomic_path
 
 
@@ -206,9 +207,11 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def check_overlap(real_rows: list[dict], real: Path, train_rows: list[dict], train: Path) -> None:
-    """Raises ValueError if an image is on both sides: everything would be called new beside it."""
-    trained = {resolve_path(row, train).resolve() for row in train_rows}
-    both = [row["path"] for row in real_rows if resolve_path(row, real).resolve() in trained]
+    """Raises ValueError if an image is on both sides, also under another name: all would be called new beside it."""
+    paths = [resolve_path(row, train) for row in train_rows] + [resolve_path(row, real) for row in real_rows]
+    keys = file_keys(paths)
+    trained = set(keys[: len(train_rows)])
+    both = [row["path"] for row, key in zip(real_rows, keys[len(train_rows) :], strict=True) if key in trained]
     if both:
         raise ValueError(
             f"{len(both)} images are in --real and in --train, such as {both[0]}: real images have to be ones that "
