@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, names_a_side
+from minim_pipeline.cli import say
 from minim_pipeline.evaluation.classifier import augment, prepare_training
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.image_loading import load_images
@@ -213,9 +214,7 @@ def main(argv=None) -> dict:
     tell_repeats(args.train_data, image_paths(rows, args.train_data), image_paths(val_rows, args.train_data))
     if not args.no_mirror:
         sides = sum(names_a_side(row["Text"]) for row in rows)
-        print(
-            f"{args.train_data}: all {len(rows)} images may be mirrored, {sides} of which have captions with a side."
-        )
+        say(f"{args.train_data}: all {len(rows)} images may be mirrored; {sides} of them have captions with a side.")
     classes = {}
 
     def labels_of(rows):
