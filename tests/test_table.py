@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from minim_pipeline.data import read_csv
+from minim_pipeline.data import read_csv, resolve_path
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_an_ambiguous_modality_is_that_of_the_caption_s_prefix(tmp_path):
 def test_images_of_another_machine_are_found_under_the_root(images, tmp_path, written):
     path = write(tmp_path, f"path,Text,modality\n{written},Edema,OCT\n")
     (row,) = read_csv(path, image_root=images)
-    assert row["path"] == str(images / "oct" / "0.png")
+    assert row["path"] == "images/oct/0.png" and resolve_path(row, path).is_file()
 
 
 def test_two_images_are_never_taken_from_one_file(images, tmp_path):
@@ -111,3 +111,11 @@ def test_files_that_are_no_csv_are_told_by_their_cause(tmp_path, content, cause)
     with pytest.raises(ValueError, match=cause) as error:
         read_csv(write(tmp_path, content), check_images=False)
     assert "save it as 'CSV UTF-8'" in str(error.value) or "fields" in cause
+
+
+def test_images_are_found_from_a_csv_behind_a_link(images, tmp_path):
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    write(tmp_path / "far" / "away", "path,Text,modality\n/a/oct/0.png,Edema,OCT\n")
+    (tmp_path / "near").symlink_to(tmp_path / "far" / "away")
+    (row,) = read_csv(tmp_path / "near" / "data.csv", image_root=images)
+    assert resolve_path(row, tmp_path / "near" / "data.csv").samefile(images / "oct" / "0.png")
