@@ -3,7 +3,7 @@
 import re
 import unicodedata
 
-from .modalities import Modality
+from .modalities import AMBIGUOUS, Modality, resolve_modality, split_prefix
 
 
 # What spreadsheets, pandas and databases write where there is no caption; compared without case and spaces around.
@@ -23,6 +23,13 @@ def check_caption(text: str) -> None:
         raise ValueError(
             f"{text!r} is no caption, but what stands where one is missing: say what the image shows, or leave it out."
         )
+
+
+def without_prefix(text: str, modality: Modality) -> str:
+    """`text` without MINIM's "OCT: " in front, if that names `modality`: as the pipeline reads it."""
+    prefix, rest = split_prefix(text)
+    own = prefix and rest and prefix.lower() not in AMBIGUOUS and resolve_modality(prefix) == modality
+    return rest if own else text
 
 
 def names_a_side(caption: str) -> bool:

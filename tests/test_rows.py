@@ -90,3 +90,14 @@ def test_captions_that_the_encoder_cuts_are_counted_and_one_is_quoted(shared_pip
     assert long in said and "end' is not learned" in said
     tell_cut(["<oct> Drusen"], tokenizer)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("prefix", ["OCT: ", "oct: ", "optical coherence tomography: "])
+@pytest.mark.parametrize("variants", [1, 4])
+def test_minims_prefix_is_learned_as_the_pipeline_reads_it(shared_pipeline, prefix, variants):
+    """The token stands for the modality, and `pipe("OCT: drusen")` reads "drusen" behind it."""
+    with_prefix, bare = ([{"Text": f"{text}drusen", "modality": "OCT"}] for text in (prefix, ""))
+    ids = [phrase(rows, {}, shared_pipeline.tokenizer, variants, 0) for rows in (with_prefix, bare)]
+    assert torch.equal(*ids)
+    other = phrase([{"Text": "Layers: intact", "modality": "OCT"}], {}, shared_pipeline.tokenizer, 1, 0)
+    assert "layers" in shared_pipeline.tokenizer.decode(other[0, 0]).replace(" ", "")

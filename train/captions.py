@@ -13,6 +13,7 @@ import torch
 from rows import tell_cut
 from transformers import CLIPTokenizer
 
+from minim_pipeline.captions import without_prefix
 from minim_pipeline.modalities import resolve_modality
 from minim_pipeline.tokens import tokenize
 
@@ -168,16 +169,14 @@ def phrase(rows: list[dict], captions: dict, tokenizer: CLIPTokenizer, variants:
 
     A single variant is the caption as it stands. Captions that are longer than the encoder reads are told.
     """
-    tell_cut([f"{resolve_modality(row['modality']).token} {row['Text']}" for row in rows], tokenizer)
     rng = random.Random(seed)
+    kinds = [resolve_modality(row["modality"]) for row in rows]
+    # The pipeline takes MINIM's "OCT: " from a prompt, so it must not be learned either.
+    plain = [without_prefix(row["Text"], modality) for row, modality in zip(rows, kinds, strict=True)]
+    tell_cut([f"{modality.token} {text}" for text, modality in zip(plain, kinds, strict=True)], tokenizer)
     texts = []
-    for row in rows:
-        modality = resolve_modality(row["modality"])
+    for row, modality, own in zip(rows, kinds, plain, strict=True):
         for _ in range(variants):
-            text = (
-                vary_caption(row["Text"], modality.id, row.get("finding"), rng, captions)
-                if variants > 1
-                else row["Text"]
-            )
+            text = vary_caption(own, modality.id, row.get("finding"), rng, captions) if variants > 1 else own
             texts.append(f"{modality.token} {text}")
     return tokenize(tokenizer, texts).reshape(len(rows), variants, -1)
