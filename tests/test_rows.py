@@ -101,3 +101,29 @@ def test_minims_prefix_is_learned_as_the_pipeline_reads_it(shared_pipeline, pref
     assert torch.equal(*ids)
     other = phrase([{"Text": "Layers: intact", "modality": "OCT"}], {}, shared_pipeline.tokenizer, 1, 0)
     assert "layers" in shared_pipeline.tokenizer.decode(other[0, 0]).replace(" ", "")
+
+
+@pytest.mark.parametrize(("no_mirror", "expected"), [(False, [True, False]), (True, [False, False])])
+def test_no_mirror_reaches_the_images(shared_pipeline, tmp_path, monkeypatch, capsys, no_mirror, expected):
+    import latents
+    import train_autoencoder
+    from accelerate import Accelerator
+
+    for i in range(2):
+        noise(tmp_path / f"{i}.png", i)
+    rows = [{"path": f"{i}.png", "Text": text, "modality": "OCT"} for i, text in enumerate(("Drusen", "Drusen, OS"))]
+    asked = []
+    monkeypatch.setattr(latents, "augment", lambda x, may_mirror, *_: asked.append(may_mirror.tolist()) or x)
+    args = arguments(str(tmp_path / "data.csv"), no_mirror=no_mirror, output_dir=tmp_path, resolution=64, seed=0)
+    args.mixed_precision = "no"
+    latents.Latents.encode(args, Accelerator(cpu=True), shared_pipeline.vae, rows, "train", 2)
+    assert asked == [expected]
+    assert f"(train): {sum(expected)} of 2 images may be mirrored" in capsys.readouterr().err
+
+    slope = torch.arange(32).expand(1, 3, 32, 32).to(torch.uint8)
+    drawn = [
+        train_autoencoder.draw_batch(slope, torch.zeros(1).long(), 32, torch.Generator().manual_seed(i), "cpu", mirror)
+        for mirror in (not no_mirror,)
+        for i in range(12)
+    ]
+    assert any(x[0, 0, 0, 0] > x[0, 0, 0, -1] for x in drawn) != no_mirror

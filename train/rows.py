@@ -83,11 +83,12 @@ def mirrored(rows: list[dict], no_mirror: bool = False, said: tuple[str, ...] = 
 
 
 def tell_mirrored(name: str | Path, rows: list[dict], flags: list[bool]) -> None:
-    """Says how many rows may be mirrored, and why not the others."""
-    allowed = [resolve_modality(row["modality"]).flip for row in rows]
-    sides = sum(may and not flag for may, flag in zip(allowed, flags, strict=True))
-    why = f"{sides} others name a side (or --no_mirror was given), {len(rows) - sum(allowed)} are of modalities that"
-    say(f"{name}: {sum(flags)} of {len(rows)} images may be mirrored; {why} are never mirrored.")
+    """Says how many rows may be mirrored, by what `mirrored` gave of them, and why not the others."""
+    never = sum(not resolve_modality(row["modality"]).flip for row in rows)
+    told = f"{name}: {sum(flags)} of {len(rows)} images may be mirrored"
+    if any(flags):
+        told += f"; {len(rows) - sum(flags) - never} others name a side, {never} are of modalities with a side"
+    say(f"{told}.")
 
 
 def tell_cut(texts: list[str], tokenizer: CLIPTokenizer) -> None:
