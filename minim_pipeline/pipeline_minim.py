@@ -461,6 +461,8 @@ class MinimPipeline(
             raise ValueError(
                 f"`negative_prompt` has {len(negative_prompt)} entries for {batch_size} prompts: {negative_prompt!r}."
             )
+        for text in [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or []:
+            check_caption(text)
 
         num_images = batch_size * num_images_per_prompt
         if seeds is not None:
