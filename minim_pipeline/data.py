@@ -89,11 +89,10 @@ def read_csv(
     if split is not None and "split" not in columns:
         missing.append("split")
     if missing:
+        hint = " If all rows are of one modality, name it with --modality." if missing == ["modality"] else ""
         raise ValueError(
             f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; "
-            f"found: {', '.join(map(repr, columns))}."
-            + " If all rows are of one modality, name it with --modality."
-            * (missing == ["modality"])
+            f"found: {', '.join(map(repr, columns))}.{hint}"
         )
 
     bad: dict[int, tuple[int, str]] = {}  # row number -> file line, what is wrong

@@ -53,15 +53,21 @@ def tell_repeats(name: str | Path, train: list[Path], val: list[Path]) -> None:
         name: of the data set.
         train, val: the images of its rows.
     """
-    keys = file_keys([*train, *val])
     first: dict[str, Path] = {}
     again = []
-    for path, key in zip(train, keys, strict=False):
+    for path, key in zip(train, file_keys(train), strict=True):
         if first.setdefault(key, path) is not path:
             again.append((path, first[key]))
-    both = [(path, first[key]) for path, key in zip(val, keys[len(train) :], strict=True) if key in first]
     if again:
         say(f"warning: {name}: {len(again)} of {len(train)} train rows repeat the image of another: {_named(again)}.")
+    tell_overlap(name, train, val)
+
+
+def tell_overlap(name: str | Path, train: list[Path], val: list[Path]) -> None:
+    """Warns of images that are both trained and validated on, as `tell_repeats` does."""
+    keys = file_keys([*train, *val])
+    first = dict(zip(keys, train, strict=False))
+    both = [(path, first[key]) for path, key in zip(val, keys[len(train) :], strict=True) if key in first]
     if both:
         say(
             f"warning: {name}: {len(both)} of {len(val)} val rows show an image that is trained on, so validation"

@@ -52,7 +52,7 @@ from diffusers.training_utils import EMAModel, compute_snr
 from hub import push_parts, push_pipeline
 from latents import Latents, memorised_share
 from PIL import Image
-from rows import image_paths, tell_repeats
+from rows import image_paths, tell_overlap
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
@@ -310,9 +310,9 @@ def main(argv=None) -> None:
         old_args = argparse.Namespace(**{**vars(args), **elsewhere})
         old_rows, old_val_rows = read_splits(old_args)
         both = image_paths(train_rows, args.train_data), image_paths(old_val_rows, args.replay)
-        tell_repeats(f"{args.train_data} and the val rows of {args.replay}", *both)
+        tell_overlap(f"{args.train_data} and the val rows of {args.replay}", *both)
         both = image_paths(old_rows, args.replay), image_paths(val_rows, args.train_data)
-        tell_repeats(f"{args.replay} and the val rows of {args.train_data}", *both)
+        tell_overlap(f"{args.replay} and the val rows of {args.train_data}", *both)
         check_known(old_rows + old_val_rows, args.replay, index, args.pretrained_model_name_or_path)
         train_rows, val_rows = train_rows + old_rows, val_rows + old_val_rows
     present = {resolve_modality(row["modality"]).id for row in train_rows}
