@@ -538,6 +538,8 @@ class MinimPipeline(
             if not rest.strip():
                 raise ValueError(f"`prompt` is empty: {text!r}.")
             check_caption(rest)
+            if self.config.bare_prompts and name is not None:
+                rest = text  # as it stands
             prompts.append(rest.strip())
             modalities.append(resolved)
         return prompts, modalities

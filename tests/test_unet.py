@@ -51,7 +51,10 @@ def test_draws_with_a_unet_of_its_own_and_the_bare_caption(minim, tmp_path, wher
 def test_a_pipeline_keeps_that_it_reads_bare_captions(minim, tmp_path):
     from minim_pipeline.loading import load_with_unet
 
-    load_with_unet(str(minim / "sd"), minim / "checkpoint", bare=True).save_pretrained(tmp_path)
+    pipe = load_with_unet(str(minim / "sd"), minim / "checkpoint", bare=True)
+    assert pipe.resolve_prompts("OCT: edema", "oct", 1)[0] == ["OCT: edema"], "as it stands, if the modality is given"
+    assert pipe.resolve_prompts("OCT: edema", None, 1)[0] == ["edema"]
+    pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["bare_prompts"] is True
     assert MinimPipeline.from_pretrained(tmp_path).config.bare_prompts
     assert "bare_prompts" not in json.loads((minim / "sd" / "model_index.json").read_text())
