@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import EMBEDDED_CHECKPOINT, __version__
+from .captions import check_caption
 from .data import DatasetWriter, read_csv
 from .evaluation.command import add_arguments as add_evaluate_arguments
 from .evaluation.command import run as evaluate
@@ -15,6 +16,9 @@ from .generate import DTYPES, REASONS, SCHEDULERS, generate, plan_file, plan_pro
 from .modalities import MODALITIES, resolve_modality, split_prefix
 from .ratings import RatingStore, counts
 from .scoring import score_csv
+
+
+IMAGE_ROOT_HELP = "look for the images here: under their whole path, or what is left of it without its first folders"
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,7 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
         "it was stopped and repeats nothing; several GPUs: accelerate launch -m minim_pipeline.cli generate ...",
     )
     p.set_defaults(run=run_generate)
-    p.add_argument("--modality", help="e.g. OCT, Fundus, CXR, ChestCT, BrainMRI; minim modalities lists them")
+    p.add_argument(
+        "--modality",
+        help="e.g. OCT, Fundus, CXR, ChestCT, BrainMRI; minim modalities lists them. With --prompts-file: of all rows",
+    )
     p.add_argument("--prompt", help="what the image shows, e.g. 'diabetic macular edema'")
     p.add_argument(
         "--prompts-file",
@@ -77,6 +84,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output-dir", type=Path, metavar="FOLDER")
     p.add_argument("--model", **model)
+    p.add_argument(
+        "--unet",
+        type=Path,
+        metavar="FOLDER",
+        help="draw with this U-Net, such as MINIM's checkpoint/unet; --model is what it was trained from. If that is "
+        "Stable Diffusion, the prompt is read as it stands, as in MINIM's training",
+    )
     p.add_argument("--num-inference-steps", type=number(int, 1), help="default: the model's own")
     p.add_argument("--guidance-scale", type=number(float, 0), help="default: the model's own")
     p.add_argument("--negative-prompt", help="what the image shall not show")
@@ -113,6 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--data", type=Path, required=True, metavar="CSV", help="columns path,Text,modality")
     p.add_argument("--output", type=Path, metavar="CSV", help="default: NAME-scored.csv beside the data")
     p.add_argument("--split", help="only its rows of this split")
+    p.add_argument("--modality", help="of all rows, where the CSV has no such column")
+    p.add_argument("--image-root", type=Path, metavar="FOLDER", help=IMAGE_ROOT_HELP)
     p.add_argument("--model", **model)
     p.add_argument("--device", help="e.g. cpu, cuda (default: a GPU if there is one)")
     p.add_argument("--batch-size", type=number(int, 1), default=16)
@@ -149,6 +165,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def prompt(text: str) -> str:
+    """`text`, unless it stands for a caption that is missing."""
+    check_caption(text)
+    return text
+
+
 def ask(question: str, parse: Callable[[str], object], default: str | None = None) -> object:
     """Asks at the terminal until `parse` takes the answer."""
     while True:
@@ -163,8 +185,8 @@ def ask(question: str, parse: Callable[[str], object], default: str | None = Non
 def complete(args: argparse.Namespace, trained: list[str] | None) -> None:
     """Fills in what `args` lacks by asking for it, or raises ValueError where nobody can be asked."""
     if args.prompts_file is not None:
-        if args.prompt is not None or args.modality is not None:
-            raise ValueError("--prompts-file names prompts and modalities itself: leave --prompt and --modality out.")
+        if args.prompt is not None:
+            raise ValueError("--prompts-file names the prompts itself: leave --prompt out.")
         needed = ["output_dir"]
     else:
         if args.prompt is not None and args.modality is None:
@@ -179,6 +201,7 @@ def complete(args: argparse.Namespace, trained: list[str] | None) -> None:
         text = getattr(args, name)
         if text is not None and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"--{name.replace('_', '-')} is not UTF-8: {text!r}.")
+        check_caption(text or "")
     if missing and not sys.stdin.isatty():
         options = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise ValueError(f"{options} missing (they are asked for at a terminal only).")
@@ -187,7 +210,7 @@ def complete(args: argparse.Namespace, trained: list[str] | None) -> None:
         names = ", ".join(MODALITIES[id].name for id in trained or MODALITIES)
         args.modality = ask(f"Modality ({names})", lambda answer: resolve_modality(answer, trained))
     if "prompt" in missing:
-        args.prompt = ask("Prompt, e.g. diabetic macular edema", str)
+        args.prompt = ask("Prompt, e.g. diabetic macular edema", prompt)
     if args.num_images is None:
         if missing and args.prompts_file is None:
             args.num_images = ask("Number of images", number(int, 1), "4")
@@ -202,7 +225,8 @@ def run_generate(args: argparse.Namespace) -> None:
     complete(args, trained)
     if args.prompts_file is not None:
         with warnings.catch_warnings(record=True) as caught:
-            items = plan_file(args.prompts_file, args.num_images, args.seed, trained, args.skip_bad_rows)
+            modality = args.modality and args.modality.id
+            items = plan_file(args.prompts_file, args.num_images, args.seed, trained, args.skip_bad_rows, modality)
         for warning in caught:
             say(f"minim generate: warning: {warning.message}")
     else:

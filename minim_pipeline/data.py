@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,18 +16,29 @@ from pathlib import Path
 
 from PIL import Image
 
-from .modalities import resolve_modality
+from .captions import check_caption
+from .modalities import AMBIGUOUS, resolve_modality, split_prefix
 from .provenance import atomic_path, save_png
+from .table import guess, mend_commas, read_table
 
 
-# Other spellings of a column; MINIM's README says `modality`, its example CSV `modal`.
-COLUMN_ALIASES = {"modal": "modality"}
+LISTED = 20  # bad rows are told up to so many, and counted beyond
 
 
 def resolve_path(row: Mapping[str, str], csv_path: str | Path, image_root: str | Path | None = None) -> Path:
-    """Where the image of `row` lies: its `path`, relative to `image_root` or else to the folder of the CSV."""
-    root = Path(csv_path).parent if image_root is None else Path(image_root)
-    return root / row["path"]
+    """Where the image of `row` lies: its `path`, relative to the folder of the CSV, or looked for under `image_root`.
+
+    Under `image_root` the whole path is tried, and then without its first folders, one after the other, down to the
+    name of the file: of `/data/oct/1.png` that is `data/oct/1.png`, `oct/1.png` and `1.png`.
+    """
+    if image_root is None:
+        return Path(csv_path).parent / row["path"]
+    root = Path(image_root)
+    parts = [part for part in re.split(r"[/\\]+", row["path"]) if part not in ("", ".", "..")]
+    # As it is written first: it may be relative, and a name may hold what divides folders elsewhere.
+    written = [] if Path(row["path"]).is_absolute() else [root / row["path"]]
+    tried = [*written, *(root.joinpath(*parts[i:]) for i in range(len(parts)))]
+    return next(filter(Path.is_file, tried), tried[0])
 
 
 def read_csv(
@@ -37,19 +49,25 @@ def read_csv(
     require: Sequence[str] = ("path", "Text", "modality"),
     check_images: bool = True,
     check: Callable[[dict[str, str]], object] | None = None,
+    modality: str | None = None,
 ) -> list[dict[str, str]]:
     """Reads a CSV in MINIM's format.
 
-    Spaces around names and values, a byte-order mark and empty lines are left out; `modal` is read as `modality`.
+    Spaces around names and values, a byte-order mark and empty lines are left out; `modal` is read as `modality`,
+    `image_path` as `path`, `prompt` as `Text`. Commas in captions that nobody quoted are understood where the columns
+    are `path,Text,modality` alone, with one warning. A modality that fits several is that of the caption's prefix:
+    `CT` with "Chest CT: nodule" is chest CT.
 
     Args:
         path: the CSV file, UTF-8.
         split: keeps only the rows whose `split` column says so.
-        image_root: folder that `path` is relative to; by default the CSV's own.
+        image_root: folder to look for the images in, see `resolve_path`; by default `path` is relative to the CSV's.
+            With it, `path` of the rows returned leads from the CSV's folder to where the image was found.
         skip_bad_rows: leaves bad rows out, with one warning that lists them, instead of raising.
         require: columns that have to be there, and filled in every row.
         check_images: decodes every image of the rows kept, in threads (6,000 of 256 px take some 10 s on 2 cores).
         check: called with every row kept; raises ValueError, with what is wrong, for a bad one.
+        modality: that of all rows, where the CSV has no such column or leaves it empty.
 
     Returns:
         One dict a row, from column names to strings: those of `require`, and all other columns as they are.
@@ -57,57 +75,82 @@ def read_csv(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a required column is missing, nothing is left, or rows are bad. The message lists every bad row
-            with its number (from 1, without the header), its line in the file, and what is wrong with it: a number
-            of fields other than the header's (mostly an unquoted comma), an empty required value, an unknown or
-            ambiguous modality, a missing or broken image.
+        ValueError: the file is no CSV, a required column is missing, nothing is left, or rows are bad. The message
+            counts the bad rows, and lists up to 20 with their number (from 1, without the header), their line in the
+            file, and what is wrong: a number of fields other than the header's (mostly an unquoted comma), an empty
+            required value, a caption such as "nan", an unknown or ambiguous modality or another one than `modality`,
+            a missing or broken image, or one that stands for two different paths under `image_root`.
     """
     path = Path(path)
-    columns, records = _read_records(path)
-    missing = [name for name in require if name not in columns]
+    columns, records = read_table(path)
+    if modality is not None:
+        resolve_modality(modality)  # a wrong one is told before any row
+    missing = [name for name in require if name not in columns and not (name == "modality" and modality)]
     if split is not None and "split" not in columns:
         missing.append("split")
     if missing:
+        hint = " If all rows are of one modality, name it with --modality." if missing == ["modality"] else ""
         raise ValueError(
             f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; "
-            f"found: {', '.join(map(repr, columns))}."
+            f"found: {', '.join(map(repr, columns))}.{hint}"
         )
 
     bad: dict[int, tuple[int, str]] = {}  # row number -> file line, what is wrong
     kept: list[tuple[int, int, dict[str, str]]] = []
-    splits = set()
-    for number, (line, values) in enumerate(records, start=1):
+    splits, foreign = set(), False
+    mended: list[tuple[int, str]] = []  # row number, its caption
+    places: dict[Path, str] = {}  # where images were found under image_root, and by which path
+    for number, record in enumerate(records, start=1):
+        line, values = record.line, record.values
+        if len(values) > len(columns):
+            values = mend_commas(record, columns, _is_modality) or values
         if len(values) != len(columns):
             text = ",".join(values)
-            guess = "an unquoted comma? " if len(values) > len(columns) else "an open quote? " if "\n" in text else ""
             shown = repr(text if len(text) <= 100 else text[:100] + "…")
-            bad[number] = line, f"{len(values)} fields, the header has {len(columns)} ({guess}{shown})"
+            why = f"{len(values)} fields, the header has {len(columns)} ({guess(record, columns)}{shown})"
+            bad[number] = line, why
             continue
         row = {name: value for name, value in zip(columns, values) if name}
+        if values is not record.values:
+            mended.append((number, row["Text"]))
+        _complete(row, modality)
         splits.add(row.get("split"))
         if split is not None and row["split"] != split:
             continue
-        problem = _problem(row, require, check)
+        problem = _problem(row, require, check, modality)
+        if not problem and image_root is not None and "path" in require:
+            problem = _place(row, path, image_root, places)
         if problem:
             bad[number] = line, problem
         else:
             kept.append((number, line, row))
 
     if check_images:
-        images = {resolve_path(row, path, image_root) for _, _, row in kept}
+        images = {resolve_path(row, path) for _, _, row in kept}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             broken = {image: why for image, why in zip(images, pool.map(_image_problem, images)) if why}
         for number, line, row in kept:
-            why = broken.get(resolve_path(row, path, image_root))
+            why = broken.get(resolve_path(row, path))
             if why:
                 bad[number] = line, why
+                foreign |= re.match(r"[/\\]|[A-Za-z]:", row["path"]) is not None
 
     if bad:
-        listed = "\n".join(f"  row {number} (line {bad[number][0]}): {bad[number][1]}" for number in sorted(bad))
-        message = f"{path} has {len(bad)} bad row{'s' * (len(bad) > 1)}:\n{listed}"
+        told = [f"  row {number} (line {bad[number][0]}): {bad[number][1]}" for number in sorted(bad)[:LISTED]]
+        told += [f"  … and {len(bad) - LISTED} more"] * (len(bad) > LISTED)
+        if foreign and image_root is None:
+            told.append("  Paths of another machine? --image_root names the folder to look for the images in.")
+        message = f"{path} has {len(bad)} bad row{'s' * (len(bad) > 1)}:\n" + "\n".join(told)
         if not skip_bad_rows:
             raise ValueError(message)
         warnings.warn(f"Left out: {message}", stacklevel=2)
+    if mended:
+        number, caption = mended[0]
+        warnings.warn(
+            f"{path} has captions with commas and without quotes, in {len(mended)} of {len(records)} rows; the commas "
+            f"were taken for the captions' own, as in row {number}: {caption!r}.",
+            stacklevel=2,
+        )
     rows = [row for number, _, row in kept if number not in bad]
     if not rows:
         of_split = f" of split {split!r}; splits found: {', '.join(map(repr, sorted(filter(None, splits))))}"
@@ -115,41 +158,50 @@ def read_csv(
     return rows
 
 
-def _read_records(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The column names, and each record's first line in the file (from 1) with its values; all of it stripped."""
-    records, line = [], 1
+def _is_modality(name: str) -> bool:
     try:
-        # utf-8-sig: the reference's files may start with a byte-order mark.
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            # skipinitialspace: without it a quote after ", " is not read as one.
-            reader = csv.reader(file, skipinitialspace=True)
-            for values in reader:
-                if any(map(str.strip, values)):
-                    records.append((line, [value.strip() for value in values]))
-                line = reader.line_num + 1
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}.") from error
-    except csv.Error as error:
-        raise ValueError(f"{path} is no CSV from line {line} on: {error} (an open quote?).") from error
-    if not records:
-        raise ValueError(f"{path} is empty: a header such as 'path,Text,modality' is needed.")
-    columns = records[0][1]
-    for alias, name in COLUMN_ALIASES.items():
-        if name not in columns:
-            columns = [name if column == alias else column for column in columns]
-    twice = sorted({name for name in columns if name and columns.count(name) > 1})
-    if twice:
-        raise ValueError(f"{path} has columns of the same name: {', '.join(map(repr, twice))}.")
-    return columns, records[1:]
+        resolve_modality(name)
+    except ValueError:
+        return name.lower() in AMBIGUOUS
+    return True
 
 
-def _problem(row: dict[str, str], require: Sequence[str], check: Callable | None) -> str | None:
+def _complete(row: dict[str, str], modality: str | None) -> None:
+    """Fills in a modality that is missing, or fits several and is told by the caption's prefix."""
+    if modality is not None and not row.get("modality"):
+        row["modality"] = modality
+    several = AMBIGUOUS.get(row.get("modality", "").lower(), ())
+    prefix = split_prefix(row.get("Text", ""))[0] if several else None
+    if prefix and _is_modality(prefix) and prefix.lower() not in AMBIGUOUS and resolve_modality(prefix).id in several:
+        row["modality"] = prefix
+
+
+def _place(row: dict[str, str], csv_path: Path, image_root: str | Path, places: dict[Path, str]) -> str | None:
+    """Sets `path` to where the image lies, or says that another row's image is there."""
+    given, found = row["path"], resolve_path(row, csv_path, image_root).absolute()
+    first = places.setdefault(found, given)
+    if os.path.normpath(first) != os.path.normpath(given):
+        return f"{given!r} and {first!r} are the same file under the image root, {found}"
+    # Relative again, as reports show it. Resolved: behind a link, "../.." leads elsewhere than it reads.
+    place = os.path.relpath(found.parent.resolve() / found.name, csv_path.parent.resolve())
+    row["path"] = Path(place).as_posix()
+    return None
+
+
+def _problem(
+    row: dict[str, str], require: Sequence[str], check: Callable | None, modality: str | None = None
+) -> str | None:
     empty = [name for name in require if not row[name]]
     if empty:
         return f"no value for {', '.join(map(repr, empty))}"
     try:
         if "modality" in require:
-            resolve_modality(row["modality"])
+            found = resolve_modality(row["modality"])
+            if modality is not None and found != resolve_modality(modality):
+                raise ValueError(f"modality {row['modality']!r}, but {modality!r} is asked for all rows")
+        if "Text" in require:
+            check_caption(row["Text"])
+            check_caption(split_prefix(row["Text"])[1] or row["Text"])
         if check is not None:
             check(row)
     except ValueError as error:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from . import EMBEDDED_CHECKPOINT
 from .data import DatasetWriter, read_csv, read_json
+from .loading import load_with_unet, unet_folder, unet_identity
 from .modalities import Modality, register_definitions, resolve_modality
 from .provenance import save_png
 
@@ -56,13 +57,19 @@ def plan_prompt(text: str, modality: Modality, num_images: int, seed: int) -> li
 
 
 def plan_file(
-    path: str | Path, num_images: int, seed: int, trained: Sequence[str] | None = None, skip_bad_rows: bool = False
+    path: str | Path,
+    num_images: int,
+    seed: int,
+    trained: Sequence[str] | None = None,
+    skip_bad_rows: bool = False,
+    modality: str | None = None,
 ) -> list[Item]:
     """The images that a CSV of prompts asks for, in the order of its rows.
 
     Columns: `Text,modality`; optional `num_images` (default: the argument) and `seed`. Image i of a row has the row's
     seed + i; without one, `seed` + the image's number in the whole run, so that no two rows share seeds. Other columns
-    are carried through; `path`, which names the generated image there, as `source_path`.
+    are carried through; `path`, which names the generated image there, as `source_path`. `modality` is that of all
+    rows, where there is no such column.
 
     Raises:
         ValueError: as `read_csv`; for it a row is bad, too, if its modality is not among `trained`, or `num_images`
@@ -77,16 +84,16 @@ def plan_file(
         _check_seeds(_whole_number("seed", row.get("seed") or seed, 0), number_of(row))
 
     items = []
-    columns = ("Text", "modality")
-    for row in read_csv(path, skip_bad_rows=skip_bad_rows, require=columns, check_images=False, check=check):
-        modality = resolve_modality(row["modality"], trained)
+    options = {"require": ("Text", "modality"), "check_images": False, "check": check, "modality": modality}
+    for row in read_csv(path, skip_bad_rows=skip_bad_rows, **options):
         count = number_of(row)
         first = int(row.get("seed") or seed + len(items))
         known = ("Text", "modality", "num_images", "seed", "path")
         extra = {name: value for name, value in row.items() if name not in known}
         if row.get("path"):
             extra["source_path"] = row["path"]
-        items += [Item(len(items) + i, row["Text"], modality, first + i, extra) for i in range(count)]
+        kind = resolve_modality(row["modality"], trained)
+        items += [Item(len(items) + i, row["Text"], kind, first + i, extra) for i in range(count)]
     _check_seeds(seed, len(items))
     return items
 
@@ -120,6 +127,13 @@ def read_model_index(model: str) -> dict:
         raise ValueError(f"the embedded model is missing ({file}): name another one with --model.")
     if not file.is_file():
         if Path(model).exists() or Path(model).is_absolute():
+            if unet_folder(model):
+                raise ValueError(
+                    f"{model!r} holds a U-Net alone, as MINIM's training leaves it in checkpoint/unet. Name the Stable"
+                    f" Diffusion that it was trained from, too: minim generate --model BASE --unet {model} (the prompt"
+                    " is then the bare caption, as in that training), or train_text_to_image.py"
+                    f" --pretrained_model_name_or_path BASE --unet {model}."
+                )
             raise ValueError(f"{model!r} is no model: it holds no model_index.json.")
         from huggingface_hub import hf_hub_download
 
@@ -187,6 +201,7 @@ def generate(
     max_rounds: int = 1,
     keep_copies: bool = False,
     quiet: bool = False,
+    unet: str | Path | None = None,
 ) -> int:
     """Draws the images of a plan into a folder: `NNNN.png`, `data.csv` in MINIM's format, `grid.png`, `run.json`.
 
@@ -210,6 +225,8 @@ def generate(
         num_candidates, filter_threshold, max_rounds: as of `MinimPipeline`.
         keep_copies: let the filter accept copies of the model's training images.
         quiet: no progress bar.
+        unet: folder of a U-Net to draw with instead of the model's own. If the model names no modalities it has
+            learned, prompts are then read as they stand: MINIM's training reads the caption alone.
 
     Returns:
         How many images this process has drawn.
@@ -232,7 +249,7 @@ def generate(
     state = PartialState(cpu=device == "cpu")
     if state.num_processes > 1:
         device = str(state.device)
-    pipe = load_pipeline(model, scheduler, lora, device, dtype)
+    pipe = load_pipeline(model, scheduler, lora, device, dtype, unet)
     filtering = pipe.filter_head is not None and not no_filter
     if choice and not filtering:
         raise ValueError(f"{', '.join(choice)}: {model} has no filter to choose with.")
@@ -257,12 +274,19 @@ def generate(
         "height": sample_height * pipe.vae_scale_factor if height is None else height,
         "width": sample_width * pipe.vae_scale_factor if width is None else width,
     }
+    if unet is not None:
+        settings["unet"] = unet_identity(unet)
     if filtering:
         defaults = {"num_candidates": pipe.config.num_candidates, "max_rounds": 1, "filter_threshold": None}
         settings |= defaults | {"keep_copies": False} | choice
         choice = defaults | choice | {"reject_copies": not choice.pop("keep_copies", False)}
     columns = dict.fromkeys(
-        [*COLUMNS, *FILTER_COLUMNS * filtering, *(column for item in items for column in item.extra)]
+        [
+            *COLUMNS,
+            *["unet"] * (unet is not None),
+            *FILTER_COLUMNS * filtering,
+            *(column for item in items for column in item.extra),
+        ]
     )
     writer = DatasetWriter(output_dir, columns, settings, state.process_index if state.num_processes > 1 else None)
     check_rows(writer, items)
@@ -327,10 +351,11 @@ def load_pipeline(
     lora: str | None = None,
     device: str | None = None,
     dtype: str = "float32",
+    unet: str | Path | None = None,
 ):
     """The `MinimPipeline` that the options of `generate` describe, without progress bars of its own.
 
-    `scheduler` may also be the name of diffusers' class, as provenance has it.
+    `scheduler` may also be the name of diffusers' class, as provenance has it; `unet` as of `generate`.
     """
     names = {key: key for key in SCHEDULERS} | {value: key for key, value in SCHEDULERS.items()}
     if scheduler is not None and scheduler not in names:
@@ -354,7 +379,12 @@ def load_pipeline(
         raise ValueError(f"device {device!r} cannot be used here: {reason}") from error
 
     try:
-        pipe = MinimPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
+        if unet is None:
+            pipe = MinimPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+        else:
+            bare = not read_model_index(model).get("modalities")
+            pipe = load_with_unet(model, unet, bare, getattr(torch, dtype))
+        pipe.to(device)
     except SafetensorError as error:
         raise ValueError(f"{model!r} has broken weights: {error}.") from error
     if scheduler is not None:

@@ -68,8 +68,6 @@ AMBIGUOUS: dict[str, tuple[str, ...]] = {
     "chest": ("cxr", "chest_ct"),
 }
 
-_SIDE = re.compile(r"\b(left|right|od|os|oculus (?:dexter|sinister))\b", re.IGNORECASE)
-
 
 def _key(name: str) -> str:
     return re.sub(r"[\s_\-]+", "", name).lower()
@@ -181,8 +179,3 @@ def split_prefix(text: str) -> tuple[str | None, str]:
     if colon and (_key(head) in _BY_KEY or _key(head) in AMBIGUOUS):
         return head.strip(), rest.strip()
     return None, text
-
-
-def names_a_side(caption: str) -> bool:
-    """Whether a caption speaks of left or right, so that mirroring its image would make it wrong."""
-    return _SIDE.search(caption) is not None

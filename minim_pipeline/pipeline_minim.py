@@ -35,6 +35,7 @@ from diffusers.utils import BaseOutput, logging, scale_lora_layers, unscale_lora
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .captions import check_caption
 from .minim_filter import FILTER_LIBRARY, FilterHead, FilterHeadOutput
 from .minim_filter.fingerprints import distances
 from .minim_filter.funnel import REASONS, Funnel, combine, plan_stages, select_state, weaker
@@ -238,6 +239,8 @@ class MinimPipeline(
             and kept when the scheduler is swapped.
         custom_modalities: by id the definitions of modalities that are not in the package's table, as
             `register_modality` takes them. They are registered; those of `modalities` are added and saved.
+        bare_prompts: whether the text encoder is given the prompt alone, without the modality: for a U-Net that was
+            trained on captions as they stand.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -263,6 +266,7 @@ class MinimPipeline(
         num_candidates: int = 1,
         zero_terminal_snr: bool | None = None,
         custom_modalities: dict[str, dict] | None = None,
+        bare_prompts: bool = False,
     ):
         super().__init__()
         if zero_terminal_snr is None:
@@ -289,6 +293,7 @@ class MinimPipeline(
             num_candidates=num_candidates,
             zero_terminal_snr=zero_terminal_snr,
             custom_modalities=custom_modalities or None,
+            bare_prompts=bare_prompts,
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -339,6 +344,8 @@ class MinimPipeline(
                 config["modalities"] = " ".join(config["modalities"])
             if path.name == self.config_name and not config["custom_modalities"]:
                 del config["custom_modalities"]
+            if path.name == self.config_name and not config["bare_prompts"]:
+                del config["bare_prompts"]
             if path.parent.name == "text_encoder":
                 # transformers loads in the dtype that is written here, diffusers in fp32 whatever the files hold.
                 config["dtype"] = "float32"
@@ -476,6 +483,8 @@ class MinimPipeline(
             raise ValueError(
                 f"`negative_prompt` has {len(negative_prompt)} entries for {batch_size} prompts: {negative_prompt!r}."
             )
+        for text in [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or []:
+            check_caption(text)
 
         num_images = batch_size * num_images_per_prompt
         if seeds is not None:
@@ -550,6 +559,9 @@ class MinimPipeline(
                 raise ValueError(f"The prompt {text!r} begins with {prefix!r}, but `modality` is {name!r}.")
             if not rest.strip():
                 raise ValueError(f"`prompt` is empty: {text!r}.")
+            check_caption(rest)
+            if self.config.bare_prompts and name is not None:
+                rest = text  # as it stands
             prompts.append(rest.strip())
             modalities.append(resolved)
         return prompts, modalities
@@ -590,7 +602,8 @@ class MinimPipeline(
         if prompt_embeds is None or (do_classifier_free_guidance and negative_prompt_embeds is None):
             prompts, modalities = self.resolve_prompts(prompt, modality, batch_size)
         if prompt_embeds is None:
-            texts = [prompt_text(p, m, self.tokenizer) for p, m in zip(prompts, modalities)]
+            bare = self.config.bare_prompts
+            texts = prompts if bare else [prompt_text(p, m, self.tokenizer) for p, m in zip(prompts, modalities)]
             prompt_embeds = self.encode_texts(texts, device, clip_skip)
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             negatives = (
@@ -598,7 +611,8 @@ class MinimPipeline(
                 if not isinstance(negative_prompt, (list, tuple))
                 else negative_prompt
             )
-            texts = [negative_text(n, m, self.tokenizer) for n, m in zip(negatives, modalities)]
+            bare = self.config.bare_prompts
+            texts = negatives if bare else [negative_text(n, m, self.tokenizer) for n, m in zip(negatives, modalities)]
             negative_prompt_embeds = self.encode_texts(texts, device, clip_skip, max_length=prompt_embeds.shape[1])
 
         # The U-Net's dtype wherever there is one: a text encoder may run in another.

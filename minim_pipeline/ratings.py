@@ -6,15 +6,16 @@ sent again takes the place of the first, so that none is there twice.
 
 import csv
 import hashlib
+import itertools
 import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
-from .data import read_csv
+from .data import read_csv, resolve_path
 from .modalities import resolve_modality
 from .provenance import atomic_path
 
@@ -190,19 +191,40 @@ class RatingStore:
     def read_csv(self, path: str | Path, folders: Mapping[str, str | Path]) -> int:
         """Adds the ratings of a CSV, as `write_csv` writes it or with `path,Text,modality,rating` alone.
 
+        MINIM's own, `image_path,rating,modality,expert_level,prompt`, is read too. Raters without a name are called
+        after their `expert_level`, if there is one; who rates an image again without a `turn` is taken for another
+        person, "expert level 3 (2)". An image that is not where `path` leads from the CSV is looked for in the folder
+        of its kind, as `resolve_path` does.
+
         Raises:
-            ValueError: bad rows, all of them told with their numbers; nothing is added then.
+            ValueError: bad rows, told with their numbers, such as two ratings of a named rater for one image and
+                turn, of which only one could be kept; nothing is added then.
         """
         home, found = Path(path).absolute().parent, []
         kinds = {"turn": int, "seconds": float, "rating": int}
+        taken = set()
 
         def check(row: Mapping[str, str]) -> None:
             given = {name: kinds.get(name, str)(value) for name, value in row.items() if name in COLUMNS and value}
             kind = given.get("kind", "generated")
             if kind not in folders:
                 raise ValueError(f"kind has to be one of {', '.join(folders)}, got {kind!r}")
-            place = Path(os.path.relpath(home / row["path"], Path(folders[kind]).absolute())).as_posix()
-            found.append(Rating(**{"rater": "unnamed"} | given | {"path": place, "text": row["Text"]}))
+            file, folder = home / row["path"], Path(folders[kind]).absolute()
+            if not file.is_file() and resolve_path(row, path, folder).is_file():
+                file = resolve_path(row, path, folder)
+            place = Path(os.path.relpath(file, folder)).as_posix()
+            level = row.get("expert_level")
+            name = given.get("rater") or (f"expert level {level}" if level else "unnamed")
+            rating = Rating(**given | {"rater": name, "path": place, "text": row["Text"]})
+            for again in itertools.count(2):
+                key = tuple(getattr(rating, part) for part in KEY)
+                if key not in taken or given.get("time"):
+                    break
+                if given.get("rater"):
+                    raise ValueError(f"{name!r} has rated {row['path']} above already, as turn {rating.turn}")
+                rating = replace(rating, rater=f"{name} ({again})")
+            taken.add(key)
+            found.append(rating)
 
         read_csv(path, require=("path", "Text", "modality", "rating"), check_images=False, check=check)
         self.add(*found)

@@ -19,6 +19,8 @@ def score_csv(
     output: str | Path | None = None,
     model: str = str(EMBEDDED_CHECKPOINT),
     split: str | None = None,
+    modality: str | None = None,
+    image_root: str | Path | None = None,
     device: str | None = None,
     batch_size: int = 16,
     keep_copies: bool = False,
@@ -33,6 +35,8 @@ def score_csv(
             `reason`, why not: quality, finding or copy; by default `NAME-scored.csv` beside `data`.
         model: a pipeline with a filter head, a folder or an id on the Hub.
         split: only the rows of this split.
+        modality: of all rows, where `data` has no such column.
+        image_root: folder to look for the images in, see `resolve_path`; by default they lie beside `data`.
         device: by default a GPU if there is one.
         batch_size: images rated together.
         keep_copies: do not reject copies of the model's training images, nor those images themselves.
@@ -55,7 +59,7 @@ def score_csv(
     def check(row: dict[str, str]) -> None:
         resolve_modality(row["modality"], trained)
 
-    rows = read_csv(data, split=split, skip_bad_rows=skip_bad_rows, check=check)
+    rows = read_csv(data, split, image_root, skip_bad_rows, check=check, modality=modality)
     from .image_loading import load_images
 
     pipe = load_pipeline(model, device=device)

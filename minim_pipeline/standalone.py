@@ -16,6 +16,7 @@ from . import __version__
 # In the order in which they need each other.
 MODULES = (
     "modalities",
+    "captions",
     "tokens",
     "minim_filter/estimate",
     "minim_filter/filter_head",

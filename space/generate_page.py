@@ -12,7 +12,7 @@ from pathlib import Path
 import gradio as gr
 import torch
 
-from minim_pipeline import MODALITIES, MinimPipeline
+from minim_pipeline import MODALITIES, MinimPipeline, check_caption
 from minim_pipeline.data import DatasetWriter
 
 
@@ -75,6 +75,7 @@ def check(limits: Limits, trained: list[str], **asked) -> Settings:
     prompt = " ".join(str(asked["prompt"] or "").split())
     if not prompt:
         raise ValueError("Say what the image is to show.")
+    check_caption(prompt)
     if len(prompt) > limits.prompt:
         raise ValueError(f"The description has {len(prompt)} characters, at most {limits.prompt} are allowed.")
     bounds = {

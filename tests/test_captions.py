@@ -4,7 +4,7 @@ import re
 import pytest
 from captions import grades, load_captions, normalize, split_suffix, vary_caption
 
-from minim_pipeline.modalities import MODALITIES, names_a_side
+from minim_pipeline import MODALITIES, names_a_side
 
 
 FINDINGS = {
@@ -155,3 +155,27 @@ def test_vary_caption_leaves_unknown_findings_alone(captions, finding):
     for varied in variants(captions, "Drusen at the macula, ___ left eye.", "fundus", finding, 50):
         assert normalize(varied) in {"drusen at the macula left eye", "drusen at macula left eye"}
     assert vary_caption("A mass.", "breast_mri", finding, random.Random(0), captions)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("Stanford type A aortic dissection.", "type a aortic dissection"),
+        ("stanford type a aortic dissection", "type a aortic dissection"),
+        ("Influenza A pneumonia with an effusion", "influenza a pneumonia"),
+        ("Hepatitis A cirrhosis", "hepatitis a cirrhosis"),
+        ("Group A streptococcus in the lung", "group a streptococcus"),
+        ("Lymphoma of stage IV A", "stage iv a"),
+        ("The A and B lines", "a and b lines"),
+        ("Insufficient evidence of metastasis", "insufficient evidence of metastasis"),
+    ],
+)
+def test_a_class_named_a_is_no_article(text, kept):
+    varied = {normalize(vary_caption(text, "cxr", None, random.Random(seed), {})) for seed in range(200)}
+    assert all(kept in caption for caption in varied), varied
+
+
+def test_articles_are_dropped_now_and_then():
+    rng, text = random.Random(0), "The scan shows a nodule, no evidence of an effusion."
+    varied = {normalize(vary_caption(text, "chest_ct", None, rng, {})) for _ in range(100)}
+    assert varied == {"the scan shows a nodule no evidence of an effusion", "scan shows nodule no effusion"}

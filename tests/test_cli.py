@@ -223,7 +223,10 @@ def test_lora(pipeline_dir, tmp_path):
         (("--device", "gpu"), "device 'gpu' cannot be used here"),
         (("--model", "/no/such/model"), "'/no/such/model' is no model"),
         (("--model", "no/such-model"), "neither a folder nor a model that the Hub gives"),
-        (("--prompts-file", "a.csv"), "leave --prompt and --modality out"),
+        (("--prompts-file", "a.csv"), "leave --prompt out"),
+        (("--prompt", "NaN"), "'NaN' is no caption"),
+        (("--negative-prompt", "null"), "'null' is no caption"),
+        (("--unet", "/no/such/unet"), "--unet '/no/such/unet' is no folder of a U-Net"),
         (("--colour",), "unknown arguments --colour"),
         (("--prompt", "a\udcffb"), "--prompt is not UTF-8: 'a\\udcffb'"),
         (("--negative-prompt", "\udcff"), "--negative-prompt is not UTF-8"),
@@ -254,7 +257,11 @@ def test_bad_input(pipeline_dir, tmp_path, capsys, monkeypatch, options, message
         (["Text", "modality"], ["edema", "PET"], "row 2 (line 3): Unknown modality 'PET'"),
         (["Text", "modality"], ["edema", "BreastMRI"], "row 2 (line 3): modality 'breast_mri' is known, but"),
         (["Text", "modality"], ["Fundus: drusen", "OCT"], "begins with 'Fundus'"),
-        (["Text", "modality"], ["edema", " left eye", "OCT"], "row 2 (line 3): 3 fields, the header has 2"),
+        (
+            ["Text", "modality", "seed"],
+            ["edema", " left eye", "OCT", "1"],
+            "row 2 (line 3): 4 fields, the header has 3",
+        ),
         (
             ["Text", "modality", "num_images"],
             ["edema", "OCT", "0"],
@@ -511,3 +518,23 @@ def test_any_images_can_be_scored(filtered_dir, pipeline_dir, tmp_path, capsys):
     assert main([*command, str(filtered_dir), "--quiet", "--output", str(tmp_path / "elsewhere/s.csv")]) == 0
     assert read_csv(tmp_path / "elsewhere/s.csv")[0]["path"] == "../images/0.png"
     assert main([*command, str(pipeline_dir)]) == 2 and "has no filter to score with" in capsys.readouterr().err
+
+
+def test_a_csv_of_another_machine_can_be_scored(filtered_dir, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        Image.fromarray(np.full((50, 70, 3), 60 * i, dtype=np.uint8)).save(tmp_path / f"images/{i}.png")
+    rows = [[f"/data2404/somebody/images/{i}.png", "Drusen, left eye"] for i in range(2)]
+    data = table(tmp_path / "theirs.csv", ["path", "Text"], *rows)
+    command = ["score", "--data", str(data), "--device", "cpu", "--quiet", "--model", str(filtered_dir)]
+    assert main(command) == 2
+    assert main([*command, "--modality", "OCT", "--image-root", str(tmp_path / "images")]) == 0
+    scored = read_csv(tmp_path / "theirs-scored.csv")
+    assert [row["path"] for row in scored] == ["images/0.png", "images/1.png"] and scored[0]["modality"] == "OCT"
+
+
+def test_one_modality_for_a_file_of_prompts(pipeline_dir, tmp_path, no_drawing):
+    prompts = table(tmp_path / "prompts.csv", ["Text"], ["edema"], ["drusen, left eye"])
+    assert run(pipeline_dir, tmp_path / "out", "--prompts-file", prompts, "--modality", "Fundus") == 0
+    ((items, _),) = no_drawing
+    assert [(item.text, item.modality.id) for item in items] == [("edema", "fundus"), ("drusen, left eye", "fundus")]

@@ -53,21 +53,21 @@ def test_every_bad_row_is_listed_with_row_and_line(folder):
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:50])
     path = write(
         folder,
-        "path,Text,modality\n"
-        "a.png,Edema, left eye,OCT\n"  # row 1: an unquoted comma
-        '\nimages/b.png,"two\nlines",OCT\n'  # row 2 is fine, and takes lines 4 and 5
-        "gone.png,Edema,OCT\n"
-        "broken.png,Edema,OCT\n"
-        "a.png,,OCT\n"
-        "a.png,Edema,MRI\n"
-        "a.png,Edema,PET\n"
+        "path,Text,modality,finding\n"
+        "a.png,Edema, left eye,OCT,\n"  # row 1: an unquoted comma
+        '\nimages/b.png,"two\nlines",OCT,\n'  # row 2 is fine, and takes lines 4 and 5
+        "gone.png,Edema,OCT,\n"
+        "broken.png,Edema,OCT,\n"
+        "a.png,,OCT,\n"
+        "a.png,Edema,MRI,\n"
+        "a.png,Edema,PET,\n"
         "a.png\n",
     )
     with pytest.raises(ValueError) as error:
         read_csv(path)
     text = str(error.value)
     assert "7 bad rows" in text
-    assert "row 1 (line 2): 4 fields, the header has 3 (an unquoted comma? 'a.png,Edema,left eye,OCT')" in text
+    assert "row 1 (line 2): 5 fields, the header has 4 (an unquoted comma? 'a.png,Edema,left eye,OCT,')" in text
     assert f"row 3 (line 6): no image {folder / 'gone.png'}" in text
     assert f"row 4 (line 7): broken image {folder / 'broken.png'}" in text
     assert "row 5 (line 8): no value for 'Text'" in text

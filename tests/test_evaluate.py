@@ -233,3 +233,29 @@ def test_bad_arguments_write_nothing(arguments, message, sets, tmp_path, monkeyp
     filled = [argument.format(real=sets["real"]) for argument in arguments]
     assert main(["evaluate", *filled]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_sets_of_another_machine_are_read(tmp_path, monkeypatch):
+    """Foreign paths and no modality, as MINIM's CSV files have them; the synthetic images name their own."""
+    for name in ("real", "train"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), len(name)).save(tmp_path / "images" / name / "0.png")
+        (tmp_path / f"{name}.csv").write_text(f"path,Text\n/data2404/{name}/0.png,Drusen, dry\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "synthetic.csv").write_text("path,Text,modality\n0.png,effusion,CXR\n")
+    read = []
+
+    def stop(real_rows, real, train_rows, train):
+        read.extend([*real_rows, *train_rows])
+        raise ValueError("far enough")
+
+    monkeypatch.setattr("minim_pipeline.evaluation.command.check_overlap", stop)
+    files = [part for name in ("real", "train", "synthetic") for part in (f"--{name}", str(tmp_path / f"{name}.csv"))]
+    command = ["evaluate", *files, "--output-dir", str(tmp_path / "out")]
+    assert main([*command, "--modality", "Fundus"]) == 2 and not read
+    with pytest.warns(UserWarning, match="captions with commas and without quotes"):
+        assert main([*command, "--modality", "Fundus", "--image-root", str(tmp_path / "images")]) == 2
+    expected = [
+        {"path": f"images/{name}/0.png", "Text": "Drusen, dry", "modality": "Fundus"} for name in ("real", "train")
+    ]
+    assert read == expected

@@ -10,7 +10,6 @@ from minim_pipeline.modalities import (
     AMBIGUOUS,
     MODALITIES,
     Modality,
-    names_a_side,
     register_definitions,
     register_modality,
     resolve_modality,
@@ -97,11 +96,6 @@ def test_no_string():
 )
 def test_split_prefix(text, expected):
     assert split_prefix(text) == expected
-
-
-def test_names_a_side():
-    assert names_a_side("effusion on the Left") and names_a_side("OD, drusen")
-    assert not names_a_side("bright lesions, soft borders")
 
 
 def test_a_registered_modality_is_like_those_of_the_table(table):

@@ -143,3 +143,43 @@ def test_counts_and_consistency():
         "cxr": {"ratings": 1, "images": 1, "raters": 1},
     }
     assert consistency(every) == {"ann": {"n": 2, "same": 0.5}, "bob": {"n": 0, "same": None}}
+
+
+MINIMS = """image_path,rating,modality,expert_level,prompt
+data/oct/sample1.png,3,OCT,3,"OCT: healthy retinal layers"
+data/oct/sample1.png,2,OCT,2,"OCT: bad retinal layers"
+data/oct/sample1.png,1,OCT,3,"OCT: good, even retinal layers"
+data/ct/image2.png,2,CT,2,Chest CT: contrast enhanced scan showing aortic calcification
+"""
+
+
+def test_minims_own_ratings_are_taken(tmp_path, capsys):
+    """`medical_ratings.csv` lies in `data/`, and its paths begin with `data/`: relative to the folder above."""
+    for name in ("oct/sample1.png", "ct/image2.png"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "data" / name)
+    theirs = tmp_path / "data" / "medical_ratings.csv"
+    theirs.write_text(MINIMS)
+    common = ["ratings", "--store", str(tmp_path / "r.sqlite"), "--images", str(tmp_path / "data")]
+    assert main([*common, "--input", str(theirs)]) == 0 and "4 ratings of" in capsys.readouterr().err
+    assert {(r.rater, r.path, r.rating, r.modality) for r in RatingStore(tmp_path / "r.sqlite").ratings()} == {
+        ("expert level 3", "oct/sample1.png", 3, "oct"),
+        ("expert level 2", "oct/sample1.png", 2, "oct"),
+        ("expert level 3 (2)", "oct/sample1.png", 1, "oct"),
+        ("expert level 2", "ct/image2.png", 2, "chest_ct"),
+    }
+    assert main([*common, "--input", str(theirs)]) == 0, "once more changes nothing"
+    assert len(RatingStore(tmp_path / "r.sqlite").ratings()) == 4
+    assert main([*common, "--output", str(tmp_path / "out.csv")]) == 0
+    assert len(read_ratings(tmp_path / "out.csv")) == 4
+
+
+def test_ratings_of_one_image_are_all_kept_or_refused(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("path,Text,modality,rating\n0.png,cyst,OCT,1\n0.png,cyst,OCT,3\n")
+    store = RatingStore(tmp_path / "r.sqlite")
+    assert store.read_csv(path, {"generated": tmp_path}) == 2
+    assert [(r.rater, r.rating) for r in store.ratings()] == [("unnamed", 1), ("unnamed (2)", 3)]
+    path.write_text("path,Text,modality,rating,rater\n0.png,cyst,OCT,1,ann\n0.png,cyst,OCT,3,ann\n")
+    with pytest.raises(ValueError, match="row 2 .*'ann' has rated 0.png above already, as turn 0"):
+        store.read_csv(path, {"generated": tmp_path})

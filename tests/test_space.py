@@ -196,6 +196,7 @@ def test_files_of_the_server_stay_there(server, place):
     [
         ({"modality": "sonar"}, "Choose a modality: oct, cxr (got 'sonar')"),
         ({"prompt": "  "}, "Say what the image is to show"),
+        ({"prompt": "None"}, "'None' is no caption"),
         ({"prompt": "x" * 301}, "301 characters, at most 300"),
         ({"images": 9}, "images has to be a whole number from 1 to 8, got '9'"),
         ({"images": 1.5}, "images has to be a whole number"),

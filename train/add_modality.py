@@ -41,6 +41,7 @@ from accelerate.state import AcceleratorState, GradientState
 from arguments import check_numbers, check_shares
 from common import write_csv, write_json
 from hub import add_hub_arguments, check_hub_arguments, push_pipeline
+from rows import add_mirror_argument
 
 from minim_pipeline import (
     EMBEDDED_CHECKPOINT,
@@ -63,6 +64,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="The pipeline.")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,split[,finding,part].")
+    parser.add_argument("--image_root", help="Look for the images of --train_data here, as the trainers do.")
+    add_mirror_argument(parser)
     parser.add_argument("--replay", help="CSV of what the model has learned already, in the same format.")
     parser.add_argument(
         "--no_replay",
@@ -164,11 +167,14 @@ def define(args: argparse.Namespace, trained: list[str]) -> Modality:
 
 
 def read_new(args: argparse.Namespace, modality: Modality) -> tuple[list[dict], Counter]:
-    """The rows of the modality, and how many of others were left out; images are looked at later, by the trainer."""
-    rows = read_csv(args.train_data, require=("path", "Text"), check_images=False)
-    missing = [name for name in ("modality", "split") if name not in rows[0]]
-    if missing:
-        raise ValueError(f"{args.train_data} lacks the column {missing[0]!r}; found: {', '.join(rows[0])}.")
+    """The rows of the modality, and how many of others were left out; images are looked at later, by the trainer.
+
+    A row that names no modality is of this one.
+    """
+    new = {"require": ("path", "Text"), "check_images": False, "modality": modality.id}
+    rows = read_csv(args.train_data, image_root=args.image_root, **new)
+    if "split" not in rows[0]:
+        raise ValueError(f"{args.train_data} lacks the column 'split'; found: {', '.join(rows[0])}.")
 
     def fits(row):
         try:
@@ -268,6 +274,10 @@ def options(args: argparse.Namespace, *names: str) -> list[str]:
     return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
 
 
+def mirror(args: argparse.Namespace) -> list[str]:
+    return ["--no_mirror"] if args.no_mirror else []
+
+
 def train_unet(args, output: Path, new: Path, resolution: int) -> None:
     call = [
         "--pretrained_model_name_or_path",
@@ -285,13 +295,13 @@ def train_unet(args, output: Path, new: Path, resolution: int) -> None:
     if args.replay:
         weights = (0.0, 0.0) if args.no_replay else (args.replay_share, args.anchor_weight)
         call += ["--replay_share", weights[0], "--anchor_weight", weights[1]]
-    train_text_to_image.main([*map(str, call), *(["--compile"] if args.compile else [])])
+    train_text_to_image.main([*map(str, call), *(["--compile"] if args.compile else []), *mirror(args)])
 
 
 def train_teacher(args, output: Path, every: Path, part: str) -> None:
     call = ["--train_data", every, "--output_dir", output / "teacher", "--part", part, "--architectures", "resnet"]
     call += ["--max_train_steps", args.teacher_steps, "--width", args.teacher_width]
-    call += ["--resolution", args.teacher_resolution]
+    call += ["--resolution", args.teacher_resolution, *mirror(args)]
     train_classifier.main([*map(str, call), *options(args, "min_train", "min_val", "mixed_precision", "seed")])
 
 
@@ -304,7 +314,7 @@ def train_head(args, output: Path, every: Path, part: str, teacher: Path, resolu
     call += ["--max_train_minutes", args.filter_minutes] if args.filter_minutes else []
     call += options(args, "ratings", "captions", "drawn_images", "draw_batch_size", "min_train", "latent_variants")
     # No cross-validation of people's grades: the head that this one starts from has learned from all of them.
-    call += ["--folds", 0]
+    call += ["--folds", 0, *mirror(args)]
     train_filter.main([*map(str, call), *options(args, "caption_variants", "mixed_precision", "seed")])
 
 

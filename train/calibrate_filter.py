@@ -29,6 +29,7 @@ from filter_report import auroc
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 from matplotlib.figure import Figure
 from raters import learned_from
+from rows import add_csv_arguments, image_paths, read_rows, tell_repeats
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline, resolve_modality
 from minim_pipeline.data import read_csv
@@ -43,6 +44,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--filter_head", required=True, help="A trained head, as train_filter.py writes it.")
     parser.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="The pipeline.")
     parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part.")
+    add_csv_arguments(parser)
     parser.add_argument("--part", default="C", help="Whose captions are drawn; 'all' takes every row.")
     parser.add_argument("--ratings", help="The CSV that the head learned from: tells who has enough ratings.")
     parser.add_argument("--ratings_part", default="A", help="The part of them that it learned from, or 'all'.")
@@ -237,9 +239,10 @@ def main(argv=None) -> dict:
     device, bf16 = Accelerator().device, args.mixed_precision == "bf16"
     # Before any row is read: it may be of a modality that only the pipeline knows.
     read_model_index(args.pretrained_model_name_or_path)
-    every = read_csv(args.train_data, require=("path", "Text", "modality", "finding", "split"))
+    every = read_rows(args, require=("path", "Text", "modality", "finding", "split"))
     train = [row for row in every if row["split"] == "train"]
     val = [row for row in every if row["split"] == "val"]
+    tell_repeats(args.train_data, image_paths(train, args.train_data), image_paths(val, args.train_data))
     rows = [row for row in train if args.part in ("all", row.get("part"))]
     if not rows:
         raise ValueError(f"{args.train_data} has no train rows of part {args.part!r}.")

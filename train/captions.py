@@ -10,8 +10,10 @@ import re
 from pathlib import Path
 
 import torch
+from rows import tell_cut
 from transformers import CLIPTokenizer
 
+from minim_pipeline.captions import without_prefix
 from minim_pipeline.modalities import resolve_modality
 from minim_pipeline.tokens import tokenize
 
@@ -26,8 +28,16 @@ _GRADE = re.compile(
 )
 _SAME_GRADE = {"npdr": "nonproliferative", "pdr": "proliferative"}
 
-# Words without which a caption says the same. Never a negation, a finding, a side or a grade.
-_FILLER = re.compile(r"\b(?:a|an|the|evidence of|signs of)\s+", re.IGNORECASE)
+# Words without which a caption says the same. Never a negation, a finding, a side or a grade, and never the A of a
+# class, as in "type A dissection" or, in lower case, "hepatitis a": they are taken only where an article can stand, at
+# the beginning or after a word that one follows.
+_FILLER = re.compile(
+    r"(^|[.;:]\s+|\b(?:with|without|of|in|on|at|by|for|from|to|as|no|is|are|has|have|had|there|shows?|showing|shown|"
+    r"reveals?|revealing|demonstrates?|demonstrating|displays?|displaying|suggests?|suggesting|indicates?|indicating|"
+    r"highlights?|highlighting|through|near|into|over|under|within|behind|around|beside|between|along|across)\s+)"
+    r"((?:(?:(?:a|an|the)(?!\s+(?:and|or|to)\b)|evidence\s+of|signs\s+of)\s+)+)(?=[^\W\d_]{2}|\d)",
+    re.IGNORECASE,
+)
 
 _SUFFIXES = {
     "right eye": ("right eye", "right eye", "OD"),
@@ -138,7 +148,7 @@ def _join(base: str, suffix: list[str], rng: random.Random) -> str:
 
 def _restyle(text: str, rng: random.Random) -> str:
     if rng.random() < 0.3:
-        text = _FILLER.sub("", text)
+        text = _FILLER.sub(_without_filler, text)
     if rng.random() < 0.1:
         for american, british in _BRITISH:
             text = re.sub(rf"\b{american}", british, text)
@@ -147,20 +157,26 @@ def _restyle(text: str, rng: random.Random) -> str:
     return text.lower() if rng.random() < 0.3 else text
 
 
+def _without_filler(match: re.Match) -> str:
+    before, words = match.groups()
+    # "stage of A", "AN": a capital is an article's only at the beginning of a sentence.
+    first = words[0].lower() if not before.strip(" .;:") else words[0]
+    return before if (first + words[1:]).islower() else match[0]
+
+
 def phrase(rows: list[dict], captions: dict, tokenizer: CLIPTokenizer, variants: int, seed: int) -> torch.Tensor:
     """Token ids [N, variants, L] of the rows' captions, each in several phrasings behind its modality's token.
 
-    A single variant is the caption as it stands.
+    A single variant is the caption as it stands. Captions that are longer than the encoder reads are told.
     """
     rng = random.Random(seed)
+    kinds = [resolve_modality(row["modality"]) for row in rows]
+    # The pipeline takes MINIM's "OCT: " from a prompt, so it must not be learned either.
+    plain = [without_prefix(row["Text"], modality) for row, modality in zip(rows, kinds, strict=True)]
+    tell_cut([f"{modality.token} {text}" for text, modality in zip(plain, kinds, strict=True)], tokenizer)
     texts = []
-    for row in rows:
-        modality = resolve_modality(row["modality"])
+    for row, modality, own in zip(rows, kinds, plain, strict=True):
         for _ in range(variants):
-            text = (
-                vary_caption(row["Text"], modality.id, row.get("finding"), rng, captions)
-                if variants > 1
-                else row["Text"]
-            )
+            text = vary_caption(own, modality.id, row.get("finding"), rng, captions) if variants > 1 else own
             texts.append(f"{modality.token} {text}")
     return tokenize(tokenizer, texts).reshape(len(rows), variants, -1)

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast
 from arguments import check_shares, check_tracker
 from checkpoints import FINISHED, step_of
 from hub import add_hub_arguments, check_hub_arguments
+from rows import add_csv_arguments, add_mirror_argument, image_paths, read_rows, tell_repeats
 from tqdm.auto import tqdm
 
 from minim_pipeline.modalities import resolve_modality
@@ -35,6 +36,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--val_split", default="val", help="Rows of this `split` are validated on; 'none' for none.")
     data.add_argument("--resolution", type=int, default=256, help="Side of the images in pixels, a multiple of 8.")
     data.add_argument("--skip_bad_rows", action="store_true", help="Leave out missing or broken images and rows.")
+    add_csv_arguments(data)
+    add_mirror_argument(data)
     data.add_argument("--max_train_samples", type=int, help="Train on the first so many rows only (for debugging).")
 
 
@@ -88,20 +91,24 @@ def check_run_arguments(args: argparse.Namespace) -> None:
 
 
 def read_splits(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """The rows to train on and those to validate on; every image is looked at before training starts."""
-    from minim_pipeline.data import read_csv
+    """The rows to train on and those to validate on; every image is looked at before training starts.
+
+    Images that are there twice are told.
+    """
 
     def rows(split):
-        return read_csv(args.train_data, split=split, skip_bad_rows=args.skip_bad_rows)
+        return read_rows(args, split, skip_bad_rows=args.skip_bad_rows)
 
-    train = rows(None if args.split == "all" else args.split)
-    if args.val_split == "none":
-        return train[: args.max_train_samples], []
-    # What is validated on is never trained on, also with --split all.
-    train = [row for row in train if row.get("split") != args.val_split]
-    if not train:
-        raise ValueError(f"{args.train_data} has no rows to train on: all are of --val_split {args.val_split!r}.")
-    return train[: args.max_train_samples], rows(args.val_split)[: args.max_train_samples]
+    train, val = rows(None if args.split == "all" else args.split), []
+    if args.val_split != "none":
+        # What is validated on is never trained on, also with --split all.
+        train = [row for row in train if row.get("split") != args.val_split]
+        if not train:
+            raise ValueError(f"{args.train_data} has no rows to train on: all are of --val_split {args.val_split!r}.")
+        val = rows(args.val_split)[: args.max_train_samples]
+    train = train[: args.max_train_samples]
+    tell_repeats(args.train_data, image_paths(train, args.train_data), image_paths(val, args.train_data))
+    return train, val
 
 
 def judgeable(val_rows: list[dict], train_rows: list[dict], index: dict, source: str) -> list[dict]:

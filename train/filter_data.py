@@ -12,12 +12,13 @@ import torch
 from captions import phrase
 from common import step_generator
 from latents import augment
+from rows import mirrored
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from trajectories import Trajectories, draw_trajectories
 
-from minim_pipeline import MinimPipeline, names_a_side, resolve_modality
+from minim_pipeline import MinimPipeline
 from minim_pipeline.disk import count_bytes, whole_file
 from minim_pipeline.evaluation.judges import LOOK_ALIKE, Judges, class_of
 
@@ -145,9 +146,11 @@ def encode(vae, images: torch.Tensor, bf16: bool, batch_size: int = 64) -> torch
     return torch.cat(latents)
 
 
-def versions(rows: list[dict], images: torch.Tensor, count: int, seed: int, device) -> torch.Tensor:
+def versions(
+    rows: list[dict], images: torch.Tensor, count: int, seed: int, device, no_mirror: bool = False
+) -> torch.Tensor:
     """`count` mildly changed versions of images uint8 [N, 3, H, W], the first unchanged: [N * count, 3, H, W]."""
-    may_mirror = torch.tensor([resolve_modality(r["modality"]).flip and not names_a_side(r["Text"]) for r in rows])
+    may_mirror = torch.tensor(mirrored(rows, no_mirror))
     g = step_generator(seed, 1, 0, device)
     result = []
     for part in torch.arange(len(rows)).split(64):
@@ -221,7 +224,7 @@ def build_pool(rows, images, classes, drawn: Drawn, vae, rated: set[str], args, 
         return tensor.repeat_interleave(n, 0)
 
     n, bf16 = args.latent_variants, args.mixed_precision == "bf16"
-    whole = encode(vae, versions(rows, images, n, args.seed, device), bf16)
+    whole = encode(vae, versions(rows, images, n, args.seed, device, args.no_mirror), bf16)
     seen = torch.ones(len(whole), dtype=torch.bool)
     parts = [pool(whole, times(3 * known.long(), n), times(one_hot, n), seen, KINDS[0], times(modality, n))]
     good = (drawn.quality == 3).nonzero()[:, 0]

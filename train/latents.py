@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from common import hold_images, step_generator
 from diffusers import AutoencoderKL
+from rows import mirrored, tell_mirrored
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from minim_pipeline import names_a_side, resolve_modality
+from minim_pipeline import resolve_modality
 from minim_pipeline.disk import count_bytes, whole_file
 from minim_pipeline.evaluation.memorisation import copy_share, nearest_distances
 from minim_pipeline.image_loading import load_images
@@ -37,6 +38,10 @@ class Latents:
         folder, world = Path(args.output_dir), accelerator.num_processes
         folder.mkdir(parents=True, exist_ok=True)
         key = {"versions": versions, "resolution": args.resolution, "seed": args.seed, "data": args.train_data}
+        may_mirror = mirrored(rows, args.no_mirror)
+        if versions > 1:
+            tell_mirrored(f"{args.train_data} ({name})", rows, may_mirror)
+        key["mirrored"] = hashlib.sha256(bytes(may_mirror)).hexdigest()
         key["rows"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         digest = hashlib.sha256()
         for tensor in vae.state_dict().values():
@@ -49,7 +54,8 @@ class Latents:
 
         mine = file(accelerator.process_index)
         if not (mine.is_file() and safe_open(mine, "pt").metadata() == key):
-            part = cls._encode(args, accelerator, vae, rows[accelerator.process_index :: world], versions)
+            share = slice(accelerator.process_index, None, world)
+            part = cls._encode(args, accelerator, vae, rows[share], may_mirror[share], versions)
             with whole_file(mine, count_bytes(part)) as unfinished:
                 save_file(dict(zip(("mean", "std"), part, strict=True)), unfinished, metadata=key)
         accelerator.wait_for_everyone()
@@ -65,11 +71,10 @@ class Latents:
 
     @staticmethod
     @torch.no_grad()
-    def _encode(args, accelerator, vae, rows, versions) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode(args, accelerator, vae, rows, may_mirror, versions) -> tuple[torch.Tensor, torch.Tensor]:
         device = accelerator.device
         images = load_images(rows, args.train_data, args.resolution)
-        mirrored = [resolve_modality(r["modality"]).flip and not names_a_side(r["Text"]) for r in rows]
-        mirrored = torch.tensor(mirrored, device=device)
+        may_mirror = torch.tensor(may_mirror, device=device)
         generator = step_generator(args.seed, 2**31, accelerator.process_index, device)
         means, stds = [], []
         parts = tqdm(range(0, len(rows), 16), desc="encoding", disable=not accelerator.is_local_main_process)
@@ -77,7 +82,7 @@ class Latents:
             x = images[start : start + 16].to(device).float() / 255
             mean, std = [], []
             for version in range(versions):
-                y = augment(x, mirrored[start : start + 16], version, generator) if version else x
+                y = augment(x, may_mirror[start : start + 16], version, generator) if version else x
                 with accelerator.autocast():
                     posterior = vae.encode(y * 2 - 1).latent_dist
                 if not posterior.mean.isfinite().all():

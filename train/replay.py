@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from captions import load_captions, phrase
 from latents import Latents
+from rows import image_paths, tell_repeats
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
 from minim_pipeline.data import read_csv
@@ -15,8 +16,8 @@ class Replay:
     """Latents of the train images of a CSV, each in some versions, with captions in some phrasings.
 
     Args:
-        args: `replay` (the CSV), `captions`, `caption_variants`, `latent_variants`, `output_dir`, `seed` and
-            `mixed_precision`.
+        args: `replay` (the CSV), `captions`, `caption_variants`, `latent_variants`, `output_dir`, `seed`,
+            `mixed_precision` and `no_mirror`.
         pipe: encodes images and captions.
 
     Raises:
@@ -26,6 +27,7 @@ class Replay:
     def __init__(self, args, accelerator: Accelerator, pipe: MinimPipeline):
         known = pipe.config.modalities or list(MODALITIES)
         rows = read_csv(args.replay, split="train", require=("path", "Text", "modality"))
+        tell_repeats(args.replay, image_paths(rows, args.replay), [])
         rows = [row for row in rows if resolve_modality(row["modality"]).id in known]
         if not rows:
             raise ValueError(f"{args.replay} has no train images of {', '.join(known)}.")

@@ -26,9 +26,9 @@ from arguments import check_numbers
 from common import write_json
 from filter_report import auroc
 from hub import add_hub_arguments, check_hub_arguments, push_parts
+from rows import add_csv_arguments, add_mirror_argument, read_rows
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
-from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.classifier import Recipe, make_resnet
 from minim_pipeline.evaluation.classifier import train_classifier as fit
 from minim_pipeline.evaluation.judges import LOOK_ALIKE, Judges, class_of, load_judges, read
@@ -119,6 +119,8 @@ def realism_of(judge: Judges, images: torch.Tensor) -> torch.Tensor:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part,group.")
+    add_csv_arguments(parser)
+    add_mirror_argument(parser)
     parser.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="What is judged.")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--part", default="C", help="Rows of the train split with this `part`.")
@@ -177,7 +179,7 @@ def train_realism(args, rows: list[dict], device) -> tuple[list[Judges], list[di
             make_resnet(2, args.width // 2),
             images[mine].to(device),
             label[mine].to(device),
-            torch.tensor([kinds[i].flip for i in mine.tolist()], device=device),
+            torch.tensor([kinds[i].flip and not args.no_mirror for i in mine.tolist()], device=device),
             torch.tensor([kinds[i].grey for i in mine.tolist()], device=device),
             2,
             recipe,
@@ -206,13 +208,16 @@ def main(argv=None) -> dict:
     # Before any row is read: it may be of a modality that only the pipeline knows.
     read_model_index(args.pretrained_model_name_or_path)
     require = ("path", "Text", "modality", "finding", "split", "part")
-    rows = [row for row in read_csv(args.train_data, split="train", require=require) if row["part"] == args.part]
+    rows = [row for row in read_rows(args, "train", require=require) if row["part"] == args.part]
     if not rows:
         raise ValueError(f"{args.train_data} has no train rows of part {args.part!r}.")
     precision = ["--mixed_precision", args.mixed_precision]
     sizes = ["--max_train_steps", str(args.classifier_steps), "--width", str(args.width), "--seed", str(args.seed)]
     least = ["--min_train", str(args.min_train), "--min_val", str(args.min_val)]
     where = ["--train_data", args.train_data, "--part", args.part, "--output_dir", str(output / "findings")]
+    for name in ("modality", "image_root"):
+        where += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
+    where += ["--no_mirror"] * args.no_mirror
     findings = train_classifier.main([*where, *sizes, *least, *precision, "--architectures", "resnet"])
     known = load_judges(output / "findings").classes
     rows = [row for row in rows if class_of(row) in known]

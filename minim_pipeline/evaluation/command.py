@@ -18,7 +18,9 @@ from pathlib import Path
 
 from .. import EMBEDDED_ENCODER, __version__
 from ..data import DatasetWriter, read_csv, resolve_path
+from ..duplicates import file_keys
 from ..provenance import atomic_path
+from ..table import read_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(sets, "--pipeline", metavar="PATH_OR_HUB_ID", help="draw them from the captions of --real with this model")
     add(sets, "--train", type=Path, metavar="CSV", help="what the generator learned from; without: no audit of copies")
     add(sets, "--train-split", help="take only its rows of this `split`")
+    add(sets, "--modality", help="of all rows, where a CSV has no such column")
+    add(sets, "--image-root", type=Path, metavar="FOLDER", help="look for the images of --real and --train here: by "
+        "their whole path, or what is left of it without its first folders")  # fmt: skip
     add(sets, "--label-column", default="finding", help="column of the finding (default: finding)")
     add(sets, "--skip-bad-rows", action="store_true", help="leave bad rows out instead of stopping")
     add(sets, "--resolution", type=int, default=256, help="side in pixels to which all are brought (default 256)")
@@ -132,12 +137,14 @@ def run(args: argparse.Namespace) -> dict:
     if missing:
         raise ValueError(f"the page needs {' and '.join(missing)}: pip install 'minim-pipeline[evaluate]'.")
 
-    def rows_of(path: Path, split: str | None) -> list[dict]:
-        return read_csv(path, split=split, skip_bad_rows=args.skip_bad_rows)
+    def rows_of(path: Path, split: str | None, root: Path | None, modality: str | None) -> list[dict]:
+        return read_csv(path, split, root, args.skip_bad_rows, modality=modality)
 
-    real_rows = rows_of(args.real, args.real_split)
-    train_rows = rows_of(args.train, args.train_split) if args.train else None
-    synthetic_rows = rows_of(args.synthetic, None) if args.synthetic else None
+    real_rows = rows_of(args.real, args.real_split, args.image_root, args.modality)
+    train_rows = rows_of(args.train, args.train_split, args.image_root, args.modality) if args.train else None
+    # The synthetic images may be of more modalities than the real ones, if their CSV says so.
+    named = args.synthetic is None or "modality" in read_table(args.synthetic)[0]
+    synthetic_rows = rows_of(args.synthetic, None, None, None if named else args.modality) if args.synthetic else None
     if train_rows:
         check_overlap(real_rows, args.real, train_rows, args.train)
 
@@ -203,9 +210,11 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def check_overlap(real_rows: list[dict], real: Path, train_rows: list[dict], train: Path) -> None:
-    """Raises ValueError if an image is on both sides: everything would be called new beside it."""
-    trained = {resolve_path(row, train).resolve() for row in train_rows}
-    both = [row["path"] for row in real_rows if resolve_path(row, real).resolve() in trained]
+    """Raises ValueError if an image is on both sides, also under another name: all would be called new beside it."""
+    paths = [resolve_path(row, train) for row in train_rows] + [resolve_path(row, real) for row in real_rows]
+    keys = file_keys(paths)
+    trained = set(keys[: len(train_rows)])
+    both = [row["path"] for row, key in zip(real_rows, keys[len(train_rows) :], strict=True) if key in trained]
     if both:
         raise ValueError(
             f"{len(both)} images are in --real and in --train, such as {both[0]}: real images have to be ones that "

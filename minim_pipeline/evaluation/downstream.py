@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..captions import may_mirror
 from ..modalities import resolve_modality
 from .classifier import ARCHITECTURES, Recipe, train_classifier
 from .judges import Judges, balanced_accuracy, claimed_classes, class_of, read
@@ -184,7 +185,9 @@ def downstream(
                 conditions[name] = str(error)
 
     flags = [resolve_modality(modality) for modality, _ in classes]
-    flip, grey = torch.tensor([m.flip for m in flags]), torch.tensor([m.grey for m in flags])
+    # The caption is not learned: only a finding with a side forbids it.
+    flip = torch.tensor([may_mirror(m, finding) for m, (_, finding) in zip(flags, classes, strict=True)])
+    grey = torch.tensor([m.grey for m in flags])
     device = state.device
 
     def said(name: str, parts: list[Labelled], seed: int) -> torch.Tensor:

@@ -1,0 +1,84 @@
+"""What a caption says beyond its finding: nothing at all, or a side, so that its image must not be mirrored."""
+
+import re
+import unicodedata
+
+from .modalities import AMBIGUOUS, Modality, resolve_modality, split_prefix
+
+
+# What spreadsheets, pandas and databases write where there is no caption; compared without case and spaces around.
+_MISSING = frozenset(
+    "nan -nan none null nil na n/a n.a. n.a #n/a #na <na> nat undefined missing unknown tbd todo empty"
+    " 1.#ind -1.#ind 1.#qnan -1.#qnan #value! #ref! #name?".split()
+)
+
+
+def check_caption(text: str) -> None:
+    """Raises ValueError if `text` stands for a missing caption: "nan", "None", "N/A", "null", "-" and the like.
+
+    It would be drawn and learned as if it were a finding. An empty text is left to the caller.
+    """
+    plain = text.strip()
+    if plain.lower() in _MISSING or plain and not any(map(str.isalnum, plain)):
+        raise ValueError(
+            f"{text!r} is no caption, but what stands where one is missing: say what the image shows, or leave it out."
+        )
+
+
+def without_prefix(text: str, modality: Modality) -> str:
+    """`text` without MINIM's "OCT: " in front, if that names `modality`: as the pipeline reads it."""
+    prefix, rest = split_prefix(text)
+    own = prefix and rest and prefix.lower() not in AMBIGUOUS and resolve_modality(prefix) == modality
+    return rest if own else text
+
+
+def names_a_side(caption: str) -> bool:
+    """Whether a caption speaks of left or right, so that mirroring its image would make it wrong.
+
+    In words, abbreviations and positions on a clock face, in English, Latin and a dozen other languages. In doubt it
+    says yes: an image that is not mirrored costs little, one that is and must not be teaches the wrong side.
+    """
+    caption = unicodedata.normalize("NFKC", caption)
+    return any(pattern.search(caption) for pattern in (_WORDS, _CAPITALS, _LETTERS, _CLOCK, _SIGNS))
+
+
+def may_mirror(modality: Modality, *texts: str) -> bool:
+    """Whether an image of `modality` may be mirrored without making any of `texts`, all that is said of it, wrong."""
+    return modality.flip and not any(map(names_a_side, texts))
+
+
+_WORDS = re.compile(
+    r"\b(?:"
+    # English: left-sided, rightward; abbreviations.
+    r"left\w*|right\w*|lt|rt(?!-?pcr)|lft|rgt|"
+    # Latin, and what is made of it: oculus sinister, O.D., o. s., dextrocardia, levoscoliosis, situs inversus.
+    r"o\s?[.,]?\s?[ds]|sinist\w*|dext\w*|dx|sx|sin\.|levo\w*|laevo\w*|situs|"
+    # German, Dutch: links, linksseitig, linke, linker, rechts, rechtes Auge, li., re.
+    r"link\w*|recht\w*|li\.|re\.|"
+    # French: œil gauche, à droite.
+    r"gauche\w*|droit\w*|"
+    # Spanish, Portuguese, Italian, Romanian.
+    r"izq\w*|derech\w*|dch[ao]|esquerd\w*|direit\w*|sinistr\w*|destr[aeio]\w*|st[aâ]ng\w*|drept\w*|"
+    # Danish, Norwegian, Swedish, Finnish.
+    r"venstre\w*|h[øö]yre\w*|h[øö]jre\w*|vänster\w*|höger\w*|vasen\w*|vasem\w*|oike[ai]\w*|"
+    # Polish, Czech, Russian, Ukrainian.
+    r"lew[aeyią]\w*|praw[aeyią]\w*|lev[áéýou]\w*|prav[áéýou]\w*|лев\w*|лів\w*|прав\w*|слева|справа|"
+    # Greek, Turkish, Indonesian, Vietnamese.
+    r"αριστερ\w*|δεξι\w*|sol|sağ|kiri|kanan|trái|phải"
+    r")(?!\w)",
+    re.IGNORECASE,
+)
+# Left or right eye, breast, artery, lobe, quadrant, view; chambers of the heart. In capitals only: "la" and "re" are
+# words.
+_CAPITALS = re.compile(
+    r"\b(?:[LR]E|[LR]A|[LR]V|O[GIE]|[LR](?:UL|ML|LL)|[LR][UL]Q|[LR](?:[MAP]?CA|ICA|VA)|LAD|[LR]MLO|[LR]CC(?=\s+(?:view|mammo|image))|[LR]H[SD]?)\b"
+)
+# A letter of its own, "L MCA", "(R)", "L-sided", but not "L3" or "r/o"; a small one only before a word.
+_LETTERS = re.compile(r"(?<!\w)[LR](?!\w)|(?<![\w'’/.])[lr]\.?(?:\s+(?=[^\W\d]{2})|-(?=side|lateral|hemi))")
+# 10 o'clock, 10:30, 3h, 10 Uhr, à 10 heures, a las 10.
+_CLOCK = re.compile(
+    r"o\W{0,2}clock|\b\d{1,2}:\d{2}\b|\b(?:1[0-2]|[1-9])\s?(?:h|uhr|heures?|horas?|ore|uur)\b|\b(?:las|horas?)\s\d",
+    re.IGNORECASE,
+)
+# Languages without spaces, or with endings in front.
+_SIGNS = re.compile(r"[左右]|왼쪽|오른쪽|좌측|우측|يمين|يسار|أيمن|أيسر|שמאל|ימין|बाएँ|बायां|दाएँ|दायां")

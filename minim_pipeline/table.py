@@ -1,0 +1,125 @@
+"""Reads a CSV file into columns and records, mends commas that nobody quoted, and says what else a file may be."""
+
+import csv
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+# Other spellings of a column. MINIM's README says `modality`, its example CSV `modal`; its ratings have the last two.
+COLUMN_ALIASES = {"modal": "modality", "image_path": "path", "prompt": "Text"}
+
+# How files begin that are taken for CSV.
+_KINDS = {
+    b"PK\x03\x04": "an Excel or LibreOffice file (.xlsx, .ods)",
+    b"\xd0\xcf\x11\xe0": "an old Excel file (.xls)",
+    b"\xff\xfe": "UTF-16, which Excel calls 'Unicode text'",
+    b"\xfe\xff": "UTF-16, which Excel calls 'Unicode text'",
+    b"PAR1": "a Parquet file",
+    b"\x1f\x8b": "a gzip file",
+}
+_SAVE = "save it as 'CSV UTF-8', with commas between the columns"
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of the table: its first line in the file (from 1), its values, stripped, and how it is written there."""
+
+    line: int
+    values: list[str]
+    text: str
+
+
+def read_table(path: Path) -> tuple[list[str], list[Record]]:
+    """The column names, by their usual spelling, and the records; empty lines are left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is empty, has two columns of one name, or is no UTF-8 text with commas between columns;
+            the message says what it is instead.
+    """
+    _check_kind(path)
+    records, line = [], 1
+    try:
+        # utf-8-sig: the reference's files may start with a byte-order mark.
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines: list[str] = []
+            # skipinitialspace: without it a quote after ", " is not read as one.
+            reader = csv.reader(_noting(file, lines), skipinitialspace=True)
+            for values in reader:
+                if any(map(str.strip, values)):
+                    records.append(Record(line, [value.strip() for value in values], "".join(lines).strip("\r\n")))
+                lines.clear()
+                line = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}; {_SAVE}.") from error
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV from line {line} on: {error} (an open quote?).") from error
+    if not records:
+        raise ValueError(f"{path} is empty: a header such as 'path,Text,modality' is needed.")
+    _check_separator(path, records[0].text)
+    columns = records[0].values
+    for alias, name in COLUMN_ALIASES.items():
+        if name not in columns:
+            columns = [name if column == alias else column for column in columns]
+    twice = sorted({name for name in columns if name and columns.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path} has columns of the same name: {', '.join(map(repr, twice))}.")
+    return columns, records[1:]
+
+
+def _noting(lines: Iterable[str], noted: list[str]) -> Iterator[str]:
+    for line in lines:
+        noted.append(line)
+        yield line
+
+
+def _check_kind(path: Path) -> None:
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    found = next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), None)
+    if found is None and b"\0" in start:
+        found = "UTF-16 or a binary file"
+    if found is not None:
+        raise ValueError(f"{path} is {found}, no CSV in UTF-8: {_SAVE}.")
+
+
+def _check_separator(path: Path, header: str) -> None:
+    if re.match(r"sep=", header, re.IGNORECASE):
+        raise ValueError(f"{path} begins with the line {header!r}, which only Excel understands: {_SAVE}.")
+    found = next((name for separator, name in _SEPARATORS.items() if separator in header), None)
+    if found is not None and "," not in header:
+        raise ValueError(f"{path} has {found} between its columns, not commas ({header[:100]!r}): {_SAVE}.")
+
+
+def mend_commas(record: Record, columns: list[str], is_modality: Callable[[str], bool]) -> list[str] | None:
+    """The values of a record with more fields than columns, of which only the caption can hold the surplus commas.
+
+    That is so where the columns are `path,Text,modality` or a part of them in this order, the record has no quotes,
+    and its last field is a modality if that column is there. The caption is given letter by letter.
+
+    Returns:
+        As many values as there are columns, or `None` if it cannot be told what belongs where.
+    """
+    if columns != [name for name in ("path", "Text", "modality") if name in columns] or "Text" not in columns:
+        return None
+    if '"' in record.text or len(record.values) <= len(columns):
+        return None
+    values = record.text.split(",", columns.index("Text"))
+    if columns[-1] == "modality":
+        values[-1:] = values[-1].rsplit(",", 1)
+        if not is_modality(values[-1].strip()):
+            return None
+    return [value.strip() for value in values]
+
+
+def guess(record: Record, columns: list[str]) -> str:
+    """Why a record may not have as many fields as the header, in words that end with a space, or nothing."""
+    if len(record.values) > len(columns):
+        return "an unquoted comma? "
+    if "\n" in ",".join(record.values):
+        return "an open quote? "
+    found = [name for separator, name in _SEPARATORS.items() if record.text.count(separator) == len(columns) - 1 > 0]
+    return f"{found[0]} instead of commas? " if found else ""

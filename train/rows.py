@@ -1,0 +1,111 @@
+"""What is read of a data set, and said of it before training: images that are there twice, that may be mirrored, and
+captions that are longer than a text encoder reads."""
+
+import argparse
+from pathlib import Path
+
+from transformers import CLIPTokenizer
+
+from minim_pipeline import may_mirror, resolve_modality
+from minim_pipeline.cli import say
+from minim_pipeline.data import read_csv, resolve_path
+from minim_pipeline.duplicates import file_keys
+
+
+NAMED = 5  # images that a warning names
+
+
+def add_csv_arguments(parser) -> None:
+    """Options for a CSV that was written elsewhere; those of `read_rows`."""
+    parser.add_argument("--modality", help="Of all rows of --train_data, where it has no such column.")
+    parser.add_argument(
+        "--image_root",
+        help="Look for the images of --train_data here: by their whole path, or what is left of it without its first "
+        "folders.",
+    )
+
+
+def add_mirror_argument(parser) -> None:
+    parser.add_argument(
+        "--no_mirror",
+        action="store_true",
+        help="Mirror no image. Without it, those of modalities that look the same mirrored are, unless the caption "
+        "names a side.",
+    )
+
+
+def read_rows(args: argparse.Namespace, split: str | None = None, **options) -> list[dict]:
+    """The rows of `--train_data` as `read_csv` gives them, with `--modality` and `--image_root`."""
+    return read_csv(args.train_data, split, args.image_root, modality=args.modality, **options)
+
+
+def image_paths(rows: list[dict], csv_path: str | Path) -> list[Path]:
+    return [resolve_path(row, csv_path) for row in rows]
+
+
+def tell_repeats(name: str | Path, train: list[Path], val: list[Path]) -> None:
+    """Warns of images, by their content, that are trained on in several rows, or both trained and validated on.
+
+    It is no error: people do have several captions of one image, and joined data sets that overlap a little. But a
+    validation loss on images that were learned by heart chooses the wrong weights, so each is told by name.
+
+    Args:
+        name: of the data set.
+        train, val: the images of its rows.
+    """
+    first: dict[str, Path] = {}
+    again = []
+    for path, key in zip(train, file_keys(train), strict=True):
+        if first.setdefault(key, path) is not path:
+            again.append((path, first[key]))
+    if again:
+        say(f"warning: {name}: {len(again)} of {len(train)} train rows repeat the image of another: {_named(again)}.")
+    tell_overlap(name, train, val)
+
+
+def tell_overlap(name: str | Path, train: list[Path], val: list[Path]) -> None:
+    """Warns of images that are both trained and validated on, as `tell_repeats` does."""
+    keys = file_keys([*train, *val])
+    first = dict(zip(keys, train, strict=False))
+    both = [(path, first[key]) for path, key in zip(val, keys[len(train) :], strict=True) if key in first]
+    if both:
+        say(
+            f"warning: {name}: {len(both)} of {len(val)} val rows show an image that is trained on, so validation"
+            f" looks better than it is: {_named(both)}."
+        )
+
+
+def _named(pairs: list[tuple[Path, Path]]) -> str:
+    told = [str(a) if a == b else f"{a} is {b}" for a, b in pairs[:NAMED]]
+    return ", ".join(told) + (f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else "")
+
+
+def mirrored(rows: list[dict], no_mirror: bool = False, said: tuple[str, ...] = ("Text", "finding")) -> list[bool]:
+    """Which rows' images may be mirrored: where the modality allows it and no column of `said` names a side."""
+    return [
+        not no_mirror and may_mirror(resolve_modality(row["modality"]), *(row.get(column, "") for column in said))
+        for row in rows
+    ]
+
+
+def tell_mirrored(name: str | Path, rows: list[dict], flags: list[bool]) -> None:
+    """Says how many rows may be mirrored, by what `mirrored` gave of them, and why not the others."""
+    never = sum(not resolve_modality(row["modality"]).flip for row in rows)
+    told = f"{name}: {sum(flags)} of {len(rows)} images may be mirrored"
+    if any(flags):
+        told += f"; {len(rows) - sum(flags) - never} others name a side, {never} are of modalities with a side"
+    say(f"{told}.")
+
+
+def tell_cut(texts: list[str], tokenizer: CLIPTokenizer) -> None:
+    """Warns of texts, as the encoder is given them, that are longer than it reads, and quotes one."""
+    longest = tokenizer.model_max_length
+    distinct = list(dict.fromkeys(texts))
+    ids = dict(zip(distinct, tokenizer(distinct, verbose=False).input_ids, strict=True)) if distinct else {}
+    cut = [text for text in texts if len(ids[text]) > longest]
+    if cut:
+        lost = tokenizer.decode(ids[cut[0]][longest - 1 : -1]).strip()
+        say(
+            f"warning: {len(cut)} of {len(texts)} captions are longer than the {longest} tokens that the text encoder"
+            f" reads, such as {cut[0]!r} ({len(ids[cut[0]])} tokens), of which {lost!r} is not learned."
+        )
