@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from .image_reader import image_problem
 from .modalities import resolve_modality
 from .provenance import atomic_path, save_png
 
@@ -96,7 +97,7 @@ def read_csv(
     if check_images:
         images = {resolve_path(row, path, image_root) for _, _, row in kept}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            broken = {image: why for image, why in zip(images, pool.map(_image_problem, images)) if why}
+            broken = {image: why for image, why in zip(images, pool.map(image_problem, images)) if why}
         for number, line, row in kept:
             why = broken.get(resolve_path(row, path, image_root))
             if why:
@@ -154,17 +155,6 @@ def _problem(row: dict[str, str], require: Sequence[str], check: Callable | None
             check(row)
     except ValueError as error:
         return str(error)
-    return None
-
-
-def _image_problem(path: Path) -> str | None:
-    if not path.is_file():
-        return f"no image {path}"
-    try:
-        with Image.open(path) as image:
-            image.load()  # verify() looks at PNG checksums only
-    except Exception as error:  # decoders raise many types: OSError, SyntaxError, ValueError, struct.error, ...
-        return f"broken image {path} ({error})"
     return None
 
 

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast
 from hub import add_hub_arguments, check_hub_arguments
 from tqdm.auto import tqdm
 
+from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.provenance import atomic_path
 
 
@@ -32,6 +33,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--val_split", default="val", help="Rows of this `split` are validated on; 'none' for none.")
     data.add_argument("--resolution", type=int, default=256, help="Side of the images in pixels, a multiple of 8.")
     data.add_argument("--skip_bad_rows", action="store_true", help="Leave out missing or broken images and rows.")
+    add_reading_arguments(data)
     data.add_argument("--max_train_samples", type=int, help="Train on the first so many rows only (for debugging).")
 
 
@@ -83,16 +85,18 @@ def check_run_arguments(args: argparse.Namespace) -> None:
 def read_splits(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """The rows to train on and those to validate on; every image is looked at before training starts."""
     from minim_pipeline.data import read_csv
+    from minim_pipeline.image_loading import check_values
 
     def rows(split):
         return read_csv(args.train_data, split=split, skip_bad_rows=args.skip_bad_rows)
 
     train = rows(None if args.split == "all" else args.split)
-    if args.val_split == "none":
-        return train[: args.max_train_samples], []
+    val = [] if args.val_split == "none" else rows(args.val_split)
+    # Refused now, and not when the networks are there.
+    check_values([(train + val, args.train_data)], reading_of(args))
     # What is validated on is never trained on, also with --split all.
-    train = [row for row in train if row.get("split") != args.val_split]
-    return train[: args.max_train_samples], rows(args.val_split)[: args.max_train_samples]
+    train = [row for row in train if args.val_split == "none" or row.get("split") != args.val_split]
+    return train[: args.max_train_samples], val[: args.max_train_samples]
 
 
 def note_arguments(args: argparse.Namespace, checkpoint: Path | None) -> None:

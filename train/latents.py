@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from minim_pipeline import names_a_side, resolve_modality
 from minim_pipeline.evaluation.memorisation import copy_share, nearest_distances
-from minim_pipeline.image_loading import load_images
+from minim_pipeline.image_loading import check_values, key_of, load_images
+from minim_pipeline.image_reader import reading_of
 
 
 class Latents:
@@ -35,8 +36,8 @@ class Latents:
         """
         folder, world = Path(args.output_dir), accelerator.num_processes
         folder.mkdir(parents=True, exist_ok=True)
-        key = {"versions": versions, "resolution": args.resolution, "seed": args.seed, "data": args.train_data}
-        key["rows"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        key = {"versions": versions, "resolution": args.resolution, "seed": args.seed}
+        key["images"] = key_of(rows, args.train_data, reading_of(args))
         digest = hashlib.sha256()
         for tensor in vae.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
@@ -48,7 +49,9 @@ class Latents:
 
         mine = file(accelerator.process_index)
         if not (mine.is_file() and safe_open(mine, "pt").metadata() == key):
-            part = cls._encode(args, accelerator, vae, rows[accelerator.process_index :: world], versions)
+            if mine.is_file():
+                print(f"{mine.name} is of other images, rows or settings: encoded anew")
+            part = cls._encode(args, accelerator, vae, rows, accelerator.process_index, world, versions)
             unfinished = mine.with_suffix(".tmp")
             save_file(dict(zip(("mean", "std"), part, strict=True)), unfinished, metadata=key)
             unfinished.replace(mine)
@@ -65,9 +68,11 @@ class Latents:
 
     @staticmethod
     @torch.no_grad()
-    def _encode(args, accelerator, vae, rows, versions) -> tuple[torch.Tensor, torch.Tensor]:
-        device = accelerator.device
-        images = load_images(rows, args.train_data, args.resolution)
+    def _encode(args, accelerator, vae, every, rank, world, versions) -> tuple[torch.Tensor, torch.Tensor]:
+        device, rows, reading = accelerator.device, every[rank::world], reading_of(args)
+        # Of all rows, so that the shares of all processes are scaled alike.
+        found = check_values([(every, args.train_data)], reading)
+        images = load_images(rows, args.train_data, args.resolution, found=found, reading=reading)
         mirrored = [resolve_modality(r["modality"]).flip and not names_a_side(r["Text"]) for r in rows]
         mirrored = torch.tensor(mirrored, device=device)
         generator = step_generator(args.seed, 2**31, accelerator.process_index, device)

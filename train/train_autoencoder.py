@@ -23,6 +23,7 @@ PSNR hardly feels and sharpness does: a second run, `--freeze_encoder --crop 256
 import argparse
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ from PIL import Image
 
 from minim_pipeline import resolve_modality
 from minim_pipeline.image_loading import load_images
+from minim_pipeline.image_reader import reading_of
 
 
 PRESETS = {
@@ -224,9 +226,10 @@ def main(argv=None) -> None:
     torch.backends.cudnn.benchmark = True
 
     train_rows, val_rows = read_splits(args)
-    images = hold_images(load_images(train_rows, args.train_data, args.resolution, trim=False), device)
+    load = partial(load_images, trim=False, reading=reading_of(args))
+    images = hold_images(load(train_rows, args.train_data, args.resolution), device)
     if val_rows:
-        val_images = load_images(val_rows, args.train_data, args.resolution, trim=False)
+        val_images = load(val_rows, args.train_data, args.resolution)
         val_names = [resolve_modality(row["modality"]).id for row in val_rows]
 
     if args.pretrained_model_name_or_path:

@@ -19,6 +19,7 @@ from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.classifier import ARCHITECTURES, Recipe, train_classifier
 from minim_pipeline.evaluation.judges import Judges, accuracy_report, claimed_classes, load_judges
 from minim_pipeline.image_loading import load_images
+from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.modalities import resolve_modality
 
 
@@ -26,6 +27,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part.")
     parser.add_argument("--output_dir", required=True)
+    add_reading_arguments(parser)
     parser.add_argument(
         "--part", nargs="+", default=["B"], help="Rows of the train split with these `part`s; 'all' takes every row."
     )
@@ -84,8 +86,8 @@ def main(argv=None) -> dict:
     val_rows = known(val_rows)
     # A little larger than what the classifiers see, so that zooming in finds detail.
     size = min(256, args.resolution * 5 // 4 // 8 * 8)
-    images = load_images(rows, args.train_data, size).to(device)
-    val_images = load_images(val_rows, args.train_data, 256)
+    images = load_images(rows, args.train_data, size, reading=reading_of(args)).to(device)
+    val_images = load_images(val_rows, args.train_data, 256, reading=reading_of(args))
 
     def modality_of(row):
         return resolve_modality(row["modality"])

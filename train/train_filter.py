@@ -15,7 +15,6 @@ part B never meet it. The teacher comes from
 
 import argparse
 import copy
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -47,7 +46,8 @@ from trajectories import Trajectories
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
 from minim_pipeline.evaluation.judges import claimed_classes, class_of, load_judges
 from minim_pipeline.generate import read_model_index
-from minim_pipeline.image_loading import load_images
+from minim_pipeline.image_loading import key_of, load_images
+from minim_pipeline.image_reader import reading_of
 from minim_pipeline.minim_filter import FilterHead
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 from minim_pipeline.modalities import MODALITIES
@@ -356,7 +356,7 @@ def main(argv=None) -> dict:
     note_arguments(args, checkpoint)
     log = Log(accelerator, args.output_dir, schedule, 2 * args.train_batch_size)
     if val_rows:
-        val_images = load_images(val_rows, args.train_data, args.resolution)
+        val_images = load_images(val_rows, args.train_data, args.resolution, reading=reading_of(args))
         val_latents = encode(pipe.vae, val_images, args.mixed_precision == "bf16")
 
     def averaged() -> FilterHead:
@@ -420,7 +420,7 @@ def main(argv=None) -> dict:
 
 def load_graded(ratings: list[dict], args, pipe: MinimPipeline, device):
     """A function from indices of the ratings to latents [n, versions, C, h, w], grades [n] and raters [n]."""
-    images = load_images(ratings, args.ratings, args.resolution)
+    images = load_images(ratings, args.ratings, args.resolution, reading=reading_of(args))
     pictures = versions(ratings, images, args.latent_variants, args.seed, device)
     latents = encode(pipe.vae, pictures, args.mixed_precision == "bf16").unflatten(0, (len(ratings), -1)).to(device)
     grades = torch.tensor([int(row["rating"]) for row in ratings], device=device)
@@ -433,14 +433,14 @@ def materials(args, pipe: MinimPipeline, rows, classes, rated: set[str], device)
     """Pool and trajectories; kept in `output_dir`, so that a run goes on with what it began with."""
     key = {name: getattr(args, name) for name in ("seed", "resolution", "latent_variants", "drawn_images")}
     key |= {"steps": args.trajectory_steps, "model": args.pretrained_model_name_or_path, "teacher": args.teacher}
-    key["rows"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    key["rows"] = key_of(rows, args.train_data, reading_of(args))
     key["rated"] = sorted(rated)
 
     def make() -> dict[str, torch.Tensor]:
         teacher = load_judges(args.teacher, device)
         sizes = args.drawn_images, args.trajectory_steps, args.draw_batch_size
         drawn = draw(pipe, teacher, rows, classes, *sizes, args.mixed_precision == "bf16", args.seed)
-        images = load_images(rows, args.train_data, args.resolution)
+        images = load_images(rows, args.train_data, args.resolution, reading=reading_of(args))
         pool = build_pool(rows, images, classes, drawn, pipe.vae, rated, args, device)
         made = {f"pool.{name}": tensor for name, tensor in vars(pool).items()}
         made |= {f"drawn.{name}": tensor for name, tensor in vars(drawn.trajectories).items() if name != "images"}
