@@ -78,8 +78,8 @@ def _grey(values: np.ndarray, data, window: tuple[float, float] | None) -> tuple
     if window is not None:
         low, high, note = *window, f"values from {window[0]:g} to {window[1]:g} shown, as asked for"
     elif data.get("WindowCenter") is not None and data.get("WindowWidth") is not None:
-        values = apply_windowing(values, data, index=0)
-        low, high = apply_windowing(ends, data, index=0)
+        with np.errstate(over="ignore"):  # a sigmoid's far end
+            values, (low, high) = (apply_windowing(part, data, index=0) for part in (values, ends))
         note = "DICOM: shown through its first window"
     elif data.get("VOILUTSequence"):
         values = apply_voi(values.astype(np.int64), data, index=0).astype(np.float64)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .data import read_csv, resolve_path
 from .image_pixels import Found, as_modality, black_and_white, fit_to, named
-from .image_reader import Reading, images_key, read_image, survey, tell
+from .image_reader import DEFAULT_READING, Reading, images_key, read_image, survey, tell
 from .modalities import resolve_modality
 
 
@@ -26,7 +26,7 @@ def load_images(
     trim: bool = True,
     changes: Counter | None = None,
     image_root: str | Path | None = None,
-    reading: Reading = Reading(),  # noqa: B008 it is frozen
+    reading: Reading = DEFAULT_READING,
     found: dict[str, Found] | None = None,
 ) -> torch.Tensor:
     """The images of `rows` as uint8 [N, 3, resolution, resolution]; those of grey modalities with equal channels.
@@ -76,7 +76,7 @@ def load_images(
 
 def check_values(
     sets: Sequence[tuple[list[dict], str | Path]],
-    reading: Reading = Reading(),  # noqa: B008 it is frozen
+    reading: Reading = DEFAULT_READING,
     image_root: str | Path | None = None,
 ) -> dict[str, Found]:
     """By modality, what lies in the pixels of more than 8 bits of all images that are to be scaled alike.
@@ -108,7 +108,7 @@ def check_values(
 def key_of(
     rows: list[dict],
     csv_path: str | Path,
-    reading: Reading = Reading(),  # noqa: B008 it is frozen
+    reading: Reading = DEFAULT_READING,
     image_root: str | Path | None = None,
 ) -> str:
     """A digest of the rows and of the state of their images, under which what is made of them is kept on disk.

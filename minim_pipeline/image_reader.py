@@ -44,6 +44,9 @@ class Reading:
         check_reading(self.fit, self.window)
 
 
+DEFAULT_READING = Reading()
+
+
 class _Window(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         try:
@@ -53,13 +56,13 @@ class _Window(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def add_reading_arguments(parser) -> None:
-    """`--fit` and `--window`, for every command that reads images; `parser` may be a group."""
+def add_reading_arguments(parser, fit: str = "stretch") -> None:
+    """`--fit`, by default `fit`, and `--window`, for every command that reads images; `parser` may be a group."""
     parser.add_argument(
         "--fit",
         choices=FITS,
-        default="stretch",
-        help="what becomes of images that are not square (default: stretch)",
+        default=fit,
+        help=f"what becomes of images that are not square (default: {fit})",
     )
     parser.add_argument(
         "--window",

@@ -222,7 +222,7 @@ def write_rows(path: Path, sources: list[tuple[list[dict], str]]) -> Path:
 
 
 class Progress:
-    """Which stages are finished, in `stages.json`, and what each took; `images` is their key."""
+    """Which stages are finished, in `stages.json`, with the minutes that each took, and the key of the images."""
 
     # What may differ when a run goes on.
     MAY_CHANGE = {
