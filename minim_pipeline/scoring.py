@@ -82,7 +82,8 @@ def score_csv(
                 ratings |= {"accepted": str(rated.accepted[i]).lower(), "reason": rated.reasons[i] or ""}
                 scored.append(row | {"path": Path(place).as_posix()} | ratings)
             bar.update(len(mine))
-    tell(changes, len(rows), data)
+    if not quiet:
+        tell(changes, len(rows), data)
     text = io.StringIO()
     writer = csv.DictWriter(text, scored[0], lineterminator="\n")
     writer.writeheader()
