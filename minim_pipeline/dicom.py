@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .image_pixels import CLIPPED, scaled
+from .image_pixels import AS_ASKED, CLIPPED, scaled
 
 
 SUFFIXES = (".dcm", ".dicom")
@@ -76,7 +76,7 @@ def _grey(values: np.ndarray, data, window: tuple[float, float] | None) -> tuple
     # Both ends of what comes out of a window, whose arithmetic is pydicom's.
     ends = np.array([-1e9, 1e9])
     if window is not None:
-        low, high, note = *window, f"values from {window[0]:g} to {window[1]:g} shown, as asked for"
+        low, high, note = *window, f"values from {window[0]:g} to {window[1]:g} shown, {AS_ASKED}"
     elif data.get("WindowCenter") is not None and data.get("WindowWidth") is not None:
         with np.errstate(over="ignore"):  # a sigmoid's far end
             values, (low, high) = (apply_windowing(part, data, index=0) for part in (values, ends))

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .data import read_csv, resolve_path
 from .image_pixels import Found, as_modality, black_and_white, fit_to, named
-from .image_reader import DEFAULT_READING, Reading, images_key, read_image, survey, tell
+from .image_reader import DEFAULT_READING, Reading, file_state, images_key, read_image, survey, tell
 from .modalities import resolve_modality
 
 
@@ -70,7 +70,7 @@ def load_images(
             images.append(image)
             counted.update(done)
     if changes is None:
-        tell(counted, len(rows), csv_path)
+        tell(counted, len(rows), csv_path, reading)
     return torch.stack(images)
 
 
@@ -94,7 +94,7 @@ def check_values(
         asked = {resolve_path(row, csv, image_root): resolve_modality(row["modality"]).id for row in rows}
         files |= {**dict(named), **asked}
         mine.update(asked.values())
-    found = _survey(tuple((path, name, _state(path)) for path, name in files.items() if name in mine))
+    found = _survey(tuple((path, name, file_state(path)) for path, name in files.items() if name in mine))
     for name, mine in found.items():
         for values, real in ((mine.whole, False), (mine.real, True)):
             if values is not None:
@@ -118,14 +118,6 @@ def key_of(
     """
     found = check_values([(rows, csv_path)], reading, image_root)
     return images_key(rows, [resolve_path(row, csv_path, image_root) for row in rows], found, reading)
-
-
-def _state(path: Path) -> tuple[int, int] | None:
-    try:
-        state = path.stat()
-    except OSError:
-        return None
-    return state.st_size, state.st_mtime_ns
 
 
 @lru_cache(maxsize=64)

@@ -25,7 +25,7 @@ FITS = ("stretch", "crop", "pad")
 GREY_TOLERANCE = 24
 # Notes that are looked for.
 TRANSPARENT, WHITE_IS_ZERO = "transparent pixels laid on black", "inverted, since 0 is white in it"
-RESIZED = "resized from "
+AS_ASKED, RESIZED = "as asked for", "resized from "
 FLAT, CLIPPED = "comes out nearly flat", "comes out mostly clipped"
 
 
@@ -68,7 +68,7 @@ def black_and_white(
     """
     least, greatest = found
     if window is not None:
-        return *window, f"values from {window[0]:g} to {window[1]:g} shown, as asked for"
+        return *window, f"values from {window[0]:g} to {window[1]:g} shown, {AS_ASKED}"
     if real:
         # Resampling and fp16 leave a little more or less.
         for white in (1.0, 255.0):
@@ -106,7 +106,7 @@ def to_8_bits(
     """
     if isinstance(pixels, Image.Image):
         return pixels, notes
-    real = pixels.dtype.kind == "f"
+    real, found = pixels.dtype.kind == "f", found | found_in(pixels)
     low, high, note = black_and_white(found.real if real else found.whole, real, modality, window)
     image, notes = Image.fromarray(scaled(pixels, low, high)), [*notes, note]
     if np.mean(pixels > high) > 0.5 or np.mean(pixels < low) > 0.95:
@@ -230,8 +230,8 @@ def convert_pictures(
 
 def as_modality(image: Image.Image, modality: Modality, notes: list[str]) -> tuple[Image.Image, list[str]]:
     """The image in RGB, with equal channels if its modality is grey, and all notes, also of `oddities`."""
-    image, notes = image.convert("RGB"), list(notes)
-    if modality.grey:
+    image, coloured, notes = image.convert("RGB"), image.mode != "L", list(notes)
+    if modality.grey and coloured:
         if np.ptp(np.asarray(image), axis=2).max() > GREY_TOLERANCE:
             notes.append(f"{modality.name} is grey: colour taken away")
         image = image.convert("L").convert("RGB")

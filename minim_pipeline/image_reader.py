@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .dicom import is_dicom, read_dicom
-from .image_pixels import FITS, ORIENTATION, Found, check_reading, decode_picture, found_in, to_8_bits, told
+from .image_pixels import AS_ASKED, FITS, ORIENTATION, Found, check_reading, decode_picture, found_in, to_8_bits, told
 
 
 # Raised when the same file comes out otherwise than before: what was kept of it (`images_key`) is made anew then.
@@ -211,22 +211,36 @@ def survey(files: Iterable[tuple[Path, str]]) -> dict[str, Found]:
     return found
 
 
-def images_key(rows: list[dict], files: list[Path], found: Mapping[str, Found], reading: Reading) -> str:
-    """A digest that changes whenever what `rows` say, or the images in `files` as they are read, may have changed.
-
-    Of each file it takes the resolved path, the size and the time of its last change.
-    """
-    scales = sorted((name, astuple(mine)) for name, mine in found.items())
-    digest = hashlib.sha256(json.dumps([READER_VERSION, astuple(reading), scales, rows]).encode())
+def files_key(files: Iterable[Path]) -> str:
+    """A digest of files: of each, the resolved path and the state."""
+    digest = hashlib.sha256()
     for file in files:
-        place = file.resolve()
-        state = place.stat()
-        digest.update(json.dumps([str(place), state.st_size, state.st_mtime_ns]).encode())
+        digest.update(json.dumps([str(file.resolve()), file_state(file)]).encode())
     return digest.hexdigest()
 
 
-def tell(notes: Mapping[str, int], total: int, source: str | Path) -> None:
+def file_state(path: Path) -> tuple[int, int] | None:
+    """Size and time of the last change; None if there is no such file."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns
+
+
+def images_key(rows: list[dict], files: list[Path], found: Mapping[str, Found], reading: Reading) -> str:
+    """A digest that changes whenever what `rows` say, or the images in `files` as they are read, may have changed."""
+    scales = sorted((name, astuple(mine)) for name, mine in found.items())
+    key = [READER_VERSION, astuple(reading), scales, rows, files_key(files)]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
+
+def tell(notes: Mapping[str, int], total: int, source: str | Path, reading: Reading = DEFAULT_READING) -> None:
     """Says on stderr what was done to the images of `source`; where several processes run, the first one does."""
-    if os.environ.get("RANK", "0") == "0":
-        for line in told(notes.items(), total):
-            print(f"{source}: {line}", file=sys.stderr)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    lines = told(notes.items(), total)
+    if reading.window is not None and not any(AS_ASKED in note for note in notes):
+        lines.append("warning: no image has more than 8 bits a pixel, so the window changed nothing")
+    for line in lines:
+        print(f"{source}: {line}", file=sys.stderr)

@@ -83,7 +83,7 @@ def score_csv(
                 scored.append(row | {"path": Path(place).as_posix()} | ratings)
             bar.update(len(mine))
     if not quiet:
-        tell(changes, len(rows), data)
+        tell(changes, len(rows), data, reading)
     text = io.StringIO()
     writer = csv.DictWriter(text, scored[0], lineterminator="\n")
     writer.writeheader()

@@ -94,7 +94,7 @@ def read_folder(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for image, notes in zip(images, pool.map(_notes, images)):
             changes.update(named(notes, image.path))
-    tell(changes, len(images), csv)
+    tell(changes, len(images), csv, reading)
     return images
 
 

@@ -235,6 +235,11 @@ def test_windows_that_are_none_are_told_at_once(capsys):
     assert parser.parse_args(["--window", "-1350", "150"]).window == [-1350, 150]
 
 
+def test_a_window_that_changes_nothing_is_told(tmp_path, capsys):
+    load(data_set(tmp_path, {"a.png": (RAMP // 16).astype(np.uint8)}), reading=Reading(window=(0, 100)))
+    assert "no image has more than 8 bits a pixel, so the window changed nothing" in capsys.readouterr().err
+
+
 def test_a_picture_all_white_is_named(tmp_path, capsys):
     white = (RAMP // 16).astype(np.uint8)
     white[10:] = 255

@@ -222,7 +222,7 @@ def write_rows(path: Path, sources: list[tuple[list[dict], str]]) -> Path:
 
 
 class Progress:
-    """Which stages are finished, in `stages.json`, with the minutes that each took, and the key of the images."""
+    """Which stages are finished, in `stages.json`, with the minutes that each took, and keys of the images."""
 
     # What may differ when a run goes on.
     MAY_CHANGE = {
@@ -230,7 +230,7 @@ class Progress:
         *("validation_steps", "checkpointing_steps", "draw_batch_size"),
     }
 
-    def __init__(self, args: argparse.Namespace, images: str):
+    def __init__(self, args: argparse.Namespace, images: list[str]):
         self.path, self.images = Path(args.output_dir) / "stages.json", images
         self.arguments = {k: v for k, v in vars(args).items() if k not in self.MAY_CHANGE}
         self.minutes: dict[str, float] = {}
@@ -242,8 +242,8 @@ class Progress:
                 raise ValueError(f"{args.output_dir} holds a run with other arguments: {told}.")
             if held.get("images", images) != images:
                 raise ValueError(
-                    f"Images or rows of {args.train_data} have changed since the run in {args.output_dir} began:"
-                    " choose another --output_dir."
+                    f"Images or rows of --train_data or --replay have changed since the run in {args.output_dir}"
+                    " began: choose another --output_dir."
                 )
             self.minutes = held["minutes"]
 
@@ -376,7 +376,7 @@ def main(argv=None) -> dict:
         sources.append((old_rows, args.replay))
     if filtered:
         check_filter(args, modality, sources)
-    progress = Progress(args, key_of(new_rows, args.train_data, reading_of(args)))
+    progress = Progress(args, [key_of(rows, source, reading_of(args)) for rows, source in sources])
     if others:
         print(f"left out of {args.train_data}: " + ", ".join(f"{count} {name}" for name, count in others.items()))
 

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from common import hold_images, step_generator
 from diffusers import AutoencoderKL
 from safetensors import safe_open
@@ -16,7 +18,7 @@ from tqdm.auto import tqdm
 from minim_pipeline import names_a_side, resolve_modality
 from minim_pipeline.evaluation.memorisation import copy_share, nearest_distances
 from minim_pipeline.image_loading import check_values, key_of, load_images
-from minim_pipeline.image_reader import reading_of
+from minim_pipeline.image_reader import reading_of, tell
 
 
 class Latents:
@@ -47,15 +49,18 @@ class Latents:
         def file(rank):
             return folder / f"latents-{name}-{rank}-of-{world}.safetensors"
 
-        mine = file(accelerator.process_index)
+        mine, changes = file(accelerator.process_index), Counter()
         if not (mine.is_file() and safe_open(mine, "pt").metadata() == key):
             if mine.is_file():
                 print(f"{mine.name} is of other images, rows or settings: encoded anew")
-            part = cls._encode(args, accelerator, vae, rows, accelerator.process_index, world, versions)
+            part = cls._encode(args, accelerator, vae, rows, versions, changes)
             unfinished = mine.with_suffix(".tmp")
             save_file(dict(zip(("mean", "std"), part, strict=True)), unfinished, metadata=key)
             unfinished.replace(mine)
         accelerator.wait_for_everyone()
+        changes = sum(gather_object([changes]), Counter())
+        if changes and accelerator.is_main_process:
+            tell(changes, len(rows), args.train_data, reading_of(args))
         mean = std = None
         for rank in range(world):
             with safe_open(file(rank), "pt") as stored:
@@ -68,11 +73,12 @@ class Latents:
 
     @staticmethod
     @torch.no_grad()
-    def _encode(args, accelerator, vae, every, rank, world, versions) -> tuple[torch.Tensor, torch.Tensor]:
-        device, rows, reading = accelerator.device, every[rank::world], reading_of(args)
+    def _encode(args, accelerator, vae, every, versions, changes) -> tuple[torch.Tensor, torch.Tensor]:
+        device, reading = accelerator.device, reading_of(args)
+        rows = every[accelerator.process_index :: accelerator.num_processes]
         # Of all rows, so that the shares of all processes are scaled alike.
         found = check_values([(every, args.train_data)], reading)
-        images = load_images(rows, args.train_data, args.resolution, found=found, reading=reading)
+        images = load_images(rows, args.train_data, args.resolution, changes=changes, found=found, reading=reading)
         mirrored = [resolve_modality(r["modality"]).flip and not names_a_side(r["Text"]) for r in rows]
         mirrored = torch.tensor(mirrored, device=device)
         generator = step_generator(args.seed, 2**31, accelerator.process_index, device)

@@ -35,6 +35,7 @@ from minim_pipeline.evaluation.images import to_unit
 from minim_pipeline.evaluation.judges import accuracy_report, load_judges
 from minim_pipeline.evaluation.memorisation import latent_features, memorisation_report, pixel_features
 from minim_pipeline.evaluation.sampling import draw_images, kept
+from minim_pipeline.generate import model_identity
 from minim_pipeline.image_loading import load_images, trim_letterbox
 from minim_pipeline.image_reader import add_reading_arguments, reading_of
 
@@ -94,7 +95,7 @@ def generate(pipe, planned: list[dict], batch_size: int, settings: dict, cache: 
     """The planned images, uint8 [N, 3, H, W]; kept in the file `cache`, and made only if that is missing.
 
     Raises:
-        ValueError: `cache` holds images of other settings.
+        ValueError: `cache` holds images of another model, or of other settings.
     """
 
     def draw():
@@ -254,7 +255,8 @@ def main(argv=None) -> dict:
         planned = plan(judges.classes, learned, captions, phrasing, args.images_per_finding, args.seed)
         begun = time.monotonic()
         cache = Path(args.save_images) / f"{phrasing}.npz" if args.save_images else None
-        images = generate(pipe, planned, args.batch_size, report["settings"], cache)
+        settings = report["settings"] | {"model": model_identity(args.model)}
+        images = generate(pipe, planned, args.batch_size, settings, cache)
         asked = [p["modality"] for p in planned], [p["finding"] for p in planned]
         figures = accuracy_report(judges.judge(images), judges.classes, *asked)
         each = judges.judge_each(images)

@@ -45,9 +45,9 @@ from trajectories import Trajectories
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
 from minim_pipeline.evaluation.judges import claimed_classes, class_of, load_judges
-from minim_pipeline.generate import read_model_index
+from minim_pipeline.generate import model_identity, read_model_index
 from minim_pipeline.image_loading import key_of, load_images
-from minim_pipeline.image_reader import reading_of
+from minim_pipeline.image_reader import files_key, reading_of
 from minim_pipeline.minim_filter import FilterHead
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 from minim_pipeline.modalities import MODALITIES
@@ -432,7 +432,8 @@ def load_graded(ratings: list[dict], args, pipe: MinimPipeline, device):
 def materials(args, pipe: MinimPipeline, rows, classes, rated: set[str], device) -> tuple[Pool, Drawn]:
     """Pool and trajectories; kept in `output_dir`, so that a run goes on with what it began with."""
     key = {name: getattr(args, name) for name in ("seed", "resolution", "latent_variants", "drawn_images")}
-    key |= {"steps": args.trajectory_steps, "model": args.pretrained_model_name_or_path, "teacher": args.teacher}
+    key |= {"steps": args.trajectory_steps, "model": model_identity(args.pretrained_model_name_or_path)}
+    key["teacher"] = files_key(sorted(Path(args.teacher).rglob("*")))
     key["rows"] = key_of(rows, args.train_data, reading_of(args))
     key["rated"] = sorted(rated)
 

@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> dict:
     def load(rows: list[dict], path: Path) -> ImageSet:
         changes = Counter()
         images = load_images(rows, path, args.resolution, changes=changes, reading=reading, found=found)
-        tell(changes, len(rows), path)
+        tell(changes, len(rows), path, reading)
         return ImageSet(rows, images, changes)
 
     synthetic_csv = args.synthetic
