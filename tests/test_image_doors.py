@@ -145,6 +145,20 @@ def test_latents_are_not_those_of_images_that_have_changed(tmp_path, make_pipeli
     assert file.stat().st_mtime_ns != written, "nor are those of another way to read"
 
 
+def test_a_trainer_refuses_what_nobody_can_know_before_it_begins(tmp_path):
+    import train_autoencoder
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    Image.fromarray(xray().astype(np.int32) - 1000).save(tmp_path / "a.tif")
+    csv = write_csv(tmp_path / "data.csv", [{"path": "a.tif", "Text": "normal", "modality": "CXR", "split": "train"}])
+    options = ["--train_data", str(csv), "--output_dir", str(tmp_path / "run"), "--val_split", "none"]
+    with pytest.raises(ValueError, match="data.csv: cxr images hold values from -1000 to"):
+        train_autoencoder.main([*options, "--preset", "tiny", "--resolution", "64", "--crop", "32"])
+    assert not (tmp_path / "run").exists()
+
+
 SCRIPTS = (
     *("add_modality", "calibrate_filter", "compare_models", "evaluate_filter", "report_model", "self_improve"),
     *("stand_in", "train_autoencoder", "train_classifier", "train_encoder", "train_filter", "train_preference"),

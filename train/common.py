@@ -88,15 +88,16 @@ def read_splits(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     from minim_pipeline.image_loading import check_values
 
     def rows(split):
-        return read_csv(args.train_data, split=split, skip_bad_rows=args.skip_bad_rows)
+        found = read_csv(args.train_data, split=split, skip_bad_rows=args.skip_bad_rows)
+        check_values([(found, args.train_data)], reading_of(args))  # refused now, and not when the networks are there
+        return found
 
     train = rows(None if args.split == "all" else args.split)
-    val = [] if args.val_split == "none" else rows(args.val_split)
-    # Refused now, and not when the networks are there.
-    check_values([(train + val, args.train_data)], reading_of(args))
+    if args.val_split == "none":
+        return train[: args.max_train_samples], []
     # What is validated on is never trained on, also with --split all.
-    train = [row for row in train if args.val_split == "none" or row.get("split") != args.val_split]
-    return train[: args.max_train_samples], val[: args.max_train_samples]
+    train = [row for row in train if row.get("split") != args.val_split]
+    return train[: args.max_train_samples], rows(args.val_split)[: args.max_train_samples]
 
 
 def note_arguments(args: argparse.Namespace, checkpoint: Path | None) -> None:
