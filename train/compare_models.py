@@ -226,8 +226,8 @@ def copies(args, images: dict[str, torch.Tensor], planned: list[dict], val, val_
     wanted = set(names)
     rows = [row for row in rows if resolve_modality(row["modality"]).id in wanted]
     size = next(iter(images.values())).shape[-1]
-    images = load_images(rows, args.data, size, reading=reading_of(args))
-    train = by_modality(images, [resolve_modality(r["modality"]).id for r in rows])
+    real = load_images(rows, args.data, size, reading=reading_of(args))
+    train = by_modality(real, [resolve_modality(r["modality"]).id for r in rows])
     real = by_modality(val, val_names)
     # A mirrored copy counts where the modality may be mirrored.
     mirror = {name: resolve_modality(name).flip for name in wanted}

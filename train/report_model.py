@@ -253,9 +253,9 @@ def main(argv=None) -> dict:
     report["generated"] = {}
     for phrasing in args.phrasings:
         planned = plan(judges.classes, learned, captions, phrasing, args.images_per_finding, args.seed)
+        settings = report["settings"] | {"model": model_identity(args.model)}
         begun = time.monotonic()
         cache = Path(args.save_images) / f"{phrasing}.npz" if args.save_images else None
-        settings = report["settings"] | {"model": model_identity(args.model)}
         images = generate(pipe, planned, args.batch_size, settings, cache)
         asked = [p["modality"] for p in planned], [p["finding"] for p in planned]
         figures = accuracy_report(judges.judge(images), judges.classes, *asked)

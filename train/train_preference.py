@@ -364,7 +364,7 @@ def learn_ratings(args, pipe: MinimPipeline) -> list[dict]:
     The head is kept in `output_dir`, and read from there when the run goes on.
 
     Raises:
-        ValueError: the head that is kept there has learned from other ratings.
+        ValueError: the head that is kept there has learned from other ratings, or their images have changed.
     """
     rows = read_ratings(args.ratings)
     learned_from = {"ratings": image_digest(args.ratings), "images": key_of(rows, args.ratings, reading_of(args))}
