@@ -84,7 +84,12 @@ def black_and_white(
     else:
         for bits in DEPTHS:
             if greatest < 2**bits:
-                return 0.0, 2.0**bits - 1, f"{bits} bits a pixel scaled to 8"
+                done = (
+                    f"{bits} bits a pixel scaled to 8"
+                    if bits > 8
+                    else "more than 8 bits a pixel, of which 8 are in use"
+                )
+                return 0.0, 2.0**bits - 1, done
         allowed = "whole numbers of more than 8 bits have to lie in 0 to 65535"
     raise ValueError(
         f"{modality} images hold values from {least:g} to {greatest:g}, and what is black and white among them cannot "
