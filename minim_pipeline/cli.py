@@ -13,6 +13,7 @@ from .data import DatasetWriter, read_csv
 from .evaluation.command import add_arguments as add_evaluate_arguments
 from .evaluation.command import run as evaluate
 from .generate import DTYPES, REASONS, SCHEDULERS, generate, plan_file, plan_prompt, read_model_index
+from .image_reader import add_reading_arguments
 from .modalities import MODALITIES, resolve_modality, split_prefix
 from .ratings import RatingStore, counts
 from .scoring import score_csv
@@ -133,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--device", help="e.g. cpu, cuda (default: a GPU if there is one)")
     p.add_argument("--batch-size", type=number(int, 1), default=16)
     p.add_argument("--keep-copies", action="store_true", help="do not reject the model's training images and copies")
+    add_reading_arguments(p)
     p.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows of the CSV out instead of stopping")
     p.add_argument("--quiet", action="store_true", help="no progress bar, and nothing said at the end")
 

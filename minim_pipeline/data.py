@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from .captions import check_caption
+from .image_reader import image_problem
 from .modalities import AMBIGUOUS, resolve_modality, split_prefix
 from .provenance import atomic_path, save_png
 from .table import guess, mend_commas, read_table
@@ -128,7 +129,7 @@ def read_csv(
     if check_images:
         images = {resolve_path(row, path) for _, _, row in kept}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            broken = {image: why for image, why in zip(images, pool.map(_image_problem, images)) if why}
+            broken = {image: why for image, why in zip(images, pool.map(image_problem, images)) if why}
         for number, line, row in kept:
             why = broken.get(resolve_path(row, path))
             if why:
@@ -206,17 +207,6 @@ def _problem(
             check(row)
     except ValueError as error:
         return str(error)
-    return None
-
-
-def _image_problem(path: Path) -> str | None:
-    if not path.is_file():
-        return f"no image {path}"
-    try:
-        with Image.open(path) as image:
-            image.load()  # verify() looks at PNG checksums only
-    except Exception as error:  # decoders raise many types: OSError, SyntaxError, ValueError, struct.error, ...
-        return f"broken image {path} ({error})"
     return None
 
 

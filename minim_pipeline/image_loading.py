@@ -1,8 +1,11 @@
 """Reads images as training and evaluation see them: one size, and without bars that somebody put around them."""
 
 import os
+import warnings
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,9 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .data import resolve_path
+from .data import read_csv, resolve_path
+from .image_pixels import Found, as_modality, black_and_white, fit_to, named
+from .image_reader import DEFAULT_READING, Reading, file_state, images_key, read_image, survey, tell
 from .modalities import resolve_modality
 
 
@@ -21,52 +26,115 @@ def load_images(
     trim: bool = True,
     changes: Counter | None = None,
     image_root: str | Path | None = None,
+    reading: Reading = DEFAULT_READING,
+    found: dict[str, Found] | None = None,
 ) -> torch.Tensor:
     """The images of `rows` as uint8 [N, 3, resolution, resolution]; those of grey modalities with equal channels.
+
+    Images of more than 8 bits are scaled by what lies in all images of their modality that the CSV names, whether or
+    not they are among `rows`. What was done to the images is told on stderr.
 
     Args:
         rows: as `read_csv` gives them.
         csv_path: the file they came from; `path` is relative to its folder, or to `image_root`.
-        resolution: side in pixels; what is no square is stretched to one.
+        resolution: side in pixels.
         trim: take letterboxes away (`trim_letterbox`); never from an OCT, where what is flat and not black is the
             vitreous.
-        changes: counts what had to be done to the images, in words.
+        changes: counts what had to be done to the images, in words, and leaves it to the caller to tell.
+        reading: what becomes of images that are not square, and of more than 8 bits.
+        found: what `check_values` gave, where these are only some of the images that are read; None asks it.
+
+    Raises:
+        ValueError: what the values of the images mean cannot be known, or an image is broken.
+        FileNotFoundError: an image is not there.
     """
+    if found is None:
+        found = check_values([(rows, csv_path)], reading, image_root)
 
     def load(row: dict) -> tuple[torch.Tensor, list[str]]:
-        modality, done = resolve_modality(row["modality"]), []
-        with Image.open(resolve_path(row, csv_path, image_root)) as file:
-            if file.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-                done.append("16 bits a pixel scaled to 8")
-                file = Image.fromarray((np.asarray(file).clip(0, 65535) / 257).round().astype(np.uint8))
-            image = file.convert("RGB")
-        if modality.grey:
-            grey = image.convert("L").convert("RGB")
-            if changes is not None and np.ptp(np.asarray(image), axis=2).max() > GREY_TOLERANCE:
-                done.append(f"{modality.name} is grey: colour taken away")
-            image = grey
+        modality, path = resolve_modality(row["modality"]), resolve_path(row, csv_path, image_root)
+        image, done = read_image(path, modality.id, found.get(modality.id, Found()), reading.window)
+        image, done = as_modality(image, modality, done)
         if trim and modality.id != "oct":
             pixels = np.asarray(image)
             trimmed = trim_letterbox(pixels)
             if trimmed is not pixels:
                 done.append("letterbox taken away")
                 image = Image.fromarray(trimmed)
-        if image.size != (resolution, resolution):
-            done.append(f"resized from {image.width} x {image.height} to {resolution} x {resolution} px")
-            image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), done
+        image, fitted = fit_to(image, (resolution, resolution), reading.fit)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), named(done + fitted, row["path"])
 
-    images = []
+    images, counted = [], Counter() if changes is None else changes
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for image, done in tqdm(pool.map(load, rows), "reading", len(rows), disable=None):
             images.append(image)
-            if changes is not None:
-                changes.update(done)
+            counted.update(done)
+    if changes is None:
+        tell(counted, len(rows), csv_path, reading)
     return torch.stack(images)
 
 
-# Channels of a grey picture differ by so much after lossy compression in colour.
-GREY_TOLERANCE = 24
+def check_values(
+    sets: Sequence[tuple[list[dict], str | Path]],
+    reading: Reading = DEFAULT_READING,
+    image_root: str | Path | None = None,
+) -> dict[str, Found]:
+    """By modality, what lies in the pixels of more than 8 bits of all images that are to be scaled alike.
+
+    Args:
+        sets: rows as `read_csv` gives them, and the CSV they came from, whose other rows are looked at as well.
+        reading, image_root: as of `load_images`.
+
+    Raises:
+        ValueError: what the values mean cannot be known, for a modality of the rows.
+    """
+    files, mine = {}, set()
+    for rows, csv in sets:
+        named = _named(Path(csv), image_root, Path(csv).stat().st_mtime_ns) if Path(csv).is_file() else ()
+        asked = {resolve_path(row, csv, image_root): resolve_modality(row["modality"]).id for row in rows}
+        files |= {**dict(named), **asked}
+        mine.update(asked.values())
+    found = _survey(tuple((path, name, file_state(path)) for path, name in files.items() if name in mine))
+    for name, mine in found.items():
+        for values, real in ((mine.whole, False), (mine.real, True)):
+            if values is not None:
+                try:
+                    black_and_white(values, real, name, reading.window)
+                except ValueError as error:
+                    raise ValueError(f"{', '.join(str(csv) for _, csv in sets)}: {error}") from error
+    return found
+
+
+def key_of(
+    rows: list[dict],
+    csv_path: str | Path,
+    reading: Reading = DEFAULT_READING,
+    image_root: str | Path | None = None,
+) -> str:
+    """A digest of the rows and of the state of their images, under which what is made of them is kept on disk.
+
+    It changes with a row, with the place, the size or the time of change of an image, with how images are read, and
+    with the version of the reader.
+    """
+    found = check_values([(rows, csv_path)], reading, image_root)
+    return images_key(rows, [resolve_path(row, csv_path, image_root) for row in rows], found, reading)
+
+
+@lru_cache(maxsize=64)
+def _named(csv: Path, image_root: str | Path | None, changed: int) -> tuple[tuple[Path, str], ...]:
+    """Every image that a CSV names, with the id of its modality; rows without one are passed over."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            rows = read_csv(csv, require=("path", "modality"), check_images=False, skip_bad_rows=True)
+        except ValueError:  # no column of modalities: they are known for the rows at hand alone
+            return ()
+    return tuple((resolve_path(row, csv, image_root), resolve_modality(row["modality"]).id) for row in rows)
+
+
+@lru_cache(maxsize=16)
+def _survey(states: tuple[tuple[Path, str, tuple[int, int] | None], ...]) -> dict[str, Found]:
+    return survey((path, name) for path, name, _ in states)
 
 
 def trim_letterbox(image: np.ndarray, max_stretch: float = 1.15) -> np.ndarray:

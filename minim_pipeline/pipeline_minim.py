@@ -36,6 +36,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .captions import check_caption
+from .image_pixels import convert_pictures
 from .minim_filter import FILTER_LIBRARY, FilterHead, FilterHeadOutput
 from .minim_filter.fingerprints import distances
 from .minim_filter.funnel import REASONS, Funnel, combine, plan_stages, select_state, weaker
@@ -732,32 +733,42 @@ class MinimPipeline(
         prompt: str | list[str],
         modality: str | list[str] | None = None,
         reject_copies: bool = True,
+        fit: str = "stretch",
+        window: tuple[float, float] | None = None,
     ) -> MinimScores:
         """The filter's ratings of any images, real ones too.
 
         Args:
             images: one image or several, as `PIL.Image`, `np.ndarray` (N, H, W, 3) in [0, 1] or `torch.Tensor`
-                (N, 3, H, W) in [0, 1]; they are brought to the size of the U-Net's.
+                (N, 3, H, W) in [0, 1]; they are brought to the size of the U-Net's. `PIL.Image`s of any mode are
+                read as files are, with a warning that says what was done; those of more than 8 bits are scaled alike.
             prompt: what each is to show, one sentence for all or a list.
             modality: as for `__call__`.
             reject_copies: `False` also accepts copies of training images, and those images themselves.
+            fit: what becomes of a `PIL.Image` of other proportions: `"stretch"`, `"crop"` or `"pad"`.
+            window: the values that become black and white in a `PIL.Image` of more than 8 bits; `None` finds out.
 
         Raises:
-            ValueError: the pipeline has no filter head, or there are not as many prompts as images.
+            ValueError: the pipeline has no filter head, there are not as many prompts as images, or what the values of
+                an image mean cannot be known.
         """
         if self.filter_head is None:
             raise ValueError("This pipeline has no filter head to score with.")
         if isinstance(images, PIL.Image.Image):
             images = [images]
-        if isinstance(images, (list, tuple)):
-            images = [im.convert("RGB") if isinstance(im, PIL.Image.Image) else im for im in images]
         size = self.unet.config.sample_size
         height, width = (s * self.vae_scale_factor for s in ((size, size) if isinstance(size, int) else size))
-        pixels = self.image_processor.preprocess(images, height, width)  # (N, 3, H, W) in [-1, 1]
+        pictures = isinstance(images, (list, tuple)) and all(isinstance(im, PIL.Image.Image) for im in images)
+        pixels = images if pictures else self.image_processor.preprocess(images, height, width)
         prompts = [prompt] * len(pixels) if isinstance(prompt, str) else list(prompt)
         if len(prompts) != len(pixels):
             raise ValueError(f"`prompt` has {len(prompts)} entries for {len(pixels)} images.")
         prompts, modalities = self.resolve_prompts(prompts, modality, len(prompts))
+        if pictures:
+            images, changes = convert_pictures(images, modalities, (width, height), fit, window)
+            for change in changes:
+                logger.warning(change)
+            pixels = self.image_processor.preprocess(images, height, width)  # (N, 3, H, W) in [-1, 1]
         device = self._execution_device
         funnel = self.prepare_funnel(prompts, modalities, list(range(len(prompts))), 1, device)
         rated = funnel.rate(self.encode_images(pixels.to(device)))

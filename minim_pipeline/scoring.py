@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from . import EMBEDDED_CHECKPOINT
 from .data import read_csv, resolve_path
 from .generate import load_pipeline, read_model_index
+from .image_reader import Reading, tell
 from .modalities import resolve_modality
 from .provenance import atomic_path
 
@@ -26,6 +28,8 @@ def score_csv(
     keep_copies: bool = False,
     skip_bad_rows: bool = False,
     quiet: bool = False,
+    fit: str = "stretch",
+    window: tuple[float, float] | None = None,
 ) -> tuple[Path, list[dict[str, str]]]:
     """Rates every image of a CSV for its caption.
 
@@ -42,14 +46,15 @@ def score_csv(
         keep_copies: do not reject copies of the model's training images, nor those images themselves.
         skip_bad_rows: leave bad rows out instead of stopping.
         quiet: no progress bar.
+        fit, window: how images are read, as of `image_reader.Reading`; what was done to them is told on stderr.
 
     Returns:
         The path written, and its rows.
 
     Raises:
-        ValueError: the model has no filter head, or rows are bad.
+        ValueError: the model has no filter head, or rows are bad, or what the images' values mean cannot be known.
     """
-    data = Path(data)
+    data, reading = Path(data), Reading(fit, tuple(window) if window else None)
     output = Path(output) if output is not None else data.with_name(f"{data.stem}-scored.csv")
     index = read_model_index(model)
     if not (index.get("filter_head") or [None])[0]:
@@ -60,15 +65,17 @@ def score_csv(
         resolve_modality(row["modality"], trained)
 
     rows = read_csv(data, split, image_root, skip_bad_rows, check=check, modality=modality)
-    from .image_loading import load_images
+    from .image_loading import check_values, load_images
 
+    # Of all images, so that those of every batch are scaled alike.
+    found, changes = check_values([(rows, data)], reading), Counter()
     pipe = load_pipeline(model, device=device)
     resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
     scored = []
     with tqdm(total=len(rows), disable=quiet, unit=" images") as bar:
         for start in range(0, len(rows), batch_size):
             mine = rows[start : start + batch_size]
-            images = load_images(mine, data, resolution).float() / 255
+            images = load_images(mine, data, resolution, changes=changes, reading=reading, found=found).float() / 255
             rated = pipe.score(
                 images, [row["Text"] for row in mine], [row["modality"] for row in mine], not keep_copies
             )
@@ -79,6 +86,8 @@ def score_csv(
                 ratings |= {"accepted": str(rated.accepted[i]).lower(), "reason": rated.reasons[i] or ""}
                 scored.append(row | {"path": Path(place).as_posix()} | ratings)
             bar.update(len(mine))
+    if not quiet:
+        tell(changes, len(rows), data, reading)
     text = io.StringIO()
     writer = csv.DictWriter(text, scored[0], lineterminator="\n")
     writer.writeheader()

@@ -18,6 +18,7 @@ MODULES = (
     "modalities",
     "captions",
     "tokens",
+    "image_pixels",
     "minim_filter/estimate",
     "minim_filter/filter_head",
     "minim_filter/fingerprints",

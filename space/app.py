@@ -36,6 +36,7 @@ from starlette.staticfiles import StaticFiles  # noqa: E402
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, __version__  # noqa: E402
 from minim_pipeline.generate import load_pipeline, model_identity  # noqa: E402
+from minim_pipeline.image_reader import add_reading_arguments, reading_of  # noqa: E402
 from minim_pipeline.ratings import RatingStore  # noqa: E402
 
 
@@ -65,6 +66,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("real", None, help="Folder of real images to mix in, with data.csv.")
     add("real_share", 0.1, float, help="Of the images to rate, how many are real, in [0, 1).")
     add("repeat_share", 0.1, float, help="How many of the images to rate come a second time, in [0, 1].")
+    add_reading_arguments(parser, fit=os.environ.get("MINIM_FIT", "pad"))
+    parser.set_defaults(window=[*map(float, os.environ.get("MINIM_WINDOW", "").split())] or None)
     add("store", "ratings/ratings.sqlite", help="Where ratings go.")
     add("ratings_repo", None, help="Dataset repository on the Hub that ratings are pushed to; needs HF_TOKEN.")
     add("show_names", 0, int, help="1: the page on agreement shows raters' names.")
@@ -84,9 +87,10 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
     """The pages, and the addresses beside them; the model is loaded, and everything that is named is read."""
-    images = read_folder(args.images, "generated")
+    reading = reading_of(args)
+    images = read_folder(args.images, "generated", reading, beside=args.real)
     if args.real:
-        images += read_folder(args.real, "real")
+        images += read_folder(args.real, "real", reading, beside=args.images)
     store = RatingStore(args.store)
     keep = None
     if args.ratings_repo:

@@ -2,7 +2,10 @@
 
 import hashlib
 import io
+import os
 import random
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +13,13 @@ from PIL import Image
 
 from minim_pipeline import resolve_modality
 from minim_pipeline.data import read_csv, resolve_path
+from minim_pipeline.image_loading import check_values
+from minim_pipeline.image_pixels import RESIZED, Found, as_modality, fit_to, named
+from minim_pipeline.image_reader import Reading, read_image, tell
 from minim_pipeline.ratings import Rating, image_digest
+
+
+WHOLE = Reading(fit="pad")
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,8 @@ class RatedImage:
         text, modality: what it is to show.
         kind: `"generated"` or `"real"`.
         digest: of the file.
+        found: what lies in its data set, and
+        reading: how it is read, as for training; whatever has other proportions is padded unless that says otherwise.
     """
 
     id: str
@@ -33,25 +44,36 @@ class RatedImage:
     modality: str
     kind: str
     digest: str
+    found: Found = Found()
+    reading: Reading = WHOLE
+
+    def pixels(self) -> tuple[Image.Image, list[str]]:
+        """The image as training reads it, at its own size, and what was done to it."""
+        image, notes = read_image(self.file, self.modality, self.found, self.reading.window)
+        return as_modality(image, resolve_modality(self.modality), notes)
 
     def read(self, side: int = 512) -> bytes:
         """A PNG of the pixels alone, at one size for all: neither metadata nor size tell which images are real."""
-        with Image.open(self.file) as image:
-            image = image.convert("RGB")
-            scale = side / max(image.size)
-            size = [max(1, round(length * scale)) for length in image.size]
-            whole = Image.new("RGB", (side, side))
-            whole.paste(image.resize(size, Image.Resampling.BICUBIC), [(side - length) // 2 for length in size])
+        image, _ = fit_to(self.pixels()[0], (side, side), self.reading.fit)
         buffer = io.BytesIO()
-        whole.save(buffer, "PNG", compress_level=3)
+        image.save(buffer, "PNG", compress_level=3)
         return buffer.getvalue()
 
 
-def read_folder(folder: str | Path, kind: str) -> list[RatedImage]:
+def read_folder(
+    folder: str | Path, kind: str, reading: Reading = WHOLE, beside: str | Path | None = None
+) -> list[RatedImage]:
     """The images of a folder with `data.csv` (`path,Text,modality`), as `minim generate` writes it.
 
+    What was done to them is told on stderr.
+
+    Args:
+        reading: how they are read.
+        beside: another such folder, whose images are scaled alike.
+
     Raises:
-        FileNotFoundError, ValueError: there is no such CSV, or it has bad rows.
+        FileNotFoundError, ValueError: there is no such CSV, it has bad rows, or what the values of its images mean
+            cannot be known.
     """
     csv = Path(folder) / "data.csv"
     images = []
@@ -60,12 +82,25 @@ def read_folder(folder: str | Path, kind: str) -> list[RatedImage]:
         # What the store would refuse is told now, and not to a rater.
         Rating(rater="nobody", path=Path(row["path"]).as_posix(), rating=1, text=row["Text"], modality=row["modality"])
 
-    for row in read_csv(csv, check=check):
+    rows = read_csv(csv, check=check)
+    found = check_values([(rows, csv)] + ([([], Path(beside) / "data.csv")] if beside else []), reading)
+    for row in rows:
         path = Path(row["path"]).as_posix()
         name = hashlib.sha256(f"{kind}/{path}".encode()).hexdigest()[:16]
         modality, file = resolve_modality(row["modality"]).id, resolve_path(row, csv)
-        images.append(RatedImage(name, path, file, row["Text"], modality, kind, image_digest(file)))
+        digest = image_digest(file)
+        images.append(RatedImage(name, path, file, row["Text"], modality, kind, digest, found[modality], reading))
+    changes = Counter()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for image, notes in zip(images, pool.map(_notes, images)):
+            changes.update(named(notes, image.path))
+    tell(changes, len(images), csv, reading)
     return images
+
+
+def _notes(image: RatedImage) -> list[str]:
+    picture, notes = image.pixels()
+    return notes + [note for note in fit_to(picture, (8, 8), image.reading.fit)[1] if not note.startswith(RESIZED)]
 
 
 def queue(

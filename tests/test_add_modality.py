@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import add_modality
@@ -125,6 +126,13 @@ def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, 
     assert set(json.loads((tmp_path / "stages.json").read_text())["minutes"]) == {"unet", "teacher"}
     with pytest.raises(ValueError, match="holds a run with other arguments: --seed was 0, now 1"):
         add_modality.main([*call, "--seed", "1"])
+    rows = add_modality.read_csv(data / "new.csv", check_images=False)
+    image = data / next(row["path"] for row in rows if row["modality"] != "BreastMRI")
+    was = image.stat()
+    os.utime(image, (was.st_atime, was.st_mtime + 9))
+    with pytest.raises(ValueError, match="Images or rows of .* have changed since the run"):
+        add_modality.main(call)
+    os.utime(image, ns=(was.st_atime_ns, was.st_mtime_ns))
 
     with monkeypatch.context() as patch:
         for module in (train_text_to_image, add_modality.train_classifier):

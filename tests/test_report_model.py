@@ -134,6 +134,9 @@ def test_report_end_to_end(make_pipeline, tmp_path):
         report_model.main([*arguments, "--data", str(tmp_path / "other.csv")])
     with pytest.raises(ValueError, match="other settings"):
         report_model.main([*arguments, "--guidance_scale", "4"])
+    make_pipeline(findings=findings, guidance_rescale=0.4).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="other settings"):  # another model at the same place
+        report_model.main([*arguments, "--guidance_rescale", "0.5"])
 
 
 def test_images_are_the_same_in_any_batch(shared_pipeline):

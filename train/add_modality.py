@@ -56,6 +56,8 @@ from minim_pipeline.data import read_csv, resolve_path
 from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.judges import claimed_classes
 from minim_pipeline.generate import model_identity
+from minim_pipeline.image_loading import key_of
+from minim_pipeline.image_reader import add_reading_arguments, reading_of, reading_options
 from minim_pipeline.modalities import BUILT_IN, MODALITIES
 
 
@@ -73,6 +75,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="Train on new rows alone, to see what that costs: the model forgets what it knew. With --replay its old "
         "rows are only validated on.",
     )
+    add_reading_arguments(parser)
     kind = parser.add_argument_group("the modality")
     kind.add_argument("--modality", required=True, help="Its id; all below is for one that is not in the table.")
     channels = kind.add_mutually_exclusive_group()
@@ -227,7 +230,7 @@ def write_rows(path: Path, sources: list[tuple[list[dict], str]]) -> Path:
 
 
 class Progress:
-    """Which stages are finished, in `stages.json`, with the minutes that each took."""
+    """Which stages are finished, in `stages.json`, with the minutes that each took, and keys of the images."""
 
     # What may differ when a run goes on.
     MAY_CHANGE = {
@@ -235,8 +238,8 @@ class Progress:
         *("validation_steps", "checkpointing_steps", "draw_batch_size"),
     }
 
-    def __init__(self, args: argparse.Namespace):
-        self.path = Path(args.output_dir) / "stages.json"
+    def __init__(self, args: argparse.Namespace, images: list[str]):
+        self.path, self.images = Path(args.output_dir) / "stages.json", images
         self.arguments = {k: v for k, v in vars(args).items() if k not in self.MAY_CHANGE}
         self.minutes: dict[str, float] = {}
         if self.path.is_file():
@@ -245,11 +248,16 @@ class Progress:
             told = "; ".join(f"--{k} was {before.get(k)!r}, now {now[k]!r}" for k in now if before.get(k) != now[k])
             if told:
                 raise ValueError(f"{args.output_dir} holds a run with other arguments: {told}.")
+            if held.get("images", images) != images:
+                raise ValueError(
+                    f"Images or rows of --train_data or --replay have changed since the run in {args.output_dir}"
+                    " began: choose another --output_dir."
+                )
             self.minutes = held["minutes"]
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"arguments": self.arguments, "minutes": self.minutes})
+        write_json(self.path, {"arguments": self.arguments, "images": self.images, "minutes": self.minutes})
 
     def run(self, name: str, stage, *args) -> None:
         """Runs a stage unless it is finished."""
@@ -295,13 +303,14 @@ def train_unet(args, output: Path, new: Path, resolution: int) -> None:
     if args.replay:
         weights = (0.0, 0.0) if args.no_replay else (args.replay_share, args.anchor_weight)
         call += ["--replay_share", weights[0], "--anchor_weight", weights[1]]
-    train_text_to_image.main([*map(str, call), *(["--compile"] if args.compile else []), *mirror(args)])
+    call += [*reading_options(args), *(["--compile"] if args.compile else []), *mirror(args)]
+    train_text_to_image.main([*map(str, call)])
 
 
 def train_teacher(args, output: Path, every: Path, part: str) -> None:
     call = ["--train_data", every, "--output_dir", output / "teacher", "--part", part, "--architectures", "resnet"]
     call += ["--max_train_steps", args.teacher_steps, "--width", args.teacher_width]
-    call += ["--resolution", args.teacher_resolution, *mirror(args)]
+    call += ["--resolution", args.teacher_resolution, *mirror(args), *reading_options(args)]
     train_classifier.main([*map(str, call), *options(args, "min_train", "min_val", "mixed_precision", "seed")])
 
 
@@ -314,7 +323,7 @@ def train_head(args, output: Path, every: Path, part: str, teacher: Path, resolu
     call += ["--max_train_minutes", args.filter_minutes] if args.filter_minutes else []
     call += options(args, "ratings", "captions", "drawn_images", "draw_batch_size", "min_train", "latent_variants")
     # No cross-validation of people's grades: the head that this one starts from has learned from all of them.
-    call += ["--folds", 0, *mirror(args)]
+    call += ["--folds", 0, *mirror(args), *reading_options(args)]
     train_filter.main([*map(str, call), *options(args, "caption_variants", "mixed_precision", "seed")])
 
 
@@ -324,7 +333,7 @@ def calibrate_head(args, output: Path, every: Path, parts: tuple[str, str], teac
     call += ["--part", parts[1], "--ratings_part", parts[0], "--batch_size", args.draw_batch_size]
     call += ["--candidates", max(2, base.config.num_candidates), "--code_bits", base.filter_head.config.code_size]
     call += options(args, "ratings", "min_train", "min_val", "prompts_per_modality", "most_cost", "mixed_precision")
-    calibrate_filter.main([*map(str, call), *options(args, "seed")])
+    calibrate_filter.main([*map(str, call), *reading_options(args), *options(args, "seed")])
 
 
 def write_pipeline(output: Path, base: MinimPipeline, filtered: bool) -> None:
@@ -374,7 +383,7 @@ def main(argv=None) -> dict:
         sources.append((old_rows, args.replay))
     if filtered:
         check_filter(args, modality, sources)
-    progress = Progress(args)
+    progress = Progress(args, [key_of(rows, source, reading_of(args)) for rows, source in sources])
     if others:
         print(f"left out of {args.train_data}: " + ", ".join(f"{count} {name}" for name, count in others.items()))
 

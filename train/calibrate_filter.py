@@ -37,6 +37,7 @@ from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.judges import Judges, claimed_classes, class_of, load_judges, read
 from minim_pipeline.generate import read_model_index
 from minim_pipeline.image_loading import load_images
+from minim_pipeline.image_reader import add_reading_arguments, reading_of
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -49,6 +50,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--ratings", help="The CSV that the head learned from: tells who has enough ratings.")
     parser.add_argument("--ratings_part", default="A", help="The part of them that it learned from, or 'all'.")
     parser.add_argument("--output_dir", required=True)
+    add_reading_arguments(parser)
     parser.add_argument("--min_train", type=int, default=20, help="Findings with fewer train images are not drawn.")
     parser.add_argument("--min_val", type=int, default=8, help="Likewise with val images.")
     parser.add_argument("--prompts_per_modality", type=int, default=100)
@@ -294,7 +296,7 @@ def main(argv=None) -> dict:
     table = foretelling(drawn, right, known)
 
     resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    images = load_images(train, args.train_data, resolution)
+    images = load_images(train, args.train_data, resolution, reading=reading_of(args))
     features = version_features(head, pipe, train, images, args.code_versions, args.seed, bf16)
     # Part A is what the head has learned from; of the others copies are planted.
     unseen = [i for i, row in enumerate(train) if row.get("part") != "A"]
@@ -308,7 +310,7 @@ def main(argv=None) -> dict:
         limits, copies = veto_report(
             code,
             prints,
-            pooled_features(head, pipe, load_images(val, args.train_data, resolution), bf16),
+            pooled_features(head, pipe, load_images(val, args.train_data, resolution, reading=reading_of(args)), bf16),
             [class_of(row)[0] for row in val],
             {name: pooled_features(head, pipe, x, bf16) for name, x in plant(images[some]).items()},
             [class_of(train[i])[0] for i in some],

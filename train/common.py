@@ -19,6 +19,8 @@ from hub import add_hub_arguments, check_hub_arguments
 from rows import add_csv_arguments, add_mirror_argument, image_paths, read_rows, tell_repeats
 from tqdm.auto import tqdm
 
+from minim_pipeline.image_loading import check_values
+from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.modalities import resolve_modality
 from minim_pipeline.provenance import atomic_path
 
@@ -38,6 +40,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--skip_bad_rows", action="store_true", help="Leave out missing or broken images and rows.")
     add_csv_arguments(data)
     add_mirror_argument(data)
+    add_reading_arguments(data)
     data.add_argument("--max_train_samples", type=int, help="Train on the first so many rows only (for debugging).")
 
 
@@ -97,7 +100,9 @@ def read_splits(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """
 
     def rows(split):
-        return read_rows(args, split, skip_bad_rows=args.skip_bad_rows)
+        found = read_rows(args, split, skip_bad_rows=args.skip_bad_rows)
+        check_values([(found, args.train_data)], reading_of(args))  # refused now, and not when the networks are there
+        return found
 
     train, val = rows(None if args.split == "all" else args.split), []
     if args.val_split != "none":

@@ -36,6 +36,7 @@ from minim_pipeline.evaluation.metrics import bootstrap_interval, frechet_distan
 from minim_pipeline.evaluation.sampling import draw_images, kept
 from minim_pipeline.generate import model_identity
 from minim_pipeline.image_loading import load_images
+from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.provenance import atomic_path
 
 
@@ -45,6 +46,7 @@ PHRASINGS = ("train", "new")
 def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
     judging = parser.add_argument_group("judging before and after")
     judging.add_argument("--data", help="CSV with path,Text,modality,finding,split: val and train images.")
+    add_reading_arguments(judging)
     judging.add_argument("--judges", default=str(Path(__file__).parent / "judges"), help="Of train_classifier.py.")
     judging.add_argument("--encoder", default=str(EMBEDDED_ENCODER), help="Whose features distances are measured in.")
     judging.add_argument("--captions", default=str(Path(__file__).parent / "captions.json"))
@@ -226,7 +228,8 @@ def copies(args, images: dict[str, torch.Tensor], planned: list[dict], val, val_
     wanted = set(names)
     rows = [row for row in rows if resolve_modality(row["modality"]).id in wanted]
     size = next(iter(images.values())).shape[-1]
-    train = by_modality(load_images(rows, args.data, size), [resolve_modality(r["modality"]).id for r in rows])
+    real = load_images(rows, args.data, size, reading=reading_of(args))
+    train = by_modality(real, [resolve_modality(r["modality"]).id for r in rows])
     real = by_modality(val, val_names)
     # A mirrored copy counts where the modality may be mirrored.
     mirror = {name: resolve_modality(name).flip for name in wanted}
@@ -289,7 +292,7 @@ def compare(args, before: str, after: str, folder: Path) -> dict:
     rows = read_csv(args.data, split="val", require=("path", "Text", "modality", "finding"))
     rows = [row for row in rows if class_of(row)[0] in modalities]
     val_names = [class_of(row)[0] for row in rows]
-    val_images = load_images(rows, args.data, images["before"].shape[-1])
+    val_images = load_images(rows, args.data, images["before"].shape[-1], reading=reading_of(args))
     val = by_modality(encoder.encode_images(val_images)[0], val_names)
     features = {name: encoder.encode_images(mine)[0] for name, mine in images.items()}
     report |= distances(features, planned, val)

@@ -38,6 +38,7 @@ from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.evaluation.judges import class_of, load_judges, read
 from minim_pipeline.evaluation.metrics import bootstrap_interval, ms_ssim_of_pairs, precision_recall_density_coverage
 from minim_pipeline.image_loading import load_images
+from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.minim_filter import FilterHeadOutput
 from minim_pipeline.minim_filter.funnel import plan_stages
 
@@ -52,6 +53,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--ratings", help="CSV of people's grades, as train_filter.py takes them.")
     parser.add_argument("--ratings_part", default="A", help="Part whose grades the head has learned from.")
     parser.add_argument("--output_dir", required=True, help="For report.json and sheet.png.")
+    add_reading_arguments(parser)
     parser.add_argument("--images_per_finding", type=int, default=64)
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=400, help="Pairs of images of a prompt, for MS-SSIM.")
@@ -238,7 +240,7 @@ def main(argv=None) -> dict:
     said = judges.judge(drawn.images)
     wrong, merged = (wrong_findings(said, judges.classes, each, merge) for merge in (False, True))
     features = encoder.encode_images(drawn.images)[0].cpu()
-    val_images = load_images(val_rows, args.data, drawn.images.shape[-1])
+    val_images = load_images(val_rows, args.data, drawn.images.shape[-1], reading=reading_of(args))
     val_features = encoder.encode_images(val_images)[0].cpu()
     val = {
         name: val_features[[i for i, row in enumerate(val_rows) if class_of(row)[0] == name]]
@@ -291,7 +293,8 @@ def main(argv=None) -> dict:
         "rejected": rejections(pipe, val_rows, val_images, args.seed),
     }
     if rated_rows:
-        report["people"] = people(pipe, rated_rows, load_images(rated_rows, args.ratings, drawn.images.shape[-1]))
+        rated_images = load_images(rated_rows, args.ratings, drawn.images.shape[-1], reading=reading_of(args))
+        report["people"] = people(pipe, rated_rows, rated_images)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     sheet(drawn.images, made, wrong, planned, args.candidates, output / "sheet.png")

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from common import hold_images, step_generator
 from diffusers import AutoencoderKL
 from rows import mirrored, tell_mirrored
@@ -17,7 +19,8 @@ from tqdm.auto import tqdm
 from minim_pipeline import resolve_modality
 from minim_pipeline.disk import count_bytes, whole_file
 from minim_pipeline.evaluation.memorisation import copy_share, nearest_distances
-from minim_pipeline.image_loading import load_images
+from minim_pipeline.image_loading import check_values, key_of, load_images
+from minim_pipeline.image_reader import reading_of, tell
 
 
 class Latents:
@@ -37,12 +40,12 @@ class Latents:
         """
         folder, world = Path(args.output_dir), accelerator.num_processes
         folder.mkdir(parents=True, exist_ok=True)
-        key = {"versions": versions, "resolution": args.resolution, "seed": args.seed, "data": args.train_data}
+        key = {"versions": versions, "resolution": args.resolution, "seed": args.seed}
+        key["images"] = key_of(rows, args.train_data, reading_of(args))
         may_mirror = mirrored(rows, args.no_mirror)
         if versions > 1:
             tell_mirrored(f"{args.train_data} ({name})", rows, may_mirror)
         key["mirrored"] = hashlib.sha256(bytes(may_mirror)).hexdigest()
-        key["rows"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         digest = hashlib.sha256()
         for tensor in vae.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
@@ -52,13 +55,17 @@ class Latents:
         def file(rank):
             return folder / f"latents-{name}-{rank}-of-{world}.safetensors"
 
-        mine = file(accelerator.process_index)
+        mine, changes = file(accelerator.process_index), Counter()
         if not (mine.is_file() and safe_open(mine, "pt").metadata() == key):
-            share = slice(accelerator.process_index, None, world)
-            part = cls._encode(args, accelerator, vae, rows[share], may_mirror[share], versions)
+            if mine.is_file():
+                print(f"{mine.name} is of other images, rows or settings: encoded anew")
+            part = cls._encode(args, accelerator, vae, rows, may_mirror, versions, changes)
             with whole_file(mine, count_bytes(part)) as unfinished:
                 save_file(dict(zip(("mean", "std"), part, strict=True)), unfinished, metadata=key)
         accelerator.wait_for_everyone()
+        changes = sum(gather_object([changes]), Counter())
+        if changes and accelerator.is_main_process:
+            tell(changes, len(rows), args.train_data, reading_of(args))
         mean = std = None
         for rank in range(world):
             with safe_open(file(rank), "pt") as stored:
@@ -71,10 +78,14 @@ class Latents:
 
     @staticmethod
     @torch.no_grad()
-    def _encode(args, accelerator, vae, rows, may_mirror, versions) -> tuple[torch.Tensor, torch.Tensor]:
-        device = accelerator.device
-        images = load_images(rows, args.train_data, args.resolution)
-        may_mirror = torch.tensor(may_mirror, device=device)
+    def _encode(args, accelerator, vae, every, may_mirror, versions, changes) -> tuple[torch.Tensor, torch.Tensor]:
+        device, reading = accelerator.device, reading_of(args)
+        share = slice(accelerator.process_index, None, accelerator.num_processes)
+        rows = every[share]
+        # Of all rows, so that the shares of all processes are scaled alike.
+        found = check_values([(every, args.train_data)], reading)
+        images = load_images(rows, args.train_data, args.resolution, changes=changes, found=found, reading=reading)
+        may_mirror = torch.tensor(may_mirror[share], device=device)
         generator = step_generator(args.seed, 2**31, accelerator.process_index, device)
         means, stds = [], []
         parts = tqdm(range(0, len(rows), 16), desc="encoding", disable=not accelerator.is_local_main_process)

@@ -36,7 +36,9 @@ from minim_pipeline.evaluation.images import to_unit
 from minim_pipeline.evaluation.judges import accuracy_report, load_judges
 from minim_pipeline.evaluation.memorisation import latent_features, memorisation_report, pixel_features
 from minim_pipeline.evaluation.sampling import draw_images, kept
+from minim_pipeline.generate import model_identity
 from minim_pipeline.image_loading import load_images, trim_letterbox
+from minim_pipeline.image_reader import add_reading_arguments, reading_of
 
 
 # The call's arguments that the report may be asked to change.
@@ -52,6 +54,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="CSV with path,Text,modality,finding,split.")
     parser.add_argument("--captions", default=str(Path(__file__).parent / "captions.json"))
     parser.add_argument("--output", required=True, help="The report, JSON.")
+    add_reading_arguments(parser)
     parser.add_argument("--sheets", help="Folder for a sheet of 5 x 8 generated images a modality.")
     parser.add_argument("--save_images", help="Folder for the generated images; found there, they are not made again.")
     parser.add_argument("--phrasings", nargs="+", choices=["train", "new"], default=["train", "new"])
@@ -95,7 +98,7 @@ def generate(pipe, planned: list[dict], batch_size: int, settings: dict, cache: 
     """The planned images, uint8 [N, 3, H, W]; kept in the file `cache`, and made only if that is missing.
 
     Raises:
-        ValueError: `cache` holds images of other settings.
+        ValueError: `cache` holds images of another model, or of other settings.
     """
 
     def draw():
@@ -201,7 +204,7 @@ def main(argv=None) -> dict:
         raise ValueError(f"{args.data} has no val images of what {args.model} has learned: {', '.join(left)}.")
     if left:
         print(f"left out, without val images in {args.data}: {', '.join(left)}")
-    val = load_images(val_rows, args.data, size)
+    val = load_images(val_rows, args.data, size, reading=reading_of(args))
     report = {
         "model": re.sub(r".*/", "", str(args.model).rstrip("/")),
         "settings": {
@@ -223,7 +226,8 @@ def main(argv=None) -> dict:
     print(json.dumps(report["settings"]), report["device"])
 
     if not args.skip_autoencoder:
-        figures = validate(pipe.vae, load_images(val_rows, args.data, size, trim=False), val_names)
+        delivered = load_images(val_rows, args.data, size, trim=False, reading=reading_of(args))
+        figures = validate(pipe.vae, delivered, val_names)
         report["autoencoder"] = {**figures, "n": len(val_rows)}
         print("autoencoder on val:", json.dumps(figures))
 
@@ -252,9 +256,10 @@ def main(argv=None) -> dict:
     report["generated"] = {}
     for phrasing in args.phrasings:
         planned = plan(judges.classes, learned, captions, phrasing, args.images_per_finding, args.seed)
+        settings = report["settings"] | {"model": model_identity(args.model)}
         begun = time.monotonic()
         cache = Path(args.save_images) / f"{phrasing}.npz" if args.save_images else None
-        images = generate(pipe, planned, args.batch_size, report["settings"], cache)
+        images = generate(pipe, planned, args.batch_size, settings, cache)
         asked = [p["modality"] for p in planned], [p["finding"] for p in planned]
         figures = accuracy_report(judges.judge(images), judges.classes, *asked)
         each = judges.judge_each(images)
@@ -280,7 +285,7 @@ def main(argv=None) -> dict:
 
     if vae is not None:
         train_rows, train_names = read_split("train")
-        train = by_modality(load_images(train_rows, args.data, size), train_names)
+        train = by_modality(load_images(train_rows, args.data, size, reading=reading_of(args)), train_names)
         mirror = {name: MODALITIES[name].flip for name in samples}
         report["memorisation"] = {
             "latents": memorisation_report(

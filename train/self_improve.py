@@ -46,6 +46,7 @@ from minim_pipeline.disk import whole_folder
 from minim_pipeline.finite import check_weights
 from minim_pipeline.generate import generate, model_identity, plan_file, read_model_index
 from minim_pipeline.image_loading import load_images
+from minim_pipeline.image_reader import reading_of, reading_options
 from minim_pipeline.minim_filter.funnel import combine
 from minim_pipeline.ratings import image_digest
 
@@ -104,6 +105,7 @@ def preference_arguments(args: argparse.Namespace) -> list[str]:
         *("--prompts", str(folder / "prompts.csv")),
         *("--output_dir", str(folder / "preference")),
         *("--mixed_precision", args.mixed_precision, "--seed", str(args.seed), "--encoder", args.encoder),
+        *reading_options(args),
         *shlex.split(args.preference),
     ]
 
@@ -186,7 +188,8 @@ def take_ratings(args: argparse.Namespace, folder: Path) -> None:
         named = [row for row in named if (row["modality"], row["finding"]) in rater.findings.classes]
         if not named:
             raise ValueError(f"The stand-in in {args.stand_in} has learned none of the findings in prompts.csv.")
-        images = load_images(named, folder / "candidates" / "data.csv", image_side(args), trim=False)
+        source, reading = folder / "candidates" / "data.csv", reading_of(args)
+        images = load_images(named, source, image_side(args), trim=False, reading=reading)
         given = rater.rate(images, [row["modality"] for row in named], [row["finding"] for row in named])
         rows = [row | {"rating": rating, "rater": RATER} for row, rating in zip(named, given, strict=True)]
         rows = [row | {"path": f"candidates/{row['path']}"} for row in rows]

@@ -35,6 +35,7 @@ from minim_pipeline.evaluation.judges import LOOK_ALIKE, Judges, class_of, load_
 from minim_pipeline.evaluation.sampling import draw_images
 from minim_pipeline.generate import read_model_index
 from minim_pipeline.image_loading import load_images
+from minim_pipeline.image_reader import add_reading_arguments, reading_of
 
 
 RATER = "stand-in"
@@ -123,6 +124,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_mirror_argument(parser)
     parser.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="What is judged.")
     parser.add_argument("--output_dir", required=True)
+    add_reading_arguments(parser)
     parser.add_argument("--part", default="C", help="Rows of the train split with this `part`.")
     parser.add_argument("--classifier_steps", type=int, default=1600)
     parser.add_argument("--realism_steps", type=int, default=600)
@@ -156,7 +158,8 @@ def train_realism(args, rows: list[dict], device) -> tuple[list[Judges], list[di
     pipe = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path, filter_head=None).to(device)
     pipe.set_progress_bar_config(disable=True)
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    real = through_the_autoencoder(pipe, rows, load_images(rows, args.train_data, size), args.batch_size)
+    images = load_images(rows, args.train_data, size, reading=reading_of(args))
+    real = through_the_autoencoder(pipe, rows, images, args.batch_size)
     asked = [row for row in rows for _ in range(args.images_per_caption)]
     seeds = [(args.seed + 1) * 10**8 + i for i in range(len(asked))]
     with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):

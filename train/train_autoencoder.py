@@ -23,6 +23,7 @@ PSNR hardly feels and sharpness does: a second run, `--freeze_encoder --crop 256
 import argparse
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ from minim_pipeline import resolve_modality
 from minim_pipeline.cli import say
 from minim_pipeline.disk import save_model
 from minim_pipeline.image_loading import load_images
+from minim_pipeline.image_reader import reading_of
 
 
 PRESETS = {
@@ -237,9 +239,10 @@ def main(argv=None) -> None:
     train_rows, val_rows = read_splits(args)
     if not args.no_mirror:
         say(f"{args.train_data}: all {len(train_rows)} images may be mirrored: no caption is learned.")
-    images = hold_images(load_images(train_rows, args.train_data, args.resolution, trim=False), device)
+    load = partial(load_images, trim=False, reading=reading_of(args))
+    images = hold_images(load(train_rows, args.train_data, args.resolution), device)
     if val_rows:
-        val_images = load_images(val_rows, args.train_data, args.resolution, trim=False)
+        val_images = load(val_rows, args.train_data, args.resolution)
         val_names = [resolve_modality(row["modality"]).id for row in val_rows]
 
     if args.pretrained_model_name_or_path:

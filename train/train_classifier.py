@@ -28,6 +28,7 @@ from rows import (
 from minim_pipeline.evaluation.classifier import ARCHITECTURES, Recipe, train_classifier
 from minim_pipeline.evaluation.judges import Judges, accuracy_report, claimed_classes, load_judges
 from minim_pipeline.image_loading import load_images
+from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.modalities import resolve_modality
 
 
@@ -37,6 +38,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_csv_arguments(parser)
     add_mirror_argument(parser)
     parser.add_argument("--output_dir", required=True)
+    add_reading_arguments(parser)
     parser.add_argument(
         "--part", nargs="+", default=["B"], help="Rows of the train split with these `part`s; 'all' takes every row."
     )
@@ -103,8 +105,8 @@ def main(argv=None) -> dict:
     tell_repeats(args.train_data, image_paths(rows, args.train_data), image_paths(val_rows, args.train_data))
     # A little larger than what the classifiers see, so that zooming in finds detail.
     size = min(256, args.resolution * 5 // 4 // 8 * 8)
-    images = load_images(rows, args.train_data, size).to(device)
-    val_images = load_images(val_rows, args.train_data, 256)
+    images = load_images(rows, args.train_data, size, reading=reading_of(args)).to(device)
+    val_images = load_images(val_rows, args.train_data, 256, reading=reading_of(args))
 
     def modality_of(row):
         return resolve_modality(row["modality"])

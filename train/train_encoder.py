@@ -41,6 +41,7 @@ from minim_pipeline.evaluation.classifier import augment, prepare_training
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.finite import FiniteLoss, check_weights
 from minim_pipeline.image_loading import load_images
+from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.modalities import resolve_modality
 
 
@@ -54,6 +55,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="Mirror no image. Without it every one is, now and then: a mirrored copy is to be found, too.",
     )
     parser.add_argument("--output_dir", required=True)
+    add_reading_arguments(parser)
     parser.add_argument("--part", default="A", help="Rows of the train split with this `part`; 'all' takes every row.")
     parser.add_argument("--tokenizer", default=str(EMBEDDED_CHECKPOINT / "tokenizer"), help="Folder of a tokenizer.")
     parser.add_argument("--captions", help="JSON with phrasings of every finding; default: train/captions.json.")
@@ -236,8 +238,8 @@ def main(argv=None) -> dict:
     ids = phrase(rows, load_captions(args.captions), tokenizer, args.caption_variants, args.seed).to(device)
     # A little larger than what the vision tower sees, so that zooming in finds detail.
     size = min(256, args.resolution * 5 // 4 // 8 * 8)
-    images = load_images(rows, args.train_data, size).to(device)
-    val_images = load_images(val_rows, args.train_data, 256)
+    images = load_images(rows, args.train_data, size, reading=reading_of(args)).to(device)
+    val_images = load_images(val_rows, args.train_data, 256, reading=reading_of(args))
 
     start = time.monotonic()
     model = train(make_model(args, tokenizer), images, ids, labels, grey, args, device)

@@ -15,7 +15,6 @@ part B never meet it. The teacher comes from
 
 import argparse
 import copy
-import hashlib
 import json
 import math
 import warnings
@@ -53,8 +52,9 @@ from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
 from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.judges import claimed_classes, class_of, load_judges
 from minim_pipeline.finite import FiniteLoss
-from minim_pipeline.generate import read_model_index
-from minim_pipeline.image_loading import load_images
+from minim_pipeline.generate import model_identity, read_model_index
+from minim_pipeline.image_loading import key_of, load_images
+from minim_pipeline.image_reader import files_key, reading_of
 from minim_pipeline.minim_filter import FilterHead
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 from minim_pipeline.modalities import MODALITIES
@@ -370,7 +370,7 @@ def main(argv=None) -> dict:
     start_trackers(accelerator, "minim-filter", args)
     log = Log(accelerator, args.output_dir, schedule, 2 * args.train_batch_size)
     if val_rows:
-        val_images = load_images(val_rows, args.train_data, args.resolution)
+        val_images = load_images(val_rows, args.train_data, args.resolution, reading=reading_of(args))
         val_latents = encode(pipe.vae, val_images, args.mixed_precision == "bf16")
 
     def averaged() -> FilterHead:
@@ -455,7 +455,7 @@ def distinguishable(val_rows: list[dict], args: argparse.Namespace) -> list[dict
 
 def load_graded(ratings: list[dict], args, pipe: MinimPipeline, device):
     """A function from indices of the ratings to latents [n, versions, C, h, w], grades [n] and raters [n]."""
-    images = load_images(ratings, args.ratings, args.resolution)
+    images = load_images(ratings, args.ratings, args.resolution, reading=reading_of(args))
     pictures = versions(ratings, images, args.latent_variants, args.seed, device, args.no_mirror)
     latents = encode(pipe.vae, pictures, args.mixed_precision == "bf16").unflatten(0, (len(ratings), -1)).to(device)
     grades = torch.tensor([int(row["rating"]) for row in ratings], device=device)
@@ -467,8 +467,9 @@ def load_graded(ratings: list[dict], args, pipe: MinimPipeline, device):
 def materials(args, pipe: MinimPipeline, rows, classes, rated: set[str], device) -> tuple[Pool, Drawn]:
     """Pool and trajectories; kept in `output_dir`, so that a run goes on with what it began with."""
     key = {name: getattr(args, name) for name in ("seed", "resolution", "latent_variants", "drawn_images")}
-    key |= {"steps": args.trajectory_steps, "model": args.pretrained_model_name_or_path, "teacher": args.teacher}
-    key["rows"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    key |= {"steps": args.trajectory_steps, "model": model_identity(args.pretrained_model_name_or_path)}
+    key["teacher"] = files_key(sorted(Path(args.teacher).rglob("*")))
+    key["rows"] = key_of(rows, args.train_data, reading_of(args))
     key["rated"] = sorted(rated)
     key["mirrored"] = mirrored(rows, args.no_mirror)
     tell_mirrored(args.train_data, rows, key["mirrored"])
@@ -477,7 +478,7 @@ def materials(args, pipe: MinimPipeline, rows, classes, rated: set[str], device)
         teacher = load_judges(args.teacher, device)
         sizes = args.drawn_images, args.trajectory_steps, args.draw_batch_size
         drawn = draw(pipe, teacher, rows, classes, *sizes, args.mixed_precision == "bf16", args.seed)
-        images = load_images(rows, args.train_data, args.resolution)
+        images = load_images(rows, args.train_data, args.resolution, reading=reading_of(args))
         pool = build_pool(rows, images, classes, drawn, pipe.vae, rated, args, device)
         made = {f"pool.{name}": tensor for name, tensor in vars(pool).items()}
         made |= {f"drawn.{name}": tensor for name, tensor in vars(drawn.trajectories).items() if name != "images"}

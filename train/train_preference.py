@@ -69,7 +69,8 @@ from minim_pipeline import (
 from minim_pipeline.data import read_csv
 from minim_pipeline.disk import save_model, whole_folder
 from minim_pipeline.finite import check_loss, check_weights
-from minim_pipeline.image_loading import load_images
+from minim_pipeline.image_loading import key_of, load_images
+from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 from minim_pipeline.ratings import image_digest
 
@@ -117,6 +118,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     watch.add_argument("--patience", type=int, default=3, help="Looks without a better score before it stops.")
     watch.add_argument("--least_spread", type=float, default=0.9, help="Of the spread that the images had at first.")
     add_tuning_arguments(parser)
+    add_reading_arguments(parser)
     parser.add_argument("--sampling_batch_size", type=int, default=512)
     args = parser.parse_args(argv)
     check_numbers(parser, args, from_zero=("seed", "lora_rank", "lr_warmup_steps"))
@@ -359,16 +361,17 @@ def learn_ratings(args, pipe: MinimPipeline) -> list[dict]:
     The head is kept in `output_dir`, and read from there when the run goes on.
 
     Raises:
-        ValueError: the head that is kept there has learned from other ratings.
+        ValueError: the head that is kept there has learned from other ratings, or their images have changed.
     """
     rows = read_ratings(args.ratings)
-    learned_from = {"ratings": image_digest(args.ratings)}
+    learned_from = {"ratings": image_digest(args.ratings), "images": key_of(rows, args.ratings, reading_of(args))}
     for row in rows:
         row["modality"] = resolve_modality(row["modality"], pipe.config.modalities).id
     folder = Path(args.output_dir) / "filter_head"
     if not folder.is_dir():
         size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        latents = encode(pipe.vae, load_images(rows, args.ratings, size), args.mixed_precision == "bf16").float()
+        images = load_images(rows, args.ratings, size, reading=reading_of(args))
+        latents = encode(pipe.vae, images, args.mixed_precision == "bf16").float()
         head, report = tune(pipe, rows, latents, args)
         print(json.dumps(report, indent=2))
         check_weights(head)
@@ -376,7 +379,10 @@ def learn_ratings(args, pipe: MinimPipeline) -> list[dict]:
             head.save_pretrained(unfinished)
             write_json(unfinished / "ratings.json", learned_from)
     elif json.loads((folder / "ratings.json").read_text()) != learned_from:
-        raise ValueError(f"{folder} has learned from other ratings than {args.ratings}: choose another --output_dir.")
+        raise ValueError(
+            f"{folder} has learned from other ratings than {args.ratings}, or other images: choose another"
+            " --output_dir."
+        )
     pipe.filter_head = FilterHead.from_pretrained(folder).eval().to(pipe.device)
     keys = dict.fromkeys((row["modality"], row["Text"], row.get("finding") or "") for row in rows)
     return [{"modality": modality, "Text": text, "finding": finding} for modality, text, finding in keys]

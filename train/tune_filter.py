@@ -40,6 +40,7 @@ from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.agreement import weighted_kappa
 from minim_pipeline.finite import FiniteLoss
 from minim_pipeline.image_loading import load_images
+from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.minim_filter import FilterHead, FilterHeadOutput
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 from minim_pipeline.tokens import tokenize
@@ -70,6 +71,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--ratings", required=True, help="CSV with path,Text,modality,rating[,rater].")
     parser.add_argument("--output_dir", required=True)
+    add_reading_arguments(parser)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--seed", type=int, default=0)
     add_tuning_arguments(parser)
@@ -196,7 +198,8 @@ def main(argv=None) -> dict:
     if pipe.filter_head is None:
         raise ValueError(f"{args.pretrained_model_name_or_path} has no filter head: train_filter.py makes one.")
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    latents = encode(pipe.vae, load_images(rows, args.ratings, size), args.mixed_precision == "bf16").float()
+    images = load_images(rows, args.ratings, size, reading=reading_of(args))
+    latents = encode(pipe.vae, images, args.mixed_precision == "bf16").float()
     head, report = tune(pipe, rows, latents, args)
     output = Path(args.output_dir)
     save_model(head.half(), output / "filter_head")

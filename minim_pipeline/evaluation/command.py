@@ -19,6 +19,8 @@ from pathlib import Path
 from .. import EMBEDDED_ENCODER, __version__
 from ..data import DatasetWriter, read_csv, resolve_path
 from ..duplicates import file_keys
+from ..image_pixels import told
+from ..image_reader import add_reading_arguments, reading_of, tell
 from ..provenance import atomic_path
 from ..table import read_table
 
@@ -43,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(sets, "--label-column", default="finding", help="column of the finding (default: finding)")
     add(sets, "--skip-bad-rows", action="store_true", help="leave bad rows out instead of stopping")
     add(sets, "--resolution", type=int, default=256, help="side in pixels to which all are brought (default 256)")
+    add_reading_arguments(sets)
     look = parser.add_argument_group("what looks at them")
     add(look, "--encoder", default=str(EMBEDDED_ENCODER), metavar="FOLDER", help="image-text encoder (default: ours)")
     add(
@@ -150,11 +153,16 @@ def run(args: argparse.Namespace) -> dict:
 
     from accelerate import PartialState
 
-    from ..image_loading import load_images
+    from ..image_loading import check_values, load_images
     from .extractors import load_extractor
     from .judges import load_judges
     from .pictures import collect
     from .report import ImageSet, evaluate
+
+    reading = reading_of(args)
+    # What is compared is scaled alike, whichever file names it.
+    named = [(real_rows, args.real), (train_rows, args.train), (synthetic_rows, args.synthetic)]
+    found = check_values([(rows, path) for rows, path in named if rows], reading)
 
     # Whatever may be wrong with them shows before images are drawn, which takes long.
     # The main process measures alone, which may take longer than the others wait by default.
@@ -171,7 +179,9 @@ def run(args: argparse.Namespace) -> dict:
 
     def load(rows: list[dict], path: Path) -> ImageSet:
         changes = Counter()
-        return ImageSet(rows, load_images(rows, path, args.resolution, changes=changes), changes)
+        images = load_images(rows, path, args.resolution, changes=changes, reading=reading, found=found)
+        tell(changes, len(rows), path, reading)
+        return ImageSet(rows, images, changes)
 
     synthetic_csv = args.synthetic
     if args.pipeline:
@@ -181,8 +191,8 @@ def run(args: argparse.Namespace) -> dict:
 
     report = {"made": None, "sets": describe(args, real, synthetic, train), "conversions": []}
     for name, images in (("real", real), ("synthetic", synthetic), ("train", train)):
-        for change, count in images.changes.items() if images else ():
-            report["conversions"].append(f"{count} of {len(images.rows)} {name} images: {change}")
+        if images:
+            report["conversions"] += told(images.changes.items(), len(images.rows), f"{name} images")
     report["extractors"] = [{"name": extractor.name, "digest": extractor.digest} for extractor in extractors]
     if state.is_main_process:  # the others go ahead to the classifiers
         measured, copies, readings = evaluate(

@@ -1,0 +1,246 @@
+"""The one reader of image files, for training, evaluation, scoring and the rating page.
+
+A file becomes an image of 8 bits, grey or RGB, upright and opaque, with notes on what was done to it. What its values
+mean is decided over the whole data set that it is of (`survey`): all files of a modality are scaled alike.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .dicom import is_dicom, read_dicom
+from .image_pixels import AS_ASKED, FITS, ORIENTATION, Found, check_reading, decode_picture, found_in, to_8_bits, told
+
+
+# Raised when the same file comes out otherwise than before: what was kept of it (`images_key`) is made anew then.
+READER_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read.
+
+    Args:
+        fit: what becomes of an image that is not square: `"stretch"`, `"crop"` or `"pad"`.
+        window: of pixels of more than 8 bits, the values that become black and white; None finds them out.
+
+    Raises:
+        ValueError: there is no such way.
+    """
+
+    fit: str = "stretch"
+    window: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        check_reading(self.fit, self.window)
+
+
+DEFAULT_READING = Reading()
+
+
+class _Window(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            check_reading(FITS[0], values)
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+        setattr(namespace, self.dest, values)
+
+
+def add_reading_arguments(parser, fit: str = "stretch") -> None:
+    """`--fit`, by default `fit`, and `--window`, for every command that reads images; `parser` may be a group."""
+    parser.add_argument(
+        "--fit",
+        choices=FITS,
+        default=fit,
+        help=f"what becomes of images that are not square (default: {fit})",
+    )
+    parser.add_argument(
+        "--window",
+        action=_Window,
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values that become black and white, in images of more than 8 bits (default: by the bits in use; a lung "
+        "window for chest CT in Hounsfield units; a DICOM file's own window)",
+    )
+
+
+def reading_of(args: argparse.Namespace) -> Reading:
+    """What the options of `add_reading_arguments` say; raises as `Reading`."""
+    return Reading(args.fit, tuple(args.window) if args.window else None)
+
+
+def reading_options(args: argparse.Namespace) -> list[str]:
+    """The same options again, for a script that runs another."""
+    return ["--fit", args.fit] + (["--window", *map(str, args.window)] if args.window else [])
+
+
+def read_image(
+    path: str | Path, modality: str, found: Found | None = None, window: tuple[float, float] | None = None
+) -> tuple[Image.Image, list[str]]:
+    """The pixels of a file, and what was done to them.
+
+    Args:
+        path: any image that Pillow reads, or a DICOM file.
+        modality: id of what it shows.
+        found: what `survey` found in its data set; None takes the file alone.
+        window: values that become black and white in an image of more than 8 bits.
+
+    Returns:
+        An image of mode L or RGB, and notes.
+
+    Raises:
+        OSError, ValueError: there is no such image, it is broken, or its values cannot be known.
+    """
+    try:
+        if is_dicom(path):
+            return read_dicom(path, window)
+        pixels, notes = decode_file(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # decoders raise many types: OSError, SyntaxError, ValueError, struct.error, ...
+        raise ValueError(f"broken image {path} ({error})") from error
+    if found is None and isinstance(pixels, np.ndarray):
+        found = found_in(pixels)
+    return to_8_bits(pixels, notes, found, modality, window)
+
+
+def decode_file(path: str | Path) -> tuple[Image.Image | np.ndarray, list[str]]:
+    """As `decode_picture`, of a file's first frame; colour of 16 bits a channel gives values [H, W, 3]."""
+    with Image.open(path) as file:
+        frames = getattr(file, "n_frames", 1)
+        deep = _deep_channels(file, path)
+        halved = deep is None and is_deep(file)
+        pixels, notes = decode_picture(file)
+    if deep is not None:
+        pixels = deep
+    elif halved and isinstance(pixels, Image.Image):
+        notes.append("the upper 8 of 16 bits a channel taken")
+    if frames > 1:
+        notes.insert(0, f"the first of {frames} frames taken")
+    return pixels, notes
+
+
+def is_deep(file: Image.Image) -> bool:
+    """Whether an opened file has more than 8 bits a pixel or a channel."""
+    return file.mode.startswith(("I", "F")) or _raw_mode(file).endswith((";16B", ";16L", ";16N"))
+
+
+def _raw_mode(file: Image.Image) -> str:
+    arguments = file.tile[0].args if getattr(file, "tile", None) else ""
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def _deep_channels(file: Image.Image, path: str | Path) -> np.ndarray | None:
+    """The values [H, W, 3], or [H, W] of grey with alpha, of 16 bits a channel, of which Pillow reads the upper 8."""
+    mode = _raw_mode(file)
+    if mode[:-1] not in ("RGB;16", "RGBX;16", "RGBA;16", "LA;16"):
+        return None
+
+    def read(raw: str) -> np.ndarray:
+        with Image.open(path) as again:
+            again.tile = [
+                tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw)
+                for tile in again.tile
+            ]
+            again.load()
+            if again.format != "TIFF":  # which Pillow has turned already
+                again.getexif()[ORIENTATION] = file.getexif().get(ORIENTATION, 1)
+                again = ImageOps.exif_transpose(again)
+            return np.asarray(again).astype(np.uint16)
+
+    if mode == "LA;16B":
+        parts = read("RGBA")  # byte for byte: grey and alpha, the upper half first
+        values = parts[:, :, ::2] * 256 + parts[:, :, 1::2]
+    else:
+        # Read in the other order of bytes, what Pillow takes for the upper half is the lower.
+        other = mode[:-1] + ("L" if mode.endswith("B") else "B")
+        values = read(mode) * 256 + read(other)
+    if values.shape[2] in (2, 4):
+        alpha = values[:, :, -1:].astype(np.float64) / 65535
+        values = (values[:, :, :-1] * alpha).round().astype(np.uint16)
+    return values[:, :, 0] if values.shape[2] == 1 else values
+
+
+def image_problem(path: Path) -> str | None:
+    """What is wrong with a file as an image; None if it can be read."""
+    if not path.is_file():
+        return f"no image {path}"
+    try:
+        # Any window will do: what the values mean is asked where the whole data set is known.
+        read_image(path, "", window=None if is_dicom(path) else (0, 1))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def survey(files: Iterable[tuple[Path, str]]) -> dict[str, Found]:
+    """What lies in the pixels of more than 8 bits of a data set, by modality; other files are only opened.
+
+    Args:
+        files: path and id of the modality of each. Those that cannot be read are passed over: whoever reads them
+            is told.
+    """
+
+    def look(file: tuple[Path, str]) -> Found:
+        try:
+            if is_dicom(file[0]):
+                return Found()
+            with Image.open(file[0]) as image:
+                if not is_deep(image):
+                    return Found()
+            pixels, _ = decode_file(file[0])
+            return found_in(pixels) if isinstance(pixels, np.ndarray) else Found()
+        except Exception:
+            return Found()
+
+    files, found = list(files), {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (_, modality), mine in zip(files, pool.map(look, files)):
+            found[modality] = found.get(modality, Found()) | mine
+    return found
+
+
+def files_key(files: Iterable[Path]) -> str:
+    """A digest of files: of each, the resolved path and the state."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(json.dumps([str(file.resolve()), file_state(file)]).encode())
+    return digest.hexdigest()
+
+
+def file_state(path: Path) -> tuple[int, int] | None:
+    """Size and time of the last change; None if there is no such file."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns
+
+
+def images_key(rows: list[dict], files: list[Path], found: Mapping[str, Found], reading: Reading) -> str:
+    """A digest that changes whenever what `rows` say, or the images in `files` as they are read, may have changed."""
+    scales = sorted((name, astuple(mine)) for name, mine in found.items())
+    key = [READER_VERSION, astuple(reading), scales, rows, files_key(files)]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
+
+def tell(notes: Mapping[str, int], total: int, source: str | Path, reading: Reading = DEFAULT_READING) -> None:
+    """Says on stderr what was done to the images of `source`; where several processes run, the first one does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    lines = told(notes.items(), total)
+    if reading.window is not None and not any(AS_ASKED in note for note in notes):
+        lines.append("warning: no image has more than 8 bits a pixel, so the window changed nothing")
+    for line in lines:
+        print(f"{source}: {line}", file=sys.stderr)
