@@ -23,6 +23,14 @@ def test_latents_that_are_not_finite_are_no_picture(make_pipeline, part, options
         pipe("normal", modality="oct", **options)
 
 
+def test_embeddings_that_are_not_finite_are_no_picture(pipeline):
+    """Where there is no text encoder to blame."""
+    embeds = torch.full((1, 48, 32), float("nan"))
+    pipeline.text_encoder = None
+    with pytest.raises(ValueError, match="Latents are not finite for 1 of 1 images: numbers grew too large"):
+        pipeline(prompt_embeds=embeds, negative_prompt_embeds=embeds, modality="oct")
+
+
 def test_pixels_that_are_not_finite_are_no_picture(pipeline):
     spoil(pipeline.vae.decoder, float("inf"))
     with pytest.raises(ValueError, match="Decoded pixels are not finite for 2 of 2 images: the weights of `vae`"):

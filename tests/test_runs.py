@@ -278,9 +278,10 @@ def test_more_time_is_more_time():
         assert again.done == done
 
 
-@pytest.mark.parametrize(
-    ("processes", "told"), [(9, "--split train of .*data.csv has 8"), (4, "the validation has 3")]
-)
+ROWS = [(9, "--split train of .*data.csv has 8"), (4, "the validation has 3")]
+
+
+@pytest.mark.parametrize(("processes", "told"), ROWS)
 def test_fewer_rows_than_processes_are_refused(unet_run, tmp_path, monkeypatch, processes, told):
     monkeypatch.setattr(common, "PartialState", lambda: argparse.Namespace(num_processes=processes))
     with pytest.raises(ValueError, match=f"{told} rows for {processes} processes"), warnings.catch_warnings():
