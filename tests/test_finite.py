@@ -27,7 +27,7 @@ def test_embeddings_that_are_not_finite_are_no_picture(pipeline):
     """Where there is no text encoder to blame."""
     embeds = torch.full((1, 48, 32), float("nan"))
     pipeline.text_encoder = None
-    with pytest.raises(ValueError, match="Latents are not finite for 1 of 1 images: numbers grew too large"):
+    with pytest.raises(ValueError, match="finite"):
         pipeline(prompt_embeds=embeds, negative_prompt_embeds=embeds, modality="oct")
 
 
