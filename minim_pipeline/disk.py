@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from .finite import check_weights
+from .provenance import FULL
 
 
 def save_model(model, folder: str | Path) -> None:
@@ -89,7 +90,7 @@ def enough_room(path: Path, size: int) -> Iterator[None]:
 
 def is_full(error: BaseException) -> bool:
     """Whether writing failed for want of room (disk, quota, limit), as Python, safetensors and torch say it."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, OSError) and error.errno in FULL:
         return True
     signs = ("No space left", "quota exceeded", "File too large", "PytorchStreamWriter", "inline_container")
     return isinstance(error, RuntimeError | SafetensorError) and any(sign in str(error) for sign in signs)

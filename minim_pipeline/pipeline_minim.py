@@ -170,13 +170,14 @@ def retrieve_timesteps(
     return scheduler.timesteps, len(scheduler.timesteps)
 
 
-def check_finite(values: torch.Tensor, what: str, networks: dict[str, torch.nn.Module]) -> None:
+def check_finite(values: torch.Tensor, what: str, networks: dict[str, torch.nn.Module | None]) -> None:
     """Raises ValueError if latents or pixels (N, ...) are not finite: no picture is made of them.
 
     Args:
         what: they are.
-        networks: by name, those that made them; the first whose weights are not finite is told.
+        networks: by name, those that made them, or None; the first whose weights are not finite is told.
     """
+    networks = {name: network for name, network in networks.items() if network is not None}
     broken = int((~values.isfinite()).flatten(1).any(1).sum())
     if not broken:
         return
@@ -1175,7 +1176,7 @@ class MinimPipeline(
                 callback_on_step_end_tensor_inputs,
                 funnel,
             )
-            check_finite(result, "Latents", {"unet": self.unet, "text_encoder": self.text_encoder})
+            check_finite(result, "Latents", {"text_encoder": self.text_encoder, "unet": self.unet})
             if not filtering:
                 final, chosen, drawn = list(result), round_seeds, [1] * num_images
                 break

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import tune_filter
 
 from minim_pipeline import cli
 from minim_pipeline.evaluation.classifier import Recipe, make_resnet, train_classifier
@@ -21,6 +22,14 @@ def test_latents_that_are_not_finite_are_no_picture(make_pipeline, part, options
     spoil(getattr(pipe, part))
     with pytest.raises(ValueError, match=f"Latents are not finite for . of . images: the weights of `{part}`"):
         pipe("normal", modality="oct", **options)
+
+
+def test_embeddings_that_are_not_finite_are_no_picture(pipeline):
+    """Where there is no text encoder to blame."""
+    embeds = torch.full((1, 48, 32), float("nan"))
+    pipeline.text_encoder = None
+    with pytest.raises(ValueError, match="finite"):
+        pipeline(prompt_embeds=embeds, negative_prompt_embeds=embeds, modality="oct")
 
 
 def test_pixels_that_are_not_finite_are_no_picture(pipeline):
@@ -64,3 +73,12 @@ def test_a_classifier_that_diverges_is_told():
     recipe = Recipe(max_train_steps=8, train_batch_size=2, learning_rate=1e30, resolution=32)
     with pytest.raises(ValueError, match="The loss is .* at step .: the training has diverged"):
         train_classifier(make_resnet(2, 8), images, labels, flags, flags, 2, recipe)
+
+
+def test_a_filter_head_that_diverges_is_told(make_pipeline):
+    rows = [{"path": str(i), "Text": "a", "modality": "oct", "rating": 1 + i % 3, "rater": "x"} for i in range(12)]
+    options = "--ratings x --output_dir x --tuning_steps 6 --tuning_batch_size 4 --tuning_learning_rate 1e30"
+    with pytest.raises(ValueError, match="The loss is .* at step .: the training has diverged"):
+        tune_filter.tune(
+            make_pipeline(filtered=True), rows, torch.randn(12, 8, 8, 8), tune_filter.parse_args(options.split())
+        )

@@ -1,14 +1,17 @@
 """A run that diverges, is stopped, cut off, finished, or short of room: what it leaves, and how it goes on."""
 
+import argparse
 import csv
 import json
 import os
 import resource
 import shutil
 import signal
+import warnings
 from pathlib import Path
 
 import checkpoints
+import common
 import pytest
 import torch
 import train_autoencoder
@@ -18,6 +21,7 @@ from safetensors.torch import load_file
 
 from minim_pipeline.disk import save_model
 from minim_pipeline.finite import FiniteLoss, check_weights
+from minim_pipeline.provenance import save_png
 
 
 torch.set_num_threads(1)
@@ -239,6 +243,13 @@ def test_a_pipeline_that_does_not_fit_leaves_the_earlier_one(pipeline, tmp_path,
     assert [path.name for path in tmp_path.rglob("*")] == ["pipeline", "earlier"]
 
 
+def test_pictures_and_tables_call_a_full_disk_so_too(tmp_path, little_room):
+    noise = Image.fromarray((torch.rand(128, 128, 3) * 255).byte().numpy())
+    with pytest.raises(OSError, match=r"No room on the disk: [\d.]+ MB free: .*0001\.png'"):
+        save_png(noise, tmp_path / "0001.png", {"seed": 1})
+    assert not list(tmp_path.iterdir())
+
+
 def test_too_little_room_is_seen_before_anything_is_written(decoder_run, tmp_path, monkeypatch):
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 0))
@@ -259,23 +270,31 @@ def test_a_pipeline_that_is_not_finite_is_not_written(pipeline, tmp_path):
 
 
 def test_more_time_is_more_time():
-    from common import Schedule
-
-    schedule = Schedule(100, max_minutes=1)
+    schedule = common.Schedule(100, max_minutes=1)
     schedule.step, schedule.spent, schedule.by_time = 10, 60.0, 1.0
     for minutes, done in ((1, True), (2, False), (None, False)):
-        again = Schedule(100, max_minutes=minutes)
+        again = common.Schedule(100, max_minutes=minutes)
         again.load_state_dict(schedule.state_dict())
         assert again.done == done
 
 
-def test_fewer_rows_than_processes_are_refused(monkeypatch):
-    import common
+ROWS = [(9, "--split train of .*data.csv has 8"), (4, "the validation has 3")]
 
-    monkeypatch.setattr(common, "PartialState", lambda: type("State", (), {"num_processes": 4}))
-    common.check_processes([{}] * 4, "--split train")
-    with pytest.raises(ValueError, match="--split train has 3 rows for 4 processes"):
-        common.check_processes([{}] * 3, "--split train")
+
+@pytest.mark.parametrize(("processes", "told"), ROWS)
+def test_fewer_rows_than_processes_are_refused(unet_run, tmp_path, monkeypatch, processes, told):
+    monkeypatch.setattr(common, "PartialState", lambda: argparse.Namespace(num_processes=processes))
+    with pytest.raises(ValueError, match=f"{told} rows for {processes} processes"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(train_text_to_image, *unet_run, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_more_processes_is_not_gone_on_with(whole, decoder_run, tmp_path):
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4")
+    shutil.copy(tmp_path / "checkpoint-4" / "random_states_0.pkl", tmp_path / "checkpoint-4" / "random_states_1.pkl")
+    with pytest.raises(ValueError, match="checkpoint-4 is of a run of 2 processes, and now there are 1"):
+        run(train_autoencoder, *decoder_run, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest")
 
 
 def test_a_resumed_log_survives_half_a_line(whole, decoder_run, tmp_path):

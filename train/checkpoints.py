@@ -105,7 +105,8 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
 
     Raises:
         ValueError: a checkpoint is named that does not exist, or is broken; the folder holds a run and nothing was
-            said of it; or the run had other arguments, and so could not be continued as if it had never stopped.
+            said of it; or the run had other arguments, or another number of processes, and so could not be continued
+            as if it had never stopped.
     """
     argument, existing = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
     if argument is None and (existing or (Path(args.output_dir) / "log.jsonl").is_file()):
@@ -136,6 +137,9 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
             others = ", ".join(p.name for p in list_checkpoints(checkpoint.parent) if not broken_part(p)) or "none"
             raise ValueError(f"{checkpoint} is broken: {why}. Whole ones beside it: {others}.")
     check_arguments(args, checkpoint.parent, checkpoint)
+    before, now = len(list(checkpoint.glob("random_states_*.pkl"))), PartialState().num_processes
+    if before != now:
+        raise ValueError(f"{checkpoint} is of a run of {before} processes, and now there are {now}.")
     return checkpoint
 
 

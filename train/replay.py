@@ -5,6 +5,7 @@ import argparse
 import torch
 from accelerate import Accelerator
 from captions import load_captions, phrase
+from common import check_processes
 from latents import Latents
 from rows import image_paths, tell_repeats
 
@@ -31,6 +32,7 @@ class Replay:
         rows = [row for row in rows if resolve_modality(row["modality"]).id in known]
         if not rows:
             raise ValueError(f"{args.replay} has no train images of {', '.join(known)}.")
+        check_processes(rows, f"--replay {args.replay}")
         self.text_encoder = pipe.text_encoder
         self.variants = args.latent_variants
         captions = load_captions(args.captions)
