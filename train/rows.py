@@ -10,6 +10,7 @@ from minim_pipeline import may_mirror, resolve_modality
 from minim_pipeline.cli import say
 from minim_pipeline.data import read_csv, resolve_path
 from minim_pipeline.duplicates import file_keys
+from minim_pipeline.tokens import cut_texts
 
 
 NAMED = 5  # images that a warning names
@@ -99,13 +100,10 @@ def tell_mirrored(name: str | Path, rows: list[dict], flags: list[bool]) -> None
 
 def tell_cut(texts: list[str], tokenizer: CLIPTokenizer) -> None:
     """Warns of texts, as the encoder is given them, that are longer than it reads, and quotes one."""
-    longest = tokenizer.model_max_length
-    distinct = list(dict.fromkeys(texts))
-    ids = dict(zip(distinct, tokenizer(distinct, verbose=False).input_ids, strict=True)) if distinct else {}
-    cut = [text for text in texts if len(ids[text]) > longest]
+    cut = cut_texts(tokenizer, texts)
     if cut:
-        lost = tokenizer.decode(ids[cut[0]][longest - 1 : -1]).strip()
+        text, lost = cut[0]
         say(
-            f"warning: {len(cut)} of {len(texts)} captions are longer than the {longest} tokens that the text encoder"
-            f" reads, such as {cut[0]!r} ({len(ids[cut[0]])} tokens), of which {lost!r} is not learned."
+            f"warning: {len(cut)} of {len(texts)} captions are longer than the {tokenizer.model_max_length} tokens"
+            f" that the text encoder reads, such as {text!r}, of which {lost.strip()!r} is not learned."
         )
