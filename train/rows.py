@@ -17,7 +17,7 @@ NAMED = 5  # images that a warning names
 
 
 def add_csv_arguments(parser) -> None:
-    """Options for a CSV that was written elsewhere; those of `read_rows`."""
+    """Options for a CSV that was written elsewhere, see `csv_options`."""
     parser.add_argument("--modality", help="Of all rows of --train_data, where it has no such column.")
     parser.add_argument(
         "--image_root",
@@ -35,9 +35,14 @@ def add_mirror_argument(parser) -> None:
     )
 
 
+def csv_options(args: argparse.Namespace) -> dict:
+    """What `read_csv` needs to know of `--train_data`: `--modality` and `--image_root`."""
+    return {"modality": args.modality, "image_root": args.image_root}
+
+
 def read_rows(args: argparse.Namespace, split: str | None = None, **options) -> list[dict]:
-    """The rows of `--train_data` as `read_csv` gives them, with `--modality` and `--image_root`."""
-    return read_csv(args.train_data, split, args.image_root, modality=args.modality, **options)
+    """The rows of `--train_data` as `read_csv` gives them."""
+    return read_csv(args.train_data, split, **csv_options(args), **options)
 
 
 def image_paths(rows: list[dict], csv_path: str | Path) -> list[Path]:
