@@ -30,7 +30,7 @@ def resolve_path(row: Mapping[str, str], csv_path: str | Path, image_root: str |
     """Where the image of `row` lies: its `path`, relative to the folder of the CSV, or looked for under `image_root`.
 
     Under `image_root` the whole path is tried, and then without its first folders, one after the other, down to the
-    name of the file: of `/data/oct/1.png` that is `data/oct/1.png`, `oct/1.png` and `1.png`.
+    name of the file: of `theirs/oct/1.png` that is `theirs/oct/1.png`, `oct/1.png` and `1.png`.
     """
     if image_root is None:
         return Path(csv_path).parent / row["path"]

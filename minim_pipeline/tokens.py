@@ -14,6 +14,17 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     ).input_ids
 
 
+def cut_texts(tokenizer: CLIPTokenizer, texts: list[str]) -> list[tuple[str, str]]:
+    """Those of `texts` that `tokenize` cuts, each with what it loses."""
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        return []
+    ids = dict(zip(distinct, tokenizer(distinct, verbose=False).input_ids))
+    longest = tokenizer.model_max_length
+    # The last id of the uncut sequence is the end-of-text token.
+    return [(text, tokenizer.decode(ids[text][longest - 1 : -1])) for text in texts if len(ids[text]) > longest]
+
+
 def add_modality_tokens(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, ids: list[str]) -> dict[str, int]:
     """Adds the modalities' tokens to `tokenizer` and `text_encoder`, in place. Tokens that are there already stay.
 

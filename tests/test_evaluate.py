@@ -126,7 +126,12 @@ def test_sets_that_differ_in_size_colour_and_labels(sets, tmp_path):
     images = {"oct": [cut("oct", i).resize((300, 200)) for i in range(6)]}
     images["oct"][0] = ImageOps.colorize(images["oct"][0].convert("L"), "black", "orange")
     synthetic = write(tmp_path / "odd", images, columns=())
+    synthetic.write_text(synthetic.read_text().replace("normal, case 0", "normal macula " + "without any cyst " * 20))
     report = evaluate({"real": sets["real"], "synthetic": synthetic}, tmp_path / "report", "--no-real-images")
+    (told,) = (line for line in report["conversions"] if "captions" in line)
+    assert told.startswith(
+        "1 of 6 synthetic captions: longer than the encoder reads, such as '<oct> normal macula with"
+    )
     assert "6 of 6 synthetic images: resized from 300 x 200 to 256 x 256 px" in report["conversions"]
     assert "1 of 6 synthetic images: OCT is grey: colour taken away" in report["conversions"]
     assert report["modalities_left_out"] == {"cxr": "no synthetic images"}

@@ -10,13 +10,14 @@ from minim_pipeline import may_mirror, resolve_modality
 from minim_pipeline.cli import say
 from minim_pipeline.data import read_csv, resolve_path
 from minim_pipeline.duplicates import file_keys
+from minim_pipeline.tokens import cut_texts
 
 
 NAMED = 5  # images that a warning names
 
 
 def add_csv_arguments(parser) -> None:
-    """Options for a CSV that was written elsewhere; those of `read_rows`."""
+    """Options for a CSV that was written elsewhere, see `csv_options`."""
     parser.add_argument("--modality", help="Of all rows of --train_data, where it has no such column.")
     parser.add_argument(
         "--image_root",
@@ -34,9 +35,14 @@ def add_mirror_argument(parser) -> None:
     )
 
 
+def csv_options(args: argparse.Namespace) -> dict:
+    """What `read_csv` needs to know of `--train_data`: `--modality` and `--image_root`."""
+    return {"modality": args.modality, "image_root": args.image_root}
+
+
 def read_rows(args: argparse.Namespace, split: str | None = None, **options) -> list[dict]:
-    """The rows of `--train_data` as `read_csv` gives them, with `--modality` and `--image_root`."""
-    return read_csv(args.train_data, split, args.image_root, modality=args.modality, **options)
+    """The rows of `--train_data` as `read_csv` gives them."""
+    return read_csv(args.train_data, split, **csv_options(args), **options)
 
 
 def image_paths(rows: list[dict], csv_path: str | Path) -> list[Path]:
@@ -99,13 +105,10 @@ def tell_mirrored(name: str | Path, rows: list[dict], flags: list[bool]) -> None
 
 def tell_cut(texts: list[str], tokenizer: CLIPTokenizer) -> None:
     """Warns of texts, as the encoder is given them, that are longer than it reads, and quotes one."""
-    longest = tokenizer.model_max_length
-    distinct = list(dict.fromkeys(texts))
-    ids = dict(zip(distinct, tokenizer(distinct, verbose=False).input_ids, strict=True)) if distinct else {}
-    cut = [text for text in texts if len(ids[text]) > longest]
+    cut = cut_texts(tokenizer, texts)
     if cut:
-        lost = tokenizer.decode(ids[cut[0]][longest - 1 : -1]).strip()
+        text, lost = cut[0]
         say(
-            f"warning: {len(cut)} of {len(texts)} captions are longer than the {longest} tokens that the text encoder"
-            f" reads, such as {cut[0]!r} ({len(ids[cut[0]])} tokens), of which {lost!r} is not learned."
+            f"warning: {len(cut)} of {len(texts)} captions are longer than the {tokenizer.model_max_length} tokens"
+            f" that the text encoder reads, such as {text!r}, of which {lost.strip()!r} is not learned."
         )

@@ -193,6 +193,10 @@ def run(args: argparse.Namespace) -> dict:
     for name, images in (("real", real), ("synthetic", synthetic), ("train", train)):
         if images:
             report["conversions"] += told(images.changes.items(), len(images.rows), f"{name} images")
+        cut = own.encoder.cut(images.rows) if images else []
+        if cut:
+            loses = f"longer than the encoder reads, such as {cut[0][0]!r}, which loses {cut[0][1]!r}"
+            report["conversions"].append(f"{len(cut)} of {len(images.rows)} {name} captions: {loses}")
     report["extractors"] = [{"name": extractor.name, "digest": extractor.digest} for extractor in extractors]
     if state.is_main_process:  # the others go ahead to the classifiers
         measured, copies, readings = evaluate(

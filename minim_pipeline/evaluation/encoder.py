@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import CLIPTokenizer, VisionTextDualEncoderModel
 
 from ..modalities import resolve_modality
-from ..tokens import tokenize
+from ..tokens import cut_texts, tokenize
 from .images import to_input
 
 
@@ -62,10 +62,19 @@ class ImageTextEncoder:
             embeddings.append(F.normalize(self.model.visual_projection(pooled), dim=1).cpu())
         return torch.cat(features), torch.cat(embeddings)
 
+    def cut(self, rows: list[dict]) -> list[tuple[str, str]]:
+        """The captions of `rows` that are longer than the text tower reads, as it is given them, and what is lost."""
+        prompts = self._prompts([row["Text"] for row in rows], [row["modality"] for row in rows])
+        return cut_texts(self.tokenizer, prompts)
+
+    @staticmethod
+    def _prompts(texts: list[str], modalities: list[str]) -> list[str]:
+        return [f"{resolve_modality(m).token} {text}" for text, m in zip(texts, modalities, strict=True)]
+
     @torch.no_grad()
     def encode_texts(self, texts: list[str], modalities: list[str], batch_size: int = 256) -> torch.Tensor:
         """Embeddings [N, P] of length 1, fp32, of sentences and their modalities (ids or aliases)."""
-        prompts = [f"{resolve_modality(m).token} {text}" for text, m in zip(texts, modalities, strict=True)]
+        prompts = self._prompts(texts, modalities)
         embeddings = []
         for start in range(0, len(prompts), batch_size):
             ids = tokenize(self.tokenizer, prompts[start : start + batch_size]).to(self.device)
