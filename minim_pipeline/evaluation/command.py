@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .. import EMBEDDED_ENCODER, __version__
-from ..data import DatasetWriter, read_csv, resolve_path
+from ..data import image_name, name_digits, read_csv, resolve_path
 from ..provenance import atomic_path
 
 
@@ -288,7 +288,8 @@ def draw_synthetic(args: argparse.Namespace, real_rows: list[dict]) -> tuple[Pat
         batch_size=batch_size(args),
         no_filter=args.no_filter,
     )
-    asked = {DatasetWriter.name(item.index): item.extra for item in items}
+    digits = name_digits(folder, len(items))
+    asked = {image_name(item.index, digits): item.extra for item in items}
     rows = read_csv(folder / "data.csv")
     return folder / "data.csv", [row | asked[row["path"]] for row in rows if row["path"] in asked]
 
