@@ -115,6 +115,11 @@ def read_csv(
     return rows
 
 
+def read_columns(path: str | Path) -> list[str]:
+    """The names of a CSV's columns, as `read_csv` gives them."""
+    return _read_records(Path(path))[0]
+
+
 def _read_records(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The column names, and each record's first line in the file (from 1) with its values; all of it stripped."""
     records, line = [], 1

@@ -33,13 +33,14 @@ from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.judges import Judges, claimed_classes, class_of, load_judges, read
 from minim_pipeline.generate import read_model_index
 from minim_pipeline.image_loading import load_images
+from minim_pipeline.splits import assign_splits
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filter_head", required=True, help="A trained head, as train_filter.py writes it.")
     parser.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="The pipeline.")
-    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part.")
+    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding[,split,part].")
     parser.add_argument("--part", default="C", help="Whose captions are drawn; 'all' takes every row.")
     parser.add_argument("--ratings", help="The CSV that the head learned from: tells who has enough ratings.")
     parser.add_argument("--ratings_part", default="A", help="The part of them that it learned from, or 'all'.")
@@ -230,7 +231,7 @@ def main(argv=None) -> dict:
     device, bf16 = Accelerator().device, args.mixed_precision == "bf16"
     # Before any row is read: it may be of a modality that only the pipeline knows.
     read_model_index(args.pretrained_model_name_or_path)
-    every = read_csv(args.train_data, require=("path", "Text", "modality", "finding", "split"))
+    every = assign_splits(read_csv(args.train_data, require=("path", "Text", "modality", "finding")), args.train_data)
     train = [row for row in every if row["split"] == "train"]
     val = [row for row in every if row["split"] == "val"]
     rows = [row for row in train if args.part in ("all", row.get("part"))]

@@ -28,7 +28,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--train_data", required=True, help="CSV in MINIM's format: path,Text,modality[,finding,split].")
-    data.add_argument("--split", default="train", help="Rows of this `split` are trained on; 'all' takes every row.")
+    data.add_argument(
+        "--split",
+        default="train",
+        help="Rows of this `split` are trained on; 'all' takes every row. Without "
+        "a column `split` all are, but for a tenth by group that is held out to validate on.",
+    )
     data.add_argument("--val_split", default="val", help="Rows of this `split` are validated on; 'none' for none.")
     data.add_argument("--resolution", type=int, default=256, help="Side of the images in pixels, a multiple of 8.")
     data.add_argument("--skip_bad_rows", action="store_true", help="Leave out missing or broken images and rows.")
@@ -82,17 +87,11 @@ def check_run_arguments(args: argparse.Namespace) -> None:
 
 def read_splits(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """The rows to train on and those to validate on; every image is looked at before training starts."""
-    from minim_pipeline.data import read_csv
+    from minim_pipeline import splits
 
-    def rows(split):
-        return read_csv(args.train_data, split=split, skip_bad_rows=args.skip_bad_rows)
-
-    train = rows(None if args.split == "all" else args.split)
-    if args.val_split == "none":
-        return train[: args.max_train_samples], []
-    # What is validated on is never trained on, also with --split all.
-    train = [row for row in train if row.get("split") != args.val_split]
-    return train[: args.max_train_samples], rows(args.val_split)[: args.max_train_samples]
+    wanted = None if args.split == "all" else args.split, None if args.val_split == "none" else args.val_split
+    train, val = splits.read_splits(args.train_data, *wanted, skip_bad_rows=args.skip_bad_rows)
+    return train[: args.max_train_samples], val[: args.max_train_samples]
 
 
 def note_arguments(args: argparse.Namespace, checkpoint: Path | None) -> None:

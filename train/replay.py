@@ -8,7 +8,7 @@ from captions import load_captions, phrase
 from latents import Latents
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
-from minim_pipeline.data import read_csv
+from minim_pipeline.splits import read_split
 
 
 class Replay:
@@ -25,7 +25,7 @@ class Replay:
 
     def __init__(self, args, accelerator: Accelerator, pipe: MinimPipeline):
         known = pipe.config.modalities or list(MODALITIES)
-        rows = read_csv(args.replay, split="train", require=("path", "Text", "modality"))
+        rows = read_split(args.replay, "train", hold_out=False)
         rows = [row for row in rows if resolve_modality(row["modality"]).id in known]
         if not rows:
             raise ValueError(f"{args.replay} has no train images of {', '.join(known)}.")

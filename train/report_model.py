@@ -30,7 +30,6 @@ from train_autoencoder import validate
 from train_classifier import format_report
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
-from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.images import to_unit
 from minim_pipeline.evaluation.judges import accuracy_report, load_judges
 from minim_pipeline.evaluation.memorisation import latent_features, memorisation_report, pixel_features
@@ -48,7 +47,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--judges", default=str(Path(__file__).parent / "judges"), help="The output_dir of train_classifier.py."
     )
-    parser.add_argument("--data", required=True, help="CSV with path,Text,modality,finding,split.")
+    parser.add_argument("--data", required=True, help="CSV with path,Text,modality,finding[,split].")
     parser.add_argument("--captions", default=str(Path(__file__).parent / "captions.json"))
     parser.add_argument("--output", required=True, help="The report, JSON.")
     parser.add_argument("--sheets", help="Folder for a sheet of 5 x 8 generated images a modality.")
@@ -187,7 +186,7 @@ def main(argv=None) -> dict:
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
 
     def read_split(split):
-        rows = read_csv(args.data, split=split, require=("path", "Text", "modality", "finding"), check_images=False)
+        rows = read_split(args.data, split, require=("path", "Text", "modality", "finding"), check_images=False)
         return rows, [resolve_modality(row["modality"]).id for row in rows]
 
     val_rows, val_names = read_split("val")

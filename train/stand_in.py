@@ -26,13 +26,13 @@ from filter_report import auroc
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
-from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.classifier import Recipe, make_resnet
 from minim_pipeline.evaluation.classifier import train_classifier as fit
 from minim_pipeline.evaluation.judges import LOOK_ALIKE, Judges, class_of, load_judges, read
 from minim_pipeline.evaluation.sampling import draw_images
 from minim_pipeline.generate import read_model_index
 from minim_pipeline.image_loading import load_images
+from minim_pipeline.splits import read_split
 
 
 RATER = "stand-in"
@@ -116,7 +116,7 @@ def realism_of(judge: Judges, images: torch.Tensor) -> torch.Tensor:
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part,group.")
+    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,part[,split,group].")
     parser.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="What is judged.")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--part", default="C", help="Rows of the train split with this `part`.")
@@ -202,8 +202,8 @@ def main(argv=None) -> dict:
     output = Path(args.output_dir)
     # Before any row is read: it may be of a modality that only the pipeline knows.
     read_model_index(args.pretrained_model_name_or_path)
-    require = ("path", "Text", "modality", "finding", "split", "part")
-    rows = [row for row in read_csv(args.train_data, split="train", require=require) if row["part"] == args.part]
+    require = ("path", "Text", "modality", "finding", "part")
+    rows = [row for row in read_split(args.train_data, "train", require=require) if row["part"] == args.part]
     if not rows:
         raise ValueError(f"{args.train_data} has no train rows of part {args.part!r}.")
     precision = ["--mixed_precision", args.mixed_precision]

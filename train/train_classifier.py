@@ -15,16 +15,16 @@ from pathlib import Path
 import torch
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 
-from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.classifier import ARCHITECTURES, Recipe, train_classifier
 from minim_pipeline.evaluation.judges import Judges, accuracy_report, claimed_classes, load_judges
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.modalities import resolve_modality
+from minim_pipeline.splits import read_splits
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part.")
+    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding[,split,part].")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument(
         "--part", nargs="+", default=["B"], help="Rows of the train split with these `part`s; 'all' takes every row."
@@ -71,9 +71,7 @@ def main(argv=None) -> dict:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    require = ("path", "Text", "modality", "finding", "split", "part")
-    all_train = read_csv(args.train_data, split="train", require=require[:-1])
-    val_rows = read_csv(args.train_data, split="val", require=require[:-1])
+    all_train, val_rows = read_splits(args.train_data, require=("path", "Text", "modality", "finding"))
     classes = claimed_classes(all_train, val_rows, args.min_train, args.min_val)
     key = {c: i for i, c in enumerate(classes)}
 

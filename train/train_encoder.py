@@ -33,16 +33,16 @@ from transformers import (
 )
 
 from minim_pipeline import EMBEDDED_CHECKPOINT
-from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.classifier import augment, prepare_training
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.modalities import resolve_modality
+from minim_pipeline.splits import read_splits
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part.")
+    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding[,split,part].")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--part", default="A", help="Rows of the train split with this `part`; 'all' takes every row.")
     parser.add_argument("--tokenizer", default=str(EMBEDDED_CHECKPOINT / "tokenizer"), help="Folder of a tokenizer.")
@@ -196,13 +196,8 @@ def main(argv=None) -> dict:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    require = ("path", "Text", "modality", "finding", "split")
-    rows = [
-        row
-        for row in read_csv(args.train_data, split="train", require=require)
-        if args.part in ("all", row.get("part"))
-    ]
-    val_rows = read_csv(args.train_data, split="val", require=require)
+    rows, val_rows = read_splits(args.train_data, require=("path", "Text", "modality", "finding"))
+    rows = [row for row in rows if args.part in ("all", row.get("part"))]
     if not rows or not val_rows:
         raise ValueError(
             f"{args.train_data} holds {len(rows)} train rows of part {args.part!r}, {len(val_rows)} of val."

@@ -296,6 +296,8 @@ def main(argv=None) -> None:
         old_args = argparse.Namespace(**{**vars(args), "train_data": args.replay})
         old_rows, old_val_rows = read_splits(old_args)
         check_known(old_rows + old_val_rows, args.replay, index, args.pretrained_model_name_or_path)
+        # What the old rows lose says little where nothing tells what the new ones win.
+        old_val_rows = old_val_rows if val_rows else []
         train_rows, val_rows = train_rows + old_rows, val_rows + old_val_rows
     present = {resolve_modality(row["modality"]).id for row in train_rows}
     modalities = [name for name in MODALITIES if name in present]
