@@ -35,6 +35,7 @@ from diffusers.utils import BaseOutput, logging, scale_lora_layers, unscale_lora
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .licenses import license_of
 from .minim_filter import FILTER_LIBRARY, FilterHead, FilterHeadOutput
 from .minim_filter.fingerprints import distances
 from .minim_filter.funnel import REASONS, Funnel, combine, plan_stages, select_state, weaker
@@ -216,6 +217,8 @@ class MinimPipeline(
             and kept when the scheduler is swapped.
         custom_modalities: by id the definitions of modalities that are not in the package's table, as
             `register_modality` takes them. They are registered; those of `modalities` are added and saved.
+        weights_license: the license of what the weights were made from, as `licenses.license_of` gives it. Read from
+            the folder that the pipeline is loaded from, and saved.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -241,6 +244,7 @@ class MinimPipeline(
         num_candidates: int = 1,
         zero_terminal_snr: bool | None = None,
         custom_modalities: dict[str, dict] | None = None,
+        weights_license: dict[str, str] | None = None,
     ):
         super().__init__()
         if zero_terminal_snr is None:
@@ -267,11 +271,18 @@ class MinimPipeline(
             num_candidates=num_candidates,
             zero_terminal_snr=zero_terminal_snr,
             custom_modalities=custom_modalities or None,
+            weights_license=weights_license,
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         if filter_head is not None:
             self.check_filter_head()
+
+    def __setattr__(self, name: str, value: Any):
+        super().__setattr__(name, value)
+        # diffusers goes on taking for absent what was absent once, and would save the pipeline without it.
+        if name == "filter_head" and value is not None and self.config.get(name, (FILTER_LIBRARY,))[0] is None:
+            self.register_to_config(filter_head=(FILTER_LIBRARY, FilterHead.__name__))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -281,7 +292,11 @@ class MinimPipeline(
         """
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = torch.float32
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        # What lies on the Hub has it in its index, if it was published by this class.
+        if pipe.config.weights_license is None and os.path.isdir(pretrained_model_name_or_path):
+            pipe.register_to_config(weights_license=license_of(pretrained_model_name_or_path))
+        return pipe
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs):
@@ -315,8 +330,9 @@ class MinimPipeline(
             if path.name == self.config_name and config["modalities"] is not None:
                 # diffusers takes a list of strings for a component, and then refuses to download the model.
                 config["modalities"] = " ".join(config["modalities"])
-            if path.name == self.config_name and not config["custom_modalities"]:
-                del config["custom_modalities"]
+            for name in ("custom_modalities", "weights_license"):
+                if path.name == self.config_name and not config[name]:
+                    del config[name]
             if path.parent.name == "text_encoder":
                 # transformers loads in the dtype that is written here, diffusers in fp32 whatever the files hold.
                 config["dtype"] = "float32"

@@ -17,6 +17,7 @@ from . import __version__
 MODULES = (
     "modalities",
     "tokens",
+    "licenses",
     "minim_filter/estimate",
     "minim_filter/filter_head",
     "minim_filter/fingerprints",
