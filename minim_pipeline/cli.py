@@ -141,6 +141,9 @@ def build_parser() -> argparse.ArgumentParser:
     way.add_argument("--input", type=Path, metavar="CSV", help="add these ratings to the store")
     p.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="of the generated images rated")
     p.add_argument("--real", type=Path, metavar="FOLDER", help="of the real images rated")
+    p.add_argument(
+        "--modalities-from", metavar="PATH_OR_HUB_ID", help="know the modalities that this model has defined, too"
+    )
 
     p = commands.add_parser(
         "evaluate",
@@ -293,6 +296,8 @@ def run_ratings(args: argparse.Namespace) -> None:
     for folder in folders.values():
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder.")
+    if args.modalities_from:
+        read_model_index(args.modalities_from)
     store = RatingStore(args.store)
     if args.input is not None:
         say(f"{store.read_csv(args.input, folders)} ratings of {args.input} are in {args.store} now.")

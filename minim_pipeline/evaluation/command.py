@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .. import EMBEDDED_ENCODER, __version__
 from ..data import image_name, name_digits, read_csv, resolve_path
+from ..generate import read_model_index
 from ..provenance import atomic_path
 
 
@@ -35,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(sets, "--train", type=Path, metavar="CSV", help="what the generator learned from; without: no audit of copies")
     add(sets, "--train-split", help="take only its rows of this `split`")
     add(sets, "--label-column", default="finding", help="column of the finding (default: finding)")
+    add(
+        sets,
+        "--modalities-from",
+        metavar="PATH_OR_HUB_ID",
+        help="know the modalities that this model has defined, too, as --pipeline's are",
+    )
     add(sets, "--skip-bad-rows", action="store_true", help="leave bad rows out instead of stopping")
     add(sets, "--resolution", type=int, default=256, help="side in pixels to which all are brought (default 256)")
     look = parser.add_argument_group("what looks at them")
@@ -135,6 +142,9 @@ def run(args: argparse.Namespace) -> dict:
     def rows_of(path: Path, split: str | None) -> list[dict]:
         return read_csv(path, split=split, skip_bad_rows=args.skip_bad_rows)
 
+    # Before any row is read: it may be of a modality that only a model knows.
+    for model in filter(None, (args.pipeline, args.low_data_pipeline, args.modalities_from)):
+        read_model_index(model)
     real_rows = rows_of(args.real, args.real_split)
     train_rows = rows_of(args.train, args.train_split) if args.train else None
     synthetic_rows = rows_of(args.synthetic, None) if args.synthetic else None
@@ -261,7 +271,7 @@ def draw_synthetic(args: argparse.Namespace, real_rows: list[dict]) -> tuple[Pat
     Returns:
         The CSV there, and its rows of the images asked for, with the other columns as the real rows have them now.
     """
-    from ..generate import Item, generate, read_model_index
+    from ..generate import Item, generate
     from ..modalities import resolve_modality
 
     trained = read_model_index(args.pipeline).get("modalities") or None
@@ -314,7 +324,7 @@ def pipeline(args: argparse.Namespace, model: str):
 
 def run_downstream(args: argparse.Namespace, state, real, synthetic, train) -> dict:
     """`downstream` with the images of the sets and, with `--pipeline`, with as many drawn ones as it needs."""
-    from ..generate import model_identity, read_model_index
+    from ..generate import model_identity
     from .classifier import Recipe
     from .downstream import downstream, drawn_by, take_share, taken_from
 
