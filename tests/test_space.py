@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generate_page import Drawer, Limits, Settings, check
+from generate_page import Drawer, Limits, Settings, build, check
 from PIL import Image
 from rating_images import queue, read_folder
 from rating_page import Answer, RatingDesk
@@ -127,6 +127,30 @@ def test_what_was_left_out_are_the_candidates_that_did_not_come_back(make_pipeli
     assert len(others) == len(set(others)) == 2 * (candidates - 1) and not set(others) & set(output.seeds)
     again = drawer.pipe.draw_seeds([0, 1], 3, [torch.Generator().manual_seed(seed) for seed in (7, 8)])
     assert candidates == 1 or sorted(others + output.seeds) == sorted(again)
+
+
+def page(pipe, **limits):
+    """The page's events by the names of their functions, and the values that its controls begin with."""
+    import gradio as gr
+
+    with gr.Blocks() as demo:
+        build(Drawer(pipe, "model", "revision"), Limits(**limits))
+    events = {event.fn.__name__: event for event in demo.fns.values() if event.fn is not None}
+    return events, [component.value for component in events["on_draw"].inputs]
+
+
+def test_all_that_touches_the_pipeline_waits_in_one_queue(make_pipeline):
+    events, _ = page(make_pipeline(filtered=True))
+    queues = {(events[name].concurrency_id, events[name].concurrency_limit) for name in ("on_draw", "on_look")}
+    assert len(queues) == 1 and next(iter(queues))[1] == 1
+
+
+@pytest.mark.parametrize(("filtered", "images"), [(False, 8), (True, 1), (False, 1)])
+def test_a_model_without_a_filter_and_a_single_image_can_be_served(make_pipeline, filtered, images):
+    events, values = page(make_pipeline(filtered=filtered), images=images)
+    values[1] = "cyst"
+    shown, told = events["on_draw"].fn(*values, progress=lambda *progress, **told: None)[:2]
+    assert len(shown) == min(4, images) and f"{len(shown)} images" in told
 
 
 def test_nothing_sent_to_the_browser_tells_real_from_generated(tmp_path):
