@@ -68,3 +68,32 @@ def test_another_split_than_those_two_cannot_be_guessed(tmp_path):
     for splits in (("mine", "val"), ("train", "test"), ("mine", None)):
         with pytest.raises(ValueError, match="lacks the column 'split'"):
             read_splits(path, *splits, check_images=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*has no column 'split'")
+def test_the_scripts_do_without_the_column_and_hold_out_the_same_rows(tmp_path):
+    from argparse import Namespace
+
+    import add_modality
+    import compare_models
+    import train_autoencoder
+    import train_classifier
+    from PIL import Image
+
+    from minim_pipeline import MODALITIES
+
+    for i in range(20):
+        Image.effect_noise((32, 32), 20 + 4 * i).save(tmp_path / f"{i}.png")
+    path = make(tmp_path / "data.csv", [{"modality": "OCT", "finding": "ab"[i % 2]} for i in range(20)])
+    _, val, _ = read(path)
+    assert len(val) == 2
+
+    args = train_autoencoder.parse_args(["--train_data", str(path), "--output_dir", str(tmp_path / "out")])
+    assert [row["path"] for row in train_autoencoder.read_splits(args)[1]] == val
+    new, _ = add_modality.read_new(Namespace(train_data=path), MODALITIES["oct"])
+    assert [row["path"] for row in new if row["split"] == "val"] == val
+    assert compare_models.modalities_of(Namespace(data=path, skip_memorisation=False)) == {"oct"}
+    call = ["--train_data", path, "--output_dir", tmp_path / "judges", "--part", "all", "--architectures", "resnet"]
+    call += ["--width", 8, "--resolution", 32, "--max_train_steps", 1, "--train_batch_size", 4]
+    report = train_classifier.main([*map(str, [*call, "--min_train", 1, "--min_val", 1])])
+    assert report["trained_on"]["n"] + report["val"]["judges"]["n"] <= 20 and report["val"]["judges"]["n"]

@@ -35,6 +35,7 @@ from minim_pipeline.evaluation.judges import accuracy_report, load_judges
 from minim_pipeline.evaluation.memorisation import latent_features, memorisation_report, pixel_features
 from minim_pipeline.evaluation.sampling import draw_images, kept
 from minim_pipeline.image_loading import load_images, trim_letterbox
+from minim_pipeline.splits import read_split
 
 
 # The call's arguments that the report may be asked to change.
@@ -185,11 +186,11 @@ def main(argv=None) -> dict:
     captions = json.loads(Path(args.captions).read_text())
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
 
-    def read_split(split):
+    def rows_of(split):
         rows = read_split(args.data, split, require=("path", "Text", "modality", "finding"), check_images=False)
         return rows, [resolve_modality(row["modality"]).id for row in rows]
 
-    val_rows, val_names = read_split("val")
+    val_rows, val_names = rows_of("val")
     # Of a modality without real images there is nothing to compare with.
     learned = {name: found for name, found in pipe.config.findings.items() if name in val_names}
     left = [name for name in pipe.config.findings if name not in learned]
@@ -275,7 +276,7 @@ def main(argv=None) -> dict:
         print(f"checks {name:10s} {json.dumps(figures)}")
 
     if vae is not None:
-        train_rows, train_names = read_split("train")
+        train_rows, train_names = rows_of("train")
         train = by_modality(load_images(train_rows, args.data, size), train_names)
         mirror = {name: MODALITIES[name].flip for name in samples}
         report["memorisation"] = {
