@@ -180,7 +180,7 @@ def complete(args: argparse.Namespace, trained: list[str] | None) -> None:
         needed = ["output_dir"]
     else:
         if args.prompt is not None and args.modality is None:
-            args.modality, args.prompt = split_prefix(args.prompt)  # MINIM's own "OCT: macular edema"
+            args.modality, args.prompt = split_prefix(args.prompt, trained)  # MINIM's own "OCT: macular edema"
         needed = ["modality", "prompt", "output_dir"]
     missing = [name for name in needed if getattr(args, name) is None]
     if args.modality is not None:

@@ -530,7 +530,7 @@ class MinimPipeline(
 
         prompts, modalities = [], []
         for text, name in zip([prompt] if isinstance(prompt, str) else prompt, names):
-            prefix, rest = split_prefix(text)
+            prefix, rest = split_prefix(text, trained)
             if name is None and prefix is None:
                 allowed = ", ".join(map(repr, trained)) if trained else "see `minim_pipeline.MODALITIES`"
                 raise ValueError(

@@ -88,6 +88,16 @@ def stop(*args, **options):
     raise Read
 
 
+def test_to_another_model_of_the_same_process_it_is_a_word_like_others(model, shared_pipeline, capsys):
+    main(["modalities", "--model", str(model)])
+    for text in ("Skin lesion: none.", "skin: intact"):
+        prompts, kinds = shared_pipeline.resolve_prompts(text, "oct", 1)
+        assert prompts == [text] and kinds[0].id == "oct", "a part of the sentence, as it is where nobody knows skin"
+    with pytest.raises(ValueError, match="this model has not been trained on it; trained: 'oct'"):
+        shared_pipeline("nevus", modality="skin")
+    assert modalities.resolve_modality("skin lesion").id == "skin"
+
+
 def test_scores_of_it(model, data, tmp_path, monkeypatch):
     monkeypatch.setattr("minim_pipeline.scoring.load_pipeline", stop)
     with pytest.raises(Read):
