@@ -217,8 +217,8 @@ class MinimPipeline(
             and kept when the scheduler is swapped.
         custom_modalities: by id the definitions of modalities that are not in the package's table, as
             `register_modality` takes them. They are registered; those of `modalities` are added and saved.
-        weights_license: the license of what the weights were made from, as `licenses.license_of` gives it. Read from
-            the folder that the pipeline is loaded from, and saved.
+        weights_license: the license of what the weights were made from, as `licenses.license_of` gives it; saved.
+            Without it, that of the folder that the pipeline was loaded from.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -292,11 +292,16 @@ class MinimPipeline(
         """
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = torch.float32
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        # What lies on the Hub has it in its index, if it was published by this class.
-        if pipe.config.weights_license is None and os.path.isdir(pretrained_model_name_or_path):
-            pipe.register_to_config(weights_license=license_of(pretrained_model_name_or_path))
-        return pipe
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def weights_license(self) -> dict[str, str] | None:
+        """The license of what the weights were made from: the config's, or that of the folder they were loaded from.
+
+        What lies on the Hub has it in its config, if it was published by this class.
+        """
+        origin = str(self.config.get("_name_or_path") or "")
+        return self.config.weights_license or (license_of(origin) if os.path.isdir(origin) else None)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs):
@@ -330,6 +335,8 @@ class MinimPipeline(
             if path.name == self.config_name and config["modalities"] is not None:
                 # diffusers takes a list of strings for a component, and then refuses to download the model.
                 config["modalities"] = " ".join(config["modalities"])
+            if path.name == self.config_name:
+                config["weights_license"] = self.weights_license
             for name in ("custom_modalities", "weights_license"):
                 if path.name == self.config_name and not config[name]:
                     del config[name]

@@ -128,6 +128,14 @@ def test_the_embedded_weights_take_their_license_along():
     assert "minim-256" in license_note(inherited)
 
 
+def test_the_license_goes_along_whoever_loads_and_saves(base, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    DiffusionPipeline.from_pretrained(base).save_pretrained(tmp_path / "once")
+    MinimPipeline.from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "twice")
+    assert license_of(tmp_path / "twice") == license_of(base) and license_of(base)["of"] == "house-model"
+
+
 def test_a_card_that_says_otherwise_than_the_base_is_told(base, tmp_path, monkeypatch):
     shutil.copytree(base, tmp_path / "model")
     (tmp_path / "model" / "README.md").unlink()

@@ -198,7 +198,7 @@ def build_pipeline(args: argparse.Namespace, modalities: list[str], findings: di
     if args.pretrained_model_name_or_path:
         kept["filter_head"], kept["told"] = kept_filter(base, new, args.resolution)
         kept["num_candidates"] = base.config.num_candidates if kept["filter_head"] is not None else 1
-        kept["weights_license"] = base.config.weights_license or license_of(args.pretrained_model_name_or_path)
+        kept["weights_license"] = base.weights_license or license_of(args.pretrained_model_name_or_path)
     pipe = MinimPipeline(
         vae=vae,
         text_encoder=text_encoder,

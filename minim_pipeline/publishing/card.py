@@ -86,7 +86,7 @@ def write_card(pipe, name: str, has_report: bool, base_model: str | None = None)
     """A card for a model that has none of its own: what it is, how it is used, and what it was made from."""
     modalities = pipe.config.modalities or ["oct"]
     prompt = ((pipe.config.findings or {}).get(modalities[0]) or ["macular edema"])[0]
-    inherited = dict(pipe.config.weights_license or {"license": "unknown"})
+    inherited = dict(pipe.weights_license or {"license": "unknown"})
     note = license_note(inherited)
     inherited.pop("of", None)
     data = ModelCardData(**inherited, tags=["medical", "synthetic", "diffusers", *modalities], **FIXED)

@@ -102,7 +102,7 @@ def staged(
     page = page if report is None else None
     if card is not None or found_card is not None:
         card = read_card(card or found_card)
-        inherited, said = pipe.config.weights_license, license_name(card.data.to_dict())
+        inherited, said = pipe.weights_license, license_name(card.data.to_dict())
         if inherited and said != license_name(inherited):
             warnings.warn(
                 f"The card says license {said!r}, but the weights were made from those of {inherited['of']}, which are"
