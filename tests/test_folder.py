@@ -122,7 +122,7 @@ def test_accepted_images_alone(picky, tmp_path, capsys):
     said = capsys.readouterr().err
     kept = read_csv(tmp_path / "few/data.csv")
     short = Shortfall(tmp_path / "few").entries
-    assert len(kept) + len(short) == 8 and f"{len(short)} of 8 images fell short in 1 rounds" in said
+    assert len(kept) + len(short) == 8 and f"{len(short)} of 8 images fell short in 1 round (" in said
     assert not any((tmp_path / "few" / f"{index:04d}.png").exists() for index in short)
     before = contents(tmp_path / "few")
     assert run(picky, tmp_path / "few", *few) == 3 and contents(tmp_path / "few") == before
