@@ -264,8 +264,8 @@ def tell_accepted(items: list[Item], folder: Path, quiet: bool) -> int:
     why = {reason: sum(entry["rejected"].get(reason, 0) for entry in short) for reason in REASONS}
     told, rounds = ", ".join(f"{reason} {count}" for reason, count in why.items()), max(e["rounds"] for e in short)
     say(
-        f"minim generate: {len(short)} of {len(items)} images fell short in {rounds} round{'s' * (rounds > 1)} ({told};"
-        f" {Shortfall(folder).file} lists them): the same command with a larger --max-rounds goes on."
+        f"minim generate: {len(short)} of {len(items)} images fell short in {rounds} round{'s' * (rounds > 1)} ({told}"
+        f"; {Shortfall(folder).file} lists them): the same command with a larger --max-rounds goes on."
     )
     return 3
 
