@@ -9,14 +9,15 @@ from pathlib import Path
 
 from . import EMBEDDED_CHECKPOINT, __version__
 from .captions import check_caption
-from .data import DatasetWriter, read_csv
+from .data import image_name, name_digits, read_csv
 from .evaluation.command import add_arguments as add_evaluate_arguments
 from .evaluation.command import run as evaluate
-from .generate import DTYPES, REASONS, SCHEDULERS, generate, plan_file, plan_prompt, read_model_index
+from .generate import DTYPES, REASONS, SCHEDULERS, Item, generate, plan_file, plan_prompt, read_model_index
 from .image_reader import add_reading_arguments
 from .modalities import MODALITIES, resolve_modality, split_prefix
 from .ratings import RatingStore, counts
 from .scoring import score_csv
+from .shortfall import MAX_ROUNDS, Shortfall
 
 
 IMAGE_ROOT_HELP = "look for the images here: under their whole path, or what is left of it without its first folders"
@@ -112,7 +113,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--filter-threshold", type=number(float, 1), help="score from 1 to 3 to accept (default: the model's)"
     )
     p.add_argument(
-        "--max-rounds", type=number(int, 1), default=1, help="draw what falls short again (default 1: never)"
+        "--max-rounds",
+        type=number(int, 1),
+        help=f"draw what falls short again (default 1: never; with --accepted-only {MAX_ROUNDS})",
+    )
+    p.add_argument(
+        "--accepted-only",
+        action="store_true",
+        help="write accepted images alone, drawn on until there are as many as asked for, at most --max-rounds times;"
+        " exit code 3 if some fall short",
     )
     p.add_argument("--keep-copies", action="store_true", help="let the filter accept copies of training images")
     p.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows of the CSV out instead of stopping")
@@ -150,6 +159,9 @@ def build_parser() -> argparse.ArgumentParser:
     way.add_argument("--input", type=Path, metavar="CSV", help="add these ratings to the store")
     p.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="of the generated images rated")
     p.add_argument("--real", type=Path, metavar="FOLDER", help="of the real images rated")
+    p.add_argument(
+        "--modalities-from", metavar="PATH_OR_HUB_ID", help="know the modalities that this model has defined, too"
+    )
 
     p = commands.add_parser(
         "evaluate",
@@ -192,7 +204,7 @@ def complete(args: argparse.Namespace, trained: list[str] | None) -> None:
         needed = ["output_dir"]
     else:
         if args.prompt is not None and args.modality is None:
-            args.modality, args.prompt = split_prefix(args.prompt)  # MINIM's own "OCT: macular edema"
+            args.modality, args.prompt = split_prefix(args.prompt, trained)  # MINIM's own "OCT: macular edema"
         needed = ["modality", "prompt", "output_dir"]
     missing = [name for name in needed if getattr(args, name) is None]
     if args.modality is not None:
@@ -222,7 +234,7 @@ def complete(args: argparse.Namespace, trained: list[str] | None) -> None:
         args.output_dir = ask("Output folder", Path, "out")
 
 
-def run_generate(args: argparse.Namespace) -> None:
+def run_generate(args: argparse.Namespace) -> int:
     trained = read_model_index(args.model).get("modalities") or None
     complete(args, trained)
     if args.prompts_file is not None:
@@ -239,9 +251,12 @@ def run_generate(args: argparse.Namespace) -> None:
     try:
         generate(items, **{name: value for name, value in vars(args).items() if name not in own})
     except KeyboardInterrupt:
-        done = sum((folder / DatasetWriter.name(item.index)).exists() for item in items)
+        digits = name_digits(folder, len(items))
+        done = sum((folder / image_name(item.index, digits)).exists() for item in items)
         say(f"\nStopped: {done} of {len(items)} images are in {folder}. The same command goes on from there.")
         raise
+    if args.accepted_only:
+        return tell_accepted(items, folder, args.quiet)
     if not args.quiet:
         say(f"{len(items)} images in {folder}: {folder / 'grid.png'} shows them, {folder / 'data.csv'} lists them.")
         rows = [row for row in read_csv(folder / "data.csv", check_images=False) if row.get("accepted")]
@@ -254,6 +269,31 @@ def run_generate(args: argparse.Namespace) -> None:
                 f" {sum(why.values())}: {why['quality']} for their quality, {why['finding']} for the finding,"
                 f" {why['copy']} as copies of training images."
             )
+    return 0
+
+
+def tell_accepted(items: list[Item], folder: Path, quiet: bool) -> int:
+    """What --accepted-only came to and what it cost; the exit code, 3 if images fell short, which is always told."""
+    short = list(Shortfall(folder).entries.values())
+    data, digits = folder / "data.csv", name_digits(folder, len(items))
+    asked = {image_name(item.index, digits) for item in items}  # the folder may hold more, of an earlier run
+    rows = read_csv(data, check_images=False) if data.exists() else []
+    rows = [row for row in rows if row["path"] in asked]
+    drawn = sum(int(row["candidates"]) for row in rows) + sum(entry["candidates"] for entry in short)
+    if not quiet:
+        each = f", {drawn / len(rows):.1f} for each of them" if rows else ""
+        say(
+            f"{len(rows)} accepted images in {folder}, of {len(items)} asked for. {drawn} candidates were drawn{each}."
+        )
+    if not short:
+        return 0
+    why = {reason: sum(entry["rejected"].get(reason, 0) for entry in short) for reason in REASONS}
+    told, rounds = ", ".join(f"{reason} {count}" for reason, count in why.items()), max(e["rounds"] for e in short)
+    say(
+        f"minim generate: {len(short)} of {len(items)} images fell short in {rounds} round{'s' * (rounds > 1)} ({told}"
+        f"; {Shortfall(folder).file} lists them): the same command with a larger --max-rounds goes on."
+    )
+    return 3
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -282,6 +322,8 @@ def run_ratings(args: argparse.Namespace) -> None:
     for folder in folders.values():
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder.")
+    if args.modalities_from:
+        read_model_index(args.modalities_from)
     store = RatingStore(args.store)
     if args.input is not None:
         say(f"{store.read_csv(args.input, folders)} ratings of {args.input} are in {args.store} now.")
@@ -313,19 +355,19 @@ def say(message: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs `minim` with the arguments `argv` (default: those of the process), and returns its exit code.
 
-    0: done. 2: bad input, said in one message, and nothing written. 130: stopped by Ctrl-C; the same command goes on.
+    0: done. 2: bad input, said in one message, and nothing written. 3: done, but with --accepted-only fewer images
+    than asked for. 130: stopped by Ctrl-C; the same command goes on.
     """
     args, unknown = build_parser().parse_known_args(argv)
     try:
         if unknown:
             raise ValueError(f"unknown arguments {' '.join(unknown)} (see minim {args.command} --help)")
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, OSError, EOFError) as error:
         say(f"minim {args.command}: error: {str(error) or 'no answer'}")
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":

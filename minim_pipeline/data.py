@@ -159,6 +159,11 @@ def read_csv(
     return rows
 
 
+def read_columns(path: str | Path) -> list[str]:
+    """The names of a CSV's columns, as `read_csv` gives them."""
+    return read_table(Path(path))[0]
+
+
 def _is_modality(name: str) -> bool:
     try:
         resolve_modality(name)
@@ -214,6 +219,8 @@ class DatasetWriter:
     """Writes images as a folder and a CSV in MINIM's format, and goes on where an earlier run was stopped.
 
     The folder holds `NNNN.png`, `data.csv` (`path,Text,modality,seed`, then `columns`) and `run.json` (`settings`).
+    The names of more than 10,000 images have more digits, so that they sort in the order of the images; a folder that
+    holds images goes on with names as theirs.
     Images appear whole or not at all, and a row only after its image, so that at any moment all rows of the CSV are
     true. Nothing is written, and no folder made, before the first `add`.
 
@@ -223,8 +230,10 @@ class DatasetWriter:
         settings: what all of the run's images have in common, as JSON types; compared with those of the run that the
             folder already holds.
         part: with several processes, the index of this one: rows go to `data-NNNNN.csv` until `finish` merges them.
+        count: of the run's images, as far as it is known: it says how many digits their names need.
 
     Attributes:
+        digits: of the images' names.
         rows: file name -> row (strings), of all images that were there at the start or are added by this writer.
 
     Raises:
@@ -238,12 +247,14 @@ class DatasetWriter:
         columns: Iterable[str] = (),
         settings: Mapping[str, object] | None = None,
         part: int | None = None,
+        count: int = 0,
     ):
         self.output_dir = Path(output_dir)
         self.columns = list(dict.fromkeys(["path", "Text", "modality", "seed", *columns]))
         # Through JSON and back, so that tuples and lists compare equal to what run.json holds.
         self.settings = json.loads(json.dumps(dict(settings or {})))
         self._check_settings()
+        self.digits = name_digits(self.output_dir, count)
         self._csv = self.output_dir / ("data.csv" if part is None else f"data-{part:05d}.csv")
         self._opened = False
         self.rows: dict[str, dict[str, str]] = {}
@@ -253,10 +264,9 @@ class DatasetWriter:
                     self.rows[row["path"]] = row
         self.columns = list(dict.fromkeys([*self.columns, *(name for row in self.rows.values() for name in row)]))
 
-    @staticmethod
-    def name(index: int) -> str:
+    def name(self, index: int) -> str:
         """The file name of image `index`: `0007.png`."""
-        return f"{index:04d}.png"
+        return image_name(index, self.digits)
 
     def add(self, index: int, image: Image.Image, row: Mapping[str, object], metadata: Mapping[str, object]) -> Path:
         """Writes image `index` with its provenance `metadata`, then its row, and returns the image's path.
@@ -314,6 +324,16 @@ class DatasetWriter:
                 f"{self.output_dir} holds a run of other settings ({'; '.join(differing)}): "
                 "choose another folder, or the same settings."
             )
+
+
+def image_name(index: int, digits: int) -> str:
+    return f"{index:0{digits}d}.png"
+
+
+def name_digits(folder: Path, count: int) -> int:
+    """How many digits the names of `count` images have: those of the images in `folder`, or at least 4."""
+    names = (path.stem for path in folder.glob("[0-9][0-9][0-9][0-9]*.png"))
+    return min((len(name) for name in names if name.isdigit()), default=max(4, len(str(count - 1))))
 
 
 def read_json(path: Path) -> dict:

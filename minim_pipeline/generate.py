@@ -15,8 +15,10 @@ from tqdm import tqdm
 from . import EMBEDDED_CHECKPOINT
 from .data import DatasetWriter, read_csv, read_json
 from .loading import load_with_unet, unet_folder, unet_identity
+from .locking import locked
 from .modalities import Modality, register_definitions, resolve_modality
 from .provenance import save_png
+from .shortfall import MAX_ROUNDS, Shortfall
 
 
 # Names on the command line, and diffusers' classes.
@@ -198,7 +200,8 @@ def generate(
     no_filter: bool = False,
     num_candidates: int | None = None,
     filter_threshold: float | None = None,
-    max_rounds: int = 1,
+    max_rounds: int | None = None,
+    accepted_only: bool = False,
     keep_copies: bool = False,
     quiet: bool = False,
     unet: str | Path | None = None,
@@ -206,11 +209,12 @@ def generate(
     """Draws the images of a plan into a folder: `NNNN.png`, `data.csv` in MINIM's format, `grid.png`, `run.json`.
 
     An image depends on its own seed only, whatever the batch and the number of processes. Images that the folder holds
-    already are not drawn again. Under `accelerate launch` each process draws its share.
+    already are not drawn again. Under `accelerate launch` each process draws its share. One run at a time has the
+    folder (`locking.locked`).
 
     Args:
         items: what to draw, see `plan_prompt` and `plan_file`.
-        output_dir: made when the first image is there.
+        output_dir: made if missing; left as it was if nothing is drawn.
         model: a folder or an id on the Hub; by default the embedded model.
         num_inference_steps, guidance_scale, negative_prompt, height, width: as of `MinimPipeline`; `None` takes the
             model's own.
@@ -223,6 +227,8 @@ def generate(
             falls short again in up to `max_rounds` rounds, and `data.csv` gets `FILTER_COLUMNS`. An image that was not
             accepted is written too, and says so.
         num_candidates, filter_threshold, max_rounds: as of `MinimPipeline`.
+        accepted_only: write accepted images alone, drawn in up to `max_rounds` rounds (default 16). What falls short
+            is in `fell_short.jsonl`, and drawn again where `max_rounds` is larger than it was.
         keep_copies: let the filter accept copies of the model's training images.
         quiet: no progress bar.
         unet: folder of a U-Net to draw with instead of the model's own. If the model names no modalities it has
@@ -233,13 +239,15 @@ def generate(
 
     Raises:
         ValueError: there is nothing to draw, the pipeline refuses its arguments, the images do not fit into memory,
-            or the folder holds a run of other settings.
+            the folder holds a run of other settings, or another run is writing to it.
     """
     if not items:
         raise ValueError("there is nothing to draw: the plan has no images.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size has to be at least 1, got {batch_size}.")
-    choice = {"num_candidates": num_candidates, "filter_threshold": filter_threshold}
+    max_rounds = max_rounds or (MAX_ROUNDS if accepted_only else 1)
+    choice = {"accepted_only": accepted_only or None}
+    choice |= {"num_candidates": num_candidates, "filter_threshold": filter_threshold}
     choice |= {"max_rounds": max_rounds if max_rounds > 1 else None, "keep_copies": keep_copies or None}
     choice = {key: value for key, value in choice.items() if value is not None}
     if no_filter and choice:
@@ -279,6 +287,10 @@ def generate(
     if filtering:
         defaults = {"num_candidates": pipe.config.num_candidates, "max_rounds": 1, "filter_threshold": None}
         settings |= defaults | {"keep_copies": False} | choice
+        if choice.pop("accepted_only", False) and (settings["num_candidates"] > 1 or max_rounds > 1):
+            # An accepted image is the same whatever the bound, which may be raised to go on. (A single candidate is
+            # drawn from its generator itself, and so is another.)
+            del settings["max_rounds"]
         choice = defaults | choice | {"reject_copies": not choice.pop("keep_copies", False)}
     columns = dict.fromkeys(
         [
@@ -288,9 +300,31 @@ def generate(
             *(column for item in items for column in item.extra),
         ]
     )
-    writer = DatasetWriter(output_dir, columns, settings, state.process_index if state.num_processes > 1 else None)
+    options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    options |= {"negative_prompt": negative_prompt, "height": height, "width": width, "use_filter": filtering} | choice
+    with locked(output_dir, state):
+        part = state.process_index if state.num_processes > 1 else None
+        writer = DatasetWriter(output_dir, columns, settings, part, count=len(items))
+        return draw_missing(pipe, items, writer, state, options, accepted_only, batch_size, quiet)
+
+
+def draw_missing(
+    pipe,
+    items: Sequence[Item],
+    writer: DatasetWriter,
+    state,
+    options: dict[str, object],
+    accepted_only: bool = False,
+    batch_size: int | None = None,
+    quiet: bool = False,
+) -> int:
+    """Draws what `writer` has not found in its folder with the `options` of a call; the rest is as of `generate`."""
+    settings, filtering, rounds = writer.settings, options["use_filter"], options.get("max_rounds", 1)
     check_rows(writer, items)
+    short = Shortfall(writer.output_dir)
     missing = [item for item in items if writer.name(item.index) not in writer.rows]
+    if accepted_only:
+        missing = [item for item in missing if not short.holds(item, rounds)]
     state.wait_for_everyone()  # all have read what is there before any of them adds to it
 
     mine = missing[state.process_index :: state.num_processes]
@@ -308,13 +342,7 @@ def generate(
                     pipe,
                     batch,
                     lambda done, start=start, batch=batch: bar.update(start + done * len(batch) - bar.n),
-                    num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
-                    negative_prompt=negative_prompt,
-                    height=height,
-                    width=width,
-                    use_filter=filtering,
-                    **choice,
+                    **options,
                 )
             except RuntimeError as error:
                 if "out of memory" not in str(error) and "allocate memory" not in str(error):
@@ -325,6 +353,9 @@ def generate(
                     "choose a smaller batch size, height or width."
                 ) from error
             for i, item in enumerate(batch):
+                if accepted_only and not output.accepted[i]:
+                    short.add(item, rounds, output.candidates[i], output.rejected[i])
+                    continue
                 row = {"Text": item.text, "modality": item.modality.name, "seed": item.seed}
                 # Empty rather than absent: a column of that name in the CSV of prompts speaks of another image.
                 made = {"synthetic": "true"} | {key: "" if v is None else v for key, v in settings.items()}
@@ -340,7 +371,11 @@ def generate(
     state.wait_for_everyone()
     if state.is_main_process:
         writer.finish()
-        save_grid(writer.output_dir, items, settings)
+        written = [item for item in items if (writer.output_dir / writer.name(item.index)).is_file()]
+        if accepted_only:
+            short.finish(items, {item.index for item in written}, rounds)
+        if written:
+            save_grid(writer, written)
     state.wait_for_everyone()
     return len(mine)
 
@@ -438,10 +473,10 @@ def check_rows(writer: DatasetWriter, items: Sequence[Item]) -> None:
             )
 
 
-def save_grid(folder: Path, items: Sequence[Item], made: dict[str, object]) -> None:
+def save_grid(writer: DatasetWriter, items: Sequence[Item]) -> None:
     """Writes `grid.png`: the first `GRID_IMAGES` images side by side, row after row, with their provenance."""
     items = items[:GRID_IMAGES]
-    images = [Image.open(folder / DatasetWriter.name(item.index)) for item in items]
+    images = [Image.open(writer.output_dir / writer.name(item.index)) for item in items]
     columns = math.ceil(math.sqrt(len(images)))
     width, height = images[0].size
     grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
@@ -452,4 +487,4 @@ def save_grid(folder: Path, items: Sequence[Item], made: dict[str, object]) -> N
         "prompt": " | ".join(dict.fromkeys(item.text for item in items)),
         "seeds": ", ".join(str(item.seed) for item in items),
     }
-    save_png(grid, folder / "grid.png", made | metadata)
+    save_png(grid, writer.output_dir / "grid.png", writer.settings | metadata)

@@ -170,12 +170,16 @@ def resolve_modality(name: str, trained: list[str] | tuple[str, ...] | None = No
     return modality
 
 
-def split_prefix(text: str) -> tuple[str | None, str]:
+def split_prefix(text: str, trained: list[str] | tuple[str, ...] | None = None) -> tuple[str | None, str]:
     """Splits MINIM's `"OCT: macular edema"` into `("OCT", "macular edema")`; without such a prefix, `(None, text)`.
 
-    The prefix counts only if it is a known or an ambiguous name, so that a colon inside a sentence stays there.
+    The prefix counts only if it is a known or an ambiguous name, so that a colon inside a sentence stays there. With
+    `trained`, the ids that a model has learned, what only other models have defined is not known.
     """
     head, colon, rest = text.partition(":")
-    if colon and (_key(head) in _BY_KEY or _key(head) in AMBIGUOUS):
+    modality = _BY_KEY.get(_key(head))
+    # What another model of this process has defined is a word like others here.
+    known = modality is not None and (trained is None or modality.id in BUILT_IN or modality.id in trained)
+    if colon and (known or _key(head) in AMBIGUOUS):
         return head.strip(), rest.strip()
     return None, text

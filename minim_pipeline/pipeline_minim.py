@@ -37,6 +37,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .captions import check_caption
 from .image_pixels import convert_pictures
+from .licenses import license_of
 from .minim_filter import FILTER_LIBRARY, FilterHead, FilterHeadOutput
 from .minim_filter.fingerprints import distances
 from .minim_filter.funnel import REASONS, Funnel, combine, plan_stages, select_state, weaker
@@ -243,6 +244,8 @@ class MinimPipeline(
             `register_modality` takes them. They are registered; those of `modalities` are added and saved.
         bare_prompts: whether the text encoder is given the prompt alone, without the modality: for a U-Net that was
             trained on captions as they stand.
+        weights_license: the license of what the weights were made from, as `licenses.license_of` gives it; saved.
+            Without it, that of the folder that the pipeline was loaded from.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -269,6 +272,7 @@ class MinimPipeline(
         zero_terminal_snr: bool | None = None,
         custom_modalities: dict[str, dict] | None = None,
         bare_prompts: bool = False,
+        weights_license: dict[str, str] | None = None,
     ):
         super().__init__()
         if zero_terminal_snr is None:
@@ -296,11 +300,18 @@ class MinimPipeline(
             zero_terminal_snr=zero_terminal_snr,
             custom_modalities=custom_modalities or None,
             bare_prompts=bare_prompts,
+            weights_license=weights_license,
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         if filter_head is not None:
             self.check_filter_head()
+
+    def __setattr__(self, name: str, value: Any):
+        super().__setattr__(name, value)
+        # diffusers goes on taking for absent what was absent once, and would save the pipeline without it.
+        if name == "filter_head" and value is not None and self.config.get(name, (FILTER_LIBRARY,))[0] is None:
+            self.register_to_config(filter_head=(FILTER_LIBRARY, FilterHead.__name__))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -311,6 +322,15 @@ class MinimPipeline(
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = torch.float32
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def weights_license(self) -> dict[str, str] | None:
+        """The license of what the weights were made from: the config's, or that of the folder they were loaded from.
+
+        What lies on the Hub has it in its config, if it was published by this class.
+        """
+        origin = str(self.config.get("_name_or_path") or "")
+        return self.config.weights_license or (license_of(origin) if os.path.isdir(origin) else None)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs):
@@ -344,10 +364,11 @@ class MinimPipeline(
             if path.name == self.config_name and config["modalities"] is not None:
                 # diffusers takes a list of strings for a component, and then refuses to download the model.
                 config["modalities"] = " ".join(config["modalities"])
-            if path.name == self.config_name and not config["custom_modalities"]:
-                del config["custom_modalities"]
-            if path.name == self.config_name and not config["bare_prompts"]:
-                del config["bare_prompts"]
+            if path.name == self.config_name:
+                config["weights_license"] = self.weights_license
+            for name in ("custom_modalities", "bare_prompts", "weights_license"):
+                if path.name == self.config_name and not config[name]:
+                    del config[name]
             if path.parent.name == "text_encoder":
                 # transformers loads in the dtype that is written here, diffusers in fp32 whatever the files hold.
                 config["dtype"] = "float32"
@@ -547,7 +568,7 @@ class MinimPipeline(
 
         prompts, modalities = [], []
         for text, name in zip([prompt] if isinstance(prompt, str) else prompt, names):
-            prefix, rest = split_prefix(text)
+            prefix, rest = split_prefix(text, trained)
             if name is None and prefix is None:
                 allowed = ", ".join(map(repr, trained)) if trained else "see `minim_pipeline.MODALITIES`"
                 raise ValueError(

@@ -19,6 +19,7 @@ MODULES = (
     "captions",
     "tokens",
     "image_pixels",
+    "licenses",
     "minim_filter/estimate",
     "minim_filter/filter_head",
     "minim_filter/fingerprints",

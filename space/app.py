@@ -35,7 +35,7 @@ from starlette.routing import Mount, Route  # noqa: E402
 from starlette.staticfiles import StaticFiles  # noqa: E402
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, __version__  # noqa: E402
-from minim_pipeline.generate import load_pipeline, model_identity  # noqa: E402
+from minim_pipeline.generate import load_pipeline, model_identity, read_model_index  # noqa: E402
 from minim_pipeline.image_reader import add_reading_arguments, reading_of  # noqa: E402
 from minim_pipeline.ratings import RatingStore  # noqa: E402
 
@@ -87,6 +87,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
     """The pages, and the addresses beside them; the model is loaded, and everything that is named is read."""
+    read_model_index(args.model)  # before any row: it may be of a modality that only the model knows
     reading = reading_of(args)
     images = read_folder(args.images, "generated", reading, beside=args.real)
     if args.real:

@@ -101,7 +101,7 @@ def check(limits: Limits, trained: list[str], **asked) -> Settings:
 
 
 class Drawer:
-    """Draws what was asked for with one pipeline; calls must not overlap, which the page's queue sees to."""
+    """Draws what was asked for with one pipeline; calls must not overlap, which the pages' one queue sees to."""
 
     def __init__(self, pipe: MinimPipeline, model: str, revision: str):
         self.pipe, self.model, self.revision = pipe, model, revision
@@ -189,6 +189,13 @@ def describe(output, seconds: float) -> str:
     return f"The filter accepted {accepted} of {len(output.images)} images, in {seconds:.0f} s.{left_out}"
 
 
+def count(most: int, value: int, label: str, **options) -> gr.Slider | gr.Number:
+    """A slider from 1 to `most`, or the number 1, which nobody sees, where that is all there is to choose."""
+    if most == 1:
+        return gr.Number(1, precision=0, label=label, visible=False)
+    return gr.Slider(1, most, value, step=1, label=label, **options)
+
+
 def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> None:
     """Adds the page to the `gr.Blocks` that is open.
 
@@ -208,7 +215,7 @@ def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> N
             prompt = gr.Textbox(
                 EXAMPLES.get(trained[0], [""])[0], label="What it shows", lines=2, max_length=limits.prompt
             )
-            images = gr.Slider(1, limits.images, min(4, limits.images), step=1, label="Images")
+            images = count(limits.images, min(4, limits.images), "Images")
             go = gr.Button("Generate", variant="primary")
             with gr.Accordion("Settings", open=False):
                 seed = gr.Number(0, label="Seed", info="the same seed draws the same images", precision=0, minimum=0)
@@ -218,14 +225,11 @@ def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> N
                 guidance = gr.Slider(
                     1, limits.guidance, min(config.guidance_scale, limits.guidance), step=0.1, label="Guidance"
                 )
-                candidates = gr.Slider(
-                    1,
+                candidates = count(
                     limits.candidates,
                     min(config.num_candidates, limits.candidates),
-                    step=1,
-                    label="Candidates for each image",
+                    "Candidates for each image",
                     info="of which the filter chooses one",
-                    interactive=has_filter,
                 )
         with gr.Column(scale=3, min_width=300):
             gallery = gr.Gallery(
@@ -304,8 +308,10 @@ def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> N
         return [settings[name] for name in controls]
 
     outputs = [gallery, told, download, drawn, link, look, left_out]
-    gr.on([go.click, prompt.submit], on_draw, list(controls.values()), outputs, api_name="generate").success(
+    # One queue for all that touches the pipeline: Gradio's limit is of each event alone.
+    alone = {"concurrency_id": "pipeline", "concurrency_limit": 1}
+    gr.on([go.click, prompt.submit], on_draw, list(controls.values()), outputs, api_name="generate", **alone).success(
         None, link, link, js="(query) => location.origin + location.pathname + query", api_visibility="private"
     )
-    look.click(on_look, drawn, left_out, api_visibility="private")
+    look.click(on_look, drawn, left_out, api_visibility="private", **alone)
     gr.context.Context.root_block.load(on_load, None, list(controls.values()), api_visibility="private")

@@ -443,22 +443,15 @@ def test_help_and_lists_do_without_torch(pipeline_dir):
 @pytest.mark.slow
 def test_two_processes_share_the_work(pipeline_dir, tmp_path):
     options = ["--model", pipeline_dir, *ONE_PROMPT, "--num-images", "5", "--batch-size", "1", "--device", "cpu"]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    command = [
-        sys.executable,
-        *launch,
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-    ]
-    command += ["-m", "minim_pipeline.cli", "generate", *options, "--output-dir", tmp_path / "two"]
+    # accelerate launch starts a single process on a CPU, whatever --num_processes says.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launch, "-m", "minim_pipeline.cli", "generate", *options]
+    command += ["--output-dir", tmp_path / "two"]
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     )
     assert done.returncode == 0, done.stderr
+    assert "/3 images" in done.stderr, "the first draws three of five"
     assert run(pipeline_dir, tmp_path / "one", *ONE_PROMPT, "--num-images", 5, "--batch-size", 1) == 0
     assert names(tmp_path / "two") == names(tmp_path / "one")
     for name in names(tmp_path / "one"):

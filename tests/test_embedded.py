@@ -19,7 +19,7 @@ def test_it_is_small_and_holds_no_pickles():
     files = [path for path in EMBEDDED_CHECKPOINT.rglob("*") if path.is_file()]
     head = sum(path.stat().st_size for path in files if path.parent.name == "filter_head")
     assert sum(path.stat().st_size for path in files) - head <= 75e6 and 0 < head <= 4e6
-    assert {path.suffix for path in files} <= {".json", ".safetensors"}
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
 
 
 def test_the_tokenizer_spells_any_word_and_knows_the_modalities():

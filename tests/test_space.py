@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generate_page import Drawer, Limits, Settings, check
+from generate_page import Drawer, Limits, Settings, build, check
 from PIL import Image
 from rating_images import queue, read_folder
 from rating_page import Answer, RatingDesk
@@ -25,14 +25,14 @@ from minim_pipeline.ratings import Rating, RatingStore
 ROOT = APP.parent.parent
 
 
-def write_folder(folder: Path, count: int, text: str = "cyst") -> Path:
+def write_folder(folder: Path, count: int, text: str = "cyst", modality: str = "OCT") -> Path:
     folder.mkdir(parents=True)
     with open(folder / "data.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "Text", "modality"])
         for i in range(count):
             Image.new("RGB", (16, 12), (i % 256, 0, 0)).save(folder / f"{i:04d}.png")
-            writer.writerow([f"{i:04d}.png", text, "OCT"])
+            writer.writerow([f"{i:04d}.png", text, modality])
     return folder
 
 
@@ -60,9 +60,16 @@ def test_a_host_is_told_in_a_line_what_is_wrong(tmp_path):
         "--max_queue has to be at least 1, got 0": ["--max_queue", "0"],
         "Limits have to be at least 1": ["--max_images", "0"],
         "notes.txt is no store of ratings": ["--store", "notes.txt"],
+        # Images of a modality that only the model knows are read; then comes the store.
+        "more.txt is no store of ratings": ["--model", "model", "--images", "skin", "--store", "more.txt"],
         "error:": ["--host", "256.0.0.1"],
     }
-    (tmp_path / "notes.txt").write_text("no database " * 100)
+    for name in ("notes.txt", "more.txt"):
+        (tmp_path / name).write_text("no database " * 100)
+    write_folder(tmp_path / "skin", 1, modality="Skin")
+    (tmp_path / "model").mkdir()
+    definition = {"name": "Skin", "words": "photo of skin"}
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps({"custom_modalities": {"skin": definition}}))
     # One process for all: most of each would be spent on importing.
     code = """
 import contextlib, io, json, sys
@@ -121,6 +128,30 @@ def test_what_was_left_out_are_the_candidates_that_did_not_come_back(make_pipeli
     assert len(others) == len(set(others)) == 2 * (candidates - 1) and not set(others) & set(output.seeds)
     again = drawer.pipe.draw_seeds([0, 1], 3, [torch.Generator().manual_seed(seed) for seed in (7, 8)])
     assert candidates == 1 or sorted(others + output.seeds) == sorted(again)
+
+
+def page(pipe, **limits):
+    """The page's events by the names of their functions, and the values that its controls begin with."""
+    import gradio as gr
+
+    with gr.Blocks() as demo:
+        build(Drawer(pipe, "model", "revision"), Limits(**limits))
+    events = {event.fn.__name__: event for event in demo.fns.values() if event.fn is not None}
+    return events, [component.value for component in events["on_draw"].inputs]
+
+
+def test_all_that_touches_the_pipeline_waits_in_one_queue(make_pipeline):
+    events, _ = page(make_pipeline(filtered=True))
+    queues = {(events[name].concurrency_id, events[name].concurrency_limit) for name in ("on_draw", "on_look")}
+    assert len(queues) == 1 and next(iter(queues))[1] == 1
+
+
+@pytest.mark.parametrize(("filtered", "images"), [(False, 8), (True, 1), (False, 1)])
+def test_a_model_without_a_filter_and_a_single_image_can_be_served(make_pipeline, filtered, images):
+    events, values = page(make_pipeline(filtered=filtered), images=images)
+    values[1] = "cyst"
+    shown, told = events["on_draw"].fn(*values, progress=lambda *progress, **told: None)[:2]
+    assert len(shown) == min(4, images) and f"{len(shown)} images" in told
 
 
 def test_nothing_sent_to_the_browser_tells_real_from_generated(tmp_path):

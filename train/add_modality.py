@@ -59,13 +59,14 @@ from minim_pipeline.generate import model_identity
 from minim_pipeline.image_loading import key_of
 from minim_pipeline.image_reader import add_reading_arguments, reading_of, reading_options
 from minim_pipeline.modalities import BUILT_IN, MODALITIES
+from minim_pipeline.splits import assign_splits
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="The pipeline.")
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,split[,finding,part].")
+    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality[,split,finding,part].")
     parser.add_argument("--image_root", help="Look for the images of --train_data here, as the trainers do.")
     add_mirror_argument(parser)
     parser.add_argument("--replay", help="CSV of what the model has learned already, in the same format.")
@@ -176,8 +177,6 @@ def read_new(args: argparse.Namespace, modality: Modality) -> tuple[list[dict], 
     """
     new = {"require": ("path", "Text"), "check_images": False, "modality": modality.id}
     rows = read_csv(args.train_data, image_root=args.image_root, **new)
-    if "split" not in rows[0]:
-        raise ValueError(f"{args.train_data} lacks the column 'split'; found: {', '.join(rows[0])}.")
 
     def fits(row):
         try:
@@ -190,6 +189,7 @@ def read_new(args: argparse.Namespace, modality: Modality) -> tuple[list[dict], 
     if not mine:
         found = ", ".join(f"{name!r} ({count})" for name, count in others.items())
         raise ValueError(f"{args.train_data} has no rows of modality {modality.id!r}; it has: {found}.")
+    mine = assign_splits(mine, args.train_data)
     for split in ("train", "val"):
         if not any(row["split"] == split for row in mine):
             found = ", ".join(sorted({repr(row["split"]) for row in mine}))
@@ -378,7 +378,7 @@ def main(argv=None) -> dict:
     filtered = base.filter_head is not None and not args.skip_filter
     sources = [(new_rows, args.train_data)]
     if args.replay:
-        old_rows = read_csv(args.replay, check_images=False)
+        old_rows = assign_splits(read_csv(args.replay, check_images=False), args.replay)
         train_text_to_image.check_known(old_rows, args.replay, base.config, args.pretrained_model_name_or_path)
         sources.append((old_rows, args.replay))
     if filtered:

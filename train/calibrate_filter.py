@@ -29,7 +29,7 @@ from filter_report import auroc
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 from matplotlib.figure import Figure
 from raters import learned_from
-from rows import add_csv_arguments, image_paths, read_rows, tell_repeats
+from rows import add_csv_arguments, csv_options, image_paths, tell_repeats
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline, resolve_modality
 from minim_pipeline.data import read_csv
@@ -38,13 +38,14 @@ from minim_pipeline.evaluation.judges import Judges, claimed_classes, class_of, 
 from minim_pipeline.generate import read_model_index
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.image_reader import add_reading_arguments, reading_of
+from minim_pipeline.splits import assign_splits
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filter_head", required=True, help="A trained head, as train_filter.py writes it.")
     parser.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="The pipeline.")
-    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part.")
+    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding[,split,part].")
     add_csv_arguments(parser)
     parser.add_argument("--part", default="C", help="Whose captions are drawn; 'all' takes every row.")
     parser.add_argument("--ratings", help="The CSV that the head learned from: tells who has enough ratings.")
@@ -241,7 +242,8 @@ def main(argv=None) -> dict:
     device, bf16 = Accelerator().device, args.mixed_precision == "bf16"
     # Before any row is read: it may be of a modality that only the pipeline knows.
     read_model_index(args.pretrained_model_name_or_path)
-    every = read_rows(args, require=("path", "Text", "modality", "finding", "split"))
+    require = ("path", "Text", "modality", "finding")
+    every = assign_splits(read_csv(args.train_data, require=require, **csv_options(args)), args.train_data)
     train = [row for row in every if row["split"] == "train"]
     val = [row for row in every if row["split"] == "val"]
     tell_repeats(args.train_data, image_paths(train, args.train_data), image_paths(val, args.train_data))

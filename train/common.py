@@ -16,9 +16,10 @@ from accelerate.utils import broadcast
 from arguments import check_shares, check_tracker
 from checkpoints import FINISHED, step_of
 from hub import add_hub_arguments, check_hub_arguments
-from rows import add_csv_arguments, add_mirror_argument, image_paths, read_rows, tell_repeats
+from rows import add_csv_arguments, add_mirror_argument, csv_options, image_paths, tell_repeats
 from tqdm.auto import tqdm
 
+from minim_pipeline import splits
 from minim_pipeline.image_loading import check_values
 from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.modalities import resolve_modality
@@ -34,14 +35,36 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--train_data", required=True, help="CSV in MINIM's format: path,Text,modality[,finding,split].")
-    data.add_argument("--split", default="train", help="Rows of this `split` are trained on; 'all' takes every row.")
+    data.add_argument(
+        "--split",
+        default="train",
+        help="Rows of this `split` are trained on; 'all' takes every row. Without "
+        "a column `split` all are, but for a tenth by group that is held out to validate on.",
+    )
     data.add_argument("--val_split", default="val", help="Rows of this `split` are validated on; 'none' for none.")
     data.add_argument("--resolution", type=int, default=256, help="Side of the images in pixels, a multiple of 8.")
+    add_modalities_argument(data)
     data.add_argument("--skip_bad_rows", action="store_true", help="Leave out missing or broken images and rows.")
     add_csv_arguments(data)
     add_mirror_argument(data)
     add_reading_arguments(data)
     data.add_argument("--max_train_samples", type=int, help="Train on the first so many rows only (for debugging).")
+
+
+def add_modalities_argument(group) -> None:
+    """`--modalities_from`, for scripts that are given no pipeline."""
+    group.add_argument("--modalities_from", help="Know the modalities that this pipeline has defined, too.")
+
+
+def know_modalities(args: argparse.Namespace) -> None:
+    """Registers what the pipelines of the arguments define; before any row is read."""
+    from minim_pipeline.generate import read_model_index
+
+    base = getattr(args, "pretrained_model_name_or_path", None)
+    if base and Path(base).is_dir() and not (Path(base) / "model_index.json").is_file():
+        base = None  # parts of a pipeline
+    for model in filter(None, (base, args.modalities_from)):
+        read_model_index(model)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,20 +121,15 @@ def read_splits(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
 
     Images that are there twice are told.
     """
-
-    def rows(split):
-        found = read_rows(args, split, skip_bad_rows=args.skip_bad_rows)
-        check_values([(found, args.train_data)], reading_of(args))  # refused now, and not when the networks are there
-        return found
-
-    train, val = rows(None if args.split == "all" else args.split), []
-    if args.val_split != "none":
-        # What is validated on is never trained on, also with --split all.
-        train = [row for row in train if row.get("split") != args.val_split]
-        if not train:
-            raise ValueError(f"{args.train_data} has no rows to train on: all are of --val_split {args.val_split!r}.")
-        val = rows(args.val_split)[: args.max_train_samples]
-    train = train[: args.max_train_samples]
+    know_modalities(args)
+    wanted = None if args.split == "all" else args.split, None if args.val_split == "none" else args.val_split
+    options = {"skip_bad_rows": args.skip_bad_rows, **csv_options(args)}
+    train, val = splits.read_splits(args.train_data, *wanted, **options)
+    if not train:
+        raise ValueError(f"{args.train_data} has no rows to train on: all are of --val_split {args.val_split!r}.")
+    train, val = train[: args.max_train_samples], val[: args.max_train_samples]
+    # Images that cannot be read as they are meant are refused now, and not when the networks are there.
+    check_values([(train, args.train_data), (val, args.train_data)], reading_of(args))
     tell_repeats(args.train_data, image_paths(train, args.train_data), image_paths(val, args.train_data))
     return train, val
 

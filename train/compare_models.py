@@ -28,7 +28,6 @@ from report_model import by_modality, plan
 from stand_in import StandIn
 
 from minim_pipeline import EMBEDDED_ENCODER, MinimPipeline, resolve_modality
-from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.evaluation.judges import class_of, load_judges, read
 from minim_pipeline.evaluation.memorisation import latent_features, memorisation_report, pixel_features
@@ -38,6 +37,7 @@ from minim_pipeline.generate import model_identity
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.provenance import atomic_path
+from minim_pipeline.splits import read_split
 
 
 PHRASINGS = ("train", "new")
@@ -45,7 +45,7 @@ PHRASINGS = ("train", "new")
 
 def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
     judging = parser.add_argument_group("judging before and after")
-    judging.add_argument("--data", help="CSV with path,Text,modality,finding,split: val and train images.")
+    judging.add_argument("--data", help="CSV with path,Text,modality,finding[,split]: val and train images.")
     add_reading_arguments(judging)
     judging.add_argument("--judges", default=str(Path(__file__).parent / "judges"), help="Of train_classifier.py.")
     judging.add_argument("--encoder", default=str(EMBEDDED_ENCODER), help="Whose features distances are measured in.")
@@ -76,7 +76,7 @@ def modalities_of(args) -> set[str]:
     """The ids of which --data has what both models are compared with: val images and, for copies, train images."""
     found = []
     for split in ("val",) if args.skip_memorisation else ("val", "train"):
-        rows = read_csv(args.data, split=split, require=("path", "Text", "modality"), check_images=False)
+        rows = read_split(args.data, split, check_images=False)
         found.append({resolve_modality(row["modality"]).id for row in rows})
     return set.intersection(*found)
 
@@ -223,7 +223,7 @@ def distances(features: dict[str, torch.Tensor], planned: list[dict], val: dict[
 
 def copies(args, images: dict[str, torch.Tensor], planned: list[dict], val, val_names, vae, device) -> dict:
     """Shares of copies of train images, of both models, in latents and in pixels."""
-    rows = read_csv(args.data, split="train", require=("path", "Text", "modality"), check_images=False)
+    rows = read_split(args.data, "train", check_images=False)
     names = [p["modality"] for p in planned]
     wanted = set(names)
     rows = [row for row in rows if resolve_modality(row["modality"]).id in wanted]
@@ -289,7 +289,7 @@ def compare(args, before: str, after: str, folder: Path) -> dict:
             report["rated 3 by the stand-in"] = by_slot(rated["before"] == 3, rated["after"] == 3, slots)
             report["rated 1 by the stand-in"] = paired(rated["before"] == 1, rated["after"] == 1, slots)
 
-    rows = read_csv(args.data, split="val", require=("path", "Text", "modality", "finding"))
+    rows = read_split(args.data, "val", require=("path", "Text", "modality", "finding"))
     rows = [row for row in rows if class_of(row)[0] in modalities]
     val_names = [class_of(row)[0] for row in rows]
     val_images = load_images(rows, args.data, images["before"].shape[-1], reading=reading_of(args))

@@ -32,7 +32,6 @@ from raters import learned_from, read_ratings
 from report_model import plan
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, EMBEDDED_ENCODER, MinimPipeline, resolve_modality
-from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.agreement import weighted_kappa
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.evaluation.judges import class_of, load_judges, read
@@ -41,6 +40,7 @@ from minim_pipeline.image_loading import load_images
 from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.minim_filter import FilterHeadOutput
 from minim_pipeline.minim_filter.funnel import plan_stages
+from minim_pipeline.splits import read_split
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -48,7 +48,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--model", default=str(EMBEDDED_CHECKPOINT), help="A pipeline with a filter head.")
     parser.add_argument("--judges", default=str(Path(__file__).parent / "judges"), help="Of train_classifier.py.")
     parser.add_argument("--encoder", default=str(EMBEDDED_ENCODER), help="Whose features recall is measured in.")
-    parser.add_argument("--data", required=True, help="CSV with path,Text,modality,finding,split.")
+    parser.add_argument("--data", required=True, help="CSV with path,Text,modality,finding[,split].")
     parser.add_argument("--captions", default=str(Path(__file__).parent / "captions.json"))
     parser.add_argument("--ratings", help="CSV of people's grades, as train_filter.py takes them.")
     parser.add_argument("--ratings_part", default="A", help="Part whose grades the head has learned from.")
@@ -224,7 +224,7 @@ def main(argv=None) -> dict:
     judges = load_judges(args.judges, device)
     encoder = ImageTextEncoder.from_pretrained(args.encoder, device)
     captions = json.loads(Path(args.captions).read_text())
-    val_rows = [row for row in read_csv(args.data, split="val") if class_of(row) in judges.classes]
+    val_rows = [row for row in read_split(args.data, "val") if class_of(row) in judges.classes]
     rated_rows = (
         [row for row in read_ratings(args.ratings) if not learned_from(row, args.ratings_part)] if args.ratings else []
     )

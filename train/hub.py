@@ -6,11 +6,12 @@ import tempfile
 from pathlib import Path
 
 from minim_pipeline import MinimPipeline
-from minim_pipeline.publishing import check_folder, check_target, connect, publish, told, upload
+from minim_pipeline.licenses import license_of
+from minim_pipeline.publishing import check_folder, check_target, connect, license_note, publish, told, upload
 
 
 CARD = """---
-license: unknown
+{license}
 library_name: diffusers
 pipeline_tag: text-to-image
 tags:
@@ -24,7 +25,7 @@ tags:
 Parts of a `MinimPipeline`, trained by `train/{script}.py`: {parts}.
 
 **Not a medical device.** For research and teaching, never for diagnosis.
-"""
+{note}"""
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +68,11 @@ def push_parts(args: argparse.Namespace, script: str, *parts: str | Path) -> Non
             known = api.repo_exists(repo_id) and api.file_exists(repo_id, "README.md")
         if not known:
             names = ", ".join(f"`{Path(part).name}`" for part in parts)
-            card = CARD.format(name=repo_id.split("/")[-1], script=script, parts=names)
+            base = getattr(args, "pretrained_model_name_or_path", None)
+            inherited = (license_of(base) if base else None) or {"license": "unknown"}
+            lines = "\n".join(f"{field}: {value}" for field, value in inherited.items() if field != "of")
+            named = {"name": repo_id.split("/")[-1], "script": script, "parts": names}
+            card = CARD.format(license=lines, note=license_note(inherited), **named)
             (folder / "README.md").write_text(card, encoding="utf-8")
         check_folder(folder)
         replaced = [f"{Path(part).name}/*" for part in parts if Path(part).is_dir()]

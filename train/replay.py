@@ -10,7 +10,7 @@ from latents import Latents
 from rows import image_paths, tell_repeats
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
-from minim_pipeline.data import read_csv
+from minim_pipeline.splits import read_split
 
 
 class Replay:
@@ -27,7 +27,7 @@ class Replay:
 
     def __init__(self, args, accelerator: Accelerator, pipe: MinimPipeline):
         known = pipe.config.modalities or list(MODALITIES)
-        rows = read_csv(args.replay, split="train", require=("path", "Text", "modality"))
+        rows = read_split(args.replay, "train", hold_out=False)
         tell_repeats(args.replay, image_paths(rows, args.replay), [])
         rows = [row for row in rows if resolve_modality(row["modality"]).id in known]
         if not rows:

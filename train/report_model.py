@@ -31,7 +31,6 @@ from train_autoencoder import validate
 from train_classifier import format_report
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
-from minim_pipeline.data import read_csv
 from minim_pipeline.evaluation.images import to_unit
 from minim_pipeline.evaluation.judges import accuracy_report, load_judges
 from minim_pipeline.evaluation.memorisation import latent_features, memorisation_report, pixel_features
@@ -39,6 +38,7 @@ from minim_pipeline.evaluation.sampling import draw_images, kept
 from minim_pipeline.generate import model_identity
 from minim_pipeline.image_loading import load_images, trim_letterbox
 from minim_pipeline.image_reader import add_reading_arguments, reading_of
+from minim_pipeline.splits import read_split
 
 
 # The call's arguments that the report may be asked to change.
@@ -51,7 +51,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--judges", default=str(Path(__file__).parent / "judges"), help="The output_dir of train_classifier.py."
     )
-    parser.add_argument("--data", required=True, help="CSV with path,Text,modality,finding,split.")
+    parser.add_argument("--data", required=True, help="CSV with path,Text,modality,finding[,split].")
     parser.add_argument("--captions", default=str(Path(__file__).parent / "captions.json"))
     parser.add_argument("--output", required=True, help="The report, JSON.")
     add_reading_arguments(parser)
@@ -192,11 +192,11 @@ def main(argv=None) -> dict:
     captions = json.loads(Path(args.captions).read_text())
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
 
-    def read_split(split):
-        rows = read_csv(args.data, split=split, require=("path", "Text", "modality", "finding"), check_images=False)
+    def rows_of(split):
+        rows = read_split(args.data, split, require=("path", "Text", "modality", "finding"), check_images=False)
         return rows, [resolve_modality(row["modality"]).id for row in rows]
 
-    val_rows, val_names = read_split("val")
+    val_rows, val_names = rows_of("val")
     # Of a modality without real images there is nothing to compare with.
     learned = {name: found for name, found in pipe.config.findings.items() if name in val_names}
     left = [name for name in pipe.config.findings if name not in learned]
@@ -284,7 +284,7 @@ def main(argv=None) -> dict:
         print(f"checks {name:10s} {json.dumps(figures)}")
 
     if vae is not None:
-        train_rows, train_names = read_split("train")
+        train_rows, train_names = rows_of("train")
         train = by_modality(load_images(train_rows, args.data, size, reading=reading_of(args)), train_names)
         mirror = {name: MODALITIES[name].flip for name in samples}
         report["memorisation"] = {

@@ -8,7 +8,7 @@ from transformers import CLIPTokenizer
 
 from minim_pipeline import may_mirror, resolve_modality
 from minim_pipeline.cli import say
-from minim_pipeline.data import read_csv, resolve_path
+from minim_pipeline.data import resolve_path
 from minim_pipeline.duplicates import file_keys
 from minim_pipeline.tokens import cut_texts
 
@@ -38,11 +38,6 @@ def add_mirror_argument(parser) -> None:
 def csv_options(args: argparse.Namespace) -> dict:
     """What `read_csv` needs to know of `--train_data`: `--modality` and `--image_root`."""
     return {"modality": args.modality, "image_root": args.image_root}
-
-
-def read_rows(args: argparse.Namespace, split: str | None = None, **options) -> list[dict]:
-    """The rows of `--train_data` as `read_csv` gives them."""
-    return read_csv(args.train_data, split, **csv_options(args), **options)
 
 
 def image_paths(rows: list[dict], csv_path: str | Path) -> list[Path]:

@@ -26,7 +26,7 @@ from arguments import check_numbers
 from common import write_json
 from filter_report import auroc
 from hub import add_hub_arguments, check_hub_arguments, push_parts
-from rows import add_csv_arguments, add_mirror_argument, read_rows
+from rows import add_csv_arguments, add_mirror_argument, csv_options
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
 from minim_pipeline.evaluation.classifier import Recipe, make_resnet
@@ -36,6 +36,7 @@ from minim_pipeline.evaluation.sampling import draw_images
 from minim_pipeline.generate import read_model_index
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.image_reader import add_reading_arguments, reading_of
+from minim_pipeline.splits import read_split
 
 
 RATER = "stand-in"
@@ -119,7 +120,7 @@ def realism_of(judge: Judges, images: torch.Tensor) -> torch.Tensor:
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part,group.")
+    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,part[,split,group].")
     add_csv_arguments(parser)
     add_mirror_argument(parser)
     parser.add_argument("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="What is judged.")
@@ -210,8 +211,9 @@ def main(argv=None) -> dict:
     output = Path(args.output_dir)
     # Before any row is read: it may be of a modality that only the pipeline knows.
     read_model_index(args.pretrained_model_name_or_path)
-    require = ("path", "Text", "modality", "finding", "split", "part")
-    rows = [row for row in read_rows(args, "train", require=require) if row["part"] == args.part]
+    require = ("path", "Text", "modality", "finding", "part")
+    rows = read_split(args.train_data, "train", require=require, **csv_options(args))
+    rows = [row for row in rows if row["part"] == args.part]
     if not rows:
         raise ValueError(f"{args.train_data} has no train rows of part {args.part!r}.")
     precision = ["--mixed_precision", args.mixed_precision]

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 from arguments import check_numbers, check_shares
-from common import write_json
+from common import add_modalities_argument, know_modalities, write_json
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 from rows import (
     add_csv_arguments,
     add_mirror_argument,
+    csv_options,
     image_paths,
     mirrored,
-    read_rows,
     tell_mirrored,
     tell_repeats,
 )
@@ -30,13 +30,19 @@ from minim_pipeline.evaluation.judges import Judges, accuracy_report, claimed_cl
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.modalities import resolve_modality
+from minim_pipeline.splits import read_splits
+
+
+# Arguments that name places of the machine, or its size: a report shows none of them.
+PATHS = ("train_data", "image_root", "output_dir", "modalities_from", "threads")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part.")
+    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding[,split,part].")
     add_csv_arguments(parser)
     add_mirror_argument(parser)
+    add_modalities_argument(parser)
     parser.add_argument("--output_dir", required=True)
     add_reading_arguments(parser)
     parser.add_argument(
@@ -86,9 +92,9 @@ def main(argv=None) -> dict:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    require = ("path", "Text", "modality", "finding", "split", "part")
-    all_train = read_rows(args, "train", require=require[:-1])
-    val_rows = read_rows(args, "val", require=require[:-1])
+    know_modalities(args)
+    require = ("path", "Text", "modality", "finding")
+    all_train, val_rows = read_splits(args.train_data, require=require, **csv_options(args))
     classes = claimed_classes(all_train, val_rows, args.min_train, args.min_val)
     key = {c: i for i, c in enumerate(classes)}
 
@@ -156,9 +162,7 @@ def main(argv=None) -> dict:
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
         "seconds": seconds,
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
-        "arguments": {
-            k: v for k, v in vars(args).items() if k not in ("train_data", "image_root", "output_dir", "threads")
-        },
+        "arguments": {k: v for k, v in vars(args).items() if k not in PATHS},
         "val": {name: accuracy_report(p, classes, *asked, sources=sources) for name, p in each.items()},
     }
     output = Path(args.output_dir)

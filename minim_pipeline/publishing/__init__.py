@@ -1,5 +1,6 @@
 """Publishing on the Hugging Face Hub: what is uploaded, what a card says, and what never leaves."""
 
+from .card import license_note
 from .leaks import SPACE_FILES, check_folder
 from .reports import gather_reports
 from .upload import check_target, connect, publish, staged, told, upload
@@ -11,6 +12,7 @@ __all__ = [
     "check_target",
     "connect",
     "gather_reports",
+    "license_note",
     "publish",
     "staged",
     "told",

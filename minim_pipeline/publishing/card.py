@@ -26,7 +26,7 @@ Synthetic medical images from a modality and a sentence: a `MinimPipeline` of
 [diffusers](https://github.com/huggingface/diffusers) for {{modalities}}.
 
 **Not a medical device.** The images are for research and teaching, never for diagnosis.
-
+{{license_note}}
 ## How to use
 
 ```python
@@ -86,7 +86,10 @@ def write_card(pipe, name: str, has_report: bool, base_model: str | None = None)
     """A card for a model that has none of its own: what it is, how it is used, and what it was made from."""
     modalities = pipe.config.modalities or ["oct"]
     prompt = ((pipe.config.findings or {}).get(modalities[0]) or ["macular edema"])[0]
-    data = ModelCardData(license="unknown", tags=["medical", "synthetic", "diffusers", *modalities], **FIXED)
+    inherited = dict(pipe.weights_license or {"license": "unknown"})
+    note = license_note(inherited)
+    inherited.pop("of", None)
+    data = ModelCardData(**inherited, tags=["medical", "synthetic", "diffusers", *modalities], **FIXED)
     if base_model:
         data.base_model = base_model
     text = PLAIN.format(
@@ -94,9 +97,24 @@ def write_card(pipe, name: str, has_report: bool, base_model: str | None = None)
         modalities=", ".join(modalities) if pipe.config.modalities else "any modality (a base model, not trained yet)",
         prompt=prompt,
         modality=modalities[0],
+        license_note=note,
         figures="In [report.json](report.json)." if has_report else "Nothing has been measured, or nothing is told.",
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def license_note(inherited: dict[str, str]) -> str:
+    """A paragraph on a license as `license_of` gives it, with line breaks around; empty if nothing was inherited."""
+    if "of" not in inherited:
+        return ""
+    return (
+        f"\nThe weights were made from those of {inherited['of']}, whose license holds for them too:"
+        f" **{license_name(inherited)}**.\n"
+    )
+
+
+def license_name(fields: dict[str, str]) -> str:
+    return str(fields.get("license_name") or fields.get("license"))
 
 
 def complete(card: ModelCard, repo_id: str, report: dict, samples: Sequence[Sample], filtered: bool) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from huggingface_hub.utils import httpx, validate_repo_id
 
 from .. import EMBEDDED_CHECKPOINT
-from .card import read_card, write_card
+from .card import license_name, read_card, write_card
 from .leaks import check_folder
 from .reports import gather_reports, read_report
 from .staging import stage
@@ -101,6 +102,13 @@ def staged(
     page = page if report is None else None
     if card is not None or found_card is not None:
         card = read_card(card or found_card)
+        inherited, said = pipe.weights_license, license_name(card.data.to_dict())
+        if inherited and said != license_name(inherited):
+            warnings.warn(
+                f"The card says license {said!r}, but the weights were made from those of {inherited['of']}, which are"
+                f" under {license_name(inherited)!r}.",
+                stacklevel=4,
+            )
     else:
         origin = str(pipe.config.get("_name_or_path") or "")
         card = write_card(pipe, repo_id.split("/")[-1], bool(figures), origin if is_hub_id(origin) else None)
