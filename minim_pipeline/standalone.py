@@ -15,8 +15,13 @@ from . import __version__
 
 # In the order in which they need each other.
 MODULES = (
+    "notices",
     "modalities",
     "tokens",
+    "turns",
+    "schedules",
+    "call_checks",
+    "lora",
     "minim_filter/estimate",
     "minim_filter/filter_head",
     "minim_filter/fingerprints",
