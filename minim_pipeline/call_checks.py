@@ -142,6 +142,32 @@ def check_callback(callback, tensor_inputs, allowed: list[str]) -> None:
             raise ValueError(f"`{name}_tensor_inputs` may name {allowed}, got {entry!r}.")
 
 
+def same_shape(name: str, given: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """What a callback gave in the place of `before`; ValueError if its shape is another."""
+    if given.shape != before.shape:
+        raise ValueError(
+            f"`callback_on_step_end` gave `{name}` of shape {tuple(given.shape)}, {tuple(before.shape)} is needed."
+        )
+    return given
+
+
+def callback_embeds(given: torch.Tensor, before: torch.Tensor, count: int, guided: bool) -> torch.Tensor:
+    """The embeddings to go on with for `count` candidates after a callback gave some in the place of `before`.
+
+    Raises:
+        ValueError: they are neither one for each candidate nor, as with guidance they have to be, two.
+    """
+    if given.shape == before.shape or (not guided and given.shape == (count, *before.shape[1:])):
+        return given
+    if not guided and torch.equal(given, before[-1:]):
+        # diffusers' own callbacks that end guidance keep the last row alone, which is right for one image only.
+        return before[-count:]
+    raise ValueError(
+        f"`callback_on_step_end` gave `prompt_embeds` of shape {tuple(given.shape)} for {count} candidates; before they"
+        f" were {tuple(before.shape)}, the negative side first, of which {count} may be left once guidance is off."
+    )
+
+
 def check_attention_arguments(cross_attention_kwargs) -> None:
     """Raises ValueError if they are no dict, or if the LoRA's scale in it is no number."""
     given = cross_attention_kwargs

@@ -164,7 +164,10 @@ def _lora_identity(lora: str) -> str:
     path = Path(lora)
     if not path.exists():
         return lora
-    return f"{path.name} {_digest([path] if path.is_file() else path.glob('*.safetensors'))}"
+    weights = [path] if path.is_file() else path.glob("*.safetensors")
+    # PEFT's own adapters have their weight in a file beside.
+    beside = (path.parent if path.is_file() else path).glob("adapter_config.json")
+    return f"{path.name} {_digest([*weights, *beside])}"
 
 
 def generate(
@@ -257,12 +260,20 @@ def generate(
         "height": sample_height * pipe.vae_scale_factor if height is None else height,
         "width": sample_width * pipe.vae_scale_factor if width is None else width,
     }
+    if not pipe.config.modalities:
+        # Whoever reads the files has to know that the modality was asked for and not learned.
+        settings["modality_learned"] = "false"
     if filtering:
         defaults = {"num_candidates": pipe.config.num_candidates, "max_rounds": 1, "filter_threshold": None}
         settings |= defaults | {"keep_copies": False} | choice
         choice = defaults | choice | {"reject_copies": not choice.pop("keep_copies", False)}
     columns = dict.fromkeys(
-        [*COLUMNS, *FILTER_COLUMNS * filtering, *(column for item in items for column in item.extra)]
+        [
+            *COLUMNS,
+            *(name for name in ("modality_learned",) if name in settings),
+            *FILTER_COLUMNS * filtering,
+            *(column for item in items for column in item.extra),
+        ]
     )
     writer = DatasetWriter(output_dir, columns, settings, state.process_index if state.num_processes > 1 else None)
     check_rows(writer, items)

@@ -18,7 +18,6 @@ from diffusers.utils import (
 from diffusers.utils.hub_utils import _get_model_file
 from safetensors import safe_open
 
-from .modalities import MODALITIES
 from .notices import logger
 
 
@@ -28,11 +27,6 @@ UNET_MODULES = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|ti
 # In the header of a file, beside diffusers' own entries.
 TOKENS_KEY = "minim_modality_tokens"
 HUB_OPTIONS = ("subfolder", "cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
-
-
-def modality_tokens(tokenizer) -> list[str]:
-    """The modalities' tokens that a tokenizer knows, e.g. `["<oct>", "<cxr>"]`."""
-    return [m.token for m in MODALITIES.values() if m.token in tokenizer.added_tokens_encoder]
 
 
 def find_file(source: str | os.PathLike, name: str, options: dict) -> Path | None:
@@ -172,8 +166,8 @@ class LoraLoading(StableDiffusionLoraLoaderMixin):
         """As [`StableDiffusionLoraLoaderMixin.save_lora_weights`].
 
         Args:
-            modality_tokens: those that the prompts of the training began with, see `modality_tokens`; the file says
-                so, and `load_lora_weights` warns where a tokenizer lacks one.
+            modality_tokens: those that the prompts of the training began with, see `tokens.modality_tokens`; the file
+                says so, and `load_lora_weights` warns where a tokenizer lacks one.
         """
         super().save_lora_weights(save_directory, *args, weight_name=weight_name, **kwargs)
         path = Path(save_directory, weight_name or LORA_WEIGHT_NAME_SAFE)

@@ -24,6 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .call_checks import (
+    callback_embeds,
     check_attention_arguments,
     check_callback,
     check_counts,
@@ -35,10 +36,11 @@ from .call_checks import (
     check_steps,
     check_tensor,
     is_whole,
+    same_shape,
     shown,
     to_pictures,
 )
-from .lora import LoraLoading, modality_tokens
+from .lora import LoraLoading
 from .minim_filter import FILTER_LIBRARY, FilterHead, FilterHeadOutput
 from .minim_filter.fingerprints import distances
 from .minim_filter.funnel import REASONS, Funnel, combine, plan_stages, select_state, weaker
@@ -53,7 +55,7 @@ from .modalities import (
 from .notices import logger, warn_once
 from .schedules import check_scheduler, keep_from_clipping, settings_of
 from .standalone import source_code
-from .tokens import negative_text, prompt_text
+from .tokens import modality_tokens, negative_text, prompt_text
 from .turns import draws_in_turn, in_turn
 
 
@@ -885,9 +887,16 @@ class MinimPipeline(
                     for k in callback_on_step_end_tensor_inputs:
                         callback_kwargs[k] = locals()[k]
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                    if not isinstance(callback_outputs, dict):
+                        raise ValueError(
+                            f"`callback_on_step_end` has to return a dict, got {shown(callback_outputs)}."
+                        )
 
-                    latents = callback_outputs.pop("latents", latents)
-                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
+                    count, guided = len(latents), self.do_classifier_free_guidance
+                    latents = same_shape("latents", callback_outputs.pop("latents", latents), latents)
+                    prompt_embeds = callback_embeds(
+                        callback_outputs.pop("prompt_embeds", prompt_embeds), prompt_embeds, count, guided
+                    )
                     negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
 
                 if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
@@ -990,7 +999,10 @@ class MinimPipeline(
                 to the model's.
             clip_skip: how many of the text encoder's last layers to leave out, on both sides of guidance.
             callback_on_step_end: called after each step as `callback(pipe, step, timestep, tensors)`; tensors in the
-                dict it returns replace those of the call. Setting `pipe._interrupt = True` ends the loop.
+                dict it returns replace those of the call. Setting `pipe._interrupt = True` ends the loop. It sees the
+                candidates, not the images: all of them at first, fewer from step to step as the filter drops some. It
+                is called in the first round only, and what it sets of the call, such as `pipe._guidance_scale`, holds
+                for that round: further ones begin as the first did.
             callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds` and `negative_prompt_embeds` it
                 gets, by default `latents`. As in Stable Diffusion, `prompt_embeds` holds the negative side first.
             num_candidates: candidates for each image, of which the filter chooses; defaults to the model's. More than
@@ -1032,7 +1044,6 @@ class MinimPipeline(
         guidance_rescale = self.config.guidance_rescale if guidance_rescale is None else guidance_rescale
 
         # 1. Check inputs. Raise error if not correct
-        check_scheduler(self.scheduler, self.config.zero_terminal_snr)
         self.check_inputs(
             prompt,
             modality,
@@ -1064,6 +1075,7 @@ class MinimPipeline(
             return_dict,
             reject_copies,
         )
+        check_scheduler(self.scheduler, self.config.zero_terminal_snr)
         self.tell_what_is_not_learned(height, width)
 
         self._guidance_scale = guidance_scale

@@ -67,6 +67,7 @@ from minim_pipeline.data import read_csv
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 from minim_pipeline.ratings import image_digest
+from minim_pipeline.tokens import modality_tokens
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -467,7 +468,7 @@ def main(argv=None) -> dict:
             with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
                 figures = watch.look(pipe, output / f"samples-{schedule.step}", args.sampling_batch_size)
             if best.take(figures["score"], figures["spread"], schedule.step, args.least_spread):
-                save_weights(args, pipe.unet, output / f"best-{schedule.step}")
+                save_weights(args, pipe, output / f"best-{schedule.step}")
             stop = [best.since >= args.patience]
             log.write("val", **figures, best=best.step)
         broadcast_object_list(stop)
@@ -504,16 +505,19 @@ def main(argv=None) -> dict:
     return {"score": best.score, "at_step": best.step, "steps": schedule.step, "minutes": schedule.spent / 60}
 
 
-def save_weights(args, unet: UNet2DConditionModel, folder: Path) -> None:
+def save_weights(args, pipe: MinimPipeline, folder: Path) -> None:
     """Writes the U-Net, or the LoRA, whole or not at all."""
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     if args.lora_rank:
         from peft.utils import get_peft_model_state_dict
 
-        MinimPipeline.save_lora_weights(unfinished, unet_lora_layers=get_peft_model_state_dict(unet))
+        tokens = modality_tokens(pipe.tokenizer)
+        MinimPipeline.save_lora_weights(
+            unfinished, unet_lora_layers=get_peft_model_state_dict(pipe.unet), modality_tokens=tokens
+        )
     else:
-        unet.save_pretrained(unfinished / "unet")
+        pipe.unet.save_pretrained(unfinished / "unet")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 

@@ -56,7 +56,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
 from minim_pipeline.generate import read_model_index
-from minim_pipeline.tokens import add_modality_tokens, tokenize
+from minim_pipeline.tokens import add_modality_tokens, modality_tokens, tokenize
 
 
 # The text reaches the U-Net by cross-attention and, pooled, by the time embedding (`addition_embed_type`): at this
@@ -560,7 +560,10 @@ def save_weights(args, pipe: MinimPipeline, folder: Path) -> None:
     if args.lora_rank:
         from peft.utils import get_peft_model_state_dict
 
-        MinimPipeline.save_lora_weights(unfinished, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+        tokens = modality_tokens(pipe.tokenizer)
+        MinimPipeline.save_lora_weights(
+            unfinished, unet_lora_layers=get_peft_model_state_dict(pipe.unet), modality_tokens=tokens
+        )
     else:
         pipe.unet.save_pretrained(unfinished / "unet")
     pipe.text_encoder.save_pretrained(unfinished / "text_encoder")
