@@ -8,6 +8,8 @@ that from then on `DiffusionPipeline.from_pretrained(...)` finds it too.
 from importlib import import_module
 from pathlib import Path
 
+from . import auto_pipeline  # noqa: F401  from here on diffusers.AutoPipelineForText2Image finds the class
+
 
 __version__ = "0.1.0"
 

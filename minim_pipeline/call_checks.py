@@ -163,8 +163,8 @@ def callback_embeds(given: torch.Tensor, before: torch.Tensor, count: int, guide
         # diffusers' own callbacks that end guidance keep the last row alone, which is right for one image only.
         return before[-count:]
     raise ValueError(
-        f"`callback_on_step_end` gave `prompt_embeds` of shape {tuple(given.shape)} for {count} candidates; before they"
-        f" were {tuple(before.shape)}, the negative side first, of which {count} may be left once guidance is off."
+        f"`callback_on_step_end` gave `prompt_embeds` of shape {tuple(given.shape)} for {count} candidates; before"
+        f" they were {tuple(before.shape)}, the negative side first; once guidance is off, {count} may be left."
     )
 
 

@@ -428,7 +428,7 @@ class MinimPipeline(
         check_counts(
             num_inference_steps=num_inference_steps,
             num_images_per_prompt=num_images_per_prompt,
-            num_candidates=1 if num_candidates is None else num_candidates,
+            num_candidates=self.config.num_candidates if num_candidates is None else num_candidates,
             max_rounds=max_rounds,
         )
         for name, size in (("height", height), ("width", width)):
@@ -888,9 +888,7 @@ class MinimPipeline(
                         callback_kwargs[k] = locals()[k]
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
                     if not isinstance(callback_outputs, dict):
-                        raise ValueError(
-                            f"`callback_on_step_end` has to return a dict, got {shown(callback_outputs)}."
-                        )
+                        raise ValueError(f"`callback_on_step_end` has to return a dict, got {callback_outputs!r}.")
 
                     count, guided = len(latents), self.do_classifier_free_guidance
                     latents = same_shape("latents", callback_outputs.pop("latents", latents), latents)
