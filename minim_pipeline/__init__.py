@@ -8,8 +8,6 @@ that from then on `DiffusionPipeline.from_pretrained(...)` finds it too.
 from importlib import import_module
 from pathlib import Path
 
-from . import auto_pipeline  # noqa: F401  from here on diffusers.AutoPipelineForText2Image finds the class
-
 
 __version__ = "0.1.0"
 
@@ -45,3 +43,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+from . import auto_pipeline  # noqa: E402, F401  last, as it may import the rest: diffusers' Auto class finds the pipeline

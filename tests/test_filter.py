@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers.callbacks import SDCFGCutoffCallback
 
 from minim_pipeline import MinimPipeline
 from minim_pipeline.minim_filter.fingerprints import distances, pack
@@ -229,6 +230,75 @@ def test_any_images_can_be_scored(filtered):
     assert len(one.scores) == 1
     with pytest.raises(ValueError, match="1 entries for 2 images"):
         filtered.score(out.images, ["normal"], "oct")
+
+
+@pytest.mark.parametrize(
+    ("size", "output_type"), [({}, "pil"), ({"height": 96}, "np"), ({"height": 128, "width": 128}, "pt")], ids=str
+)
+def test_the_word_of_a_call_is_that_of_score(filtered, size, output_type):
+    """Also of a size that the model has not learned, at which the head says of latents what it likes."""
+    stages(filtered, (20.0, 0.5))
+    settings = dict(num_images_per_prompt=4, num_candidates=2, max_rounds=2, **size, output_type=output_type)
+    for copy in (-1, 8):  # of 8 bits
+        thresholds(filtered, score=1.5, copy=copy)
+        out = filtered("normal", "oct", **settings, generator=generator())
+        rated = filtered.score(out.images, "normal", "oct")
+        assert out.accepted == rated.accepted and out.scores == pytest.approx(rated.scores, abs=1e-5)
+        head, codes = filtered.filter_head, []
+        hook = head.register_forward_hook(lambda head, given, made, codes=codes: codes.append(made.code))
+        filtered.score(out.images, "normal", "oct")
+        hook.remove()
+        head.set_fingerprints(head.code, pack(codes[0][:1]))  # the first image is a copy from now on
+
+
+def test_a_picture_that_score_rejects_is_never_accepted_whatever_its_latents_promised(filtered, monkeypatch):
+    seen = ratings_of(filtered, monkeypatch)
+    for seed in range(1, 30):  # one whose latents promise more than the picture holds
+        seen.clear()
+        filtered(**CALL, seeds=[seed])
+        latents, picture = (combine(r.quality, r.finding).item() for r in seen)
+        if latents > picture + 1e-3:
+            break
+    thresholds(filtered, score=(latents + picture) / 2)
+    out = filtered(**CALL, seeds=[seed])
+    assert out.accepted == [False] == filtered.score(out.images, "normal", "oct").accepted
+    assert sum(out.rejected[0].values()) == 1
+
+
+def test_rounds_begin_alike_whatever_a_callback_changed(filtered):
+    """diffusers' own callback ends guidance: in its round, which is the first."""
+    thresholds(filtered, score=3.1)
+    batches = []
+    filtered.unet.register_forward_pre_hook(lambda module, given: batches.append(len(given[0])))
+    filtered.filter_head.register_to_config(stages=())
+    settings = dict(num_candidates=2, max_rounds=3, num_inference_steps=3, guidance_scale=3.0)
+    out = filtered(**CALL, **settings, callback_on_step_end=SDCFGCutoffCallback(None, 0), generator=generator())
+    assert batches == [4, 2, 2] + [4, 4, 4] * 2, "guided are all steps of rounds 2 and 3"
+    assert out.candidates == [6] and filtered.guidance_scale == 3.0
+
+
+@pytest.mark.parametrize("prompts", [["normal"], ["normal", "cyst"]], ids=["one", "two"])
+def test_diffusers_own_callback_ends_guidance_of_candidates_too(filtered, prompts):
+    """It keeps the last prompt's embeddings alone, which would be those of all."""
+    stages(filtered, (20.0, 0.5), (1.0, 0.0))
+    settings = dict(modality="oct", num_candidates=4, num_inference_steps=6, guidance_scale=3.0, output_type="np")
+    cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    out = filtered(prompts, **settings, generator=generator(), callback_on_step_end=cut)
+    alone = filtered(prompts, **settings | {"num_candidates": 1}, seeds=out.seeds, guidance_interval=(0.0, 1 / 6))
+    np.testing.assert_allclose(alone.images, out.images, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt_embeds": torch.zeros(3, 48, 32)}, r"`prompt_embeds` of shape \(3, 48, 32\) for 2 candidates"),
+        ({"latents": torch.zeros(1, 8, 8, 8)}, r"`latents` of shape \(1, 8, 8, 8\), \(2, 8, 8, 8\) is needed"),
+        (None, "has to return a dict, got None"),
+    ],
+)
+def test_a_callback_that_gives_back_something_else_is_told(filtered, given, message):
+    with pytest.raises(ValueError, match=message):
+        filtered(**CALL, num_candidates=2, callback_on_step_end=lambda *_: given)
 
 
 def test_latents_and_embeddings_bypass_the_filter(filtered):

@@ -45,11 +45,9 @@ def test_pefts_own_adapter_draws_as_it_did_in_training(make_pipeline, tmp_path, 
 
 
 def test_pefts_adapter_without_its_config_or_of_another_kind_is_refused(pipeline, tmp_path):
-    before = pipeline(**CALL).images
     get_peft_model(pipeline.unet, config("to_q")).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "IA3"}))
-    pipeline.unet = pipeline.unet.get_base_model() if hasattr(pipeline.unet, "get_base_model") else pipeline.unet
     with pytest.raises(ValueError, match="peft_type='IA3'"):
         pipeline.load_lora_weights(tmp_path)
     (tmp_path / "adapter_config.json").unlink()
@@ -57,7 +55,6 @@ def test_pefts_adapter_without_its_config_or_of_another_kind_is_refused(pipeline
         pipeline.load_lora_weights(tmp_path)
     with pytest.raises(ValueError, match="adapter_config.json"):
         pipeline.load_lora_weights(load_file(tmp_path / "adapter_model.safetensors"))
-    assert before.shape == (1, 64, 64, 3)
 
 
 FLUX = "transformer.single_transformer_blocks.0.attn.to_q.lora_{}.weight"
