@@ -50,9 +50,13 @@ def check_counts(**counts) -> None:
     )
 
 
-def check_numbers(
-    guidance_scale, guidance_rescale, guidance_interval, eta, filter_threshold, clip_skip, most_skipped: int
-) -> None:
+def check_threshold(filter_threshold) -> None:
+    """Raises ValueError for a threshold that no score can be compared with."""
+    right = filter_threshold is None or (is_number(filter_threshold) and 1 <= filter_threshold <= 3)
+    check_kinds({"filter_threshold": (filter_threshold, right, "a score from 1 to 3")})
+
+
+def check_numbers(guidance_scale, guidance_rescale, guidance_interval, eta, clip_skip, most_skipped: int) -> None:
     """Raises ValueError for a number of the call that is none, or out of its range.
 
     Args:
@@ -62,7 +66,6 @@ def check_numbers(
     ascending = pair and all(map(is_number, guidance_interval))
     ascending = ascending and 0 <= guidance_interval[0] <= guidance_interval[1] <= 1
     skippable = clip_skip is None or (is_whole(clip_skip) and 0 <= clip_skip <= most_skipped)
-    scored = filter_threshold is None or (is_number(filter_threshold) and 1 <= filter_threshold <= 3)
     fractions = {"guidance_rescale": guidance_rescale, "eta": eta}
     check_kinds(
         {
@@ -74,7 +77,6 @@ def check_numbers(
             **{n: (v, is_number(v) and 0 <= v <= 1, "a number from 0 to 1") for n, v in fractions.items()},
             "guidance_interval": (guidance_interval, ascending, "two fractions in ascending order"),
             "clip_skip": (clip_skip, skippable, f"None, or layers to leave out, 0 to {most_skipped}"),
-            "filter_threshold": (filter_threshold, scored, "a score from 1 to 3"),
         }
     )
 
@@ -125,6 +127,26 @@ def check_generator(generator, num_images: int) -> None:
         raise ValueError(f"`generator` has to be a torch.Generator or a list of them, got {shown(generator)}.")
     if isinstance(generator, list) and len(generator) != num_images:
         raise ValueError(f"`generator` has {len(generator)} entries for {num_images} images.")
+
+
+def check_wishes(wishes: dict, why: str | None, told: dict) -> None:
+    """Raises ValueError for what only a filter can do where none runs, and for candidates where the noise is given.
+
+    Args:
+        wishes: `num_candidates`, `max_rounds`, `filter_threshold` and `use_filter`, None where nothing is asked for.
+        why: no filter runs; None if one does.
+        told: `seeds` and `latents`, which say what to draw.
+    """
+    redraws = [name for name in ("num_candidates", "max_rounds") if wishes[name] is not None and wishes[name] > 1]
+    asked = [*redraws, *(name for name in ("filter_threshold", "use_filter") if wishes[name] is not None)]
+    if asked and why is not None:
+        raise ValueError(f"`{asked[0]}={wishes[asked[0]]}` needs a filter, {why}.")
+    for name, value in told.items():
+        if redraws and value is not None:
+            raise ValueError(
+                f"`{redraws[0]}={wishes[redraws[0]]}` draws images that the filter chooses from, but `{name}` says"
+                " which to draw."
+            )
 
 
 def check_callback(callback, tensor_inputs, allowed: list[str]) -> None:

@@ -35,6 +35,8 @@ from .call_checks import (
     check_seeds,
     check_steps,
     check_tensor,
+    check_threshold,
+    check_wishes,
     is_whole,
     same_shape,
     shown,
@@ -73,8 +75,9 @@ class MinimPipelineOutput(BaseOutput):
     Args:
         images: `len(prompt) * num_images_per_prompt` images, all of the first prompt first: `list[PIL.Image.Image]`,
             `np.ndarray` (N, H, W, 3) in [0, 1], `torch.Tensor` (N, 3, H, W) in [0, 1], or latents (N, C, H/8, W/8).
-        scores: the filter's expected rating, 1.0 to 3.0; `None` where no filter ran.
-        accepted: whether the filter accepts the image; `None` where no filter ran.
+        scores: the filter's expected rating of the finished picture, 1.0 to 3.0, as [`~MinimPipeline.score`] gives
+            it; `None` where no filter ran.
+        accepted: whether the filter accepts the picture, as `score` does; `None` where no filter ran.
         seeds: the int64 that draws the image again as `seeds=[seed]`; `None` where no single number does, because the
             noise came from `latents`, from one generator for several images, or from a generator already in use.
         candidates: how many were drawn for the image.
@@ -435,7 +438,8 @@ class MinimPipeline(
             if not is_whole(size) or size < 1 or size % self.vae_scale_factor:
                 raise ValueError(f"`{name}` has to be a positive multiple of {self.vae_scale_factor}, got {size!r}.")
         layers = self.text_encoder.config.num_hidden_layers if self.text_encoder is not None else 0
-        check_numbers(guidance_scale, guidance_rescale, guidance_interval, eta, filter_threshold, clip_skip, layers)
+        check_numbers(guidance_scale, guidance_rescale, guidance_interval, eta, clip_skip, layers)
+        check_threshold(filter_threshold)
         check_steps(self.scheduler, timesteps, sigmas)
         check_attention_arguments(cross_attention_kwargs)
         if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
@@ -450,16 +454,16 @@ class MinimPipeline(
             raise ValueError("Pass exactly one of `prompt` and `prompt_embeds`.")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("Pass `negative_prompt` or `negative_prompt_embeds`, not both.")
-        width = self.unet.config.cross_attention_dim
-        width = width if isinstance(width, int) else None
+        hidden = self.unet.config.cross_attention_dim
+        hidden = hidden if isinstance(hidden, int) else None  # some have a number for each block
         if prompt is None:
-            check_tensor("prompt_embeds", prompt_embeds, (None, None, width))
+            check_tensor("prompt_embeds", prompt_embeds, (None, None, hidden))
             batch_size = prompt_embeds.shape[0]
         else:
             batch_size = len(self.prompt_list(prompt))
         if negative_prompt_embeds is not None:
             length = None if prompt_embeds is None else prompt_embeds.shape[1]
-            check_tensor("negative_prompt_embeds", negative_prompt_embeds, (batch_size, length, width))
+            check_tensor("negative_prompt_embeds", negative_prompt_embeds, (batch_size, length, hidden))
         self.resolve_prompts(prompt, modality, batch_size)
         texts = negative_prompt if isinstance(negative_prompt, (list, tuple)) else [negative_prompt or ""]
         if not all(isinstance(text, str) for text in texts):
@@ -478,15 +482,9 @@ class MinimPipeline(
             check_seeds(seeds, num_images)
         check_generator(generator, num_images)
         if latents is not None:
-            rows, columns = height // self.vae_scale_factor, size // self.vae_scale_factor
+            rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
             check_tensor("latents", latents, (num_images, self.unet.config.in_channels, rows, columns))
 
-        # What only a filter can do, and why it would not run
-        wishes = {"num_candidates": num_candidates, "max_rounds": max_rounds}
-        wishes = {name: count for name, count in wishes.items() if count is not None and count > 1}
-        redraws = list(wishes)
-        wishes |= {"filter_threshold": filter_threshold} if filter_threshold is not None else {}
-        wishes |= {"use_filter": True} if use_filter else {}
         why = None
         if self.filter_head is None:
             why = "and this pipeline has no filter head"
@@ -496,15 +494,8 @@ class MinimPipeline(
             why = "which reads the prompt's words: pass `prompt`"
         elif output_type == "latent":
             why = "which output_type='latent' bypasses"
-        for name, value in wishes.items():
-            if why is not None:
-                raise ValueError(f"`{name}={value}` needs a filter, {why}.")
-        for name, value in (("seeds", seeds), ("latents", latents)):
-            if redraws and value is not None:
-                raise ValueError(
-                    f"`{redraws[0]}={wishes[redraws[0]]}` draws images that the filter chooses from, but `{name}` says"
-                    " which to draw."
-                )
+        wishes = {"num_candidates": num_candidates, "max_rounds": max_rounds, "filter_threshold": filter_threshold}
+        check_wishes(wishes | {"use_filter": use_filter or None}, why, {"seeds": seeds, "latents": latents})
 
     @staticmethod
     def prompt_list(prompt: str | list[str]) -> list[str]:
@@ -713,6 +704,7 @@ class MinimPipeline(
         prompt: str | list[str],
         modality: str | list[str] | None = None,
         reject_copies: bool = True,
+        filter_threshold: float | None = None,
     ) -> MinimScores:
         """The filter's ratings of any images, real ones too.
 
@@ -723,6 +715,7 @@ class MinimPipeline(
             prompt: what each is to show, one sentence for all or a list.
             modality: as for `__call__`.
             reject_copies: `False` also accepts copies of training images, and those images themselves.
+            filter_threshold: as for `__call__`.
 
         Raises:
             ValueError: the pipeline has no filter head, or an argument is not possible, as for `__call__`.
@@ -730,6 +723,7 @@ class MinimPipeline(
         if self.filter_head is None:
             raise ValueError("This pipeline has no filter head to score with.")
         check_flags(reject_copies=reject_copies)
+        check_threshold(filter_threshold)
         pictures = to_pictures(images)
         prompts = [prompt] * len(pictures) if isinstance(prompt, str) else self.prompt_list(prompt)
         if len(prompts) != len(pictures):
@@ -737,7 +731,7 @@ class MinimPipeline(
         prompts, modalities = self.resolve_prompts(prompts, modality, len(prompts))
         rated = self.rate_pictures(pictures, prompts, modalities, self._execution_device)
         self.maybe_free_model_hooks()
-        scores, accepted, reasons = self.judge(rated, modalities, reject_copies=reject_copies)
+        scores, accepted, reasons = self.judge(rated, modalities, filter_threshold, reject_copies)
         return MinimScores(scores.tolist(), accepted.tolist(), reasons, rated.quality.tolist(), rated.finding.tolist())
 
     def rate_pictures(
@@ -895,7 +889,12 @@ class MinimPipeline(
                     prompt_embeds = callback_embeds(
                         callback_outputs.pop("prompt_embeds", prompt_embeds), prompt_embeds, count, guided
                     )
-                    negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+                    if negative_prompt_embeds is not None:
+                        negative_prompt_embeds = same_shape(
+                            "negative_prompt_embeds",
+                            callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds),
+                            negative_prompt_embeds,
+                        )
 
                 if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()
@@ -973,7 +972,8 @@ class MinimPipeline(
                 `"OCT: macular edema"`. Not together with `prompt_embeds`.
             modality: id, name or alias of the modality, one for all prompts or a list. May be left out where the
                 prompts begin with it.
-            height: in pixels, a multiple of 8; defaults to the U-Net's `sample_size` times 8.
+            height: in pixels, a multiple of 8; defaults to the U-Net's `sample_size` times 8. Others are warned of:
+                the model has not learned them, and draws things twice there.
             width: likewise.
             num_inference_steps: denoising steps; defaults to the model's.
             timesteps: timesteps in descending order instead of the scheduler's own, for schedulers that take them.

@@ -117,6 +117,7 @@ BAD_SCORES = [
 BAD_SCORES += [({"prompt": value}, "string or a list of strings") for value in (None, NAN, 3, True, [3], ("a",))]
 BAD_SCORES += [({"prompt": ""}, "empty"), ({"prompt": ["a", "b"]}, "2 entries for 1 images")]
 BAD_SCORES += [({"modality": value}, "odality") for value in (None, NAN, 3, True, "PET", ["oct", "oct"])]
+BAD_SCORES += [({"filter_threshold": value}, "from 1 to 3") for value in (NAN, INF, 0, True, "2")]
 BAD_SCORES += [({"reject_copies": value}, "True or False") for value in (None, 1, "no")]
 
 

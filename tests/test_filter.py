@@ -244,6 +244,9 @@ def test_the_word_of_a_call_is_that_of_score(filtered, size, output_type):
         out = filtered("normal", "oct", **settings, generator=generator())
         rated = filtered.score(out.images, "normal", "oct")
         assert out.accepted == rated.accepted and out.scores == pytest.approx(rated.scores, abs=1e-5)
+        asked = dict(filter_threshold=sorted(rated.scores)[1] - 1e-4, reject_copies=False)
+        again = filtered("normal", "oct", **settings, **asked, generator=generator())
+        assert again.accepted == filtered.score(again.images, "normal", "oct", **asked).accepted
         head, codes = filtered.filter_head, []
         hook = head.register_forward_hook(lambda head, given, made, codes=codes: codes.append(made.code))
         filtered.score(out.images, "normal", "oct")

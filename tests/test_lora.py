@@ -27,7 +27,7 @@ def config(*targets: str, **settings) -> LoraConfig:
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"to_q": 9, "q_proj": 9}}])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"alpha_pattern": {".*q.*": 9}}], ids=str)
 def test_pefts_own_adapter_draws_as_it_did_in_training(make_pipeline, tmp_path, part, settings):
     torch.manual_seed(0)
     trained, targets = make_pipeline(), {"unet": ("to_q", "to_v"), "text_encoder": ("q_proj", "v_proj")}[part]
