@@ -139,14 +139,18 @@ class LoraLoading(StableDiffusionLoraLoaderMixin):
         """Warns if a LoRA's file says that it was trained with modality tokens that are not here."""
         if isinstance(source, dict):
             return
-        names = [options.get("weight_name"), LORA_WEIGHT_NAME_SAFE]
+        # As diffusers guesses it: its own name, or whatever lies there.
+        folder = Path(source, options.get("subfolder") or "")
+        guesses = [LORA_WEIGHT_NAME_SAFE, *(file.name for file in sorted(folder.glob("*.safetensors")))]
+        names = [options["weight_name"]] if options.get("weight_name") else guesses
         path = source if os.path.isfile(source) else None
-        path = path or next((p for p in (find_file(source, name, options) for name in names if name) if p), None)
+        path = path or next((p for p in (find_file(source, name, options) for name in names) if p), None)
         if path is None or Path(path).suffix != ".safetensors":
             return
         with safe_open(path, framework="pt") as file:
             trained = json.loads((file.metadata() or {}).get(TOKENS_KEY, "[]"))
-        missing = [token for token in trained if token not in self.tokenizer.added_tokens_encoder]
+        known = self.tokenizer.added_tokens_encoder if self.tokenizer is not None else trained
+        missing = [token for token in trained if token not in known]
         if missing:
             logger.warning(
                 f"{str(source)!r} was trained with the modality tokens {', '.join(missing)}, which this pipeline does"

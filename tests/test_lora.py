@@ -1,6 +1,7 @@
 """LoRAs of diffusers and PEFT, and files that are none for this model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -101,7 +102,9 @@ def test_modality_tokens_that_the_base_lacks_are_told(make_pipeline, tmp_path, c
     fresh = make_pipeline()
     fresh.load_lora_weights(tmp_path)
     assert "modality tokens" not in caplog.text
-    for source in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
+    (tmp_path / "renamed").mkdir()
+    shutil.copy(tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "renamed" / "mine.safetensors")
+    for source in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "renamed"):
         caplog.clear()
         base = make_pipeline()
         # A base of the same shapes that was never taught the tokens
