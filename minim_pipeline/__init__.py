@@ -45,3 +45,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+from . import auto_pipeline  # noqa: E402, F401  last, as it may import the rest: diffusers' Auto class finds the pipeline

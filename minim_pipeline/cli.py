@@ -96,14 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--num-inference-steps", type=number(int, 1), help="default: the model's own")
     p.add_argument("--guidance-scale", type=number(float, 0), help="default: the model's own")
     p.add_argument("--negative-prompt", help="what the image shall not show")
-    p.add_argument(
-        "--height", type=number(int, 8, multiple=8), help="pixels, a multiple of 8 (default: the model's own)"
-    )
-    p.add_argument(
-        "--width", type=number(int, 8, multiple=8), help="pixels, a multiple of 8 (default: the model's own)"
-    )
+    size = "pixels, a multiple of 8 (default: the model's own; it has learned no other)"
+    p.add_argument("--height", type=number(int, 8, multiple=8), help=size)
+    p.add_argument("--width", type=number(int, 8, multiple=8), help=size)
     p.add_argument("--scheduler", choices=SCHEDULERS, help="default: the model's own")
-    p.add_argument("--lora", metavar="PATH_OR_HUB_ID", help="LoRA weights to add")
+    p.add_argument("--lora", metavar="PATH_OR_HUB_ID", help="LoRA weights to add, of diffusers, kohya or PEFT")
     p.add_argument("--device", help="e.g. cpu, cuda, cuda:1 (default: a GPU if there is one)")
     p.add_argument("--dtype", choices=DTYPES, default="float32")
     p.add_argument("--batch-size", type=number(int, 1), help="images drawn together (default 4 on a CPU, else 8)")

@@ -180,7 +180,10 @@ def _lora_identity(lora: str) -> str:
     path = Path(lora)
     if not path.exists():
         return lora
-    return f"{path.name} {_digest([path] if path.is_file() else path.glob('*.safetensors'))}"
+    weights = [path] if path.is_file() else path.glob("*.safetensors")
+    # PEFT's own adapters have their weight in a file beside.
+    beside = (path.parent if path.is_file() else path).glob("adapter_config.json")
+    return f"{path.name} {_digest([*weights, *beside])}"
 
 
 def generate(
@@ -284,6 +287,9 @@ def generate(
     }
     if unet is not None:
         settings["unet"] = unet_identity(unet)
+    if not pipe.config.modalities:
+        # Whoever reads the files has to know that the modality was asked for and not learned.
+        settings["modality_learned"] = "false"
     if filtering:
         defaults = {"num_candidates": pipe.config.num_candidates, "max_rounds": 1, "filter_threshold": None}
         settings |= defaults | {"keep_copies": False} | choice
@@ -295,7 +301,7 @@ def generate(
     columns = dict.fromkeys(
         [
             *COLUMNS,
-            *["unet"] * (unet is not None),
+            *(name for name in ("unet", "modality_learned") if name in settings),
             *FILTER_COLUMNS * filtering,
             *(column for item in items for column in item.extra),
         ]

@@ -1,13 +1,11 @@
 """The pipeline: a modality and a sentence in, synthetic medical images out."""
 
-import functools
 import importlib.util
 import inspect
 import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +13,39 @@ import diffusers
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    UNet2DConditionModel,
-    UniPCMultistepScheduler,
-)
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.loaders import FromSingleFileMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput, logging, scale_lora_layers, unscale_lora_layers
+from diffusers.utils import BaseOutput, scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .call_checks import (
+    callback_embeds,
+    check_attention_arguments,
+    check_callback,
+    check_counts,
+    check_flags,
+    check_generator,
+    check_kinds,
+    check_numbers,
+    check_seeds,
+    check_steps,
+    check_tensor,
+    check_threshold,
+    check_wishes,
+    is_whole,
+    same_shape,
+    shown,
+    to_pictures,
+)
 from .captions import check_caption
 from .image_pixels import convert_pictures
 from .licenses import license_of
+from .lora import LoraLoading
 from .minim_filter import FILTER_LIBRARY, FilterHead, FilterHeadOutput
 from .minim_filter.fingerprints import distances
 from .minim_filter.funnel import REASONS, Funnel, combine, plan_stages, select_state, weaker
@@ -49,32 +57,18 @@ from .modalities import (
     resolve_modality,
     split_prefix,
 )
+from .notices import logger, warn_once
+from .schedules import check_scheduler, keep_from_clipping, settings_of
 from .standalone import source_code
-from .tokens import negative_text, prompt_text
+from .tokens import modality_tokens, negative_text, prompt_text
+from .turns import draws_in_turn, in_turn
 
 
-logger = logging.get_logger(__name__)
-
-# The only schedulers of diffusers that know `rescale_betas_zero_snr`; the others drop it without a word.
-ZERO_SNR_SCHEDULERS = (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    EulerAncestralDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Thresholds for a modality that the filter's config has none for: the middle of the scale.
 UNCALIBRATED = {"score": 2.0, "finding": 2.0, "copy": -1}
 # Of people's, from which on a modality's thresholds are said to be calibrated.
 FEWEST_RATINGS = 20
-
-
-@functools.cache
-def warn_once(message: str):
-    """Warns of what stays as it is from call to call."""
-    logger.warning(message)
 
 
 @dataclass
@@ -84,8 +78,9 @@ class MinimPipelineOutput(BaseOutput):
     Args:
         images: `len(prompt) * num_images_per_prompt` images, all of the first prompt first: `list[PIL.Image.Image]`,
             `np.ndarray` (N, H, W, 3) in [0, 1], `torch.Tensor` (N, 3, H, W) in [0, 1], or latents (N, C, H/8, W/8).
-        scores: the filter's expected rating, 1.0 to 3.0; `None` where no filter ran.
-        accepted: whether the filter accepts the image; `None` where no filter ran.
+        scores: the filter's expected rating of the finished picture, 1.0 to 3.0, as [`~MinimPipeline.score`] gives
+            it; `None` where no filter ran.
+        accepted: whether the filter accepts the picture, as `score` does; `None` where no filter ran.
         seeds: the int64 that draws the image again as `seeds=[seed]`; `None` where no single number does, because the
             noise came from `latents`, from one generator for several images, or from a generator already in use.
         candidates: how many were drawn for the image.
@@ -154,20 +149,12 @@ def retrieve_timesteps(
     timesteps: list[int] | None = None,
     sigmas: list[float] | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """The timesteps of `scheduler` and their number; `timesteps` or `sigmas` take the place of its own spacing.
-
-    Raises:
-        ValueError: both are given, or the scheduler does not take the one that is.
-    """
-    if timesteps is not None and sigmas is not None:
-        raise ValueError("Pass `timesteps` or `sigmas`, not both.")
+    """The timesteps of `scheduler` and their number; `timesteps` or `sigmas` take the place of its own spacing."""
     if timesteps is None and sigmas is None:
         scheduler.set_timesteps(num_inference_steps, device=device)
         return scheduler.timesteps, num_inference_steps
-    name, values = ("timesteps", timesteps) if timesteps is not None else ("sigmas", sigmas)
-    if name not in inspect.signature(scheduler.set_timesteps).parameters:
-        raise ValueError(f"{type(scheduler).__name__} takes no `{name}` of the caller's.")
-    scheduler.set_timesteps(**{name: values}, device=device)
+    asked = {"timesteps": timesteps} if timesteps is not None else {"sigmas": sigmas}
+    scheduler.set_timesteps(**asked, device=device)
     return scheduler.timesteps, len(scheduler.timesteps)
 
 
@@ -208,7 +195,7 @@ class MinimPipeline(
     DiffusionPipeline,
     StableDiffusionMixin,
     TextualInversionLoaderMixin,
-    StableDiffusionLoraLoaderMixin,
+    LoraLoading,
     FromSingleFileMixin,
 ):
     r"""
@@ -217,9 +204,15 @@ class MinimPipeline(
 
     The pipeline inherits the following loading methods:
         - [`~loaders.TextualInversionLoaderMixin.load_textual_inversion`] for loading textual inversion embeddings
-        - [`~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights`] for loading LoRA weights
-        - [`~loaders.StableDiffusionLoraLoaderMixin.save_lora_weights`] for saving LoRA weights
+        - [`~LoraLoading.load_lora_weights`] for loading LoRA weights, of diffusers, kohya or PEFT
+        - [`~LoraLoading.save_lora_weights`] for saving LoRA weights
         - [`~loaders.FromSingleFileMixin.from_single_file`] for loading `.ckpt` files
+
+    One call at a time: calls from several threads wait for each other, also where pipelines share components, as after
+    `from_pipe`. To draw in several threads at once, give each a `copy.deepcopy(pipe)`.
+
+    `MinimPipeline.from_pipe(pipe)` makes a second one of the same components and settings; `pipe.components` are the
+    parts alone, without modalities and defaults.
 
     Args:
         vae ([`AutoencoderKL`]): decodes latents (N, C, H/8, W/8) to images (N, 3, H, W) in [-1, 1].
@@ -277,8 +270,16 @@ class MinimPipeline(
         super().__init__()
         if zero_terminal_snr is None:
             zero_terminal_snr = scheduler is not None and scheduler.config.get("rescale_betas_zero_snr", False)
+        if scheduler is not None:
+            keep_from_clipping(scheduler)
         if isinstance(modalities, str):
             modalities = modalities.split()
+        if not modalities and tokenizer is not None and modality_tokens(tokenizer):
+            logger.warning(
+                f"This pipeline is made without `modalities`, but its tokenizer knows"
+                f" {', '.join(modality_tokens(tokenizer))}: `pipe.components` hold neither the modalities trained nor"
+                " the model's defaults of steps, guidance and candidates. `MinimPipeline.from_pipe(pipe)` keeps them."
+            )
         register_definitions(custom_modalities or {})
         custom_modalities = {**(custom_modalities or {}), **custom_definitions(modalities or [])}
         self.register_modules(
@@ -333,6 +334,13 @@ class MinimPipeline(
         return self.config.weights_license or (license_of(origin) if os.path.isdir(origin) else None)
 
     @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        """As [`DiffusionPipeline.from_pipe`]; without a filter head if `pipeline`, as Stable Diffusion, has none."""
+        if "filter_head" not in pipeline.components:
+            kwargs.setdefault("filter_head", None)
+        return super().from_pipe(pipeline, **kwargs)
+
+    @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs):
         """As [`ConfigMixin.extract_init_dict`], but the filter head's class is always the one this pipeline knows.
 
@@ -369,6 +377,8 @@ class MinimPipeline(
             for name in ("custom_modalities", "bare_prompts", "weights_license"):
                 if path.name == self.config_name and not config[name]:
                     del config[name]
+            if path.parent.name == "scheduler" and "clip_sample" not in settings_of(self.scheduler):
+                config["clip_sample"] = False  # as `keep_from_clipping`, for a scheduler that was swapped in
             if path.parent.name == "text_encoder":
                 # transformers loads in the dtype that is written here, diffusers in fp32 whatever the files hold.
                 config["dtype"] = "float32"
@@ -399,13 +409,16 @@ class MinimPipeline(
         self.vae.disable_tiling()
 
     def check_filter_head(self):
-        """Raises ValueError if the filter head was trained for another U-Net, autoencoder or tokenizer."""
+        """Raises ValueError if the filter head was trained for another U-Net, autoencoder or tokenizer.
+
+        Tokens that the tokenizer has got since, as by a textual inversion, are those that the head does not read.
+        """
         head, pairs = self.filter_head.config, []
         if self.unet is not None:
             pairs.append(("latent channels", head.in_channels, self.unet.config.in_channels))
         if self.vae is not None:
             pairs.append(("latent scale", head.latent_scale, self.vae.config.scaling_factor))
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and len(self.tokenizer) < head.vocab_size:
             pairs.append(("tokens", head.vocab_size, len(self.tokenizer)))
         for name, of_head, of_pipeline in pairs:
             if of_head != of_pipeline:
@@ -414,25 +427,25 @@ class MinimPipeline(
                     f" {of_pipeline}. Load the pipeline with `filter_head=None`, or train a head for it."
                 )
 
-    def check_scheduler(self):
-        """Raises ValueError if the scheduler cannot sample this model."""
-        name, config = type(self.scheduler).__name__, self.scheduler.config
-        fitting = ", ".join(c.__name__ for c in ZERO_SNR_SCHEDULERS)
-        if self.config.zero_terminal_snr:
-            if not isinstance(self.scheduler, ZERO_SNR_SCHEDULERS):
-                raise ValueError(
-                    f"{name} does not fit this model, whose noise schedule ends in pure noise (zero terminal SNR);"
-                    f" use one of {fitting}."
-                )
-            if not config.rescale_betas_zero_snr or config.prediction_type == "epsilon":
-                raise ValueError(
-                    f"This model has zero terminal SNR, but its {name} has"
-                    f" rescale_betas_zero_snr={config.rescale_betas_zero_snr} and"
-                    f" prediction_type={config.prediction_type!r}; make it with"
-                    f" `{name}.from_config(...)` from the config of the scheduler that the model was saved with."
-                )
-        elif not hasattr(self.scheduler, "init_noise_sigma") or not hasattr(self.scheduler, "scale_model_input"):
-            raise ValueError(f"{name} does not fit this pipeline; use one of {fitting}.")
+    @property
+    def learned_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the U-Net has learned."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    def tell_what_is_not_learned(self, height: int, width: int):
+        """Warns once of a size, and of a model, that has not learned what it is asked for."""
+        if (height, width) != self.learned_size:
+            learned = "{} x {}".format(*self.learned_size)
+            warn_once(
+                f"{height} x {width} (height x width) is no size that this model has learned, which is {learned}:"
+                " expect organs drawn twice, or stretched."
+            )
+        if not self.config.modalities:
+            warn_once(
+                "This model names no modality that it has learned: what it draws need not be what `modality` says."
+            )
 
     def check_inputs(
         self,
@@ -455,53 +468,60 @@ class MinimPipeline(
         callback_on_step_end_tensor_inputs=None,
         guidance_interval=(0.0, 1.0),
         filter_threshold=None,
+        guidance_scale=1.0,
+        guidance_rescale=0.0,
+        eta=0.0,
+        timesteps=None,
+        sigmas=None,
+        clip_skip=None,
+        cross_attention_kwargs=None,
+        callback_on_step_end=None,
+        return_dict=True,
+        reject_copies=True,
     ):
         """Raises ValueError for anything the call cannot work with, before any work is done."""
-        counts = {
-            "num_inference_steps": num_inference_steps,
-            "num_images_per_prompt": num_images_per_prompt,
-            "num_candidates": 1 if num_candidates is None else num_candidates,
-            "max_rounds": max_rounds,
-        }
-        for name, count in counts.items():
-            if not isinstance(count, Integral) or count < 1:
-                raise ValueError(f"`{name}` has to be a positive integer, got {count!r}.")
+        check_counts(
+            num_inference_steps=num_inference_steps,
+            num_images_per_prompt=num_images_per_prompt,
+            num_candidates=self.config.num_candidates if num_candidates is None else num_candidates,
+            max_rounds=max_rounds,
+        )
         for name, size in (("height", height), ("width", width)):
-            if not isinstance(size, Integral) or size < 1 or size % self.vae_scale_factor:
+            if not is_whole(size) or size < 1 or size % self.vae_scale_factor:
                 raise ValueError(f"`{name}` has to be a positive multiple of {self.vae_scale_factor}, got {size!r}.")
-        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-            raise ValueError(
-                f"`guidance_interval` has to be two fractions in ascending order, got {guidance_interval!r}."
-            )
-        if output_type not in OUTPUT_TYPES:
+        layers = self.text_encoder.config.num_hidden_layers if self.text_encoder is not None else 0
+        check_numbers(guidance_scale, guidance_rescale, guidance_interval, eta, clip_skip, layers)
+        check_threshold(filter_threshold)
+        check_steps(self.scheduler, timesteps, sigmas)
+        check_attention_arguments(cross_attention_kwargs)
+        if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
             raise ValueError(
                 f"`output_type` has to be one of {', '.join(map(repr, OUTPUT_TYPES))}, got {output_type!r}."
             )
-        if filter_threshold is not None and not 1 <= filter_threshold <= 3:
-            raise ValueError(f"`filter_threshold` has to be a score from 1 to 3, got {filter_threshold!r}.")
-        for name in callback_on_step_end_tensor_inputs:
-            if name not in self._callback_tensor_inputs:
-                raise ValueError(
-                    f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, got {name!r}."
-                )
+        check_flags(return_dict=return_dict, reject_copies=reject_copies)
+        check_kinds({"use_filter": (use_filter, use_filter is None or isinstance(use_filter, bool), "True or False")})
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Pass exactly one of `prompt` and `prompt_embeds`.")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("Pass `negative_prompt` or `negative_prompt_embeds`, not both.")
+        hidden = self.unet.config.cross_attention_dim
+        hidden = hidden if isinstance(hidden, int) else None  # some have a number for each block
         if prompt is None:
+            check_tensor("prompt_embeds", prompt_embeds, (None, None, hidden))
             batch_size = prompt_embeds.shape[0]
-            if negative_prompt_embeds is not None and prompt_embeds.shape != negative_prompt_embeds.shape:
-                raise ValueError(
-                    "`prompt_embeds` and `negative_prompt_embeds` must have the same shape, got"
-                    f" {tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}."
-                )
         else:
-            prompts = [prompt] if isinstance(prompt, str) else prompt
-            if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
-                raise ValueError(f"`prompt` has to be a string or a list of strings, got {prompt!r}.")
-            batch_size = len(prompts)
+            batch_size = len(self.prompt_list(prompt))
+        if negative_prompt_embeds is not None:
+            length = None if prompt_embeds is None else prompt_embeds.shape[1]
+            check_tensor("negative_prompt_embeds", negative_prompt_embeds, (batch_size, length, hidden))
         self.resolve_prompts(prompt, modality, batch_size)
+        texts = negative_prompt if isinstance(negative_prompt, (list, tuple)) else [negative_prompt or ""]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"`negative_prompt` has to be a string or a list of strings, got {shown(negative_prompt)}."
+            )
         if isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) != batch_size:
             raise ValueError(
                 f"`negative_prompt` has {len(negative_prompt)} entries for {batch_size} prompts: {negative_prompt!r}."
@@ -513,22 +533,12 @@ class MinimPipeline(
         if seeds is not None:
             if generator is not None or latents is not None:
                 raise ValueError("`seeds` replaces `generator` and `latents`; pass only one of the three.")
-            if isinstance(seeds, Integral) or len(seeds) != num_images:
-                raise ValueError(
-                    f"`seeds` has to be a list with one seed for each of {num_images} images, got {seeds!r}."
-                )
-            for seed in seeds:
-                if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
-                    raise ValueError(f"`seeds` have to be integers of 64 bits with a sign, got {seed!r}.")
-        if isinstance(generator, list) and len(generator) != num_images:
-            raise ValueError(f"`generator` has {len(generator)} entries for {num_images} images.")
+            check_seeds(seeds, num_images)
+        check_generator(generator, num_images)
+        if latents is not None:
+            rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
+            check_tensor("latents", latents, (num_images, self.unet.config.in_channels, rows, columns))
 
-        # What only a filter can do, and why it would not run
-        wishes = {"num_candidates": num_candidates, "max_rounds": max_rounds}
-        wishes = {name: count for name, count in wishes.items() if count is not None and count > 1}
-        redraws = list(wishes)
-        wishes |= {"filter_threshold": filter_threshold} if filter_threshold is not None else {}
-        wishes |= {"use_filter": True} if use_filter else {}
         why = None
         if self.filter_head is None:
             why = "and this pipeline has no filter head"
@@ -538,15 +548,16 @@ class MinimPipeline(
             why = "which reads the prompt's words: pass `prompt`"
         elif output_type == "latent":
             why = "which output_type='latent' bypasses"
-        for name, value in wishes.items():
-            if why is not None:
-                raise ValueError(f"`{name}={value}` needs a filter, {why}.")
-        for name, value in (("seeds", seeds), ("latents", latents)):
-            if redraws and value is not None:
-                raise ValueError(
-                    f"`{redraws[0]}={wishes[redraws[0]]}` draws images that the filter chooses from, but `{name}` says"
-                    " which to draw."
-                )
+        wishes = {"num_candidates": num_candidates, "max_rounds": max_rounds, "filter_threshold": filter_threshold}
+        check_wishes(wishes | {"use_filter": use_filter or None}, why, {"seeds": seeds, "latents": latents})
+
+    @staticmethod
+    def prompt_list(prompt: str | list[str]) -> list[str]:
+        """The prompts as a list; ValueError if they are not text."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"`prompt` has to be a string or a list of strings, got {shown(prompt)}.")
+        return prompts
 
     def resolve_prompts(
         self, prompt: str | list[str] | None, modality: str | list[str] | None, batch_size: int
@@ -589,6 +600,7 @@ class MinimPipeline(
             modalities.append(resolved)
         return prompts, modalities
 
+    @in_turn
     def encode_prompt(
         self,
         prompt: str | list[str] | None,
@@ -710,8 +722,6 @@ class MinimPipeline(
         shape = (batch_size, num_channels_latents, height // self.vae_scale_factor, width // self.vae_scale_factor)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif latents.shape != shape:
-            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, but {shape} is needed.")
         else:
             latents = latents.to(device, dtype)
         # scale the initial noise by the standard deviation required by the scheduler
@@ -749,12 +759,14 @@ class MinimPipeline(
         return torch.where(grey, images.mean(1, keepdim=True), images)
 
     @torch.no_grad()
+    @in_turn
     def score(
         self,
         images,
         prompt: str | list[str],
         modality: str | list[str] | None = None,
         reject_copies: bool = True,
+        filter_threshold: float | None = None,
         fit: str = "stretch",
         window: tuple[float, float] | None = None,
     ) -> MinimScores:
@@ -762,41 +774,45 @@ class MinimPipeline(
 
         Args:
             images: one image or several, as `PIL.Image`, `np.ndarray` (N, H, W, 3) in [0, 1] or `torch.Tensor`
-                (N, 3, H, W) in [0, 1]; they are brought to the size of the U-Net's. `PIL.Image`s of any mode are
-                read as files are, with a warning that says what was done; those of more than 8 bits are scaled alike.
+                (N, 3, H, W) in [0, 1]. They are rated as pictures of 8 bits, and at the size that the U-Net has
+                learned. `PIL.Image`s of any mode are read as files are, with a warning that says what was done;
+                those of more than 8 bits are scaled alike.
             prompt: what each is to show, one sentence for all or a list.
             modality: as for `__call__`.
             reject_copies: `False` also accepts copies of training images, and those images themselves.
-            fit: what becomes of a `PIL.Image` of other proportions: `"stretch"`, `"crop"` or `"pad"`.
+            filter_threshold: as for `__call__`.
+            fit: what becomes of an image of other proportions: `"stretch"`, `"crop"` or `"pad"`.
             window: the values that become black and white in a `PIL.Image` of more than 8 bits; `None` finds out.
 
         Raises:
-            ValueError: the pipeline has no filter head, there are not as many prompts as images, or what the values of
-                an image mean cannot be known.
+            ValueError: the pipeline has no filter head, an argument is not possible, as for `__call__`, or what the
+                values of an image mean cannot be known.
         """
         if self.filter_head is None:
             raise ValueError("This pipeline has no filter head to score with.")
-        if isinstance(images, PIL.Image.Image):
-            images = [images]
-        size = self.unet.config.sample_size
-        height, width = (s * self.vae_scale_factor for s in ((size, size) if isinstance(size, int) else size))
-        pictures = isinstance(images, (list, tuple)) and all(isinstance(im, PIL.Image.Image) for im in images)
-        pixels = images if pictures else self.image_processor.preprocess(images, height, width)
-        prompts = [prompt] * len(pixels) if isinstance(prompt, str) else list(prompt)
-        if len(prompts) != len(pixels):
-            raise ValueError(f"`prompt` has {len(prompts)} entries for {len(pixels)} images.")
+        check_flags(reject_copies=reject_copies)
+        check_threshold(filter_threshold)
+        pictures = to_pictures(images)
+        prompts = [prompt] * len(pictures) if isinstance(prompt, str) else self.prompt_list(prompt)
+        if len(prompts) != len(pictures):
+            raise ValueError(f"`prompt` has {len(prompts)} entries for {len(pictures)} images.")
         prompts, modalities = self.resolve_prompts(prompts, modality, len(prompts))
-        if pictures:
-            images, changes = convert_pictures(images, modalities, (width, height), fit, window)
-            for change in changes:
-                logger.warning(change)
-            pixels = self.image_processor.preprocess(images, height, width)  # (N, 3, H, W) in [-1, 1]
-        device = self._execution_device
-        funnel = self.prepare_funnel(prompts, modalities, list(range(len(prompts))), 1, device)
-        rated = funnel.rate(self.encode_images(pixels.to(device)))
+        height, width = self.learned_size
+        pictures, changes = convert_pictures(pictures, modalities, (width, height), fit, window)
+        for change in changes:
+            logger.warning(change)
+        rated = self.rate_pictures(pictures, prompts, modalities, self._execution_device)
         self.maybe_free_model_hooks()
-        scores, accepted, reasons = self.judge(rated, modalities, reject_copies=reject_copies)
+        scores, accepted, reasons = self.judge(rated, modalities, filter_threshold, reject_copies)
         return MinimScores(scores.tolist(), accepted.tolist(), reasons, rated.quality.tolist(), rated.finding.tolist())
+
+    def rate_pictures(
+        self, pictures: list[PIL.Image.Image], prompts: list[str], modalities: list[Modality], device: torch.device
+    ) -> FilterHeadOutput:
+        """The filter head's ratings of finished pictures, which are brought to the size that it has learned."""
+        pixels = self.image_processor.preprocess(pictures, *self.learned_size)  # (N, 3, H, W) in [-1, 1]
+        funnel = self.prepare_funnel(prompts, modalities, list(range(len(prompts))), 1, device)
+        return funnel.rate(self.encode_images(pixels.to(device)))
 
     def prepare_funnel(
         self,
@@ -937,10 +953,20 @@ class MinimPipeline(
                     for k in callback_on_step_end_tensor_inputs:
                         callback_kwargs[k] = locals()[k]
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                    if not isinstance(callback_outputs, dict):
+                        raise ValueError(f"`callback_on_step_end` has to return a dict, got {callback_outputs!r}.")
 
-                    latents = callback_outputs.pop("latents", latents)
-                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+                    count, guided = len(latents), self.do_classifier_free_guidance
+                    latents = same_shape("latents", callback_outputs.pop("latents", latents), latents)
+                    prompt_embeds = callback_embeds(
+                        callback_outputs.pop("prompt_embeds", prompt_embeds), prompt_embeds, count, guided
+                    )
+                    if negative_prompt_embeds is not None:
+                        negative_prompt_embeds = same_shape(
+                            "negative_prompt_embeds",
+                            callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds),
+                            negative_prompt_embeds,
+                        )
 
                 if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()
@@ -975,6 +1001,7 @@ class MinimPipeline(
         return self._interrupt
 
     @torch.no_grad()
+    @draws_in_turn
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -1017,7 +1044,8 @@ class MinimPipeline(
                 `"OCT: macular edema"`. Not together with `prompt_embeds`.
             modality: id, name or alias of the modality, one for all prompts or a list. May be left out where the
                 prompts begin with it.
-            height: in pixels, a multiple of 8; defaults to the U-Net's `sample_size` times 8.
+            height: in pixels, a multiple of 8; defaults to the U-Net's `sample_size` times 8. Others are warned of:
+                the model has not learned them, and draws things twice there.
             width: likewise.
             num_inference_steps: denoising steps; defaults to the model's.
             timesteps: timesteps in descending order instead of the scheduler's own, for schedulers that take them.
@@ -1041,7 +1069,10 @@ class MinimPipeline(
                 to the model's.
             clip_skip: how many of the text encoder's last layers to leave out, on both sides of guidance.
             callback_on_step_end: called after each step as `callback(pipe, step, timestep, tensors)`; tensors in the
-                dict it returns replace those of the call. Setting `pipe._interrupt = True` ends the loop.
+                dict it returns replace those of the call. Setting `pipe._interrupt = True` ends the loop. It sees the
+                candidates, not the images: all of them at first, fewer from step to step as the filter drops some. It
+                is called in the first round only, and what it sets of the call, such as `pipe._guidance_scale`, holds
+                for that round: further ones begin as the first did.
             callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds` and `negative_prompt_embeds` it
                 gets, by default `latents`. As in Stable Diffusion, `prompt_embeds` holds the negative side first.
             num_candidates: candidates for each image, of which the filter chooses; defaults to the model's. More than
@@ -1075,12 +1106,12 @@ class MinimPipeline(
             callback_on_step_end_tensor_inputs = ["latents"]
 
         # 0. The model's defaults
-        sample_size = self.unet.config.sample_size
-        sample_height, sample_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        height = sample_height * self.vae_scale_factor if height is None else height
-        width = sample_width * self.vae_scale_factor if width is None else width
+        height = self.learned_size[0] if height is None else height
+        width = self.learned_size[1] if width is None else width
         num_inference_steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         guidance_interval = self.config.guidance_interval if guidance_interval is None else guidance_interval
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        guidance_rescale = self.config.guidance_rescale if guidance_rescale is None else guidance_rescale
 
         # 1. Check inputs. Raise error if not correct
         self.check_inputs(
@@ -1103,11 +1134,22 @@ class MinimPipeline(
             callback_on_step_end_tensor_inputs,
             guidance_interval,
             filter_threshold,
+            guidance_scale,
+            guidance_rescale,
+            eta,
+            timesteps,
+            sigmas,
+            clip_skip,
+            cross_attention_kwargs,
+            callback_on_step_end,
+            return_dict,
+            reject_copies,
         )
-        self.check_scheduler()
+        check_scheduler(self.scheduler, self.config.zero_terminal_snr)
+        self.tell_what_is_not_learned(height, width)
 
-        self._guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        self._guidance_rescale = self.config.guidance_rescale if guidance_rescale is None else guidance_rescale
+        self._guidance_scale = guidance_scale
+        self._guidance_rescale = guidance_rescale
         self._clip_skip = clip_skip
         self._cross_attention_kwargs = cross_attention_kwargs
         self._interrupt = False
@@ -1150,9 +1192,12 @@ class MinimPipeline(
         # 5. Rounds of drawing: the first draws everything, further ones what fell short
         wanted, drawn = list(range(num_images)), [0] * num_images
         scores, accepted, chosen = [None] * num_images, [None] * num_images, [None] * num_images
-        final = [None] * num_images  # latents (C, h, w) of each image
+        final = [None] * num_images  # pixels (3, H, W) of each image, without a decoder its latents (C, h, w)
         rejected = [dict.fromkeys(REASONS, 0) if filtering else None for _ in range(num_images)]
         for number in range(max_rounds):
+            # What a callback changed, as diffusers' own that end guidance do, was meant for its round
+            self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
+            self._cross_attention_kwargs = cross_attention_kwargs
             # A compiled network would be compiled anew for another batch: fewer images are filled up.
             compiled = getattr(self.unet, "_compiled_call_impl", None) is not None
             places = wanted + [wanted[-1]] * (num_images - len(wanted) if compiled else 0)
@@ -1199,22 +1244,32 @@ class MinimPipeline(
             )
             check_finite(result, "Latents", {"text_encoder": self.text_encoder, "unet": self.unet})
             if not filtering:
-                final, chosen, drawn = list(result), round_seeds, [1] * num_images
+                final, chosen, drawn = result, round_seeds, [1] * num_images
                 break
 
             # The best candidate of each image: one that is accepted before one that is not
             rated, left = funnel.rate(result), funnel.alive.tolist()
             kinds = [modalities[slots[k]] for k in left]
+            _, passed, reasons = self.judge(rated, kinds, filter_threshold, reject_copies)
+            best = funnel.keep(funnel.rank(rated) + 4 * passed, 1).tolist()[: len(wanted)]
+            left_places = funnel.image[left].tolist()
+            lost = funnel.dropped + [(left_places[k], reason) for k, reason in enumerate(reasons) if k not in best]
+
+            # The filter's word is on the picture, as `score` gives it: latents may promise more than it holds
+            kinds = [modalities[i] for i in wanted]
+            pixels = self.decode_latents(result[best], kinds)
+            pictures = self.image_processor.postprocess(pixels, output_type="pil")
+            rated = self.rate_pictures(pictures, [prompts[i] for i in wanted], kinds, device)
             found, passed, reasons = self.judge(rated, kinds, filter_threshold, reject_copies)
-            for place, reason in funnel.dropped + list(zip(funnel.image[left].tolist(), reasons)):
+            for place, reason in lost + list(enumerate(reasons)):
                 if reason and place < len(wanted):
                     rejected[wanted[place]][reason] += 1
-            best = funnel.keep(funnel.rank(rated) + 4 * passed, 1).tolist()
-            for k, i in zip(best, wanted):
+            for place, i in enumerate(wanted):
                 drawn[i] += candidates
-                if final[i] is None or (passed[k].item(), found[k].item()) > (accepted[i], scores[i]):
-                    final[i], chosen[i] = result[k], round_seeds[left[k]]
-                    accepted[i], scores[i] = passed[k].item(), found[k].item()
+                word = passed[place].item(), found[place].item()
+                if final[i] is None or word > (accepted[i], scores[i]):
+                    final[i], chosen[i] = pixels[place], round_seeds[left[best[place]]]
+                    accepted[i], scores[i] = word
             wanted = [i for i in wanted if not accepted[i]]
             if not wanted or self.interrupt:
                 break
@@ -1223,13 +1278,12 @@ class MinimPipeline(
                 f"{len(wanted)} of {num_images} images fall short of the filter's thresholds and come back with"
                 f" accepted=False: raise `num_candidates` ({candidates}) or `max_rounds` ({max_rounds})."
             )
-        latents = torch.stack(final)
 
-        # 6. Decode
+        # 6. Decode, where the filter has not
         if output_type == "latent":
-            images = latents
+            images = final
         else:
-            images = self.decode_latents(latents, modalities)
+            images = torch.stack(final) if filtering else self.decode_latents(final, modalities)
             images = self.image_processor.postprocess(images, output_type=output_type)
 
         # Offload all models

@@ -15,11 +15,16 @@ from . import __version__
 
 # In the order in which they need each other.
 MODULES = (
+    "notices",
     "modalities",
     "captions",
     "tokens",
     "image_pixels",
     "licenses",
+    "turns",
+    "schedules",
+    "call_checks",
+    "lora",
     "minim_filter/estimate",
     "minim_filter/filter_head",
     "minim_filter/fingerprints",

@@ -4,7 +4,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .modalities import Modality, resolve_modality
+from .modalities import MODALITIES, Modality, resolve_modality
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
@@ -65,6 +65,11 @@ def add_modality_tokens(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, i
         if hasattr(module, "eos_token_id"):
             module.eos_token_id = tokenizer.eos_token_id
     return {m.id: tokenizer.convert_tokens_to_ids(m.token) for m in modalities}
+
+
+def modality_tokens(tokenizer: CLIPTokenizer) -> list[str]:
+    """The modalities' tokens that a tokenizer knows, e.g. `["<oct>", "<cxr>"]`."""
+    return [m.token for m in MODALITIES.values() if m.token in tokenizer.added_tokens_encoder]
 
 
 def prompt_text(prompt: str, modality: Modality, tokenizer: CLIPTokenizer) -> str:

@@ -205,6 +205,56 @@ def test_lora(pipeline_dir, tmp_path):
     assert read_provenance(tmp_path / "with/0000.png")["lora"].startswith("lora sha256-")
 
 
+def test_a_lora_of_another_model_is_refused_and_pefts_own_is_taken(pipeline_dir, tmp_path, capsys):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import save_file
+
+    from minim_pipeline import MinimPipeline
+
+    name = "transformer.single_transformer_blocks.0.attn.to_q.lora_{}.weight"
+    save_file({name.format("A"): torch.ones(2, 9), name.format("B"): torch.ones(9, 2)}, tmp_path / "flux.safetensors")
+    options = (*ONE_PROMPT, "--num-images", 1, "--lora")
+    assert run(pipeline_dir, tmp_path / "out", *options, tmp_path / "flux.safetensors") == 2
+    err = capsys.readouterr().err
+    assert "holds no LoRA for this model: Nothing of" in err and "'transformer.single_transformer_blocks.0" in err
+    assert not (tmp_path / "out").exists()
+
+    pipe = MinimPipeline.from_pretrained(pipeline_dir)
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    get_peft_model(pipe.unet, config).save_pretrained(tmp_path / "peft")
+    assert run(pipeline_dir, tmp_path / "with", *options, tmp_path / "peft") == 0
+    run(pipeline_dir, tmp_path / "without", *options[:-1])
+    assert np.abs(pixels(tmp_path / "with/0000.png") - pixels(tmp_path / "without/0000.png")).max() > 0
+    first = read_provenance(tmp_path / "with/0000.png")["lora"]
+    settings = tmp_path / "peft/adapter_config.json"
+    settings.write_text(settings.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
+    assert run(pipeline_dir, tmp_path / "stronger", *options, tmp_path / "peft") == 0
+    assert read_provenance(tmp_path / "stronger/0000.png")["lora"] != first, "it is another one"
+
+
+def test_a_modality_that_the_model_has_not_learned_is_told_and_recorded(make_pipeline, pipeline_dir, tmp_path, caplog):
+    from minim_pipeline.notices import warn_once
+
+    warn_once.cache_clear()
+    make_pipeline("sd1").save_pretrained(tmp_path / "base")
+    options = (*ONE_PROMPT, "--num-images", 2, "--batch-size", 1, "--num-inference-steps", 3)
+    assert run(tmp_path / "base", tmp_path / "out", *options) == 0
+    assert sum("names no modality that it has learned" in message for message in caplog.messages) == 1
+    assert [row["modality_learned"] for row in read_csv(tmp_path / "out/data.csv")] == ["false"] * 2
+    assert read_provenance(tmp_path / "out/0001.png")["modality_learned"] == "false"
+    assert run(pipeline_dir, tmp_path / "learned", *options) == 0
+    assert "modality_learned" not in read_csv(tmp_path / "learned/data.csv")[0]
+
+
+def test_a_size_that_the_model_has_not_learned_is_told(pipeline_dir, tmp_path, caplog):
+    from minim_pipeline.notices import warn_once
+
+    warn_once.cache_clear()
+    assert run(pipeline_dir, tmp_path, *ONE_PROMPT, "--height", 128, "--batch-size", 1) == 0
+    assert sum("128 x 64 (height x width) is no size that this" in message for message in caplog.messages) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

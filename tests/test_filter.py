@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from diffusers.callbacks import SDCFGCutoffCallback
 
 from minim_pipeline import MinimPipeline
 from minim_pipeline.minim_filter.fingerprints import distances, pack
 from minim_pipeline.minim_filter.funnel import Funnel, combine, plan_stages, select_state
-from minim_pipeline.pipeline_minim import ZERO_SNR_SCHEDULERS, warn_once
+from minim_pipeline.notices import warn_once
+from minim_pipeline.schedules import ZERO_SNR_SCHEDULERS
 
 
 torch.set_num_threads(1)
@@ -44,16 +46,25 @@ def test_switched_off_it_leaves_the_image_as_it_was_bit_for_bit(filtered, make_p
     assert all(1 <= score <= 3 for score in on.scores) and on.accepted == [True, True] and on.candidates == [1, 1]
 
 
-def test_of_many_candidates_the_best_comes_back(filtered):
+def ratings_of(pipe, monkeypatch) -> list:
+    """What the head says from now on in each call: of the latents, then of the pictures."""
+    seen, judge = [], pipe.judge
+    monkeypatch.setattr(
+        pipe, "judge", lambda rated, *rest, **more: (seen.append(rated), judge(rated, *rest, **more))[1]
+    )
+    return seen
+
+
+def test_of_many_candidates_the_best_comes_back(filtered, monkeypatch):
     stages(filtered)  # all are sampled to the end
     out = filtered(**CALL, num_images_per_prompt=2, generator=generator(), num_candidates=4)
     assert out.candidates == [4, 4] and out.images.shape[0] == 2
-    seeds = filtered.draw_seeds([0, 1], 4, generator())
+    seeds, seen = filtered.draw_seeds([0, 1], 4, generator()), ratings_of(filtered, monkeypatch)
     every = filtered(**CALL, num_images_per_prompt=8, seeds=seeds)
-    for j in range(2):
-        mine = every.scores[4 * j : 4 * j + 4]
-        assert out.scores[j] == pytest.approx(max(mine), abs=1e-4)
-        assert out.seeds[j] == seeds[4 * j + int(np.argmax(mine))]
+    latents = combine(seen[0].quality, seen[0].finding).view(2, 4)
+    for j, best in enumerate(latents.argmax(1).tolist()):
+        assert out.seeds[j] == seeds[4 * j + best]
+        assert out.scores[j] == pytest.approx(every.scores[4 * j + best], abs=1e-4)
     again = filtered(**CALL, num_images_per_prompt=2, seeds=out.seeds)
     np.testing.assert_allclose(again.images, out.images, atol=1e-4)
     assert again.scores == pytest.approx(out.scores, abs=1e-4)
@@ -112,16 +123,15 @@ def test_what_falls_short_is_drawn_again_and_told_once(filtered, caplog):
 
 def test_an_accepted_candidate_goes_before_a_better_one_that_is_not(filtered, monkeypatch):
     stages(filtered)
-    seeds, seen, judge = filtered.draw_seeds([0], 6, generator()), [], filtered.judge
-    monkeypatch.setattr(filtered, "judge", lambda rated, *rest: (seen.append(rated), judge(rated, *rest))[1])
-    every = filtered(**CALL, num_images_per_prompt=6, seeds=seeds)
-    finding = seen[0].finding.tolist()
-    best = int(np.argmax(every.scores))
-    other = next(i for i in np.argsort(every.scores)[::-1].tolist() if finding[i] > finding[best])
+    seeds, seen = filtered.draw_seeds([0], 6, generator()), ratings_of(filtered, monkeypatch)
+    filtered(**CALL, num_images_per_prompt=6, seeds=seeds)
+    finding, scores = seen[0].finding.tolist(), combine(seen[0].quality, seen[0].finding).tolist()
+    best = int(np.argmax(scores))
+    other = next(i for i in np.argsort(scores)[::-1].tolist() if finding[i] > finding[best])
     thresholds(filtered, score=1.0, finding=(finding[best] + finding[other]) / 2)
     out = filtered(**CALL, num_candidates=6, generator=generator())
-    assert out.accepted == [True] and out.seeds != [seeds[best]]
-    assert finding[seeds.index(out.seeds[0])] > finding[best] and out.scores[0] < every.scores[best]
+    assert out.seeds != [seeds[best]]
+    assert finding[seeds.index(out.seeds[0])] > finding[best]
 
 
 def test_copies_of_training_images_do_not_come_back(filtered):
@@ -133,7 +143,7 @@ def test_copies_of_training_images_do_not_come_back(filtered):
     filtered.filter_head.register_forward_hook(lambda head, given, made: codes.append(made.code))
     filtered(**CALL, seeds=first.seeds[1:])
     head = filtered.filter_head
-    head.set_fingerprints(head.code, pack(codes[0]))  # "the training image"
+    head.set_fingerprints(head.code, pack(torch.cat(codes)))  # "the training image", its latents and its picture
     thresholds(filtered, score=1.0, copy=0)
     out = filtered(**settings, generator=generator())
     assert out.seeds[0] == first.seeds[0] and out.seeds[1] != first.seeds[1] and out.accepted == [True, True]
@@ -222,6 +232,78 @@ def test_any_images_can_be_scored(filtered):
         filtered.score(out.images, ["normal"], "oct")
 
 
+@pytest.mark.parametrize(
+    ("size", "output_type"), [({}, "pil"), ({"height": 96}, "np"), ({"height": 128, "width": 128}, "pt")], ids=str
+)
+def test_the_word_of_a_call_is_that_of_score(filtered, size, output_type):
+    """Also of a size that the model has not learned, at which the head says of latents what it likes."""
+    stages(filtered, (20.0, 0.5))
+    settings = dict(num_images_per_prompt=4, num_candidates=2, max_rounds=2, **size, output_type=output_type)
+    for copy in (-1, 8):  # of 8 bits
+        thresholds(filtered, score=1.5, copy=copy)
+        out = filtered("normal", "oct", **settings, generator=generator())
+        rated = filtered.score(out.images, "normal", "oct")
+        assert out.accepted == rated.accepted and out.scores == pytest.approx(rated.scores, abs=1e-5)
+        asked = dict(filter_threshold=sorted(rated.scores)[1] - 1e-4, reject_copies=False)
+        again = filtered("normal", "oct", **settings, **asked, generator=generator())
+        assert again.accepted == filtered.score(again.images, "normal", "oct", **asked).accepted
+        head, codes = filtered.filter_head, []
+        hook = head.register_forward_hook(lambda head, given, made, codes=codes: codes.append(made.code))
+        filtered.score(out.images, "normal", "oct")
+        hook.remove()
+        head.set_fingerprints(head.code, pack(codes[0][:1]))  # the first image is a copy from now on
+
+
+def test_a_picture_that_score_rejects_is_never_accepted_whatever_its_latents_promised(filtered, monkeypatch):
+    seen = ratings_of(filtered, monkeypatch)
+    for seed in range(1, 30):  # one whose latents promise more than the picture holds
+        seen.clear()
+        filtered(**CALL, seeds=[seed])
+        latents, picture = (combine(r.quality, r.finding).item() for r in seen)
+        if latents > picture + 1e-3:
+            break
+    thresholds(filtered, score=(latents + picture) / 2)
+    out = filtered(**CALL, seeds=[seed])
+    assert out.accepted == [False] == filtered.score(out.images, "normal", "oct").accepted
+    assert sum(out.rejected[0].values()) == 1
+
+
+def test_rounds_begin_alike_whatever_a_callback_changed(filtered):
+    """diffusers' own callback ends guidance: in its round, which is the first."""
+    thresholds(filtered, score=3.1)
+    batches = []
+    filtered.unet.register_forward_pre_hook(lambda module, given: batches.append(len(given[0])))
+    filtered.filter_head.register_to_config(stages=())
+    settings = dict(num_candidates=2, max_rounds=3, num_inference_steps=3, guidance_scale=3.0)
+    out = filtered(**CALL, **settings, callback_on_step_end=SDCFGCutoffCallback(None, 0), generator=generator())
+    assert batches == [4, 2, 2] + [4, 4, 4] * 2, "guided are all steps of rounds 2 and 3"
+    assert out.candidates == [6] and filtered.guidance_scale == 3.0
+
+
+@pytest.mark.parametrize("prompts", [["normal"], ["normal", "cyst"]], ids=["one", "two"])
+def test_diffusers_own_callback_ends_guidance_of_candidates_too(filtered, prompts):
+    """It keeps the last prompt's embeddings alone, which would be those of all."""
+    stages(filtered, (20.0, 0.5), (1.0, 0.0))
+    settings = dict(modality="oct", num_candidates=4, num_inference_steps=6, guidance_scale=3.0, output_type="np")
+    cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    out = filtered(prompts, **settings, generator=generator(), callback_on_step_end=cut)
+    alone = filtered(prompts, **settings | {"num_candidates": 1}, seeds=out.seeds, guidance_interval=(0.0, 1 / 6))
+    np.testing.assert_allclose(alone.images, out.images, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt_embeds": torch.zeros(3, 48, 32)}, r"`prompt_embeds` of shape \(3, 48, 32\) for 2 candidates"),
+        ({"latents": torch.zeros(1, 8, 8, 8)}, r"`latents` of shape \(1, 8, 8, 8\), \(2, 8, 8, 8\) is needed"),
+        (None, "has to return a dict, got None"),
+    ],
+)
+def test_a_callback_that_gives_back_something_else_is_told(filtered, given, message):
+    with pytest.raises(ValueError, match=message):
+        filtered(**CALL, num_candidates=2, callback_on_step_end=lambda *_: given)
+
+
 def test_latents_and_embeddings_bypass_the_filter(filtered):
     assert filtered("normal", "oct", seeds=[0], output_type="latent").scores == [None]
     embeds = filtered.encode_prompt("normal", modality="oct", do_classifier_free_guidance=False)[0]
@@ -268,7 +350,7 @@ def test_what_the_filter_cannot_do_is_told(filtered, arguments, message):
     [
         ({"in_channels": 4}, "4 latent channels, the pipeline has 8"),
         ({"latent_scale": 0.18215}, "0.18215 latent scale, the pipeline has 1.0"),
-        ({"vocab_size": 7}, "7 tokens, the pipeline has"),
+        ({"vocab_size": 7000}, "7000 tokens, the pipeline has"),
     ],
 )
 def test_a_head_that_does_not_fit_is_told_at_load(filtered, config, message):

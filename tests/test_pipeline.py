@@ -7,6 +7,7 @@ import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 
 from minim_pipeline import MinimPipelineOutput
+from minim_pipeline.notices import warn_once
 
 
 CALL = {"prompt": "diabetic macular edema", "modality": "oct", "output_type": "np"}
@@ -135,6 +136,27 @@ def test_latent_output(shared_pipeline):
 def test_size(shared_pipeline):
     assert shared_pipeline(**CALL, height=48).images.shape == (1, 48, 64, 3)
     assert shared_pipeline(**CALL, width=72).images.shape == (1, 64, 72, 3)
+
+
+def test_a_size_that_was_not_learned_is_told_once(shared_pipeline, caplog):
+    warn_once.cache_clear()
+    for size in ({}, {"height": 64, "width": 64}, {"height": 48}, {"height": 48}, {"width": 128, "height": 128}):
+        shared_pipeline(**CALL, **size)
+    told = [message for message in caplog.messages if "no size that this model has learned" in message]
+    assert [message.partition(" (")[0] for message in told] == ["48 x 64", "128 x 128"]
+    assert all("learned, which is 64 x 64" in message for message in told)
+
+
+def test_a_model_that_names_no_modality_says_so_once(make_pipeline, shared_pipeline, caplog):
+    warn_once.cache_clear()
+    shared_pipeline(**CALL)
+    assert "no modality that it has learned" not in caplog.text
+    for pipe in (make_pipeline("sd1"), make_pipeline(modalities=[])):
+        warn_once.cache_clear()
+        caplog.clear()
+        for _ in range(2):
+            pipe(**CALL, num_inference_steps=2)
+        assert sum("names no modality that it has learned" in message for message in caplog.messages) == 1
 
 
 def test_defaults_are_those_of_the_config(pipeline):

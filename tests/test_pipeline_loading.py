@@ -1,5 +1,6 @@
 """Saving, loading, adapting: what happens to the pipeline as files."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -154,6 +155,83 @@ def test_lora_of_unet_and_text_encoder(make_pipeline, pipeline, tmp_path):
     assert differ(draw(fresh), trained) < 1e-5
     fresh.unload_lora_weights()
     assert differ(draw(fresh), before) < 1e-5
+
+
+def test_a_textual_inversion_is_saved_and_loaded_with_the_pipeline(make_pipeline, tmp_path):
+    """The head knows fewer tokens than the pipeline has then, and does not read the new one."""
+    pipe = make_pipeline(filtered=True)
+    before = pipe.score(np.full((1, 64, 64, 3), 0.5), "edema", "oct").scores
+    pipe.load_textual_inversion({"<drusen>": torch.randn(32)}, token="<drusen>")
+    expected = pipe(**CALL | {"prompt": "<drusen> edema"})
+    assert differ(expected.images, draw(pipe)) > 1e-4
+    pipe.save_pretrained(tmp_path)
+    for cls in (MinimPipeline, diffusers.DiffusionPipeline):
+        loaded = cls.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        found = loaded(**CALL | {"prompt": "<drusen> edema"})
+        assert differ(found.images, expected.images) < 1e-5 and found.scores == pytest.approx(
+            expected.scores, abs=1e-4
+        )
+        assert loaded.score(np.full((1, 64, 64, 3), 0.5), "edema", "oct").scores == pytest.approx(before, abs=1e-4)
+
+
+def test_from_pipe_keeps_what_the_model_says_and_components_tell_that_they_do_not(make_pipeline, caplog):
+    pipe = make_pipeline(filtered=True, num_candidates=2)
+    again = MinimPipeline.from_pipe(pipe)
+    names = ("modalities", "findings", "num_inference_steps", "guidance_scale", "num_candidates", "zero_terminal_snr")
+    assert {name: again.config[name] for name in names} == {name: pipe.config[name] for name in names}
+    assert "without `modalities`" not in caplog.text
+    MinimPipeline(**pipe.components)
+    assert "without `modalities`, but its tokenizer knows <oct>" in caplog.text
+    assert "`MinimPipeline.from_pipe(pipe)` keeps them" in caplog.text
+    caplog.clear()
+    MinimPipeline(**pipe.components, modalities=pipe.config.modalities)
+    assert "without `modalities`" not in caplog.text
+
+
+def test_from_pipe_of_stable_diffusion_needs_no_further_argument(make_pipeline):
+    base = make_pipeline("sd1")
+    parts = {name: part for name, part in base.components.items() if name != "filter_head"}
+    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    sd = diffusers.StableDiffusionPipeline(**parts, **absent)
+    pipe = MinimPipeline.from_pipe(sd)
+    assert pipe.filter_head is None and pipe.unet is sd.unet and pipe.config.modalities is None
+    draw(pipe, num_inference_steps=2)
+    head = make_pipeline(filtered=True)
+    assert MinimPipeline.from_pipe(head).filter_head is head.filter_head
+    assert MinimPipeline.from_pipe(head, filter_head=None).filter_head is None
+
+
+def test_diffusers_auto_class_finds_the_class(pipeline_dir, shared_pipeline):
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING as TABLE
+
+    auto = diffusers.AutoPipelineForText2Image
+    del TABLE["minim"]
+    with pytest.raises(ValueError, match="can't find a pipeline linked to MinimPipeline"):
+        auto.from_pretrained(pipeline_dir)
+    importlib.reload(importlib.import_module("minim_pipeline.auto_pipeline"))  # as where diffusers' table came first
+    pipe = auto.from_pretrained(pipeline_dir)
+    assert type(pipe) is MinimPipeline and pipe.config.num_inference_steps == 3
+    assert differ(draw(pipe), draw(shared_pipeline)) < 1e-5
+    assert type(auto.from_pipe(pipe)) is MinimPipeline
+
+
+def test_diffusers_own_command_draws(pipeline_dir, tmp_path, monkeypatch):
+    from minim_pipeline.diffusers_cli import main
+
+    command = [
+        "diffusers-cli",
+        "run",
+        "--model",
+        str(pipeline_dir),
+        "--output",
+        str(tmp_path / "a.png"),
+        "--seed",
+        "1",
+    ]
+    monkeypatch.setattr(sys, "argv", [*command, "--pipeline-kwargs", '{"prompt": "OCT: edema"}'])
+    main()
+    assert list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

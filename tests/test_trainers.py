@@ -208,7 +208,7 @@ def test_best_weights_are_kept_and_not_the_last(unet, unet_arguments, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [[], ["--lora_rank", 2], ["--train_text_encoder", "--snr_gamma", 0]])
-def test_from_stable_diffusion(make_pipeline, data, tmp_path, extra):
+def test_from_stable_diffusion(make_pipeline, data, tmp_path, extra, caplog):
     """The reference's own use, on random weights of SD-1.x in miniature: tokens are added, old words stay."""
     from minim_pipeline import MinimPipeline
 
@@ -227,7 +227,9 @@ def test_from_stable_diffusion(make_pipeline, data, tmp_path, extra):
         old, new = base.unet.state_dict(), pipe.unet.state_dict()
         assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
         pipe.load_lora_weights(tmp_path / "out" / "best")
-        assert pipe.get_active_adapters()
+        assert pipe.get_active_adapters() and "modality tokens" not in caplog.text
+        base.load_lora_weights(tmp_path / "out" / "best")
+        assert "was trained with the modality tokens <oct>" in caplog.text
     assert pipe.scheduler.config.prediction_type == "epsilon"
     token = pipe.tokenizer.convert_tokens_to_ids("<oct>")
     assert pipe.text_encoder.config.eos_token_id == pipe.tokenizer.eos_token_id

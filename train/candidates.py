@@ -91,7 +91,9 @@ def draw_candidates(
                     texts, [kind.id for kind in kinds], seeds=list(seeds[mine]), output_type="latent"
                 ).images
                 decoded = pipe.decode_latents(latents, kinds)
-            rated = funnel.rate(latents)
+            # As the pipeline has the last word: on the picture, not on the latents that it was decoded from
+            pictures = pipe.image_processor.postprocess(decoded, output_type="pil")
+            rated = pipe.rate_pictures(pictures, texts, kinds, pipe.device)
             quality, finding, guidance, levels = (torch.stack(values, -1) for values in zip(*seen, strict=True))
             parts.append(
                 Candidates(

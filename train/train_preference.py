@@ -73,6 +73,7 @@ from minim_pipeline.image_loading import key_of, load_images
 from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 from minim_pipeline.ratings import image_digest
+from minim_pipeline.tokens import modality_tokens
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -476,7 +477,7 @@ def main(argv=None) -> dict:
             with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
                 figures = watch.look(pipe, output / f"samples-{schedule.step}", args.sampling_batch_size)
             if best.take(figures["score"], figures["spread"], schedule.step, args.least_spread):
-                save_weights(args, pipe.unet, output / f"best-{schedule.step}")
+                save_weights(args, pipe, output / f"best-{schedule.step}")
             stop = [best.since >= args.patience]
             log.write("val", **figures, best=best.step)
         broadcast_object_list(stop)
@@ -518,16 +519,18 @@ def main(argv=None) -> dict:
     return report
 
 
-def save_weights(args, unet: UNet2DConditionModel, folder: Path) -> None:
+def save_weights(args, pipe: MinimPipeline, folder: Path) -> None:
     """Writes the U-Net, or the LoRA, finite and whole, or not at all."""
-    check_weights(unet)
+    check_weights(pipe.unet)
     with whole_folder(folder) as unfinished:
         if args.lora_rank:
             from peft.utils import get_peft_model_state_dict
 
-            MinimPipeline.save_lora_weights(unfinished, unet_lora_layers=get_peft_model_state_dict(unet))
+            tokens = modality_tokens(pipe.tokenizer)
+            layers = get_peft_model_state_dict(pipe.unet)
+            MinimPipeline.save_lora_weights(unfinished, unet_lora_layers=layers, modality_tokens=tokens)
         else:
-            unet.save_pretrained(unfinished / "unet")
+            pipe.unet.save_pretrained(unfinished / "unet")
 
 
 def forget_weights(output: Path, needed: set[int]) -> None:

@@ -65,7 +65,7 @@ from minim_pipeline.finite import check_loss, check_weights
 from minim_pipeline.generate import read_model_index
 from minim_pipeline.licenses import license_of
 from minim_pipeline.loading import load_with_unet, unet_folder
-from minim_pipeline.tokens import add_modality_tokens, tokenize
+from minim_pipeline.tokens import add_modality_tokens, modality_tokens, tokenize
 
 
 # The text reaches the U-Net by cross-attention and, pooled, by the time embedding (`addition_embed_type`): at this
@@ -619,7 +619,9 @@ def save_weights(args, pipe: MinimPipeline, folder: Path) -> None:
         if args.lora_rank:
             from peft.utils import get_peft_model_state_dict
 
-            MinimPipeline.save_lora_weights(unfinished, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+            tokens = modality_tokens(pipe.tokenizer)
+            layers = get_peft_model_state_dict(pipe.unet)
+            MinimPipeline.save_lora_weights(unfinished, unet_lora_layers=layers, modality_tokens=tokens)
         else:
             pipe.unet.save_pretrained(unfinished / "unet")
         pipe.text_encoder.save_pretrained(unfinished / "text_encoder")

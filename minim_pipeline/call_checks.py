@@ -1,0 +1,234 @@
+"""What the pipeline's arguments may be: each check says what was given and what is allowed, before any work."""
+
+import inspect
+import math
+from numbers import Integral, Real
+
+import numpy as np
+import PIL.Image
+import torch
+
+
+def is_whole(value) -> bool:
+    """Whether `value` is an integer; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value) -> bool:
+    """Whether `value` is a finite number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def shown(value) -> str:
+    """An argument for an error message: tensors and arrays by their shape, what is long cut."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return f"{type(value).__name__} {value.dtype} of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def check_kinds(arguments: dict[str, tuple[object, bool, str]]) -> None:
+    """Raises ValueError for the first argument that is not as it has to be.
+
+    Args:
+        arguments: by name the value, whether it is right, and what is allowed.
+    """
+    for name, (value, right, allowed) in arguments.items():
+        if not right:
+            raise ValueError(f"`{name}` has to be {allowed}, got {shown(value)}.")
+
+
+def check_flags(**flags) -> None:
+    """Raises ValueError for an argument that is neither True nor False."""
+    check_kinds({name: (value, isinstance(value, bool), "True or False") for name, value in flags.items()})
+
+
+def check_counts(**counts) -> None:
+    """Raises ValueError for an argument that is no integer from 1 on."""
+    check_kinds(
+        {name: (value, is_whole(value) and value >= 1, "a positive integer") for name, value in counts.items()}
+    )
+
+
+def check_threshold(filter_threshold) -> None:
+    """Raises ValueError for a threshold that no score can be compared with."""
+    right = filter_threshold is None or (is_number(filter_threshold) and 1 <= filter_threshold <= 3)
+    check_kinds({"filter_threshold": (filter_threshold, right, "a score from 1 to 3")})
+
+
+def check_numbers(guidance_scale, guidance_rescale, guidance_interval, eta, clip_skip, most_skipped: int) -> None:
+    """Raises ValueError for a number of the call that is none, or out of its range.
+
+    Args:
+        most_skipped: how many layers the text encoder has.
+    """
+    pair = isinstance(guidance_interval, (list, tuple)) and len(guidance_interval) == 2
+    ascending = pair and all(map(is_number, guidance_interval))
+    ascending = ascending and 0 <= guidance_interval[0] <= guidance_interval[1] <= 1
+    skippable = clip_skip is None or (is_whole(clip_skip) and 0 <= clip_skip <= most_skipped)
+    fractions = {"guidance_rescale": guidance_rescale, "eta": eta}
+    check_kinds(
+        {
+            "guidance_scale": (
+                guidance_scale,
+                is_number(guidance_scale) and guidance_scale >= 0,
+                "a number from 0 on",
+            ),
+            **{n: (v, is_number(v) and 0 <= v <= 1, "a number from 0 to 1") for n, v in fractions.items()},
+            "guidance_interval": (guidance_interval, ascending, "two fractions in ascending order"),
+            "clip_skip": (clip_skip, skippable, f"None, or layers to leave out, 0 to {most_skipped}"),
+        }
+    )
+
+
+def check_steps(scheduler, timesteps, sigmas) -> None:
+    """Raises ValueError for timesteps or noise levels of the caller's that `scheduler` cannot take."""
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("Pass `timesteps` or `sigmas`, not both.")
+    last = scheduler.config.num_train_timesteps - 1
+    for name, values, most in (("timesteps", timesteps, last), ("sigmas", sigmas, math.inf)):
+        if values is None:
+            continue
+        if name not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"{type(scheduler).__name__} takes no `{name}` of the caller's.")
+        right = isinstance(values, (list, tuple, np.ndarray)) and len(values) > 0 and all(map(is_number, values))
+        right = right and all(0 <= value <= most for value in values)
+        right = right and all(first > second for first, second in zip(values, values[1:]))
+        limit = f"from 0 to {most}" if most < math.inf else "from 0 on"
+        check_kinds({name: (values, right, f"a list of numbers {limit} in descending order")})
+
+
+def check_tensor(name: str, value, shape: tuple[int | None, ...]) -> None:
+    """Raises ValueError if `value` is no tensor of finite floats of this shape, in which None is any size."""
+    wanted = f"({', '.join('N' if size is None else str(size) for size in shape)})"
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        raise ValueError(f"`{name}` has to be a tensor of floats of shape {wanted}, got {shown(value)}.")
+    if value.ndim != len(shape) or any(size not in (None, given) for size, given in zip(shape, value.shape)):
+        raise ValueError(f"`{name}` has shape {tuple(value.shape)}, but {wanted} is needed.")
+    if not value.isfinite().all():
+        raise ValueError(f"`{name}` has to be finite, got nan or infinity.")
+
+
+def check_seeds(seeds, num_images: int) -> None:
+    """Raises ValueError if `seeds` is no list of one int64 for each image."""
+    if not isinstance(seeds, (list, tuple, range, np.ndarray)) or len(seeds) != num_images:
+        raise ValueError(
+            f"`seeds` has to be a list with one seed for each of {num_images} images, got {shown(seeds)}."
+        )
+    for seed in seeds:
+        if not is_whole(seed) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"`seeds` have to be integers of 64 bits with a sign, got {seed!r}.")
+
+
+def check_generator(generator, num_images: int) -> None:
+    """Raises ValueError if `generator` is neither one of torch's nor a list of one for each image."""
+    each = generator if isinstance(generator, list) else [generator]
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in each):
+        raise ValueError(f"`generator` has to be a torch.Generator or a list of them, got {shown(generator)}.")
+    if isinstance(generator, list) and len(generator) != num_images:
+        raise ValueError(f"`generator` has {len(generator)} entries for {num_images} images.")
+
+
+def check_wishes(wishes: dict, why: str | None, told: dict) -> None:
+    """Raises ValueError for what only a filter can do where none runs, and for candidates where the noise is given.
+
+    Args:
+        wishes: `num_candidates`, `max_rounds`, `filter_threshold` and `use_filter`, None where nothing is asked for.
+        why: no filter runs; None if one does.
+        told: `seeds` and `latents`, which say what to draw.
+    """
+    redraws = [name for name in ("num_candidates", "max_rounds") if wishes[name] is not None and wishes[name] > 1]
+    asked = [*redraws, *(name for name in ("filter_threshold", "use_filter") if wishes[name] is not None)]
+    if asked and why is not None:
+        raise ValueError(f"`{asked[0]}={wishes[asked[0]]}` needs a filter, {why}.")
+    for name, value in told.items():
+        if redraws and value is not None:
+            raise ValueError(
+                f"`{redraws[0]}={wishes[redraws[0]]}` draws images that the filter chooses from, but `{name}` says"
+                " which to draw."
+            )
+
+
+def check_callback(callback, tensor_inputs, allowed: list[str]) -> None:
+    """Raises ValueError for a callback that cannot be called, or that asks for other tensors than those `allowed`."""
+    listed = isinstance(tensor_inputs, (list, tuple)) and all(isinstance(name, str) for name in tensor_inputs)
+    name = "callback_on_step_end"
+    check_kinds(
+        {
+            name: (callback, callback is None or callable(callback), "None or a function"),
+            f"{name}_tensor_inputs": (tensor_inputs, listed, f"a list of some of {allowed}"),
+        }
+    )
+    for entry in tensor_inputs:
+        if entry not in allowed:
+            raise ValueError(f"`{name}_tensor_inputs` may name {allowed}, got {entry!r}.")
+
+
+def same_shape(name: str, given: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """What a callback gave in the place of `before`; ValueError if its shape is another."""
+    if given.shape != before.shape:
+        raise ValueError(
+            f"`callback_on_step_end` gave `{name}` of shape {tuple(given.shape)}, {tuple(before.shape)} is needed."
+        )
+    return given
+
+
+def callback_embeds(given: torch.Tensor, before: torch.Tensor, count: int, guided: bool) -> torch.Tensor:
+    """The embeddings to go on with for `count` candidates after a callback gave some in the place of `before`.
+
+    Raises:
+        ValueError: they are neither one for each candidate nor, as with guidance they have to be, two.
+    """
+    if given.shape == before.shape or (not guided and given.shape == (count, *before.shape[1:])):
+        return given
+    if not guided and torch.equal(given, before[-1:]):
+        # diffusers' own callbacks that end guidance keep the last row alone, which is right for one image only.
+        return before[-count:]
+    raise ValueError(
+        f"`callback_on_step_end` gave `prompt_embeds` of shape {tuple(given.shape)} for {count} candidates; before"
+        f" they were {tuple(before.shape)}, the negative side first; once guidance is off, {count} may be left."
+    )
+
+
+def check_attention_arguments(cross_attention_kwargs) -> None:
+    """Raises ValueError if they are no dict, or if the LoRA's scale in it is no number."""
+    given = cross_attention_kwargs
+    check_kinds({"cross_attention_kwargs": (given, given is None or isinstance(given, dict), "None or a dict")})
+    if given and "scale" in given:
+        check_kinds({"cross_attention_kwargs['scale']": (given["scale"], is_number(given["scale"]), "a number")})
+
+
+def to_pictures(images) -> list[PIL.Image.Image]:
+    """Images as pictures: arrays as they would be saved, in 8 bits, so that an image is rated the same in every form.
+
+    Args:
+        images: one image or a list of them as `PIL.Image`, or as `np.ndarray` (H, W, 3) or `torch.Tensor` (3, H, W) in
+            [0, 1]; arrays and tensors also with a first axis N.
+
+    Raises:
+        ValueError: it is something else, or there is none.
+    """
+    allowed = (
+        "PIL images, an np.ndarray (N, H, W, 3) in [0, 1] or a torch.Tensor (N, 3, H, W) in [0, 1], at least one image"
+    )
+    entries = list(images) if isinstance(images, (list, tuple)) else [images]
+    pictures = []
+    for entry in entries:
+        if isinstance(entry, PIL.Image.Image):
+            pictures.append(entry)
+            continue
+        array = entry
+        if isinstance(entry, torch.Tensor) and entry.ndim in (3, 4):
+            array = entry.detach().float().cpu().movedim(-3, -1).numpy()
+        right = isinstance(array, np.ndarray) and array.ndim in (3, 4) and array.shape[-1] in (1, 3) and array.size
+        if not right or not (entry.is_floating_point() if array is not entry else array.dtype.kind == "f"):
+            raise ValueError(f"`images` have to be {allowed}, got {shown(entry)}.")
+        # Written so that nan fails too.
+        if not (array.min() >= 0 and array.max() <= 1):
+            raise ValueError(f"`images` have to be in [0, 1], got {array.min():g} to {array.max():g}.")
+        levels = (np.asarray(array, np.float32) * 255).round().astype(np.uint8)
+        levels = np.broadcast_to(levels, (*levels.shape[:-1], 3))
+        pictures += [PIL.Image.fromarray(np.ascontiguousarray(one)) for one in levels.reshape(-1, *levels.shape[-3:])]
+    if not pictures:
+        raise ValueError(f"`images` have to be {allowed}, got {shown(images)}.")
+    return pictures

@@ -1,0 +1,88 @@
+"""Which schedulers sample a model as it was trained, and with which settings."""
+
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from .notices import warn_once
+
+
+# The only schedulers of diffusers that know `rescale_betas_zero_snr`; the others drop it without a word.
+ZERO_SNR_SCHEDULERS = (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+# Settings that keep pixels in their range. Latents have none, and are ruined.
+CLIPPING = ("clip_sample", "thresholding")
+# Other spacings of the noise levels than the schedule's own.
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
+
+
+def settings_of(scheduler) -> dict:
+    """The settings that the scheduler's class acts upon: its config may also hold those of others."""
+    known = type(scheduler)._get_init_keys(type(scheduler))
+    return {name: value for name, value in scheduler.config.items() if name in known}
+
+
+def keep_from_clipping(scheduler) -> None:
+    """Writes `clip_sample: false` into the config of a scheduler whose class never clips, in place.
+
+    Or `DDIMScheduler.from_config(scheduler.config)`, and DDPM's, would take their own default, which clips.
+    """
+    if "clip_sample" not in settings_of(scheduler):
+        scheduler.register_to_config(clip_sample=False)
+
+
+def check_scheduler(scheduler, zero_terminal_snr: bool) -> None:
+    """Checks that `scheduler` can sample a model; warns once of settings that it was not trained for.
+
+    Args:
+        scheduler: any of diffusers'.
+        zero_terminal_snr: whether the model's noise schedule ends in pure noise.
+
+    Raises:
+        ValueError: another class is needed, or other settings.
+    """
+    name, config = type(scheduler).__name__, settings_of(scheduler)
+    fitting = ", ".join(kind.__name__ for kind in ZERO_SNR_SCHEDULERS)
+    if zero_terminal_snr:
+        if not isinstance(scheduler, ZERO_SNR_SCHEDULERS):
+            raise ValueError(
+                f"{name} does not fit this model, whose noise schedule ends in pure noise (zero terminal SNR);"
+                f" use one of {fitting}."
+            )
+        rescaled, predicted = config.get("rescale_betas_zero_snr"), config.get("prediction_type")
+        if not rescaled or predicted == "epsilon":
+            raise ValueError(
+                f"This model has zero terminal SNR, but its {name} has rescale_betas_zero_snr={rescaled} and"
+                f" prediction_type={predicted!r}; make it with"
+                f" `{name}.from_config(...)` from the config of the scheduler that the model was saved with."
+            )
+    elif not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "scale_model_input"):
+        raise ValueError(f"{name} does not fit this pipeline; use one of {fitting}.")
+
+    for setting in CLIPPING:
+        if config.get(setting):
+            raise ValueError(
+                f"{name} has {setting}=True, which is for pixels and ruins latents; make it with"
+                f" `{name}.from_config(pipe.scheduler.config, {setting}=False)`."
+            )
+    if zero_terminal_snr:
+        told = [f"{setting}=True" for setting in SPACINGS if config.get(setting)]
+        if config.get("timestep_spacing") == "leading":
+            told.append("timestep_spacing='leading'")
+        if told:
+            warn_once(
+                f"{name} has {' and '.join(told)}, but this model's noise schedule ends in pure noise (zero terminal"
+                " SNR), and other noise levels than its own lower the scores: make it with timestep_spacing='trailing'"
+                " and none of these."
+            )

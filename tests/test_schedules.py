@@ -1,0 +1,114 @@
+"""Schedulers: what samples the model as it was trained, what is refused, and what is warned of."""
+
+import json
+
+import diffusers
+import numpy as np
+import pytest
+
+from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
+from minim_pipeline.notices import warn_once
+
+
+CALL = {"prompt": "edema", "modality": "oct", "seeds": [0], "output_type": "np"}
+
+
+@pytest.fixture(autouse=True)
+def told_anew():
+    warn_once.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DDPM"])
+@pytest.mark.parametrize("by_way_of", [None, "EulerDiscrete", "UniPCMultistep"])
+def test_from_config_never_clips(pipeline, name, by_way_of, tmp_path):
+    """The call that everyone of diffusers' users writes, and that our own messages recommend."""
+    pipeline.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    assert saved["clip_sample"] is False
+    kind = getattr(diffusers, f"{name}Scheduler")
+    scheduler = pipeline.scheduler
+    if by_way_of:
+        scheduler = getattr(diffusers, f"{by_way_of}Scheduler").from_config(scheduler.config)
+    for made in (kind.from_config(scheduler.config), kind.from_pretrained(tmp_path, subfolder="scheduler")):
+        assert made.config.clip_sample is False
+        pipeline.scheduler = made
+        pipeline(**CALL)
+
+
+def test_a_model_saved_without_that_line_does_not_clip_either(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    del config["clip_sample"]
+    path.write_text(json.dumps(config))
+    loaded = MinimPipeline.from_pretrained(tmp_path)
+    assert diffusers.DDIMScheduler.from_config(loaded.scheduler.config).config.clip_sample is False
+
+
+def test_a_scheduler_that_was_swapped_in_is_saved_with_that_line(pipeline, tmp_path):
+    config = dict(pipeline.scheduler.config)
+    del config["clip_sample"]
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(config)
+    pipeline.save_pretrained(tmp_path)
+    again = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert again.config.clip_sample is False
+
+
+def test_the_embedded_model_says_so_itself():
+    assert (
+        diffusers.DDPMScheduler.from_pretrained(EMBEDDED_CHECKPOINT, subfolder="scheduler").config.clip_sample is False
+    )
+
+
+@pytest.mark.parametrize("kind", ["minim", "sd1"])
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("DDIM", "clip_sample"), ("DDPM", "clip_sample"), ("DDIM", "thresholding"), ("UniPCMultistep", "thresholding")],
+)
+def test_what_clips_latents_is_refused_with_the_call_that_does_not(make_pipeline, kind, name, setting):
+    pipe = make_pipeline(kind)
+    made = getattr(diffusers, f"{name}Scheduler")
+    pipe.scheduler = made.from_config(pipe.scheduler.config, **{setting: True})
+    with pytest.raises(
+        ValueError, match=rf"{name}Scheduler has {setting}=True.*ruins latents.*from_config\(.*, {setting}=False\)"
+    ):
+        pipe(**CALL)
+    pipe.scheduler = made.from_config(pipe.scheduler.config, **{setting: False})
+    pipe(**CALL)
+
+
+def test_settings_of_another_class_are_not_held_against_a_scheduler(pipeline):
+    clipping = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=True)
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(clipping.config)
+    pipeline(**CALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("DPMSolverMultistep", {"use_karras_sigmas": True}),
+        ("EulerDiscrete", {"use_karras_sigmas": True}),
+        ("EulerDiscrete", {"use_exponential_sigmas": True}),
+        ("DPMSolverMultistep", {"use_lu_lambdas": True}),
+        ("DDIM", {"timestep_spacing": "leading"}),
+        ("UniPCMultistep", {"timestep_spacing": "leading"}),
+    ],
+)
+def test_other_noise_levels_under_zero_snr_are_warned_of_once(make_pipeline, caplog, name, settings):
+    (setting, value), pipe = *settings.items(), make_pipeline()
+    pipe.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config, **settings)
+    for _ in range(2):
+        pipe(**CALL)
+    told = [message for message in caplog.messages if f"{name}Scheduler has {setting}={value!r}" in message]
+    assert len(told) == 1 and "lower the scores" in told[0]
+
+
+def test_the_models_own_schedule_is_not_warned_of(pipeline, make_pipeline, caplog):
+    pipeline(**CALL)
+    for name in ("DDIM", "EulerDiscrete", "UniPCMultistep"):
+        pipeline.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipeline.scheduler.config)
+        assert np.isfinite(pipeline(**CALL).images).all()
+    base = make_pipeline("sd1")  # has no zero terminal SNR: "leading" is its own
+    base.scheduler = diffusers.DDIMScheduler.from_config(base.scheduler.config)
+    base(**CALL)
+    assert not [message for message in caplog.messages if "noise levels" in message]
