@@ -233,6 +233,8 @@ def test_vary_caption_never_emits_a_new_phrasing(captions):
         ("fundus", "vitreous degeneration", "Vitreous opacities, vitreous degeneration.", r"asteroid"),
         ("oct", "drusen", "Early age-related macular degeneration with drusen.", r"intermediate"),
         ("brain_mri", "glioma", "Glioma.", r"gbm|glioblastoma|high[- ]grade|low[- ]grade|hgg|lgg|\bt[12]|flair"),
+        ("brain_mri", "pituitary tumor", "Brain MRI showing a pituitary macroadenoma.", r"micro"),
+        ("cxr", "COVID-19", "COVID-19 pneumonia, PA view.", r"intubated|bilateral|severe"),
         ("breast_mri", "HER2-positive cancer", "HER2-positive breast cancer on contrast-enhanced MRI.", r"negative"),
     ],
 )

@@ -26,7 +26,8 @@ CAPTIONS = Path(__file__).with_name("captions.json")
 _GRADE = re.compile(
     r"\b(mild|moderate|intermediate|severe|early|late|advanced|background|non[- ]?proliferative|npdr|"
     r"proliferative|pdr|neovasculari[sz]ation|unilateral|bilateral|bibasilar|"
-    r"low(?:er)?[- ]grade|lgg|dlgg|high[- ]grade|hgg|glioblastoma|gbm|hard drusen|soft drusen|asteroid|"
+    r"low(?:er)?[- ]grade|lgg|dlgg|high[- ]grade|hgg|glioblastoma|gbm|hard drusen|soft drusen|asteroid|microadenoma|"
+    r"macroadenoma|intubated|"
     r"branch|brvo|central retinal vein|crvo|luminal [ab]|"
     r"child|infant|p(?:a)?ediatric|adult|senile|age-related|flair|t1c?|t2)\b",
     re.IGNORECASE,
