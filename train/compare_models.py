@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from captions import load_captions
 from common import write_json
 from evaluate_filter import diversity
 from PIL import Image
@@ -47,7 +46,7 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
     judging.add_argument("--data", help="CSV with path,Text,modality,finding,split: val and train images.")
     judging.add_argument("--judges", default=str(Path(__file__).parent / "judges"), help="Of train_classifier.py.")
     judging.add_argument("--encoder", default=str(EMBEDDED_ENCODER), help="Whose features distances are measured in.")
-    judging.add_argument("--captions", help="JSON with phrasings of every finding; default: train/captions.json.")
+    judging.add_argument("--captions", default=str(Path(__file__).parent / "captions.json"))
     judging.add_argument("--stand_in", help="Folder of stand_in.py, which rates both.")
     judging.add_argument("--images_per_finding", type=int, default=64, help="With each of both sets of phrasings.")
     judging.add_argument("--pairs", type=int, default=400, help="Pairs of images of a prompt a modality, for MS-SSIM.")
@@ -80,7 +79,7 @@ def modalities_of(args) -> set[str]:
 
 def draw_both(args, before: str, after: str, folder: Path, device) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """The plan and the images uint8 [N, 3, H, W] of both models, kept in `folder`."""
-    judges, captions = load_judges(args.judges), load_captions(args.captions)
+    judges, captions = load_judges(args.judges), json.loads(Path(args.captions).read_text())
     models = {"before": before, "after": after}
     planned, images, pipes = [], {}, {}
     for name, model in models.items():

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from candidates import Candidates, draw_candidates, follow
-from captions import load_captions
 from filter_report import other_findings, quality_report, rate
 from PIL import Image
 from raters import learned_from, read_ratings
@@ -48,7 +47,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--judges", default=str(Path(__file__).parent / "judges"), help="Of train_classifier.py.")
     parser.add_argument("--encoder", default=str(EMBEDDED_ENCODER), help="Whose features recall is measured in.")
     parser.add_argument("--data", required=True, help="CSV with path,Text,modality,finding,split.")
-    parser.add_argument("--captions", help="JSON with phrasings of every finding; default: train/captions.json.")
+    parser.add_argument("--captions", default=str(Path(__file__).parent / "captions.json"))
     parser.add_argument("--ratings", help="CSV of people's grades, as train_filter.py takes them.")
     parser.add_argument("--ratings_part", default="A", help="Part whose grades the head has learned from.")
     parser.add_argument("--output_dir", required=True, help="For report.json and sheet.png.")
@@ -219,7 +218,7 @@ def main(argv=None) -> dict:
     pipe.set_progress_bar_config(disable=True)
     judges = load_judges(args.judges, device)
     encoder = ImageTextEncoder.from_pretrained(args.encoder, device)
-    captions = load_captions(args.captions)
+    captions = json.loads(Path(args.captions).read_text())
     val_rows = [row for row in read_csv(args.data, split="val") if class_of(row) in judges.classes]
     rated_rows = (
         [row for row in read_ratings(args.ratings) if not learned_from(row, args.ratings_part)] if args.ratings else []

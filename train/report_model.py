@@ -51,7 +51,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--judges", default=str(Path(__file__).parent / "judges"), help="The output_dir of train_classifier.py."
     )
     parser.add_argument("--data", required=True, help="CSV with path,Text,modality,finding,split.")
-    parser.add_argument("--captions", help="JSON with phrasings of every finding; default: train/captions.json.")
+    parser.add_argument("--captions", default=str(Path(__file__).parent / "captions.json"))
     parser.add_argument("--output", required=True, help="The report, JSON.")
     parser.add_argument("--sheets", help="Folder for a sheet of 5 x 8 generated images a modality.")
     parser.add_argument("--save_images", help="Folder for the generated images; found there, they are not made again.")
