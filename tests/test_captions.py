@@ -265,6 +265,16 @@ def test_vary_caption_keeps_size_and_sequence_or_drops_them(captions):
     assert sum("flair" in v.lower() for v in flair) > 200
 
 
+def test_vary_caption_finds_the_finding_behind_others(captions):
+    text = "Infiltration, pneumonia, edema, pleural thickening, PA view."
+    varied = variants(captions, text, "cxr", "edema")
+    assert len(set(map(normalize, varied))) > 50
+    for caption in varied:
+        others = {"infiltration", "pneumonia", "pleural thickening"}
+        assert sum(other in caption.lower() for other in others) in (0, 3), caption
+    assert sum("pleural thickening" in v.lower() for v in varied) > 200
+
+
 def test_vary_caption_finds_the_phrasing_before_a_comma_without_a_space(captions):
     varied = variants(captions, "Pathological myopia,lens dust, right eye.", "fundus", "pathological myopia")
     assert len(set(map(normalize, varied))) > 30

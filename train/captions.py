@@ -158,6 +158,11 @@ def vary_caption(
     text = re.sub(r"\s+", " ", text.replace("___", " ")).strip()
     text = re.sub(r",(?=[^\W\d])", ", ", text)
     base, suffix = split_suffix(text, known["train"])
+    if base is None:
+        # The row's finding may stand behind others, as in "Pneumonia, edema": it comes first.
+        parts = text.removesuffix(".").split(", ")
+        base = next((part for part in parts if split_suffix(part, known["train"])[0]), None)
+        suffix = [part for part in parts if part is not base]
     varied = text
     if base is not None:
         named = grades(text)
