@@ -10,6 +10,7 @@ a non-native speaker's sentence, a billing-like term, and a prompt of somebody i
 import json
 import random
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -105,6 +106,7 @@ def never_trained_on(phrasings: dict[str, list[str]]) -> list[str]:
     return phrasings["new"] + phrasings.get("test", [])
 
 
+@lru_cache(maxsize=2**14)  # The same phrasings are asked for with every caption of a data set.
 def normalize(text: str) -> str:
     """Lower case, letters and digits only: two captions that differ otherwise count as the same."""
     return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
@@ -124,10 +126,11 @@ def split_suffix(text: str, phrasings: list[str]) -> tuple[str | None, list[str]
     return text[: len(base)], [part for part in text[len(base) :].split(", ") if part]
 
 
-def grades(text: str) -> set[str]:
+@lru_cache(maxsize=2**14)
+def grades(text: str) -> frozenset[str]:
     """What `text` names beyond the finding: stage, extent, kind, e.g. `{"mild", "nonproliferative"}`."""
     found = {re.sub(r"[- ]", "", g.lower()) for g in _GRADE.findall(text)}
-    return {_SAME_GRADE.get(g, g) for g in found}
+    return frozenset(_SAME_GRADE.get(g, g) for g in found)
 
 
 def vary_caption(
