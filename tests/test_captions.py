@@ -1,3 +1,4 @@
+import json
 import random
 import re
 
@@ -13,6 +14,10 @@ FINDINGS = {
         "no diabetic macular edema",
         "diabetic macular edema",
         "diabetic retinopathy without edema",
+        "age-related macular degeneration",
+        "choroidal neovascularization",
+        "drusen",
+        "subretinal fluid",
     },
     "fundus": {
         "normal",
@@ -20,9 +25,39 @@ FINDINGS = {
         "glaucoma",
         "no diabetic retinopathy",
         "diabetic retinopathy",
+        "mild non-proliferative diabetic retinopathy",
+        "moderate non-proliferative diabetic retinopathy",
+        "severe non-proliferative diabetic retinopathy",
+        "proliferative diabetic retinopathy",
         "diabetic macular edema",
+        "pathological myopia",
+        "epiretinal membrane",
+        "dry age-related macular degeneration",
+        "wet age-related macular degeneration",
+        "drusen",
+        "hypertensive retinopathy",
+        "myelinated nerve fibers",
+        "vitreous degeneration",
+        "retinal vein occlusion",
     },
-    "cxr": {"normal", "bacterial pneumonia", "viral pneumonia", "COVID-19", "pneumonia"},
+    "cxr": {
+        "normal",
+        "bacterial pneumonia",
+        "viral pneumonia",
+        "COVID-19",
+        "pneumonia",
+        "atelectasis",
+        "edema",
+        "infiltration",
+        "effusion",
+        "consolidation",
+        "nodule or mass",
+        "pneumothorax",
+        "cardiomegaly",
+        "pleural thickening",
+        "emphysema",
+        "fibrosis",
+    },
     "chest_ct": {
         "normal",
         "COVID-19",
@@ -30,9 +65,18 @@ FINDINGS = {
         "adenocarcinoma",
         "squamous cell carcinoma",
         "large cell carcinoma",
+        "lung cancer",
+        "benign nodule",
     },
-    "brain_mri": {"glioma", "meningioma", "pituitary tumor", "no tumor"},
+    "brain_mri": {"glioma", "lower-grade glioma", "meningioma", "pituitary tumor", "no tumor"},
     "breast_us": {"benign", "malignant", "normal"},
+    "breast_mri": {
+        "malignant",
+        "benign",
+        "HER2-positive cancer",
+        "hormone-receptor-positive HER2-negative cancer",
+        "triple-negative cancer",
+    },
 }
 
 
@@ -48,29 +92,63 @@ def variants(captions, text, modality, finding, n=300):
 
 def test_every_finding_has_enough_phrasings(captions):
     assert {m: set(f) for m, f in captions.items()} == FINDINGS
-    assert set(captions) <= set(MODALITIES)
+    assert set(captions) == set(MODALITIES)
     for findings in captions.values():
         for phrasings in findings.values():
-            assert set(phrasings) == {"train", "new"}
-            assert len(phrasings["train"]) >= 20
+            assert set(phrasings) == {"train", "new", "test"}
+            assert len(phrasings["train"]) >= 25
             assert len(phrasings["new"]) >= 4
+            assert len(phrasings["test"]) >= 6
 
 
 def test_no_phrasing_twice_in_a_modality_and_no_new_one_trained_on(captions):
     trained = {normalize(p) for findings in captions.values() for f in findings.values() for p in f["train"]}
     for findings in captions.values():
-        everything = [normalize(p) for f in findings.values() for p in f["train"] + f["new"]]
+        everything = [normalize(p) for f in findings.values() for p in f["train"] + f["new"] + f["test"]]
         assert len(everything) == len(set(everything))
-        assert not trained & {normalize(p) for f in findings.values() for p in f["new"]}
+        assert not trained & {normalize(p) for f in findings.values() for p in f["new"] + f["test"]}
+
+
+def test_no_phrasing_for_measuring_is_one_to_train_on_in_another_order(captions):
+    def words(phrasing):
+        return frozenset(normalize(phrasing).split())
+
+    for findings in captions.values():
+        trained = {words(p) for f in findings.values() for p in f["train"]}
+        assert not [p for f in findings.values() for p in f["new"] + f["test"] if words(p) in trained]
 
 
 def test_phrasings_name_no_side_age_or_view(captions):
     # A mirrored image, or the suffix of a row, would make such a phrasing wrong.
     for findings in captions.values():
         for f in findings.values():
-            for phrasing in f["train"] + f["new"]:
+            for phrasing in f["train"] + f["new"] + f["test"]:
                 assert not names_a_side(phrasing), phrasing
-                assert not re.search(r"year-old|\bAP\b|\bPA\b", phrasing), phrasing
+                assert not re.search(r"year-old|\bAP\b|\bPA\b|\b[LR][LMU]L\b|\d [cm]m\b", phrasing), phrasing
+
+
+def test_phrasings_are_read_whole(captions):
+    from transformers import CLIPTokenizer
+
+    from minim_pipeline import EMBEDDED_CHECKPOINT
+
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_CHECKPOINT, subfolder="tokenizer")
+    for modality, findings in captions.items():
+        for f in findings.values():
+            texts = [f"{MODALITIES[modality].token} {p}" for p in f["train"] + f["new"] + f["test"]]
+            assert max(map(len, tokenizer(texts).input_ids)) <= tokenizer.model_max_length
+            assert max(len(text.split()) for text in texts) <= 30
+
+
+def test_test_phrasings_are_read_from_the_file_beside(tmp_path):
+    own = {"oct": {"hole": {"train": ["Macular hole."], "new": ["A hole"]}}}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    assert load_captions(tmp_path / "own.json") == own
+    (tmp_path / "own_test.json").write_text(json.dumps({"oct": {"hole": ["pt has hole in eye"]}}))
+    assert load_captions(tmp_path / "own.json")["oct"]["hole"]["test"] == ["pt has hole in eye"]
+    (tmp_path / "own_test.json").write_text(json.dumps({"oct": {"whole": ["pt has hole in eye"]}}))
+    with pytest.raises(ValueError, match="own_test.json .* does not know: .*whole"):
+        load_captions(tmp_path / "own.json")
 
 
 def test_split_suffix_takes_the_longest_phrasing():
@@ -119,8 +197,8 @@ def test_vary_caption_keeps_age_and_sex_or_drops_them(captions):
 )
 def test_vary_caption_keeps_the_negation(captions, modality, finding, text):
     denies = re.compile(
-        r"\b(no|non|not|without|negative|absent|absence|free|none|ruled out|excluded|normal|healthy|unremarkable|"
-        r"grade 0|level 10|icdr 0|r0|ndr)\b",
+        r"\b(no|non|not|without|negative|absent|absence|free|none|nothing|against|ruled out|excluded|normal|"
+        r"healthy|unremarkable|grade 0|level 10|icdr 0|r0|ndr)\b",
         re.IGNORECASE,
     )
     for varied in variants(captions, text, modality, finding):
@@ -129,10 +207,13 @@ def test_vary_caption_keeps_the_negation(captions, modality, finding, text):
 
 def test_vary_caption_adds_no_stage_that_the_row_does_not_name(captions):
     stages = {"mild", "moderate", "severe", "proliferative", "nonproliferative", "background"}
-    mild = variants(captions, "Mild non-proliferative diabetic retinopathy.", "fundus", "diabetic retinopathy")
-    assert all(grades(v) & stages <= {"mild", "nonproliferative"} for v in mild)
-    own = [v for v in mild if "mild non-proliferative diabetic retinopathy" in v.lower()]
-    assert len(own) > 0.4 * len(mild)
+    finding = "mild non-proliferative diabetic retinopathy"
+    for text in ("Mild non-proliferative diabetic retinopathy.", "Diabetic retinopathy grade 1."):
+        mild = variants(captions, text, "fundus", finding)
+        assert all(grades(v) & stages <= {"mild", "nonproliferative"} for v in mild)
+        assert any("mild" in v.lower() for v in mild)
+        own = [v for v in mild if normalize(text) == normalize(v)]
+        assert 0.3 * len(mild) < len(own) < 0.9 * len(mild)
     plain = "Diabetic retinopathy, cotton wool spots and exudates, left eye."
     assert not any(grades(v) & stages for v in variants(captions, plain, "fundus", "diabetic retinopathy"))
 
@@ -140,14 +221,64 @@ def test_vary_caption_adds_no_stage_that_the_row_does_not_name(captions):
 def test_vary_caption_never_emits_a_new_phrasing(captions):
     for modality, findings in captions.items():
         for finding, f in findings.items():
-            new = set(map(normalize, f["new"]))
-            for text in f["train"][:4]:
+            new = set(map(normalize, f["new"] + f["test"]))
+            for text in f["train"][:2]:
                 assert not new & set(map(normalize, variants(captions, text, modality, finding, 60)))
     # Not even where dropping an article, or the British spelling, would make one.
     new = ["there is tumor", "there is tumour", "There is a tumour"]
-    tiny = {"brain_mri": {"tumor": {"train": ["There is a tumor."], "new": new}}}
-    varied = set(map(normalize, variants(tiny, "There is a tumor.", "brain_mri", "tumor")))
-    assert varied == {"there is a tumor"}
+    for kept in ({"new": new}, {"new": [], "test": new}):
+        tiny = {"brain_mri": {"tumor": {"train": ["There is a tumor."], **kept}}}
+        varied = set(map(normalize, variants(tiny, "There is a tumor.", "brain_mri", "tumor")))
+        assert varied == {"there is a tumor"}
+
+
+@pytest.mark.parametrize(
+    "modality, finding, text, never",
+    [
+        ("cxr", "effusion", "Unilateral pleural effusion.", r"bilateral"),
+        ("cxr", "effusion", "Layering pleural fluid.", r"unilateral|bilateral"),
+        ("cxr", "bacterial pneumonia", "Bacterial pneumonia, PA view, 45-year-old male.", r"child|p(a)?ediatric"),
+        ("fundus", "retinal vein occlusion", "Branch retinal vein occlusion, right eye.", r"central|crvo|\bleft"),
+        ("fundus", "retinal vein occlusion", "Central retinal vein occlusion.", r"branch|brvo|quadrant|sector"),
+        ("fundus", "drusen", "Hard drusen around the macula.", r"soft"),
+        ("fundus", "vitreous degeneration", "Vitreous opacities, vitreous degeneration.", r"asteroid"),
+        ("oct", "drusen", "Early age-related macular degeneration with drusen.", r"intermediate"),
+        ("brain_mri", "glioma", "Glioma.", r"gbm|glioblastoma|high[- ]grade|low[- ]grade|hgg|lgg|\bt[12]|flair"),
+        ("brain_mri", "pituitary tumor", "Brain MRI showing a pituitary macroadenoma.", r"micro"),
+        ("cxr", "COVID-19", "COVID-19 pneumonia, PA view.", r"intubated|bilateral|severe"),
+        ("breast_mri", "HER2-positive cancer", "HER2-positive breast cancer on contrast-enhanced MRI.", r"negative"),
+    ],
+)
+def test_vary_caption_adds_nothing_that_contradicts_the_row(captions, modality, finding, text, never):
+    varied = variants(captions, text, modality, finding, 600)
+    assert len(set(map(normalize, varied))) > 10
+    for caption in varied:
+        assert not re.search(never, caption, re.IGNORECASE), caption
+
+
+def test_vary_caption_keeps_size_and_sequence_or_drops_them(captions):
+    text = "HER2-positive breast cancer on contrast-enhanced MRI, mass about 23 mm."
+    sizes = [v for v in variants(captions, text, "breast_mri", "HER2-positive cancer") if re.search("[cm]m", v)]
+    assert len(sizes) > 200
+    assert all(re.search(r"23 mm|2\.3 cm", v) for v in sizes)
+    flair = variants(captions, "Glioma, FLAIR.", "brain_mri", "glioma")
+    assert sum("flair" in v.lower() for v in flair) > 200
+
+
+def test_vary_caption_finds_the_finding_behind_others(captions):
+    text = "Infiltration, pneumonia, edema, pleural thickening, PA view."
+    varied = variants(captions, text, "cxr", "edema")
+    assert len(set(map(normalize, varied))) > 50
+    for caption in varied:
+        others = {"infiltration", "pneumonia", "pleural thickening"}
+        assert sum(other in caption.lower() for other in others) in (0, 3), caption
+    assert sum("pleural thickening" in v.lower() for v in varied) > 200
+
+
+def test_vary_caption_finds_the_phrasing_before_a_comma_without_a_space(captions):
+    varied = variants(captions, "Pathological myopia,lens dust, right eye.", "fundus", "pathological myopia")
+    assert len(set(map(normalize, varied))) > 30
+    assert sum("lens dust" in v.lower() for v in varied) > 200
 
 
 @pytest.mark.parametrize("finding", [None, "", "unheard of"])

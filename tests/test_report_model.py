@@ -148,6 +148,8 @@ def test_images_are_the_same_in_any_batch(shared_pipeline):
         [("oct", "normal"), ("oct", "unlearned")], {"oct": ["normal"]}, captions, "train", 3, 0
     )
     assert [(p["prompt"], p["seed"]) for p in planned] == [("fine", 0), ("all well", 1), ("fine", 2)]
+    with pytest.raises(ValueError, match="no 'test' phrasings of 'normal' of 'oct'"):
+        report_model.plan([("oct", "normal")], {"oct": ["normal"]}, captions, "test", 3, 0)
     together = report_model.generate(shared_pipeline, planned, 3, settings)
     apart = report_model.generate(shared_pipeline, planned, 2, settings)
     assert (together.int() - apart.int()).abs().max() <= 1

@@ -18,6 +18,7 @@ CAPTIONS = {
         "pneumonia": {"train": ["Pneumonia.", "Lung infiltrate"], "new": ["Infected lobe"]},
     },
 }
+TEST_CAPTIONS = {"oct": {"normal": ["pt eye ok"], "edema": ["pt eye swollen", "water in macula"]}}
 CSV = "path,Text,modality,finding,split\na.png,Macular edema.,OCT,edema,train\nb.png,Secret zebra.,CXR,normal,val\n"
 
 
@@ -34,6 +35,7 @@ def folder(tmp_path_factory):
     BertModel(config).save_pretrained(folder / "teacher")
     BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder / "teacher")
     (folder / "captions.json").write_text(json.dumps(CAPTIONS))
+    (folder / "captions_test.json").write_text(json.dumps(TEST_CAPTIONS))
     (folder / "data.csv").write_text(CSV)
     return folder
 
@@ -119,23 +121,49 @@ def test_only_the_chosen_split_is_read(folder):
     assert script.read_rows(folder / "data.csv", "train") == [("Macular edema.", "oct", "edema")]
 
 
-def test_report_counts_the_new_phrasings(trained):
+def test_report_counts_the_phrasings_never_trained_on(trained):
     report = json.loads((trained[0] / "report.json").read_text())
-    assert {m: r["n"] for m, r in report.items()} == {"oct": 2, "cxr": 2}
-    assert all(0 <= r[key] <= 1 for r in report.values() for key in ("prototype", "probe"))
+    counted = {part: {m: r["n"] for m, r in modalities.items()} for part, modalities in report.items()}
+    assert counted == {"new": {"oct": 2, "cxr": 2}, "test": {"oct": 3}}
+    figures = [r for modalities in report.values() for r in modalities.values()]
+    assert all(0 <= r[key] <= 1 for r in figures for key in ("prototype", "probe"))
 
 
-def test_new_phrasings_are_never_drawn():
-    texts = script.Texts(CAPTIONS, [], 50, random.Random(0))
-    new = {script.normalize(p) for findings in CAPTIONS.values() for f in findings.values() for p in f["new"]}
+def test_phrasings_kept_for_measuring_are_never_drawn(folder):
+    captions = script.load_captions(folder / "captions.json")
+    texts = script.Texts(captions, [], 50, random.Random(0))
+    kept = [p for findings in captions.values() for f in findings.values() for p in f["new"] + f.get("test", [])]
+    new = set(map(script.normalize, kept))
+    assert len(new) == 7
     drawn = [s["text"].split("> ")[-1] for _ in range(20) for batch in texts.batches(16, 2) for s in batch]
     assert not new & set(map(script.normalize, drawn))
     assert not new & set(map(script.normalize, texts.all()))
 
 
-def test_a_new_phrasing_among_the_captions_is_refused():
-    with pytest.raises(ValueError, match="Infected lobe"):
-        script.Texts(CAPTIONS, [("Infected lobe.", "cxr", "pneumonia")], 10, random.Random(0))
+@pytest.mark.parametrize(
+    "row", [("Infected lobe.", "cxr", "pneumonia"), ("Pt eye swollen", "oct", "edema")], ids=["new", "test"]
+)
+def test_a_phrasing_kept_for_measuring_among_the_captions_is_refused(folder, row):
+    with pytest.raises(ValueError, match=row[0]):
+        script.Texts(script.load_captions(folder / "captions.json"), [row], 10, random.Random(0))
+
+
+def test_captions_are_drawn_by_finding_first():
+    rows = [(f"Macular edema, {i}-year-old male.", "oct", "edema") for i in range(50)]
+    texts = script.Texts(CAPTIONS, [*rows, ("White lobe.", "cxr", "pneumonia")], 50, random.Random(0))
+    drawn = [script.normalize(texts.draw()["text"]) for _ in range(2000)]
+    # A fifth of what is drawn are captions, and half of them are of the finding that has only one.
+    assert sum("white" in text or "lobe" in text for text in drawn) > 140
+
+
+def test_a_side_is_of_an_organ_that_the_modality_shows():
+    captions = {m: {"x": {"train": ["Finding."], "new": []}} for m in script.MODALITIES}
+    texts = script.Texts(captions, [], 50, random.Random(0))
+    drawn = [texts.draw() for _ in range(4000)]
+    sided = [s for s in drawn if s["finding"] != script.IGNORE and "Finding, " in s["text"] and s["side"]]
+    organs = {(s["text"].split(">")[0].strip("<"), s["text"].split()[-1].rstrip(".")) for s in sided}
+    assert set(script.PAIRED.items()) <= organs
+    assert not [s["text"] for s in sided if "eye" in s["text"] and not s["text"].startswith(("<oct>", "<fundus>"))]
 
 
 def test_corrupt_keeps_words_that_deny():
@@ -143,6 +171,8 @@ def test_corrupt_keeps_words_that_deny():
     for _ in range(300):
         words = script.corrupt("no ground-glass opacity, without nodules", rng).split()
         assert {"no", "without"} <= set(words)
+        assert {"neither", "nor"} <= set(script.corrupt("neither glioma nor meningioma seen", rng).split())
+        assert "Nothing" in script.corrupt("Nothing abnormal in the breast", rng).split()
 
 
 @pytest.mark.parametrize(
@@ -153,6 +183,8 @@ def test_corrupt_keeps_words_that_deny():
         ("cataract", 0),
         ("left and right lung", 0),
         ("upright film", 0),
+        ("LLL consolidation", 1),
+        ("RUL mass", 2),
     ],
 )
 def test_side_of(text, side):

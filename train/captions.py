@@ -1,12 +1,16 @@
 """Phrasings of every finding, and captions that vary from one reading to the next.
 
 `captions.json` holds, per modality id and finding, phrasings to train on (`"train"`) and phrasings that nothing is
-ever trained on (`"new"`), with which one measures whether a model understands what it was not taught.
+ever trained on (`"new"`), with which one measures whether a model understands what it was not taught, and finds
+thresholds. `captions_test.json` (`"test"`) is for final figures only: nothing is trained on it, and nothing chosen by
+it. Its phrasings are not in the style of the others, but, in turn, a GP's letter, a nurse's note, a student's remark,
+a non-native speaker's sentence, a billing-like term, and a prompt of somebody in machine learning.
 """
 
 import json
 import random
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -20,13 +24,31 @@ from minim_pipeline.tokens import tokenize
 
 CAPTIONS = Path(__file__).with_name("captions.json")
 
-# A stage of retinopathy says more than the finding: a row may lose it, but must never get one that it does not have.
+# What says more than the finding (stage, extent, kind, age, MR sequence): a row may lose it, but must never get one
+# that it does not have, or a child's pneumonia might become an adult's.
 _GRADE = re.compile(
-    r"\b(mild|moderate|severe|early|advanced|background|non[- ]?proliferative|npdr|proliferative|pdr|"
-    r"neovasculari[sz]ation)\b",
+    r"\b(mild|moderate|intermediate|severe|early|late|advanced|background|non[- ]?proliferative|npdr|"
+    r"proliferative|pdr|neovasculari[sz]ation|unilateral|bilateral|bibasilar|"
+    r"low(?:er)?[- ]grade|lgg|dlgg|high[- ]grade|hgg|glioblastoma|gbm|hard drusen|soft drusen|asteroid|microadenoma|"
+    r"macroadenoma|intubated|"
+    r"branch|brvo|central retinal vein|crvo|luminal [ab]|"
+    r"child|infant|p(?:a)?ediatric|adult|senile|age-related|flair|t1c?|t2)\b",
     re.IGNORECASE,
 )
-_SAME_GRADE = {"npdr": "nonproliferative", "pdr": "proliferative"}
+_SAME_GRADE = {
+    "npdr": "nonproliferative",
+    "pdr": "proliferative",
+    "neovascularisation": "neovascularization",
+    "lgg": "lowergrade",
+    "dlgg": "lowergrade",
+    "lowgrade": "lowergrade",
+    "hgg": "highgrade",
+    "gbm": "glioblastoma",
+    "brvo": "branch",
+    "crvo": "centralretinalvein",
+    "paediatric": "pediatric",
+    "child": "pediatric",
+}
 
 # Words without which a caption says the same. Never a negation, a finding, a side or a grade, and never the A of a
 # class, as in "type A dissection" or, in lower case, "hepatitis a": they are taken only where an article can stand, at
@@ -47,8 +69,11 @@ _SUFFIXES = {
     "supine AP view": ("supine AP view", "AP supine"),
     "erect AP view": ("erect AP view", "AP erect"),
     "pediatric AP view": ("pediatric AP view", "pediatric", "AP view of a child"),
+    "axial slice": ("axial slice", "axial"),
+    "FLAIR": ("FLAIR", "FLAIR sequence", "T2 FLAIR"),
 }
 _AGE = re.compile(r"(\d+)-year-old (male|female)")
+_SIZE = re.compile(r"mass about (\d+) mm")
 
 _BRITISH = (
     ("edema", "oedema"),
@@ -58,14 +83,40 @@ _BRITISH = (
     ("pediatric", "paediatric"),
     ("gray ", "grey "),
     ("etiology", "aetiology"),
+    ("estrogen", "oestrogen"),
+    ("fiber", "fibre"),
 )
 
 
 def load_captions(path: str | Path | None = None) -> dict[str, dict[str, dict[str, list[str]]]]:
-    """Reads `{modality id: {finding: {"train": [...], "new": [...]}}}` from `path` (default: `captions.json`)."""
-    return json.loads(Path(path or CAPTIONS).read_text(encoding="utf-8"))
+    """Reads `{modality id: {finding: {"train": [...], "new": [...]}}}` from `path` (default: `captions.json`).
+
+    If there is a file `<name>_test.json` beside `<name>.json`, what it holds as `{modality id: {finding: [...]}}` is
+    under `"test"`.
+
+    Raises:
+        ValueError: that file has phrasings of a finding which `path` does not know.
+    """
+    path = Path(path or CAPTIONS)
+    captions = json.loads(path.read_text(encoding="utf-8"))
+    test = path.with_name(f"{path.stem}_test.json")
+    if test.is_file():
+        held_out = json.loads(test.read_text(encoding="utf-8"))
+        pairs = [(modality, finding) for modality, findings in held_out.items() for finding in findings]
+        unknown = [pair for pair in pairs if pair[1] not in captions.get(pair[0], {})]
+        if unknown:
+            raise ValueError(f"{test} has phrasings of findings that {path} does not know: {unknown}.")
+        for modality, finding in pairs:
+            captions[modality][finding]["test"] = held_out[modality][finding]
+    return captions
 
 
+def never_trained_on(phrasings: dict[str, list[str]]) -> list[str]:
+    """Those of a finding's phrasings that are kept for measuring."""
+    return phrasings["new"] + phrasings.get("test", [])
+
+
+@lru_cache(maxsize=2**14)  # The same phrasings are asked for with every caption of a data set.
 def normalize(text: str) -> str:
     """Lower case, letters and digits only: two captions that differ otherwise count as the same."""
     return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
@@ -85,10 +136,11 @@ def split_suffix(text: str, phrasings: list[str]) -> tuple[str | None, list[str]
     return text[: len(base)], [part for part in text[len(base) :].split(", ") if part]
 
 
-def grades(text: str) -> set[str]:
-    """The stages of disease that `text` names, e.g. `{"mild", "nonproliferative"}`."""
+@lru_cache(maxsize=2**14)
+def grades(text: str) -> frozenset[str]:
+    """What `text` names beyond the finding: stage, extent, kind, e.g. `{"mild", "nonproliferative"}`."""
     found = {re.sub(r"[- ]", "", g.lower()) for g in _GRADE.findall(text)}
-    return {_SAME_GRADE.get(g, g) for g in found}
+    return frozenset(_SAME_GRADE.get(g, g) for g in found)
 
 
 def vary_caption(
@@ -100,9 +152,10 @@ def vary_caption(
 ) -> str:
     """One of many ways to say what the caption `text` of an image says.
 
-    Takes the text itself or another phrasing of its finding (never one that names a stage of disease which `text` does
-    not name), keeps what `text` adds (side, view, age and sex; now and then dropped, never changed), and varies
-    spelling, case, filler words and the final period. A text of an unknown finding gets only these light changes.
+    Takes the text itself or another phrasing of its finding (never one that names a stage, an extent, an age or an MR
+    sequence which neither `text` nor the finding names), keeps what `text` adds (side, view, age and sex, size; now
+    and then dropped, never changed), and varies spelling, case, filler words and the final period. A text of an
+    unknown finding gets only these light changes.
 
     Args:
         text: the row's caption.
@@ -112,20 +165,27 @@ def vary_caption(
         captions: what [`load_captions`] returned.
 
     Returns:
-        The caption; never one of the phrasings kept under `"new"`.
+        The caption; never one of the phrasings kept under `"new"` or `"test"`.
     """
     known = captions.get(modality_id, {}).get(finding or "", {"train": [], "new": []})
     text = re.sub(r"\s+", " ", text.replace("___", " ")).strip()
+    text = re.sub(r",(?=[^\W\d])", ", ", text)
     base, suffix = split_suffix(text, known["train"])
+    if base is None:
+        # The row's finding may stand behind others, as in "Pneumonia, edema": it comes first.
+        parts = text.removesuffix(".").split(", ")
+        base = next((part for part in parts if split_suffix(part, known["train"])[0]), None)
+        suffix = [part for part in parts if part is not base]
     varied = text
     if base is not None:
         named = grades(text)
-        detailed = named or any(part not in _SUFFIXES and not _AGE.fullmatch(part) for part in suffix)
+        kept_anyway = lambda part: part in _SUFFIXES or _AGE.fullmatch(part) or _SIZE.fullmatch(part)  # noqa: E731
+        detailed = named or not all(map(kept_anyway, suffix))
         if rng.random() > (0.5 if detailed else 0.3):
-            base = rng.choice([p for p in known["train"] if grades(p) <= named])
+            base = rng.choice([p for p in known["train"] if grades(p) <= named | grades(finding)])
         varied = _join(base.removesuffix("."), suffix, rng)
     varied = _restyle(varied, rng)
-    return text if normalize(varied) in map(normalize, known["new"]) else varied
+    return text if normalize(varied) in map(normalize, never_trained_on(known)) else varied
 
 
 def _join(base: str, suffix: list[str], rng: random.Random) -> str:
@@ -139,6 +199,9 @@ def _join(base: str, suffix: list[str], rng: random.Random) -> str:
             part = rng.choice(
                 (part, part, f"{years}-year-old {person}", f"{years} y/o {sex}", f"{sex}, {years} years")
             )
+        elif size := _SIZE.fullmatch(part):
+            mm = size[1]
+            part = rng.choice((part, f"about {mm} mm in size", f"{mm} mm mass", f"lesion of {int(mm) / 10:g} cm"))
         elif part in ("right eye", "left eye") and rng.random() < 0.15:
             parts.insert(0, part)
             continue

@@ -34,6 +34,22 @@ SYNONYMS = {
     "GBM": "glioblastoma", "HGG": "high-grade glioma", "LGG": "low-grade glioma", "glial": "glioma",
     "PitNET": "pituitary adenoma", "prolactinoma": "pituitary adenoma", "hypophyseal": "pituitary",
     "hypophysis": "pituitary gland", "astrocytoma": "astrocytoma glioma", "meningeal": "meninges",
+    "BRVO": "branch retinal vein occlusion", "CRVO": "central retinal vein occlusion",
+    "nAMD": "neovascular age-related macular degeneration", "MNV": "macular neovascularization",
+    "SHRM": "subretinal hyperreflective material", "IRMA": "intraretinal microvascular abnormalities",
+    "NVD": "neovascularization of the disc", "NVE": "neovascularization elsewhere",
+    "medullated": "myelinated", "MRNF": "myelinated retinal nerve fibers", "RNFL": "retinal nerve fiber layer",
+    "macular pucker": "epiretinal membrane", "HTN": "hypertension", "hypertonic": "hypertensive",
+    "short-sighted": "myopic", "floaters": "vitreous opacities",
+    "PTX": "pneumothorax", "PNA": "pneumonia", "CHF": "congestive heart failure", "CTR": "cardiothoracic ratio",
+    "IPF": "idiopathic pulmonary fibrosis", "SPN": "solitary pulmonary nodule", "hydrothorax": "pleural effusion",
+    "LLL": "left lower lobe", "LUL": "left upper lobe", "RLL": "right lower lobe", "RML": "right middle lobe",
+    "RUL": "right upper lobe", "enlarged heart": "cardiomegaly", "DLGG": "diffuse low-grade glioma",
+    "TNBC": "triple-negative breast cancer", "HER2+": "HER2-positive", "HER2/neu": "HER2", "ERBB2": "HER2",
+    "ER+": "estrogen-receptor-positive", "HR+": "hormone-receptor-positive", "luminal": "hormone-receptor-positive",
+    "ER-positive": "estrogen-receptor-positive", "HR-positive": "hormone-receptor-positive",
+    "basal-like": "triple-negative", "oestrogen": "estrogen", "fibres": "fibers", "fibre": "fiber",
+    "ischaemia": "ischemia", "ischaemic": "ischemic", "centre": "center",
     "IDC": "invasive ductal carcinoma", "DCIS": "ductal carcinoma in situ", "FA": "fibroadenoma",
     "oedema": "edema", "tumour": "tumor", "tumours": "tumors", "haemorrhage": "hemorrhage", "aetiology": "etiology",
     "haemorrhages": "hemorrhages", "colour": "color", "oedematous": "edematous", "paediatric": "pediatric",
@@ -56,13 +72,19 @@ REGIONS = {
         "epiretinal membrane; rim thinning; optic cup enlargement; cupping; disc excavation; nerve fiber layer "
         "defect; lens opacity; media haze; atrophy; laser scars; vascular tortuosity; pigment clumping; vitreous "
         "hemorrhage; foveal distortion; serous detachment; fluid pockets; fatty exudate ring; papilledema; disc "
-        "pallor; blurred vessels; red spots; white patches",
+        "pallor; blurred vessels; red spots; white patches; pigment epithelial detachment; subretinal hyperreflective "
+        "material; venous engorgement; arteriolar narrowing; arteriovenous nicking; macular striae; peripapillary "
+        "atrophy; posterior staphyloma; tilted disc; vitreous opacities; geographic atrophy; subretinal hemorrhage; "
+        "myelinated nerve fibers",
         "diabetic retinopathy; diabetic macular edema; cystoid macular edema; glaucoma; open-angle glaucoma; "
         "angle-closure glaucoma; ocular hypertension; cataract; nuclear cataract; age-related macular "
         "degeneration; macular hole; retinal detachment; retinal vein occlusion; retinal artery occlusion; "
         "hypertensive retinopathy; myopia; uveitis; retinitis pigmentosa; central serous chorioretinopathy; optic "
         "neuritis; diabetic maculopathy; retinopathy of prematurity; toxoplasmosis; lens clouding; diabetic eye "
-        "disease; polypoidal vasculopathy",
+        "disease; polypoidal vasculopathy; choroidal neovascularization; dry macular degeneration; wet macular "
+        "degeneration; pathological myopia; branch retinal vein occlusion; central retinal vein occlusion; "
+        "non-proliferative diabetic retinopathy; proliferative diabetic retinopathy; vitreous degeneration; asteroid "
+        "hyalosis",
     ),
     "chest": (
         ("cxr", "chest_ct"),
@@ -76,14 +98,16 @@ REGIONS = {
         "infiltrate; airspace disease; haziness; lung opacity; fibrosis; bronchiectasis; emphysema; honeycombing; "
         "tree-in-bud nodules; septal thickening; cardiomegaly; pulmonary edema; scarring; calcification; pleural "
         "thickening; hilar enlargement; bronchial obstruction; hazy patches; streaky densities; white-out; dense "
-        "shadow; necrotic mass; bulky mass",
+        "shadow; necrotic mass; bulky mass; enlarged heart; perihilar haze; vascular congestion; Kerley lines; "
+        "pleural line; blunted costophrenic angle; flattened diaphragm; volume loss; granuloma; smooth nodule",
         "bacterial pneumonia; viral pneumonia; COVID-19; coronavirus disease; pneumonia; lobar pneumonia; "
         "atypical pneumonia; influenza; tuberculosis; lung cancer; adenocarcinoma; squamous cell carcinoma; large "
         "cell carcinoma; small cell lung cancer; lung metastases; lymphoma; sarcoidosis; asthma; bronchitis; "
         "chronic obstructive pulmonary disease; pulmonary embolism; heart failure; interstitial lung disease; "
         "mesothelioma; lung abscess; bronchiolitis; respiratory infection; non-small cell lung cancer; carcinoid; "
         "undifferentiated lung tumor; fungal pneumonia; pneumococcal infection; glandular lung cancer; bronchial "
-        "carcinoma; aspiration pneumonia",
+        "carcinoma; aspiration pneumonia; cardiogenic pulmonary edema; pulmonary fibrosis; hamartoma; benign nodule; "
+        "empyema",
     ),
     "brain": (
         ("brain_mri",),
@@ -102,7 +126,7 @@ REGIONS = {
         "pituitary macroadenoma; prolactinoma; craniopharyngioma; brain metastases; lymphoma; schwannoma; "
         "medulloblastoma; multiple sclerosis; stroke; brain abscess; encephalitis; dementia; epilepsy; aneurysm; "
         "brain tumor; acromegaly; Cushing disease; glial neoplasm; tumor of the meninges; intracranial neoplasm; "
-        "brain cancer",
+        "brain cancer; lower-grade glioma; high-grade glioma; diffuse astrocytoma",
     ),
     "breast": (
         ("breast_us", "breast_mri"),
@@ -111,10 +135,11 @@ REGIONS = {
         "hypoechoic mass; spiculated mass; oval circumscribed mass; irregular mass; posterior shadowing; "
         "posterior enhancement; cyst; calcifications; architectural distortion; ductal dilation; non-mass "
         "enhancement; washout; rim enhancement; skin thickening; lump; microlobulated margins; enlarged lymph "
-        "node; solid nodule",
+        "node; solid nodule; enhancing mass; rapid enhancement; persistent enhancement; spiculated enhancing mass",
         "fibroadenoma; breast cancer; invasive ductal carcinoma; lobular carcinoma; ductal carcinoma in situ; "
         "benign tumor; malignant tumor; phyllodes tumor; fat necrosis; mastitis; papilloma; fibrocystic change; "
-        "malignancy",
+        "malignancy; triple-negative breast cancer; HER2-positive breast cancer; hormone-receptor-positive breast "
+        "cancer; inflammatory breast cancer",
     ),
 }  # fmt: skip
 
@@ -175,8 +200,8 @@ def abbreviate(text: str, rng: random.Random) -> str:
 def generate(size: int, rng: random.Random) -> list[tuple[str, str, bool]]:
     """`size` sentences as (text, modality id, whether it denies or calls normal), most of them distinct."""
     regions = [(ids, _split(s), _split(f), _split(d)) for ids, s, f, d in REGIONS.values()]
-    # The retina and the chest stand for two modalities each, the breast is for later.
-    weights = [3, 3, 2, 1]
+    # The brain has one modality, the others have two each.
+    weights = [3, 3, 2, 3]
     kinds = [(AFFIRMED, False), (NEGATED, True), (NORMAL, True)]
     sentences = []
     for _ in range(size):

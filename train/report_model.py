@@ -6,7 +6,8 @@
 - Autoencoder, on val images as they are delivered (bars not trimmed): mean PSNR, and energy in the highest octave of
   reconstructions over that of originals (`highest_octave` in train_autoencoder.py).
 - Judges (train_classifier.py): equally many images of each finding, at the model's default settings, for phrasings as
-  in training and for new ones; beside the judges' own accuracy on val images.
+  in training and for new ones (`--phrasings test`: for those of other styles); beside the judges' own accuracy on
+  val images.
 - Memorisation (minim_pipeline/evaluation/memorisation.py), in latents and in pixels.
 - Checks: equal channels, letterboxes, specks; and a sheet a modality, seeds in order, nothing picked.
 
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from arguments import check_numbers
+from captions import load_captions
 from PIL import Image
 from train_autoencoder import validate
 from train_classifier import format_report
@@ -57,7 +59,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_reading_arguments(parser)
     parser.add_argument("--sheets", help="Folder for a sheet of 5 x 8 generated images a modality.")
     parser.add_argument("--save_images", help="Folder for the generated images; found there, they are not made again.")
-    parser.add_argument("--phrasings", nargs="+", choices=["train", "new"], default=["train", "new"])
+    parser.add_argument(
+        "--phrasings",
+        nargs="+",
+        choices=["train", "new", "test"],
+        default=["train", "new"],
+        help="Sets to draw with: as in training, new ones, and those of other styles, which are for final figures.",
+    )
     parser.add_argument("--images_per_finding", type=int, default=64)
     parser.add_argument("--num_inference_steps", type=int, help="Default: the model's.")
     parser.add_argument("--guidance_scale", type=float, help="Default: the model's.")
@@ -76,12 +84,18 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def plan(classes, learned, captions: dict, phrasing: str, count: int, seed: int) -> list[dict]:
-    """What to generate: `count` images a finding that judges and model both know, phrasings in turn."""
+    """What to generate: `count` images a finding that judges and model both know, phrasings in turn.
+
+    Raises:
+        ValueError: `captions` has no such phrasings of one of these findings.
+    """
     planned = []
     for modality, finding in classes:
         if finding not in learned.get(modality, []):
             continue
-        texts = captions[modality][finding][phrasing]
+        texts = captions.get(modality, {}).get(finding, {}).get(phrasing)
+        if not texts:
+            raise ValueError(f"The captions have no {phrasing!r} phrasings of {finding!r} of {modality!r}.")
         planned += [
             {
                 "modality": modality,
@@ -189,7 +203,7 @@ def main(argv=None) -> dict:
     pipe = MinimPipeline.from_pretrained(args.model).to(device)
     pipe.set_progress_bar_config(disable=True)
     judges = load_judges(args.judges, device)
-    captions = json.loads(Path(args.captions).read_text())
+    captions = load_captions(args.captions)
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
 
     def rows_of(split):

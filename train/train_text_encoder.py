@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from arguments import check_numbers
-from captions import load_captions, normalize, vary_caption
+from captions import load_captions, never_trained_on, normalize, vary_caption
 from common import add_modalities_argument, know_modalities, write_json
 from corpus import SYNONYMS, abbreviate, decorate, expand, generate
 from hub import add_hub_arguments, check_hub_arguments, push_parts
@@ -40,8 +40,21 @@ from minim_pipeline.modalities import MODALITIES, resolve_modality
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 IGNORE = -100
-SIDES = {"left": 1, "os": 1, "right": 2, "od": 2}
-NEGATIONS = set("no not non without absent absence negative none free normal excluded excludes out never lack".split())
+SIDES = {"left": 1, "os": 1, "lul": 1, "lll": 1, "right": 2, "od": 2, "rul": 2, "rml": 2, "rll": 2}
+# What of a modality has a left and a right one.
+PAIRED = {
+    "oct": "eye",
+    "fundus": "eye",
+    "cxr": "lung",
+    "chest_ct": "lung",
+    "brain_mri": "hemisphere",
+    "breast_us": "breast",
+    "breast_mri": "breast",
+}
+NEGATIONS = set(
+    "no not non without absent absence negative none nothing neither nor against free normal excluded excludes out "
+    "never lack lacks lacking".split()
+)
 
 
 def parse_args(argv=None):
@@ -159,9 +172,13 @@ class Texts:
         self.captions, self.rows, self.rng = captions, rows, rng
         self.modalities = list(MODALITIES)
         self.findings = [(m, f) for m, findings in captions.items() for f in findings]
-        new = {normalize(p) for m, f in self.findings for p in captions[m][f]["new"]}
+        new = {normalize(p) for m, f in self.findings for p in never_trained_on(captions[m][f])}
         self.new = new
         self.phrasings = [(p, m, f) for m, f in self.findings for p in captions[m][f]["train"]]
+        by_finding: dict[tuple[str, str], list[str]] = {}
+        for text, modality, finding in rows:
+            by_finding.setdefault((modality, finding), []).append(text)
+        self.rows_of = list(by_finding.items())
         self.corpus = [s for s in generate(corpus_size, rng) if normalize(s[0]) not in new]
         # What the teacher embeds, clean and spelt out: abbreviations and lay words on their own, phrasings, corpus.
         self.terms = [term for term in SYNONYMS if normalize(term) not in new]
@@ -199,10 +216,11 @@ class Texts:
             finding_index = self.findings.index((modality, finding))
             text = decorate(text, rng)
             if rng.random() < 0.2:
-                text = f"{text.removesuffix('.')}, {rng.choice(('left', 'right'))} eye"
+                text = f"{text.removesuffix('.')}, {rng.choice(('left', 'right'))} {PAIRED.get(modality, 'side')}"
         else:
-            text, modality, finding = rng.choice(self.rows)
-            text = vary_caption(text, modality, finding, rng, self.captions)
+            # By finding first: a few name age and side in hundreds of captions, others have only three.
+            (modality, finding), texts = rng.choice(self.rows_of)
+            text = vary_caption(rng.choice(texts), modality, finding, rng, self.captions)
             if (modality, finding) in self.findings:
                 finding_index = self.findings.index((modality, finding))
         clean, text = text, corrupt(text, rng)
@@ -362,23 +380,30 @@ def linear_probe(x: torch.Tensor, y: torch.Tensor, x_new: torch.Tensor) -> torch
     return probe(x_new).argmax(1)
 
 
-def measure(student: CLIPTextModel, tokenizer: CLIPTokenizer, captions: dict) -> dict[str, dict]:
-    """Per modality, how many of the phrasings never trained on are understood.
+def measure(
+    student: CLIPTextModel, tokenizer: CLIPTokenizer, captions: dict, phrasings: str = "new"
+) -> dict[str, dict]:
+    """Per modality, how many of its `phrasings` ("new" or "test", never trained on) are understood.
 
-    Hidden states are standardized by those of the training phrasings. `prototype`: the share nearest to the mean of
-    their own finding's training phrasings; `probe`: the share that a logistic regression on the training phrasings
-    gets right; `n`: how many there are; `missed`: those that `prototype` takes for another finding, and which.
+    Modalities without any are left out. Hidden states are standardized by those of the training phrasings.
+    `prototype`: the share nearest to the mean of their own finding's training phrasings; `probe`: the share that a
+    logistic regression on the training phrasings gets right; `n`: how many there are; `missed`: those that
+    `prototype` takes for another finding, and which.
     """
     student.eval()
     report = {}
     for modality, findings in captions.items():
         names = list(findings)
         parts = {}
-        for part in ("train", "new"):
-            pairs = [(p, i) for i, f in enumerate(names) for p in findings[f][part]]
+        for part in ("train", phrasings):
+            pairs = [(p, i) for i, f in enumerate(names) for p in findings[f].get(part, [])]
+            if not pairs:
+                break
             texts = [f"{MODALITIES[modality].token} {p}" for p, _ in pairs]
             parts[part] = encode(student, tokenizer, texts), torch.tensor([i for _, i in pairs])
-        (x, y), (x_new, y_new) = parts["train"], parts["new"]
+        if phrasings not in parts:
+            continue
+        (x, y), (x_new, y_new) = parts["train"], parts[phrasings]
         mean, std = x.mean(0), x.std(0) + 1e-4
         x, x_new = (x - mean) / std, (x_new - mean) / std
         nearest = nearest_prototype(x, y, x_new)
@@ -459,9 +484,10 @@ def main(args: argparse.Namespace) -> list[float]:
             minutes = (time.time() - started) / 60
             print(f"step {step}: loss {loss.item():.3f} ({words}), {minutes:.1f} min", flush=True)
 
-    report = measure(student, tokenizer, captions)
-    for modality, figures in report.items():
-        print(modality, figures, flush=True)
+    report = {part: measure(student, tokenizer, captions, part) for part in ("new", "test")}
+    for part, modalities in report.items():
+        for modality, figures in modalities.items():
+            print(part, modality, figures, flush=True)
     save_model(student, args.output_dir / "text_encoder")
     tokenizer.save_pretrained(args.output_dir / "tokenizer")
     write_json(args.output_dir / "report.json", report)

@@ -70,7 +70,7 @@ def read_report(path: str | Path) -> dict:
 
 def eval_results(report: dict) -> Iterator[EvalResult]:
     """The figures that the Hub shows beside a card (`model-index`)."""
-    phrasings = {"train": "phrasings as in training", "new": "new phrasings"}
+    phrasings = {"train": "phrasings as in training", "new": "new phrasings", "test": "phrasings of other styles"}
     for split, part in report.get("generation", {}).get("generated", {}).items():
         name = f"findings read right by classifiers, {phrasings.get(split, split)}"
         yield result("all", "balanced_accuracy", name, part["balanced_accuracy"])
