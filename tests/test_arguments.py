@@ -27,6 +27,8 @@ FROM_ZERO = {
     "folds",
     "min_val",
 }
+# Values of pixels, of either sign; `check_reading` looks at them (tests/test_image_reader.py).
+OF_ANY_SIGN = {"window"}
 
 
 class Stopped(Exception):
@@ -46,7 +48,11 @@ def options_of(module, monkeypatch) -> tuple[list[str], dict[str, type]]:
         with pytest.raises(Stopped):
             module.parse_args([])
     needed = [part for a in seen if a.required for part in (a.option_strings[0], NEEDED[a.dest])]
-    return needed, {a.option_strings[0]: (a.type, a.nargs or 1) for a in seen if a.type in (int, float)}
+    return needed, {
+        a.option_strings[0]: (a.type, a.nargs or 1)
+        for a in seen
+        if a.type in (int, float) and a.dest not in OF_ANY_SIGN
+    }
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

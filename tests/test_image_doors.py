@@ -124,7 +124,7 @@ def test_latents_are_not_those_of_images_that_have_changed(tmp_path, make_pipeli
     Image.fromarray(xray()[:, :SIDE]).save(tmp_path / "a.png")
     csv = write_csv(tmp_path / "data.csv", [{"path": "a.png", "Text": "normal", "modality": "CXR"}])
     args = argparse.Namespace(output_dir=tmp_path / "run", train_data=str(csv), resolution=SIDE, seed=0)
-    args.mixed_precision, args.fit, args.window = "no", "stretch", None
+    args.mixed_precision, args.fit, args.window, args.no_mirror = "no", "stretch", None, False
     vae, rows, accelerator = make_pipeline().vae, read_csv(csv), Accelerator(cpu=True)
 
     def encode() -> torch.Tensor:

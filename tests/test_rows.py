@@ -27,9 +27,8 @@ def data(folder, rows, header=("path", "Text", "modality", "split")):
 
 def arguments(path, **changes):
     given = {"split": "train", "val_split": "val", "skip_bad_rows": False, "max_train_samples": None}
-    return Namespace(
-        **{"train_data": path, "modality": None, "image_root": None, "no_mirror": False} | given | changes
-    )
+    given |= {"modality": None, "modalities_from": None, "image_root": None, "no_mirror": False}
+    return Namespace(**given | {"train_data": path, "fit": "stretch", "window": None} | changes)
 
 
 def test_an_image_that_is_there_twice_is_told_by_its_names(tmp_path, capsys):

@@ -90,7 +90,7 @@ def test_the_scripts_do_without_the_column_and_hold_out_the_same_rows(tmp_path):
 
     args = train_autoencoder.parse_args(["--train_data", str(path), "--output_dir", str(tmp_path / "out")])
     assert [row["path"] for row in train_autoencoder.read_splits(args)[1]] == val
-    new, _ = add_modality.read_new(Namespace(train_data=path), MODALITIES["oct"])
+    new, _ = add_modality.read_new(Namespace(train_data=path, image_root=None), MODALITIES["oct"])
     assert [row["path"] for row in new if row["split"] == "val"] == val
     assert compare_models.modalities_of(Namespace(data=path, skip_memorisation=False)) == {"oct"}
     call = ["--train_data", path, "--output_dir", tmp_path / "judges", "--part", "all", "--architectures", "resnet"]
