@@ -54,7 +54,7 @@ from replay import Replay
 from rewards import are_copies, finding_reward, rate, spread
 from rows import add_mirror_argument
 from run import Run
-from train_text_to_image import add_lora, loss_weights, target
+from train_text_to_image import add_lora, loss_weights, target, write_unet
 from tune_filter import add_tuning_arguments, check_tuning_arguments, tune
 from watch import Watch
 
@@ -73,7 +73,6 @@ from minim_pipeline.image_loading import key_of, load_images
 from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 from minim_pipeline.ratings import image_digest
-from minim_pipeline.tokens import modality_tokens
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -523,14 +522,7 @@ def save_weights(args, pipe: MinimPipeline, folder: Path) -> None:
     """Writes the U-Net, or the LoRA, finite and whole, or not at all."""
     check_weights(pipe.unet)
     with whole_folder(folder) as unfinished:
-        if args.lora_rank:
-            from peft.utils import get_peft_model_state_dict
-
-            tokens = modality_tokens(pipe.tokenizer)
-            layers = get_peft_model_state_dict(pipe.unet)
-            MinimPipeline.save_lora_weights(unfinished, unet_lora_layers=layers, modality_tokens=tokens)
-        else:
-            pipe.unet.save_pretrained(unfinished / "unet")
+        write_unet(pipe, bool(args.lora_rank), unfinished)
 
 
 def forget_weights(output: Path, needed: set[int]) -> None:

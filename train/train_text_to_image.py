@@ -616,15 +616,19 @@ def save_weights(args, pipe: MinimPipeline, folder: Path) -> None:
     for part in (pipe.unet, pipe.text_encoder):
         check_weights(part)
     with whole_folder(folder) as unfinished:
-        if args.lora_rank:
-            from peft.utils import get_peft_model_state_dict
-
-            tokens = modality_tokens(pipe.tokenizer)
-            layers = get_peft_model_state_dict(pipe.unet)
-            MinimPipeline.save_lora_weights(unfinished, unet_lora_layers=layers, modality_tokens=tokens)
-        else:
-            pipe.unet.save_pretrained(unfinished / "unet")
+        write_unet(pipe, bool(args.lora_rank), unfinished)
         pipe.text_encoder.save_pretrained(unfinished / "text_encoder")
+
+
+def write_unet(pipe: MinimPipeline, lora: bool, folder: Path) -> None:
+    """The U-Net, or with `lora` what was trained beside it and the tokens that it was trained with."""
+    if lora:
+        from peft.utils import get_peft_model_state_dict
+
+        layers, tokens = get_peft_model_state_dict(pipe.unet), modality_tokens(pipe.tokenizer)
+        MinimPipeline.save_lora_weights(folder, unet_lora_layers=layers, modality_tokens=tokens)
+    else:
+        pipe.unet.save_pretrained(folder / "unet")
 
 
 def finish(args, pipe: MinimPipeline, output: Path) -> None:
