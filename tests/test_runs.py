@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from minim_pipeline.disk import save_model
 from minim_pipeline.finite import FiniteLoss, check_weights
+from minim_pipeline.locking import locked
 from minim_pipeline.provenance import save_png
 
 
@@ -188,6 +189,12 @@ def test_a_finished_run_is_left_alone(whole, decoder_run, tmp_path, capsys):
     assert log_of(tmp_path / "run") == log_of(whole)
 
 
+def test_two_runs_do_not_share_a_folder(decoder_run, tmp_path):
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match="another run is writing to .*run now"):
+        run(train_autoencoder, *decoder_run, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_goes_on_if_more_is_asked_for(whole, decoder_run, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     again = ["--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest", "--max_train_steps", 8]
@@ -283,7 +290,8 @@ ROWS = [(9, "--split train of .*data.csv has 8"), (4, "the validation has 3")]
 
 @pytest.mark.parametrize(("processes", "told"), ROWS)
 def test_fewer_rows_than_processes_are_refused(unet_run, tmp_path, monkeypatch, processes, told):
-    monkeypatch.setattr(common, "PartialState", lambda: argparse.Namespace(num_processes=processes))
+    state = argparse.Namespace(num_processes=processes, is_main_process=True)
+    monkeypatch.setattr(common, "PartialState", lambda **_: state)
     with pytest.raises(ValueError, match=f"{told} rows for {processes} processes"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run(train_text_to_image, *unet_run, "--output_dir", tmp_path / "out")

@@ -7,12 +7,13 @@ import math
 import time
 import warnings
 from collections import Counter
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, parse_flag_from_env
 from arguments import check_shares, check_tracker
 from checkpoints import FINISHED, step_of
 from hub import add_hub_arguments, check_hub_arguments
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 from minim_pipeline import splits
 from minim_pipeline.image_loading import check_values
 from minim_pipeline.image_reader import add_reading_arguments, reading_of
+from minim_pipeline.locking import locked
 from minim_pipeline.modalities import resolve_modality
 from minim_pipeline.provenance import atomic_path
 
@@ -165,6 +167,12 @@ def start_trackers(accelerator, name: str, args: argparse.Namespace) -> None:
     if args.report_to:
         config = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in vars(args).items()}
         accelerator.init_trackers(name, config=config)
+
+
+def own_folder(args: argparse.Namespace) -> AbstractContextManager:
+    """`--output_dir` as one run's alone, of all its processes; raises as `locked`."""
+    # As the Accelerator, which comes later, will have it: what is set up first stays.
+    return locked(args.output_dir, PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")))
 
 
 def note_arguments(args: argparse.Namespace, checkpoint: Path | None) -> None:

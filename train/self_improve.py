@@ -47,6 +47,7 @@ from minim_pipeline.finite import check_weights
 from minim_pipeline.generate import generate, model_identity, plan_file, read_model_index
 from minim_pipeline.image_loading import load_images
 from minim_pipeline.image_reader import reading_of, reading_options
+from minim_pipeline.locking import locked
 from minim_pipeline.minim_filter.funnel import combine
 from minim_pipeline.ratings import image_digest
 
@@ -383,6 +384,12 @@ def write_report(folder: Path, minutes: dict[str, float]) -> dict:
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
+    with locked(args.output_dir):
+        return improve(args)
+
+
+def improve(args: argparse.Namespace) -> dict:
+    """Runs the stages of a round that `--output_dir` lacks, and returns the report."""
     folder = Path(args.output_dir)
     index = read_model_index(args.pretrained_model_name_or_path)
     if (index.get("filter_head") or [None])[0] is None:

@@ -40,6 +40,7 @@ from common import (
     check_common_arguments,
     hold_images,
     note_arguments,
+    own_folder,
     read_splits,
     start_trackers,
     step_generator,
@@ -223,6 +224,12 @@ def normalise_latents(vae: AutoencoderKL, images: torch.Tensor, batch_size: int 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    with own_folder(args):
+        train(args)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains, validates and writes the autoencoder; `--output_dir` is this run's alone."""
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir
     )

@@ -33,6 +33,7 @@ from common import (
     add_common_arguments,
     check_common_arguments,
     note_arguments,
+    own_folder,
     read_splits,
     start_trackers,
     step_generator,
@@ -311,6 +312,12 @@ def train_losses(head: FilterHead, lessons: Lessons, batch: dict[str, torch.Tens
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
+    with own_folder(args):
+        return train(args)
+
+
+def train(args: argparse.Namespace) -> dict:
+    """Trains the head, and returns its report; `--output_dir` is this run's alone."""
     # --mixed_precision is that of the frozen networks: the head's own arithmetic is fp32, always.
     accelerator = Accelerator(log_with=args.report_to, project_dir=args.output_dir)
     if accelerator.num_processes > 1:

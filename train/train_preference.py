@@ -42,6 +42,7 @@ from common import (
     add_run_arguments,
     check_run_arguments,
     note_arguments,
+    own_folder,
     start_trackers,
     step_generator,
     write_json,
@@ -416,6 +417,12 @@ class Best:
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
+    with own_folder(args):
+        return train(args)
+
+
+def train(args: argparse.Namespace) -> dict:
+    """Trains the U-Net, and returns the report; `--output_dir` is this run's alone."""
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir
     )

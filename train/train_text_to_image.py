@@ -45,6 +45,7 @@ from common import (
     check_processes,
     judgeable,
     note_arguments,
+    own_folder,
     read_splits,
     start_trackers,
     step_generator,
@@ -301,6 +302,12 @@ def validation_loss(
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    with own_folder(args):
+        train(args)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains, validates and writes the pipeline; `--output_dir` is this run's alone."""
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
