@@ -9,17 +9,19 @@ from .modalities import AMBIGUOUS, Modality, resolve_modality, split_prefix
 # What spreadsheets, pandas and databases write where there is no caption; compared without case and spaces around.
 _MISSING = frozenset(
     "nan -nan none null nil na n/a n.a. n.a #n/a #na <na> nat undefined missing unknown tbd todo empty"
-    " 1.#ind -1.#ind 1.#qnan -1.#qnan #value! #ref! #name?".split()
-)
+    " 1.#ind -1.#ind 1.#qnan -1.#qnan #value! #ref! #name? n.a".split()
+) | {"not available", "not applicable", "no caption", "no text", "no description"}
 
 
 def check_caption(text: str) -> None:
-    """Raises ValueError if `text` stands for a missing caption: "nan", "None", "N/A", "null", "-" and the like.
+    """Raises ValueError if `text` stands for a missing caption: "nan", "None.", "(N/A)", "null", "-" and the like.
 
     It would be drawn and learned as if it were a finding. An empty text is left to the caller.
     """
     plain = text.strip()
-    if plain.lower() in _MISSING or plain and not any(map(str.isalnum, plain)):
+    words = re.split(r"[,;/|]\s+", plain.lower().strip("()[]{}\"'.!?,; "))
+    missing = plain.lower() in _MISSING or all(word in _MISSING for word in words)
+    if missing or plain and not any(map(str.isalnum, plain)):
         raise ValueError(
             f"{text!r} is no caption, but what stands where one is missing: say what the image shows, or leave it out."
         )
@@ -52,7 +54,7 @@ _WORDS = re.compile(
     # English: left-sided, rightward; abbreviations.
     r"left\w*|right\w*|lt|rt(?!-?pcr)|lft|rgt|"
     # Latin, and what is made of it: oculus sinister, O.D., o. s., dextrocardia, levoscoliosis, situs inversus.
-    r"o\s?[.,]?\s?[ds]|sinist\w*|dext\w*|dx|sx|sin\.|levo\w*|laevo\w*|situs|"
+    r"o\s?[.,]?\s?[ds]|sinist\w*|dext\w*|dx|sx|[lr]hs|sin\.|levo\w*|laevo\w*|situs|"
     # German, Dutch: links, linksseitig, linke, linker, rechts, rechtes Auge, li., re.
     r"link\w*|recht\w*|li\.|re\.|"
     # French: œil gauche, à droite.
@@ -71,10 +73,13 @@ _WORDS = re.compile(
 # Left or right eye, breast, artery, lobe, quadrant, view; chambers of the heart. In capitals only: "la" and "re" are
 # words.
 _CAPITALS = re.compile(
-    r"\b(?:[LR]E|[LR]A|[LR]V|O[GIE]|[LR](?:UL|ML|LL)|[LR][UL]Q|[LR](?:[MAP]?CA|ICA|VA)|LAD|[LR]MLO|[LR]CC(?=\s+(?:view|mammo|image))|[LR]H[SD]?)\b"
+    r"\b(?:[LR]E|[LR]A|[LR]V|O[GIE]|[LR](?:UL|ML|LL)|[LR][UL][IO]?Q|[LR](?:[MAP]?CA|ICA|VA)|LAD|[LR]MLO|[LR]CC(?=\s+(?:view|mammo|image))|[LR]H[SD]?)\b"
 )
-# A letter of its own, "L MCA", "(R)", "L-sided", but not "L3" or "r/o"; a small one only before a word.
-_LETTERS = re.compile(r"(?<!\w)[LR](?!\w)|(?<![\w'’/.])[lr]\.?(?:\s+(?=[^\W\d]{2})|-(?=side|lateral|hemi))")
+# A letter of its own, "L MCA", "(R)", "L-sided", "R_frontal", but not "L3" or "r/o"; a small one only before a word,
+# or set apart: "(l)", ", l".
+_LETTERS = re.compile(
+    r"(?<![^\W_])[LR](?![^\W_])|\([lr]\)|,\s*[lr](?=[\s.,;]*$)|(?<![\w'’/.])[lr]\.?(?:\s+(?=[^\W\d]{2})|-(?=side|lateral|hemi))"
+)
 # 10 o'clock, 10:30, 3h, 10 Uhr, à 10 heures, a las 10.
 _CLOCK = re.compile(
     r"o\W{0,2}clock|\b\d{1,2}:\d{2}\b|\b(?:1[0-2]|[1-9])\s?(?:h|uhr|heures?|horas?|ore|uur)\b|\b(?:las|horas?)\s\d",

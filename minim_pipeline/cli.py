@@ -15,7 +15,7 @@ from .evaluation.command import run as evaluate
 from .generate import DTYPES, REASONS, SCHEDULERS, Item, generate, plan_file, plan_prompt, read_model_index
 from .image_reader import add_reading_arguments
 from .modalities import MODALITIES, resolve_modality, split_prefix
-from .ratings import RatingStore, counts
+from .ratings import RatingStore, counts, read_ratings
 from .scoring import score_csv
 from .shortfall import MAX_ROUNDS, Shortfall
 
@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, metavar="CSV", help="default: NAME-scored.csv beside the data")
     p.add_argument("--split", help="only its rows of this split")
     p.add_argument("--modality", help="of all rows, where the CSV has no such column")
-    p.add_argument("--image-root", type=Path, metavar="FOLDER", help=IMAGE_ROOT_HELP)
+    p.add_argument("--image-root", "--image_root", type=Path, metavar="FOLDER", help=IMAGE_ROOT_HELP)
     p.add_argument("--model", **model)
     p.add_argument("--device", help="e.g. cpu, cuda (default: a GPU if there is one)")
     p.add_argument("--batch-size", type=number(int, 1), default=16)
@@ -321,6 +321,8 @@ def run_ratings(args: argparse.Namespace) -> None:
             raise ValueError(f"{folder} is no folder.")
     if args.modalities_from:
         read_model_index(args.modalities_from)
+    if args.input is not None and not args.store.exists():
+        read_ratings(args.input, folders)  # what is wrong is told before there is a store
     store = RatingStore(args.store)
     if args.input is not None:
         say(f"{store.read_csv(args.input, folders)} ratings of {args.input} are in {args.store} now.")
@@ -360,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
         if unknown:
             raise ValueError(f"unknown arguments {' '.join(unknown)} (see minim {args.command} --help)")
         return args.run(args) or 0
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, ImportError) as error:
         say(f"minim {args.command}: error: {str(error) or 'no answer'}")
         return 2
     except KeyboardInterrupt:

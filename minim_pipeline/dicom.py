@@ -31,14 +31,15 @@ def read_dicom(path: str | Path, window: tuple[float, float] | None = None) -> t
     percentiles; at 8 bits a pixel and without any of these, values are taken as they are.
 
     Raises:
-        ValueError: pydicom is missing, or the file holds no image that it can decode.
+        ImportError: pydicom is missing.
+        ValueError: the file holds no image that pydicom can decode.
     """
     try:
         from pydicom import dcmread
         from pydicom.pixels import pixel_array
         from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
     except ImportError as error:
-        raise ValueError("DICOM needs pydicom: pip install 'minim-pipeline[dicom]'") from error
+        raise ImportError(f"{path} is DICOM, which needs pydicom: pip install 'minim-pipeline[dicom]'.") from error
     data = dcmread(path, force=True)  # force: files without the mark are DICOM by their ending
     if "PixelData" not in data:
         raise ValueError("DICOM without an image")

@@ -293,9 +293,13 @@ def generate(
     if filtering:
         defaults = {"num_candidates": pipe.config.num_candidates, "max_rounds": 1, "filter_threshold": None}
         settings |= defaults | {"keep_copies": False} | choice
-        if choice.pop("accepted_only", False) and (settings["num_candidates"] > 1 or max_rounds > 1):
-            # An accepted image is the same whatever the bound, which may be raised to go on. (A single candidate is
-            # drawn from its generator itself, and so is another.)
+        if choice.pop("accepted_only", False):
+            if settings["num_candidates"] == 1 and max_rounds == 1:
+                raise ValueError(
+                    "accepted_only draws one candidate a round here, and goes on in others: max_rounds has to be at"
+                    " least 2, got 1."
+                )
+            # An accepted image is the same whatever the bound, which may be raised to go on.
             del settings["max_rounds"]
         choice = defaults | choice | {"reject_copies": not choice.pop("keep_copies", False)}
     columns = dict.fromkeys(

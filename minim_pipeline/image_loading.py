@@ -25,7 +25,6 @@ def load_images(
     resolution: int,
     trim: bool = True,
     changes: Counter | None = None,
-    image_root: str | Path | None = None,
     reading: Reading = DEFAULT_READING,
     found: dict[str, Found] | None = None,
 ) -> torch.Tensor:
@@ -36,7 +35,7 @@ def load_images(
 
     Args:
         rows: as `read_csv` gives them.
-        csv_path: the file they came from; `path` is relative to its folder, or to `image_root`.
+        csv_path: the file they came from; `path` is relative to its folder.
         resolution: side in pixels.
         trim: take letterboxes away (`trim_letterbox`); never from an OCT, where what is flat and not black is the
             vitreous.
@@ -49,10 +48,10 @@ def load_images(
         FileNotFoundError: an image is not there.
     """
     if found is None:
-        found = check_values([(rows, csv_path)], reading, image_root)
+        found = check_values([(rows, csv_path)], reading)
 
     def load(row: dict) -> tuple[torch.Tensor, list[str]]:
-        modality, path = resolve_modality(row["modality"]), resolve_path(row, csv_path, image_root)
+        modality, path = resolve_modality(row["modality"]), resolve_path(row, csv_path)
         image, done = read_image(path, modality.id, found.get(modality.id, Found()), reading.window)
         image, done = as_modality(image, modality, done)
         if trim and modality.id != "oct":
@@ -75,28 +74,25 @@ def load_images(
 
 
 def check_values(
-    sets: Sequence[tuple[list[dict], str | Path]],
-    reading: Reading = DEFAULT_READING,
-    image_root: str | Path | None = None,
+    sets: Sequence[tuple[list[dict], str | Path]], reading: Reading = DEFAULT_READING
 ) -> dict[str, Found]:
     """By modality, what lies in the pixels of more than 8 bits of all images that are to be scaled alike.
 
     Args:
         sets: rows as `read_csv` gives them, and the CSV they came from, whose other rows are looked at as well.
-        reading, image_root: as of `load_images`.
+        reading: as of `load_images`.
 
     Raises:
         ValueError: what the values mean cannot be known, for a modality of the rows.
     """
-    files, mine = {}, set()
+    files, modalities = {}, set()
     for rows, csv in sets:
-        named = _named(Path(csv), image_root, Path(csv).stat().st_mtime_ns) if Path(csv).is_file() else ()
-        asked = {resolve_path(row, csv, image_root): resolve_modality(row["modality"]).id for row in rows}
-        files |= {**dict(named), **asked}
-        mine.update(asked.values())
-    found = _survey(tuple((path, name, file_state(path)) for path, name in files.items() if name in mine))
-    for name, mine in found.items():
-        for values, real in ((mine.whole, False), (mine.real, True)):
+        asked = {resolve_path(row, csv): resolve_modality(row["modality"]).id for row in rows}
+        files |= {**(_images_of(Path(csv), reading) if Path(csv).is_file() else {}), **asked}
+        modalities.update(asked.values())
+    found = _survey(tuple((path, name, file_state(path)) for path, name in files.items() if name in modalities))
+    for name, values_of in found.items():
+        for values, real in ((values_of.whole, False), (values_of.real, True)):
             if values is not None:
                 try:
                     black_and_white(values, real, name, reading.window)
@@ -109,27 +105,33 @@ def key_of(
     rows: list[dict],
     csv_path: str | Path,
     reading: Reading = DEFAULT_READING,
-    image_root: str | Path | None = None,
 ) -> str:
     """A digest of the rows and of the state of their images, under which what is made of them is kept on disk.
 
     It changes with a row, with the place, the size or the time of change of an image, with how images are read, and
     with the version of the reader.
     """
-    found = check_values([(rows, csv_path)], reading, image_root)
-    return images_key(rows, [resolve_path(row, csv_path, image_root) for row in rows], found, reading)
+    found = check_values([(rows, csv_path)], reading)
+    return images_key(rows, [resolve_path(row, csv_path) for row in rows], found, reading)
+
+
+def _images_of(csv: Path, reading: Reading) -> dict[Path, str]:
+    """Every image that a CSV names, with the id of its modality."""
+    return dict(_read_images_of(csv, reading.modality, reading.image_root, csv.stat().st_mtime_ns))
 
 
 @lru_cache(maxsize=64)
-def _named(csv: Path, image_root: str | Path | None, changed: int) -> tuple[tuple[Path, str], ...]:
-    """Every image that a CSV names, with the id of its modality; rows without one are passed over."""
+def _read_images_of(
+    csv: Path, modality: str | None, image_root: str | None, changed: int
+) -> tuple[tuple[Path, str], ...]:
+    options = {"require": ("path", "modality"), "check_images": False, "skip_bad_rows": True}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of bad rows, which whoever read the rows at hand has been told of
         try:
-            rows = read_csv(csv, require=("path", "modality"), check_images=False, skip_bad_rows=True)
-        except ValueError:  # no column of modalities: they are known for the rows at hand alone
+            rows = read_csv(csv, image_root=image_root, modality=modality, **options)
+        except ValueError:  # of modalities that nobody knows, or none: then of the rows at hand alone
             return ()
-    return tuple((resolve_path(row, csv, image_root), resolve_modality(row["modality"]).id) for row in rows)
+    return tuple((resolve_path(row, csv), resolve_modality(row["modality"]).id) for row in rows)
 
 
 @lru_cache(maxsize=16)

@@ -127,18 +127,25 @@ def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
 def decode_picture(image: Image.Image) -> tuple[Image.Image | np.ndarray, list[str]]:
     """An upright, opaque image of mode L or RGB, or the values [H, W] of one with more than 8 bits; and notes.
 
-    Transparent pixels are laid on black: what they hide is not to come back.
+    Of a file that is not loaded yet, colour of 16 bits a channel gives values [H, W, 3]; of several frames the one at
+    hand is taken. Transparent pixels are laid on black: what they hide is not to come back.
 
     Raises:
         ValueError: pixels are not finite.
     """
-    notes = []
+    notes, frames = [], getattr(image, "n_frames", 1)
+    if frames > 1:
+        notes.append(f"{f'number {image.tell() + 1}' if image.tell() else 'the first'} of {frames} frames taken")
+    deep = _deep_channels(image)
+    halved = deep is None and is_deep(image) and not image.mode.startswith(("I", "F"))
     turned = image.getexif().get(ORIENTATION, 1) in range(2, 9)
     white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
     image.load()  # of a TIFF, Pillow turns the pixels here
     if turned:
         notes.append("turned upright, as its EXIF orientation says")
         image = ImageOps.exif_transpose(image)
+    if halved:
+        notes.append("the upper 8 of 16 bits a channel taken")
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         if not np.isfinite(values).all():
@@ -161,7 +168,52 @@ def decode_picture(image: Image.Image) -> tuple[Image.Image | np.ndarray, list[s
         if image.mode not in ("P", "RGBX"):
             notes.append(f"{image.mode} converted to RGB")
         image = image.convert("RGB")
-    return image, notes
+    return (image if deep is None else deep), notes
+
+
+def is_deep(file: Image.Image) -> bool:
+    """Whether an image has more than 8 bits a pixel, or a channel in its file, if that is not loaded yet."""
+    return file.mode.startswith(("I", "F")) or _raw_mode(file).endswith((";16B", ";16L", ";16N"))
+
+
+def _raw_mode(file: Image.Image) -> str:
+    arguments = file.tile[0].args if getattr(file, "tile", None) else ""
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def _deep_channels(file: Image.Image) -> np.ndarray | None:
+    """The values [H, W, 3], or [H, W] of grey with alpha, of 16 bits a channel, of which Pillow reads the upper 8.
+
+    None if it has none, or cannot be opened again to read the lower ones.
+    """
+    mode = _raw_mode(file)
+    path = getattr(file, "filename", "")
+    if not path or file.tell() or mode[:-1] not in ("RGB;16", "RGBX;16", "RGBA;16", "LA;16"):
+        return None
+
+    def read(raw: str) -> np.ndarray:
+        with Image.open(path) as again:
+            again.tile = [
+                tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw)
+                for tile in again.tile
+            ]
+            again.load()
+            if again.format != "TIFF":  # which Pillow has turned already
+                again.getexif()[ORIENTATION] = file.getexif().get(ORIENTATION, 1)
+                again = ImageOps.exif_transpose(again)
+            return np.asarray(again).astype(np.uint16)
+
+    if mode == "LA;16B":
+        parts = read("RGBA")  # byte for byte: grey and alpha, the upper half first
+        values = parts[:, :, ::2] * 256 + parts[:, :, 1::2]
+    else:
+        # Read in the other order of bytes, what Pillow takes for the upper half is the lower.
+        other = mode[:-1] + ("L" if mode.endswith("B") else "B")
+        values = read(mode) * 256 + read(other)
+    if values.shape[2] in (2, 4):
+        alpha = values[:, :, -1:].astype(np.float64) / 65535
+        values = (values[:, :, :-1] * alpha).round().astype(np.uint16)
+    return values[:, :, 0] if values.shape[2] == 1 else values
 
 
 def oddities(image: Image.Image) -> list[str]:
@@ -202,8 +254,10 @@ def check_reading(fit: str, window: tuple[float, float] | None) -> None:
     """Raises ValueError for a way to read images that there is not."""
     if fit not in FITS:
         raise ValueError(f"`fit` has to be one of {', '.join(FITS)}, got {fit!r}.")
-    if window is not None and not (len(window) == 2 and -np.inf < window[0] < window[1] < np.inf):
-        raise ValueError(f"`window` has to be two finite numbers, the lower first, got {tuple(window)}.")
+    pair = isinstance(window, (tuple, list)) and len(window) == 2
+    numbers = pair and all(isinstance(end, (int, float, np.number)) and not isinstance(end, bool) for end in window)
+    if window is not None and not (numbers and -np.inf < window[0] < window[1] < np.inf):
+        raise ValueError(f"`window` has to be two finite numbers, the lower first, got {window!r}.")
 
 
 def convert_pictures(

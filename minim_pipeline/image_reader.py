@@ -11,14 +11,14 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .dicom import is_dicom, read_dicom
-from .image_pixels import AS_ASKED, FITS, ORIENTATION, Found, check_reading, decode_picture, found_in, to_8_bits, told
+from .image_pixels import AS_ASKED, FITS, Found, check_reading, decode_picture, found_in, is_deep, to_8_bits, told
 
 
 # Raised when the same file comes out otherwise than before: what was kept of it (`images_key`) is made anew then.
@@ -32,6 +32,8 @@ class Reading:
     Args:
         fit: what becomes of an image that is not square: `"stretch"`, `"crop"` or `"pad"`.
         window: of pixels of more than 8 bits, the values that become black and white; None finds them out.
+        modality, image_root: with which `read_csv` gave the rows at hand, so that all other images of their CSV are
+            found: they are scaled alike.
 
     Raises:
         ValueError: there is no such way.
@@ -39,6 +41,8 @@ class Reading:
 
     fit: str = "stretch"
     window: tuple[float, float] | None = None
+    modality: str | None = None
+    image_root: str | None = None
 
     def __post_init__(self):
         check_reading(self.fit, self.window)
@@ -76,8 +80,15 @@ def add_reading_arguments(parser, fit: str = "stretch") -> None:
 
 
 def reading_of(args: argparse.Namespace) -> Reading:
-    """What the options of `add_reading_arguments` say; raises as `Reading`."""
-    return Reading(args.fit, tuple(args.window) if args.window else None)
+    """What the options say, for the CSV that `--modality` and `--image_root` are of; raises as `Reading`."""
+    root = getattr(args, "image_root", None)
+    window = tuple(args.window) if args.window else None
+    return Reading(args.fit, window, getattr(args, "modality", None), root and str(root))
+
+
+def reading_of_other(args: argparse.Namespace) -> Reading:
+    """As `reading_of`, for a CSV that `--modality` and `--image_root` are not of."""
+    return replace(reading_of(args), modality=None, image_root=None)
 
 
 def reading_options(args: argparse.Namespace) -> list[str]:
@@ -101,12 +112,13 @@ def read_image(
 
     Raises:
         OSError, ValueError: there is no such image, it is broken, or its values cannot be known.
+        ImportError: it is DICOM, and pydicom is missing.
     """
     try:
         if is_dicom(path):
             return read_dicom(path, window)
         pixels, notes = decode_file(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, ImportError):
         raise
     except Exception as error:  # decoders raise many types: OSError, SyntaxError, ValueError, struct.error, ...
         raise ValueError(f"broken image {path} ({error})") from error
@@ -116,60 +128,9 @@ def read_image(
 
 
 def decode_file(path: str | Path) -> tuple[Image.Image | np.ndarray, list[str]]:
-    """As `decode_picture`, of a file's first frame; colour of 16 bits a channel gives values [H, W, 3]."""
+    """As `decode_picture`, of a file."""
     with Image.open(path) as file:
-        frames = getattr(file, "n_frames", 1)
-        deep = _deep_channels(file, path)
-        halved = deep is None and is_deep(file)
-        pixels, notes = decode_picture(file)
-    if deep is not None:
-        pixels = deep
-    elif halved and isinstance(pixels, Image.Image):
-        notes.append("the upper 8 of 16 bits a channel taken")
-    if frames > 1:
-        notes.insert(0, f"the first of {frames} frames taken")
-    return pixels, notes
-
-
-def is_deep(file: Image.Image) -> bool:
-    """Whether an opened file has more than 8 bits a pixel or a channel."""
-    return file.mode.startswith(("I", "F")) or _raw_mode(file).endswith((";16B", ";16L", ";16N"))
-
-
-def _raw_mode(file: Image.Image) -> str:
-    arguments = file.tile[0].args if getattr(file, "tile", None) else ""
-    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
-
-
-def _deep_channels(file: Image.Image, path: str | Path) -> np.ndarray | None:
-    """The values [H, W, 3], or [H, W] of grey with alpha, of 16 bits a channel, of which Pillow reads the upper 8."""
-    mode = _raw_mode(file)
-    if mode[:-1] not in ("RGB;16", "RGBX;16", "RGBA;16", "LA;16"):
-        return None
-
-    def read(raw: str) -> np.ndarray:
-        with Image.open(path) as again:
-            again.tile = [
-                tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw)
-                for tile in again.tile
-            ]
-            again.load()
-            if again.format != "TIFF":  # which Pillow has turned already
-                again.getexif()[ORIENTATION] = file.getexif().get(ORIENTATION, 1)
-                again = ImageOps.exif_transpose(again)
-            return np.asarray(again).astype(np.uint16)
-
-    if mode == "LA;16B":
-        parts = read("RGBA")  # byte for byte: grey and alpha, the upper half first
-        values = parts[:, :, ::2] * 256 + parts[:, :, 1::2]
-    else:
-        # Read in the other order of bytes, what Pillow takes for the upper half is the lower.
-        other = mode[:-1] + ("L" if mode.endswith("B") else "B")
-        values = read(mode) * 256 + read(other)
-    if values.shape[2] in (2, 4):
-        alpha = values[:, :, -1:].astype(np.float64) / 65535
-        values = (values[:, :, :-1] * alpha).round().astype(np.uint16)
-    return values[:, :, 0] if values.shape[2] == 1 else values
+        return decode_picture(file)
 
 
 def image_problem(path: Path) -> str | None:

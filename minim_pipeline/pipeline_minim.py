@@ -335,7 +335,12 @@ class MinimPipeline(
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
-        """As [`DiffusionPipeline.from_pipe`]; without a filter head if `pipeline`, as Stable Diffusion, has none."""
+        """As [`DiffusionPipeline.from_pipe`], but in the dtype of `pipeline`, whose components it shares.
+
+        diffusers alone would bring both to fp32. Without a filter head if `pipeline`, as Stable Diffusion, has none.
+        """
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = (getattr(pipeline, "unet", None) or pipeline).dtype  # a filter head is fp32 always
         if "filter_head" not in pipeline.components:
             kwargs.setdefault("filter_head", None)
         return super().from_pipe(pipeline, **kwargs)
@@ -517,7 +522,11 @@ class MinimPipeline(
             length = None if prompt_embeds is None else prompt_embeds.shape[1]
             check_tensor("negative_prompt_embeds", negative_prompt_embeds, (batch_size, length, hidden))
         self.resolve_prompts(prompt, modality, batch_size)
-        texts = negative_prompt if isinstance(negative_prompt, (list, tuple)) else [negative_prompt or ""]
+        texts = (
+            negative_prompt
+            if isinstance(negative_prompt, (list, tuple))
+            else ["" if negative_prompt is None else negative_prompt]
+        )
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(
                 f"`negative_prompt` has to be a string or a list of strings, got {shown(negative_prompt)}."

@@ -189,46 +189,80 @@ class RatingStore:
             raise ValueError(f"{'; '.join(problems[:5])}{f' (and {len(problems) - 5} more)' if problems[5:] else ''}.")
 
     def read_csv(self, path: str | Path, folders: Mapping[str, str | Path]) -> int:
-        """Adds the ratings of a CSV, as `write_csv` writes it or with `path,Text,modality,rating` alone.
-
-        MINIM's own, `image_path,rating,modality,expert_level,prompt`, is read too. Raters without a name are called
-        after their `expert_level`, if there is one; who rates an image again without a `turn` is taken for another
-        person, "expert level 3 (2)". An image that is not where `path` leads from the CSV is looked for in the folder
-        of its kind, as `resolve_path` does.
-
-        Raises:
-            ValueError: bad rows, told with their numbers, such as two ratings of a named rater for one image and
-                turn, of which only one could be kept; nothing is added then.
-        """
-        home, found = Path(path).absolute().parent, []
-        kinds = {"turn": int, "seconds": float, "rating": int}
-        taken = set()
-
-        def check(row: Mapping[str, str]) -> None:
-            given = {name: kinds.get(name, str)(value) for name, value in row.items() if name in COLUMNS and value}
-            kind = given.get("kind", "generated")
-            if kind not in folders:
-                raise ValueError(f"kind has to be one of {', '.join(folders)}, got {kind!r}")
-            file, folder = home / row["path"], Path(folders[kind]).absolute()
-            if not file.is_file() and resolve_path(row, path, folder).is_file():
-                file = resolve_path(row, path, folder)
-            place = Path(os.path.relpath(file, folder)).as_posix()
-            level = row.get("expert_level")
-            name = given.get("rater") or (f"expert level {level}" if level else "unnamed")
-            rating = Rating(**given | {"rater": name, "path": place, "text": row["Text"]})
-            for again in itertools.count(2):
-                key = tuple(getattr(rating, part) for part in KEY)
-                if key not in taken or given.get("time"):
-                    break
-                if given.get("rater"):
-                    raise ValueError(f"{name!r} has rated {row['path']} above already, as turn {rating.turn}")
-                rating = replace(rating, rater=f"{name} ({again})")
-            taken.add(key)
-            found.append(rating)
-
-        read_csv(path, require=("path", "Text", "modality", "rating"), check_images=False, check=check)
+        """Adds the ratings of a CSV, all or none, and returns how many; errors as of `read_ratings`."""
+        found = read_ratings(path, folders, self.ratings())
         self.add(*found)
         return len(found)
+
+
+def read_ratings(path: str | Path, folders: Mapping[str, str | Path], earlier: Iterable[Rating] = ()) -> list[Rating]:
+    """The ratings of a CSV, as `RatingStore.write_csv` writes it or with `path,Text,modality,rating` alone.
+
+    MINIM's own, `image_path,rating,modality,expert_level,prompt`, is read too. Raters without a name are called after
+    their `expert_level`, if there is one; who rates an image again without a `turn` is taken for another person,
+    "expert level 3 (2)". An image that is not where `path` leads from the CSV is looked for in the folder of its kind,
+    as `resolve_path` does.
+
+    Args:
+        folders: by kind, what the images' paths are relative to in the ratings.
+        earlier: ratings that these are to be added to.
+
+    Raises:
+        ValueError: bad rows, told with their numbers, such as two ratings of a named rater for one image and turn, of
+            which only one could be kept, or one of a rater without a name that differs from an earlier one.
+    """
+    home, found = Path(path).absolute().parent, []
+    kinds = {"turn": _whole, "seconds": float, "rating": _whole}
+    taken, stored = set(), {_key(rating): rating.rating for rating in earlier}
+
+    def check(row: Mapping[str, str]) -> None:
+        given = {name: row[name] for name in COLUMNS if row.get(name)}
+        for name in given.keys() & kinds.keys():
+            try:
+                given[name] = kinds[name](given[name])
+            except ValueError:
+                raise ValueError(f"{name} has to be a number, got {given[name]!r}") from None
+        kind = given.get("kind", "generated")
+        if kind not in folders:
+            raise ValueError(f"kind has to be one of {', '.join(folders)}, got {kind!r}")
+        file, folder = home / row["path"], Path(folders[kind]).absolute()
+        if not file.is_file() and resolve_path(row, path, folder).is_file():
+            file = resolve_path(row, path, folder)
+        place = Path(os.path.relpath(file, folder)).as_posix()
+        if place.startswith("../") and not file.is_file():
+            raise ValueError(f"no image {row['path']!r}, neither seen from the CSV nor in {folders[kind]}")
+        level = row.get("expert_level")
+        name = given.get("rater") or (f"expert level {level}" if level else "unnamed")
+        rating = Rating(**given | {"rater": name, "path": place, "text": row["Text"]})
+        for again in itertools.count(2):
+            if _key(rating) not in taken or given.get("time"):
+                break
+            if given.get("rater"):
+                raise ValueError(f"{name!r} has rated {row['path']} above already, as turn {rating.turn}")
+            rating = replace(rating, rater=f"{name} ({again})")
+        before = stored.get(_key(rating), rating.rating)
+        if not given.get("rater") and before != rating.rating:
+            raise ValueError(
+                f"{rating.rater!r} has rated {row['path']} as {before} before, and as {rating.rating} now: if this is"
+                " another person, a column 'rater' has to say so"
+            )
+        taken.add(_key(rating))
+        found.append(rating)
+
+    read_csv(path, require=("path", "Text", "modality", "rating"), check_images=False, check=check)
+    return found
+
+
+def _key(rating: Rating) -> tuple:
+    return tuple(getattr(rating, part) for part in KEY)
+
+
+def _whole(text: str) -> int:
+    """A whole number, also as pandas writes it: "2.0"."""
+    value = float(text)
+    if not value.is_integer():
+        raise ValueError(text)
+    return int(value)
 
 
 def counts(ratings: Iterable[Rating]) -> dict[str, dict[str, int]]:

@@ -9,11 +9,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from . import EMBEDDED_CHECKPOINT
-from .data import read_csv, resolve_path
+from .data import resolve_path
 from .generate import load_pipeline, read_model_index
 from .image_reader import Reading, tell
 from .modalities import resolve_modality
 from .provenance import atomic_path
+from .splits import read_split
 
 
 def score_csv(
@@ -54,7 +55,8 @@ def score_csv(
     Raises:
         ValueError: the model has no filter head, or rows are bad, or what the images' values mean cannot be known.
     """
-    data, reading = Path(data), Reading(fit, tuple(window) if window else None)
+    root = image_root and str(image_root)
+    data, reading = Path(data), Reading(fit, tuple(window) if window else None, modality, root)
     output = Path(output) if output is not None else data.with_name(f"{data.stem}-scored.csv")
     index = read_model_index(model)
     if not (index.get("filter_head") or [None])[0]:
@@ -64,7 +66,8 @@ def score_csv(
     def check(row: dict[str, str]) -> None:
         resolve_modality(row["modality"], trained)
 
-    rows = read_csv(data, split, image_root, skip_bad_rows, check=check, modality=modality)
+    options = {"image_root": image_root, "skip_bad_rows": skip_bad_rows, "modality": modality}
+    rows = read_split(data, split, check=check, **options)
     from .image_loading import check_values, load_images
 
     # Of all images, so that those of every batch are scaled alike.
@@ -86,8 +89,7 @@ def score_csv(
                 ratings |= {"accepted": str(rated.accepted[i]).lower(), "reason": rated.reasons[i] or ""}
                 scored.append(row | {"path": Path(place).as_posix()} | ratings)
             bar.update(len(mine))
-    if not quiet:
-        tell(changes, len(rows), data, reading)
+    tell(changes, len(rows), data, reading)
     text = io.StringIO()
     writer = csv.DictWriter(text, scored[0], lineterminator="\n")
     writer.writeheader()

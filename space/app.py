@@ -89,9 +89,9 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
     """The pages, and the addresses beside them; the model is loaded, and everything that is named is read."""
     read_model_index(args.model)  # before any row: it may be of a modality that only the model knows
     reading = reading_of(args)
-    images = read_folder(args.images, "generated", reading, beside=args.real)
+    images = read_folder(args.images, "generated", reading)
     if args.real:
-        images += read_folder(args.real, "real", reading, beside=args.images)
+        images += read_folder(args.real, "real", reading)
     store = RatingStore(args.store)
     keep = None
     if args.ratings_repo:
@@ -147,7 +147,7 @@ def main(argv=None) -> None:
         args = parse_args(argv)
         demo, routes = build(args)
         launch(demo, routes, args)
-    except (ValueError, OSError, httpx.HTTPError) as error:
+    except (ValueError, OSError, ImportError, httpx.HTTPError) as error:
         sys.exit(f"space/app.py: error: {error}")
     print(f"minim is ready: http://{args.host}:{args.port}", flush=True)
     demo.block_thread()

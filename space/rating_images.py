@@ -48,7 +48,7 @@ class RatedImage:
     reading: Reading = WHOLE
 
     def pixels(self) -> tuple[Image.Image, list[str]]:
-        """The image as training reads it, at its own size, and what was done to it."""
+        """The image with the values that training sees, at its own size, and what was done to it."""
         image, notes = read_image(self.file, self.modality, self.found, self.reading.window)
         return as_modality(image, resolve_modality(self.modality), notes)
 
@@ -60,16 +60,13 @@ class RatedImage:
         return buffer.getvalue()
 
 
-def read_folder(
-    folder: str | Path, kind: str, reading: Reading = WHOLE, beside: str | Path | None = None
-) -> list[RatedImage]:
+def read_folder(folder: str | Path, kind: str, reading: Reading = WHOLE) -> list[RatedImage]:
     """The images of a folder with `data.csv` (`path,Text,modality`), as `minim generate` writes it.
 
     What was done to them is told on stderr.
 
     Args:
         reading: how they are read.
-        beside: another such folder, whose images are scaled alike.
 
     Raises:
         FileNotFoundError, ValueError: there is no such CSV, it has bad rows, or what the values of its images mean
@@ -83,7 +80,7 @@ def read_folder(
         Rating(rater="nobody", path=Path(row["path"]).as_posix(), rating=1, text=row["Text"], modality=row["modality"])
 
     rows = read_csv(csv, check=check)
-    found = check_values([(rows, csv)] + ([([], Path(beside) / "data.csv")] if beside else []), reading)
+    found = check_values([(rows, csv)], reading)
     for row in rows:
         path = Path(row["path"]).as_posix()
         name = hashlib.sha256(f"{kind}/{path}".encode()).hexdigest()[:16]

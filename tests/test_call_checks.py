@@ -28,7 +28,7 @@ WRONG = {
     "guidance_rescale": ([NAN, INF, -0.1, 1.1, True, "0"], "a number from 0 to 1"),
     "guidance_interval": ([0.5, NAN, (0.0, NAN), ("0", "1"), (0, True), "01", (0, 0.5, 1)], "ascending order"),
     "eta": ([NAN, INF, -0.1, 1.1, True, None, "0"], "a number from 0 to 1"),
-    "negative_prompt": ([3, NAN, True, [None], [3]], "string or a list of strings"),
+    "negative_prompt": ([3, 0, NAN, True, False, {}, [None], [3]], "string or a list of strings"),
     "generator": ([3, NAN, "0", True, [3], (torch.Generator(),)], "torch.Generator"),
     "latents": (
         [NAN, "0", np.zeros((1, 8, 8, 8)), torch.zeros(8, 8, 8), torch.full((1, 8, 8, 8), NAN)]

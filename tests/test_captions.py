@@ -294,6 +294,7 @@ def test_vary_caption_leaves_unknown_findings_alone(captions, finding):
         ("Stanford type A aortic dissection.", "type a aortic dissection"),
         ("stanford type a aortic dissection", "type a aortic dissection"),
         ("Influenza A pneumonia with an effusion", "influenza a pneumonia"),
+        ("A fib with effusion", "a fib"),
         ("Hepatitis A cirrhosis", "hepatitis a cirrhosis"),
         ("Group A streptococcus in the lung", "group a streptococcus"),
         ("Lymphoma of stage IV A", "stage iv a"),

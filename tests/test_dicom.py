@@ -163,7 +163,7 @@ def test_what_cannot_be_read_is_a_bad_row_and_says_why(tmp_path, monkeypatch):
         read_csv(csv)
     assert "report.dcm (DICOM without an image)" in str(error.value) and "row 2" in str(error.value)
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(ValueError, match="pip install 'minim-pipeline\\[dicom\\]'"):
+    with pytest.raises(ImportError, match="pip install 'minim-pipeline\\[dicom\\]'"):
         read_csv(csv)
 
 

@@ -180,3 +180,23 @@ def test_every_command_that_reads_images_can_be_told_how(command, capsys):
         main([command, "--help"])
     text = capsys.readouterr().out
     assert "--fit {stretch,crop,pad}" in text and "--window LOW HIGH" in text
+
+
+def test_the_scale_is_that_of_the_whole_csv_however_it_is_read(tmp_path):
+    """A darker val image is scaled as the train images are, also where the CSV has come from another machine."""
+    ramp = np.arange(SIDE * SIDE, dtype=np.uint16).reshape(SIDE, SIDE)
+    for name, top in (("train", 4080), ("val", 900)):
+        Image.fromarray((ramp.astype(float) * top / ramp.max()).astype(np.uint16)).save(tmp_path / f"{name}.png")
+    (tmp_path / "csv").mkdir()
+    for header, place, options in (
+        ("path,Text,split,modality", "../{}.png", {}),
+        ("path,Text,split", "../{}.png", {"modality": "CXR"}),
+        ("path,Text,split,modality", "/elsewhere/{}.png", {"image_root": str(tmp_path)}),
+    ):
+        last = ",CXR" * ("modality" in header)
+        lines = [f"{place.format(name)},Film,{name}{last}" for name in ("train", "val")]
+        csv = tmp_path / "csv" / "data.csv"
+        csv.write_text("\n".join([header, *lines]) + "\n")
+        rows = read_csv(csv, "val", **options)
+        mean = load_images(rows, csv, SIDE, reading=Reading(**options)).float().mean()
+        assert 25 < mean < 31, options  # 900 of 4095; alone it would be scaled by 1023

@@ -1,6 +1,7 @@
 """One reader for all: whatever mode, depth or format pixels come in, by every door the same comes out, and is told."""
 
 import argparse
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -13,7 +14,9 @@ from PIL import Image, ImageOps
 
 from minim_pipeline.data import read_csv
 from minim_pipeline.image_loading import check_values, key_of, load_images
+from minim_pipeline.image_pixels import convert_pictures
 from minim_pipeline.image_reader import Reading, add_reading_arguments, read_image
+from minim_pipeline.modalities import MODALITIES
 
 
 SIDE = 64
@@ -190,6 +193,14 @@ def test_sixteen_bits_a_channel(tmp_path, channels, kind):
         expected[:8] = 0
     assert np.array_equal(load(csv)[0], expected)
 
+    # The same picture opened by the user and given to `score`; without a file to go back to, what is lost is told.
+    with Image.open(tmp_path / "a.png") as image:
+        (mine,), told = convert_pictures([image], [MODALITIES["fundus"]], (SIDE, SIDE))
+    assert np.array_equal(np.asarray(mine)[:, :, 0], expected) and "12 bits a pixel scaled to 8" in " ".join(told)
+    with Image.open(io.BytesIO((tmp_path / "a.png").read_bytes())) as image:
+        told = convert_pictures([image], [MODALITIES["fundus"]], (SIDE, SIDE))[1]
+    assert "the upper 8 of 16 bits a channel taken" in " ".join(told)
+
 
 def test_a_tiff_in_which_white_is_zero(tmp_path):
     values = (RAMP * 16).astype("<u2")
@@ -273,5 +284,6 @@ def test_no_image_goes_by_a_way_of_its_own():
         for file in (root / folder).rglob("*.py"):
             if "Image.open(" in file.read_text(encoding="utf-8"):
                 found.add(file.relative_to(root).as_posix())
-    allowed = {"image_reader", "provenance", "generate"}  # the metadata of our own PNGs, and their overview
+    # Of the last two, the metadata of our own PNGs, and their overview.
+    allowed = {"image_reader", "image_pixels", "provenance", "generate"}
     assert found == {f"minim_pipeline/{name}.py" for name in allowed} | {"train/report_model.py"}

@@ -202,6 +202,12 @@ def test_from_pipe_of_stable_diffusion_needs_no_further_argument(make_pipeline):
     assert MinimPipeline.from_pipe(head, filter_head=None).filter_head is None
 
 
+def test_from_pipe_leaves_the_dtype_of_what_is_shared(make_pipeline):
+    pipe = make_pipeline(filtered=True).to(dtype=torch.bfloat16)
+    assert MinimPipeline.from_pipe(pipe).unet.dtype == pipe.unet.dtype == torch.bfloat16
+    assert MinimPipeline.from_pipe(pipe, dtype=torch.float32).unet.dtype == torch.float32
+
+
 def test_diffusers_auto_class_finds_the_class(pipeline_dir, shared_pipeline):
     from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING as TABLE
 

@@ -129,7 +129,7 @@ def test_bad_ratings_of_a_csv_are_told_with_their_rows_and_none_is_taken(tmp_pat
     store, folders = str(tmp_path / "r.sqlite"), ["--images", str(tmp_path)]
     assert main(["ratings", "--store", store, "--input", str(tmp_path / "in.csv"), *folders]) == 2
     told = capsys.readouterr().err
-    assert "row 2" in told and "got 5" in told and "row 3" in told and "within the folder" in told
+    assert "row 2" in told and "got 5" in told and "row 3" in told and "no image '../c.png'" in told
     assert RatingStore(store).ratings() == []
     assert main(["ratings", "--store", str(tmp_path / "none"), "--output", str(tmp_path / "o.csv"), *folders]) == 2
     assert "no store of ratings" in capsys.readouterr().err and not (tmp_path / "none").exists()
@@ -172,6 +172,26 @@ def test_minims_own_ratings_are_taken(tmp_path, capsys):
     assert len(RatingStore(tmp_path / "r.sqlite").ratings()) == 4
     assert main([*common, "--output", str(tmp_path / "out.csv")]) == 0
     assert len(read_ratings(tmp_path / "out.csv")) == 4
+
+    # Another expert's file: nobody says that it is another's, and nothing is lost of the first.
+    theirs.write_text(MINIMS.replace("oct/sample1.png,3", "oct/sample1.png,1"))
+    capsys.readouterr()
+    assert main([*common, "--input", str(theirs)]) == 2
+    assert "'expert level 3' has rated data/oct/sample1.png as 3 before, and as 1 now" in capsys.readouterr().err
+    assert len(RatingStore(tmp_path / "r.sqlite").ratings()) == 4
+
+
+def test_a_file_that_is_refused_leaves_no_store(tmp_path, capsys):
+    lines = ["path,Text,modality,rating,rater", "a.png,Drusen,OCT,2.0,ann", "../gone.png,Drusen,OCT,2,ann"]
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "ratings.csv").write_text("\n".join(lines) + "\n")
+    call = ["ratings", "--store", tmp_path / "r.sqlite", "--images", tmp_path, "--input", tmp_path / "ratings.csv"]
+    assert main([*map(str, call)]) == 2 and not (tmp_path / "r.sqlite").exists()
+    said = capsys.readouterr().err
+    assert "no image '../gone.png', neither seen from the CSV nor in" in said and "row 1" not in said
+    (tmp_path / "ratings.csv").write_text("\n".join([*lines[:2], "a.png,Drusen,OCT,fine,bob"]) + "\n")
+    assert main([*map(str, call)]) == 2
+    assert "row 2 (line 3): rating has to be a number, got 'fine'" in capsys.readouterr().err
 
 
 def test_ratings_of_one_image_are_all_kept_or_refused(tmp_path):

@@ -136,6 +136,12 @@ def test_val_rows_that_cannot_be_judged_are_left_out_and_named(unet_run, tmp_pat
     assert (tmp_path / "pipeline" / "model_index.json").is_file()
 
 
+def test_no_loss_is_told_where_none_was_measured(unet_run, tmp_path):
+    run(train_text_to_image, *unet_run, "--output_dir", tmp_path, "--val_split", "none")
+    last = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][-1]
+    assert last["kind"] == "best" and last["at_step"] == last["step"] and "loss" not in last
+
+
 def test_a_validation_that_fails_costs_no_step(unet_run, tmp_path, monkeypatch):
     more = ["--validation_steps", 2, "--checkpointing_steps", 2]
     run(train_text_to_image, *unet_run, *more, "--output_dir", tmp_path / "whole")

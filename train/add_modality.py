@@ -57,7 +57,7 @@ from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.judges import claimed_classes
 from minim_pipeline.generate import model_identity
 from minim_pipeline.image_loading import key_of
-from minim_pipeline.image_reader import add_reading_arguments, reading_of, reading_options
+from minim_pipeline.image_reader import add_reading_arguments, reading_of, reading_of_other, reading_options
 from minim_pipeline.modalities import BUILT_IN, MODALITIES
 from minim_pipeline.splits import assign_splits
 
@@ -381,9 +381,10 @@ def main(argv=None) -> dict:
         old_rows = assign_splits(read_csv(args.replay, check_images=False), args.replay)
         train_text_to_image.check_known(old_rows, args.replay, base.config, args.pretrained_model_name_or_path)
         sources.append((old_rows, args.replay))
+    readings = [reading_of(args), reading_of_other(args)][: len(sources)]
     if filtered:
         check_filter(args, modality, sources)
-    progress = Progress(args, [key_of(rows, source, reading_of(args)) for rows, source in sources])
+    progress = Progress(args, [key_of(rows, source, reading) for (rows, source), reading in zip(sources, readings)])
     if others:
         print(f"left out of {args.train_data}: " + ", ".join(f"{count} {name}" for name, count in others.items()))
 

@@ -61,6 +61,9 @@ _FILLER = re.compile(
     re.IGNORECASE,
 )
 
+# "A fib", "A flutter", "A lines": the A is of the name.
+_NO_ARTICLE = re.compile(r"(?:fib\w*|flutter|lines?|waves?|scans)\b", re.IGNORECASE)
+
 _SUFFIXES = {
     "right eye": ("right eye", "right eye", "OD"),
     "left eye": ("left eye", "left eye", "OS"),
@@ -222,6 +225,8 @@ def _restyle(text: str, rng: random.Random) -> str:
 
 def _without_filler(match: re.Match) -> str:
     before, words = match.groups()
+    if words.strip() == "A" and _NO_ARTICLE.match(match.string, match.end()):
+        return match[0]
     # "stage of A", "AN": a capital is an article's only at the beginning of a sentence.
     first = words[0].lower() if not before.strip(" .;:") else words[0]
     return before if (first + words[1:]).islower() else match[0]

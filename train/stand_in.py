@@ -35,7 +35,7 @@ from minim_pipeline.evaluation.judges import LOOK_ALIKE, Judges, class_of, load_
 from minim_pipeline.evaluation.sampling import draw_images
 from minim_pipeline.generate import read_model_index
 from minim_pipeline.image_loading import load_images
-from minim_pipeline.image_reader import add_reading_arguments, reading_of
+from minim_pipeline.image_reader import add_reading_arguments, reading_of, reading_options
 from minim_pipeline.splits import read_split
 
 
@@ -222,7 +222,7 @@ def main(argv=None) -> dict:
     where = ["--train_data", args.train_data, "--part", args.part, "--output_dir", str(output / "findings")]
     for name in ("modality", "image_root"):
         where += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
-    where += ["--no_mirror"] * args.no_mirror
+    where += [*["--no_mirror"] * args.no_mirror, *reading_options(args)]
     findings = train_classifier.main([*where, *sizes, *least, *precision, "--architectures", "resnet"])
     known = load_judges(output / "findings").classes
     rows = [row for row in rows if class_of(row) in known]

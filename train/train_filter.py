@@ -55,7 +55,7 @@ from minim_pipeline.evaluation.judges import claimed_classes, class_of, load_jud
 from minim_pipeline.finite import FiniteLoss
 from minim_pipeline.generate import model_identity, read_model_index
 from minim_pipeline.image_loading import key_of, load_images
-from minim_pipeline.image_reader import files_key, reading_of
+from minim_pipeline.image_reader import files_key, reading_of, reading_of_other
 from minim_pipeline.minim_filter import FilterHead
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 from minim_pipeline.modalities import MODALITIES
@@ -462,7 +462,7 @@ def distinguishable(val_rows: list[dict], args: argparse.Namespace) -> list[dict
 
 def load_graded(ratings: list[dict], args, pipe: MinimPipeline, device):
     """A function from indices of the ratings to latents [n, versions, C, h, w], grades [n] and raters [n]."""
-    images = load_images(ratings, args.ratings, args.resolution, reading=reading_of(args))
+    images = load_images(ratings, args.ratings, args.resolution, reading=reading_of_other(args))
     pictures = versions(ratings, images, args.latent_variants, args.seed, device, args.no_mirror)
     latents = encode(pipe.vae, pictures, args.mixed_precision == "bf16").unflatten(0, (len(ratings), -1)).to(device)
     grades = torch.tensor([int(row["rating"]) for row in ratings], device=device)

@@ -431,9 +431,11 @@ def train(args: argparse.Namespace) -> None:
             if val_rows:
                 figures["memorised"] = memorised_share(samples, val_latents, val_names, train_latents, train_rows)
             log.write("val", **figures)
-            check_loss(figures.get("loss", 0.0), schedule.step)
-            if figures.get("loss", 0.0) <= best.loss or not (output / "best").is_dir():
-                best.loss, best.step = figures.get("loss", 0.0), schedule.step
+            if val_rows:
+                check_loss(figures["loss"], schedule.step)
+            loss = figures.get("loss", float("-inf"))  # where nothing is measured, the last weights are kept
+            if loss <= best.loss or not (output / "best").is_dir():
+                best.loss, best.step = loss, schedule.step
                 save_weights(args, pipe, output / "best")
             ema.restore(averaged)
             unet.train()
@@ -506,7 +508,7 @@ def train(args: argparse.Namespace) -> None:
             run.end_step(loss)
 
     if accelerator.is_main_process:
-        log.write("best", loss=best.loss, at_step=best.step)
+        log.write("best", **({"loss": best.loss} if val_rows else {}), at_step=best.step)
         finish(args, pipe, output)
         note_finished(args, schedule)
         push(args, output)

@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,9 +21,10 @@ from .. import EMBEDDED_ENCODER, __version__
 from ..data import image_name, name_digits, read_csv, resolve_path
 from ..duplicates import file_keys
 from ..generate import read_model_index
-from ..image_pixels import told
-from ..image_reader import add_reading_arguments, reading_of, tell
+from ..image_pixels import Found, told
+from ..image_reader import Reading, add_reading_arguments, reading_of, tell
 from ..provenance import atomic_path
+from ..splits import read_split
 from ..table import read_table
 
 
@@ -148,7 +150,7 @@ def run(args: argparse.Namespace) -> dict:
         raise ValueError(f"the page needs {' and '.join(missing)}: pip install 'minim-pipeline[evaluate]'.")
 
     def rows_of(path: Path, split: str | None, root: Path | None, modality: str | None) -> list[dict]:
-        return read_csv(path, split, root, args.skip_bad_rows, modality=modality)
+        return read_split(path, split, image_root=root, skip_bad_rows=args.skip_bad_rows, modality=modality)
 
     # Before any row is read: it may be of a modality that only a model knows.
     for model in filter(None, (args.pipeline, args.low_data_pipeline, args.modalities_from)):
@@ -157,7 +159,8 @@ def run(args: argparse.Namespace) -> dict:
     train_rows = rows_of(args.train, args.train_split, args.image_root, args.modality) if args.train else None
     # The synthetic images may be of more modalities than the real ones, if their CSV says so.
     named = args.synthetic is None or "modality" in read_table(args.synthetic)[0]
-    synthetic_rows = rows_of(args.synthetic, None, None, None if named else args.modality) if args.synthetic else None
+    synthetic_modality = None if named else args.modality
+    synthetic_rows = rows_of(args.synthetic, None, None, synthetic_modality) if args.synthetic else None
     if train_rows:
         check_overlap(real_rows, args.real, train_rows, args.train)
 
@@ -169,10 +172,14 @@ def run(args: argparse.Namespace) -> dict:
     from .pictures import collect
     from .report import ImageSet, evaluate
 
+    # Real images are scaled alike, whichever file names them; the synthetic ones have their own range.
     reading = reading_of(args)
-    # What is compared is scaled alike, whichever file names it.
-    named = [(real_rows, args.real), (train_rows, args.train), (synthetic_rows, args.synthetic)]
-    found = check_values([(rows, path) for rows, path in named if rows], reading)
+    found = check_values(
+        [(rows, path) for rows, path in ((real_rows, args.real), (train_rows, args.train)) if rows], reading
+    )
+    own_reading = replace(reading, modality=synthetic_modality, image_root=None)
+    if synthetic_rows:
+        check_values([(synthetic_rows, args.synthetic)], own_reading)
 
     # Whatever may be wrong with them shows before images are drawn, which takes long.
     # The main process measures alone, which may take longer than the others wait by default.
@@ -187,7 +194,7 @@ def run(args: argparse.Namespace) -> dict:
         raise ValueError(f"every extractor needs a name of its own, got {', '.join(names)}: rename a folder.")
     judges = load_judges(args.judges, device) if args.judges else None
 
-    def load(rows: list[dict], path: Path) -> ImageSet:
+    def load(rows: list[dict], path: Path, reading: Reading, found: dict[str, Found] | None) -> ImageSet:
         changes = Counter()
         images = load_images(rows, path, args.resolution, changes=changes, reading=reading, found=found)
         tell(changes, len(rows), path, reading)
@@ -196,8 +203,11 @@ def run(args: argparse.Namespace) -> dict:
     synthetic_csv = args.synthetic
     if args.pipeline:
         synthetic_csv, synthetic_rows = draw_synthetic(args, real_rows)
-    real, synthetic = load(real_rows, args.real), load(synthetic_rows, synthetic_csv)
-    train = load(train_rows, args.train) if train_rows else None
+    real, synthetic = (
+        load(real_rows, args.real, reading, found),
+        load(synthetic_rows, synthetic_csv, own_reading, None),
+    )
+    train = load(train_rows, args.train, reading, found) if train_rows else None
 
     report = {"made": None, "sets": describe(args, real, synthetic, train), "conversions": []}
     for name, images in (("real", real), ("synthetic", synthetic), ("train", train)):
