@@ -145,6 +145,22 @@ def test_sets_that_differ_in_size_colour_and_labels(sets, tmp_path):
     assert report["memorisation"]["left_out"] == "no training images were given"
 
 
+def test_real_and_synthetic_images_have_ranges_of_their_own(tmp_path):
+    """Films of 12 bits beside generated ones of 16: scaled together, the films would be black."""
+    files = {}
+    for name, gain in (("real", 16), ("synthetic", 256)):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            grey = np.asarray(cut("oct", i).convert("L")).astype(np.uint16)
+            Image.fromarray(grey * gain).save(tmp_path / name / f"{i}.png")
+        lines = [f"{i}.png,case {i},OCT" for i in range(2)]
+        files[name] = tmp_path / name / "data.csv"
+        files[name].write_text("\n".join(["path,Text,modality", *lines]) + "\n")
+    told = evaluate(files, tmp_path / "report")["conversions"]
+    assert "2 of 2 real images: 12 bits a pixel scaled to 8" in told
+    assert "2 of 2 synthetic images: 16 bits a pixel scaled to 8" in told
+
+
 def test_too_few_images_leave_metrics_out(sets, tmp_path):
     synthetic = write(tmp_path / "few", {"oct": [cut("oct", 30)]})
     report = evaluate({**sets, "synthetic": synthetic}, tmp_path / "report", "--no-real-images")
