@@ -268,8 +268,6 @@ def generate(
     pipe.resolve_prompts([item.text for item in items], [item.modality.id for item in items], len(items))
 
     name, revision = model_identity(model)
-    size = pipe.unet.config.sample_size
-    sample_height, sample_width = (size, size) if isinstance(size, int) else size
     # With the prompt, the modality and the seed all that it takes to draw an image again.
     settings = {
         "model": name,
@@ -282,8 +280,8 @@ def generate(
         "negative_prompt": negative_prompt,
         "lora": lora and _lora_identity(lora),
         "dtype": dtype,
-        "height": sample_height * pipe.vae_scale_factor if height is None else height,
-        "width": sample_width * pipe.vae_scale_factor if width is None else width,
+        "height": pipe.learned_size[0] if height is None else height,
+        "width": pipe.learned_size[1] if width is None else width,
     }
     if unet is not None:
         settings["unet"] = unet_identity(unet)

@@ -101,7 +101,7 @@ def check(limits: Limits, trained: list[str], **asked) -> Settings:
 
 
 class Drawer:
-    """Draws what was asked for with one pipeline; calls must not overlap, which the pages' one queue sees to."""
+    """Draws what was asked for with one pipeline, one call after the other."""
 
     def __init__(self, pipe: MinimPipeline, model: str, revision: str):
         self.pipe, self.model, self.revision = pipe, model, revision
@@ -149,6 +149,8 @@ class Drawer:
         folder = Path(tempfile.mkdtemp(dir=self.folder.name))
         made = {"model": self.model, "revision": self.revision, "steps": settings.steps, "guidance": settings.guidance}
         made |= {"scheduler": type(self.pipe.scheduler).__name__, "num_candidates": settings.candidates}
+        if not self.pipe.config.modalities:
+            made["modality_learned"] = "false"
         columns = ["path", "Text", "modality", "seed", "score", "accepted", "drawn_seed", "synthetic", *made]
         writer = DatasetWriter(folder / "images", columns, made)
         paths = []
