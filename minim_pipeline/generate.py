@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import EMBEDDED_CHECKPOINT
 from .data import DatasetWriter, read_csv, read_json
@@ -342,7 +343,7 @@ def draw_missing(
         disable=quiet or not mine or not state.is_local_main_process,
         bar_format="{percentage:3.0f}% |{bar}| {n:.1f}/{total:.0f} images [{elapsed}<{remaining}]",
     )
-    with bar:
+    with bar, logging_redirect_tqdm():  # the pipeline's warnings, on lines of their own
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
             try:
