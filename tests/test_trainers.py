@@ -72,6 +72,7 @@ def unet_arguments(data, autoencoder, make_pipeline, tmp_path_factory):
     return [
         *("--preset", "tiny", "--vae", autoencoder / "vae", "--text_encoder", text, *unet_sizes(data)),
         *("--max_train_steps", 6, "--checkpointing_steps", 3, "--validation_steps", 3),
+        *("--noise_sampling", "log-normal", "--snr_gamma", 0),
     ]
 
 
@@ -306,3 +307,18 @@ def test_an_earlier_run_is_not_overwritten(autoencoder, autoencoder_arguments, t
     with pytest.raises(ValueError, match="holds an earlier run .checkpoints: none"):
         run(train_autoencoder, *autoencoder_arguments, "--output_dir", tmp_path)
     assert records(tmp_path, "final")
+
+
+def test_log_normal_noise_levels_are_those_asked_for():
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
+    uniform = torch.randint(1000, (40_000,), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    drawn = train_text_to_image.log_normal_timesteps(scheduler, uniform, 0.8, 0.5, generator)
+    alpha = scheduler.alphas_cumprod[drawn]
+    levels = ((1 - alpha) / alpha.clamp(min=1e-12)).sqrt()
+    assert 0.75 < levels.median() < 0.88
+    inner = ((levels / 0.8).log().abs() < 0.5).float().mean()
+    assert 0.6 < inner < 0.69, "68 % within a deviation, but for the tenth that is drawn as before"
+    assert drawn.max() == 999, "pure noise is learned, too"

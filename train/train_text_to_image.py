@@ -27,6 +27,7 @@ in learning without forgetting, arXiv 1606.09282). `add_modality.py` does so.
 
 import argparse
 import copy
+import math
 import warnings
 from pathlib import Path
 
@@ -106,6 +107,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     model.add_argument("--lora_rank", type=int, default=0, help="Train a LoRA of this rank instead of the U-Net.")
     loss = parser.add_argument_group("loss")
     loss.add_argument("--prediction_type", choices=["epsilon", "v_prediction"], help="New models: v_prediction.")
+    loss.add_argument(
+        "--noise_sampling",
+        choices=["uniform", "log-normal"],
+        default="uniform",
+        help="How noise levels are drawn: all timesteps alike, or as EDM's training (with --snr_gamma 0).",
+    )
+    loss.add_argument("--noise_median", type=float, default=0.8, help="Log-normal: the median of sigma/alpha.")
+    loss.add_argument("--noise_std", type=float, default=1.2, help="Log-normal: the deviation of its logarithm.")
     loss.add_argument("--snr_gamma", type=float, default=5.0, help="min-SNR's gamma; 0 weighs all steps alike.")
     loss.add_argument("--drop_text", type=float, default=0.10, help="Share of captions cut down to the token.")
     loss.add_argument("--drop_all", type=float, default=0.05, help="Share of captions that are dropped whole.")
@@ -130,6 +139,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     check_numbers(parser, args, from_zero=("seed", "lora_rank", "lr_warmup_steps"))
     check_common_arguments(args)
     check_shares(args, "drop_text", "drop_all")
+    if args.noise_median == 0:
+        raise ValueError("--noise_median has to be above 0, got 0.")
     if args.drop_text + args.drop_all > 1:
         raise ValueError(f"--drop_text {args.drop_text} and --drop_all {args.drop_all} are more than 1 together.")
     if bool(args.pretrained_model_name_or_path) == bool(args.preset):
@@ -243,6 +254,21 @@ class Denoise(nn.Module):
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         text = self.text_encoder(input_ids).last_hidden_state  # [B, L, D]
         return self.unet(noisy, timesteps, text, return_dict=False)[0]  # [B, C, h, w]
+
+
+def log_normal_timesteps(
+    scheduler: DDPMScheduler, uniform: torch.Tensor, median: float, std: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Timesteps [B] at which ln(sigma/alpha) is normally distributed, as in EDM's training (arXiv 2206.00364).
+
+    A tenth of them stay those of `uniform` [B], so that no noise level, pure noise in particular, is left out.
+    """
+    alpha = scheduler.alphas_cumprod.to(uniform.device)
+    levels = ((1 - alpha) / alpha.clamp(min=1e-12)).log() / 2  # rising with the timestep
+    drawn = math.log(median) + std * torch.randn(len(uniform), device=uniform.device, generator=generator)
+    nearest = torch.searchsorted(levels, drawn).clamp(max=len(levels) - 1)
+    stays = torch.rand(len(uniform), device=uniform.device, generator=generator) < 0.1
+    return torch.where(stays, uniform, nearest)
 
 
 def loss_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -475,6 +501,10 @@ def train(args: argparse.Namespace) -> None:
             text = torch.where(chance < args.drop_text + args.drop_all, token_only[index], text)
             text = torch.where(chance < args.drop_all, nothing, text)
             timesteps = randint(noise_schedule.config.num_train_timesteps)
+            if args.noise_sampling == "log-normal":
+                timesteps = log_normal_timesteps(
+                    noise_schedule, timesteps, args.noise_median, args.noise_std, generator
+                )
             noise = torch.randn(latents.shape, device=device, generator=generator)
             noisy = noise_schedule.add_noise(latents, noise, timesteps)
             with accelerator.accumulate(model):
