@@ -67,7 +67,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("real_share", 0.1, float, help="Of the images to rate, how many are real, in [0, 1).")
     add("repeat_share", 0.1, float, help="How many of the images to rate come a second time, in [0, 1].")
     add_reading_arguments(parser, fit=os.environ.get("MINIM_FIT", "pad"))
-    parser.set_defaults(window=[*map(float, os.environ.get("MINIM_WINDOW", "").split())] or None)
+    try:
+        parser.set_defaults(window=[*map(float, os.environ.get("MINIM_WINDOW", "").split())] or None)
+    except ValueError:
+        parser.error(f"MINIM_WINDOW has to be two numbers, LOW HIGH, got {os.environ['MINIM_WINDOW']!r}")
     add("store", "ratings/ratings.sqlite", help="Where ratings go.")
     add("ratings_repo", None, help="Dataset repository on the Hub that ratings are pushed to; needs HF_TOKEN.")
     add("show_names", 0, int, help="1: the page on agreement shows raters' names.")

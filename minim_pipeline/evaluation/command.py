@@ -203,10 +203,8 @@ def run(args: argparse.Namespace) -> dict:
     synthetic_csv = args.synthetic
     if args.pipeline:
         synthetic_csv, synthetic_rows = draw_synthetic(args, real_rows)
-    real, synthetic = (
-        load(real_rows, args.real, reading, found),
-        load(synthetic_rows, synthetic_csv, own_reading, None),
-    )
+    real = load(real_rows, args.real, reading, found)
+    synthetic = load(synthetic_rows, synthetic_csv, own_reading, None)
     train = load(train_rows, args.train, reading, found) if train_rows else None
 
     report = {"made": None, "sets": describe(args, real, synthetic, train), "conversions": []}
