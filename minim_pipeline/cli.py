@@ -9,15 +9,15 @@ from pathlib import Path
 
 from . import EMBEDDED_CHECKPOINT, __version__
 from .captions import check_caption
-from .data import image_name, name_digits, read_csv
+from .data.image_reader import add_reading_arguments
+from .data.sources import image_name, name_digits, read_csv
 from .evaluation.command import add_arguments as add_evaluate_arguments
 from .evaluation.command import run as evaluate
-from .generate import DTYPES, REASONS, SCHEDULERS, Item, generate, plan_file, plan_prompt, read_model_index
-from .image_reader import add_reading_arguments
+from .generate.command import DTYPES, REASONS, SCHEDULERS, Item, generate, plan_file, plan_prompt, read_model_index
+from .generate.shortfall import MAX_ROUNDS, Shortfall
 from .modalities import MODALITIES, resolve_modality, split_prefix
 from .ratings import RatingStore, counts, read_ratings
 from .scoring import score_csv
-from .shortfall import MAX_ROUNDS, Shortfall
 
 
 IMAGE_ROOT_HELP = "look for the images here: under their whole path, or what is left of it without its first folders"

@@ -7,7 +7,7 @@ diffusers is imported by `load_unet` only.
 import hashlib
 from pathlib import Path
 
-from .data import read_json
+from .data.sources import read_json
 
 
 def unet_folder(path: str | Path) -> Path | None:

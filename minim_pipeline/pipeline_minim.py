@@ -43,7 +43,7 @@ from .call_checks import (
     to_pictures,
 )
 from .captions import check_caption
-from .image_pixels import convert_pictures
+from .data.image_pixels import convert_pictures
 from .licenses import license_of
 from .lora import LoraLoading
 from .minim_filter import FILTER_LIBRARY, FilterHead, FilterHeadOutput

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
-from .data import read_csv, resolve_path
+from .data.sources import read_csv, resolve_path
 from .modalities import resolve_modality
 from .provenance import atomic_path
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from . import EMBEDDED_CHECKPOINT
-from .data import resolve_path
-from .generate import load_pipeline, read_model_index
-from .image_reader import Reading, tell
+from .data.image_reader import Reading, tell
+from .data.sources import resolve_path
+from .data.splits import read_split
+from .generate.command import load_pipeline, read_model_index
 from .modalities import resolve_modality
 from .provenance import atomic_path
-from .splits import read_split
 
 
 def score_csv(
@@ -68,7 +68,7 @@ def score_csv(
 
     options = {"image_root": image_root, "skip_bad_rows": skip_bad_rows, "modality": modality}
     rows = read_split(data, split, check=check, **options)
-    from .image_loading import check_values, load_images
+    from .data.image_loading import check_values, load_images
 
     # Of all images, so that those of every batch are scaled alike.
     found, changes = check_values([(rows, data)], reading), Counter()

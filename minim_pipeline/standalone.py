@@ -19,7 +19,7 @@ MODULES = (
     "modalities",
     "captions",
     "tokens",
-    "image_pixels",
+    "data/image_pixels",
     "licenses",
     "turns",
     "schedules",

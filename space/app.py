@@ -35,8 +35,8 @@ from starlette.routing import Mount, Route  # noqa: E402
 from starlette.staticfiles import StaticFiles  # noqa: E402
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, __version__  # noqa: E402
-from minim_pipeline.generate import load_pipeline, model_identity, read_model_index  # noqa: E402
-from minim_pipeline.image_reader import add_reading_arguments, reading_of  # noqa: E402
+from minim_pipeline.data.image_reader import add_reading_arguments, reading_of  # noqa: E402
+from minim_pipeline.generate.command import load_pipeline, model_identity, read_model_index  # noqa: E402
 from minim_pipeline.ratings import RatingStore  # noqa: E402
 
 

@@ -13,7 +13,7 @@ import gradio as gr
 import torch
 
 from minim_pipeline import MODALITIES, MinimPipeline, check_caption
-from minim_pipeline.data import DatasetWriter
+from minim_pipeline.data.sources import DatasetWriter
 
 
 EXAMPLES = {

@@ -12,10 +12,10 @@ from pathlib import Path
 from PIL import Image
 
 from minim_pipeline import resolve_modality
-from minim_pipeline.data import read_csv, resolve_path
-from minim_pipeline.image_loading import check_values
-from minim_pipeline.image_pixels import RESIZED, Found, as_modality, fit_to, named
-from minim_pipeline.image_reader import Reading, read_image, tell
+from minim_pipeline.data.image_loading import check_values
+from minim_pipeline.data.image_pixels import RESIZED, Found, as_modality, fit_to, named
+from minim_pipeline.data.image_reader import Reading, read_image, tell
+from minim_pipeline.data.sources import read_csv, resolve_path
 from minim_pipeline.ratings import Rating, image_digest
 
 

@@ -2,8 +2,9 @@
 
 import importlib
 
-import arguments
 import pytest
+
+from minim_pipeline.training import arguments
 
 
 NEEDED = {"train_data": "none.csv", "output_dir": "none", "data": "none.csv", "output": "none.json", "model": "none"}

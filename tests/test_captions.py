@@ -3,9 +3,9 @@ import random
 import re
 
 import pytest
-from captions import grades, load_captions, normalize, split_suffix, vary_caption
 
 from minim_pipeline import MODALITIES, names_a_side
+from minim_pipeline.training.captions import grades, load_captions, normalize, split_suffix, vary_caption
 
 
 FINDINGS = {

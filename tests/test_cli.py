@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from minim_pipeline.cli import main
-from minim_pipeline.data import read_csv
-from minim_pipeline.generate import SCHEDULERS, plan_file
+from minim_pipeline.data.sources import read_csv
+from minim_pipeline.generate.command import SCHEDULERS, plan_file
 from minim_pipeline.provenance import read_provenance
 
 
@@ -114,7 +114,7 @@ def test_every_row_has_seeds_of_its_own(tmp_path):
 
 
 def test_goes_on_after_ctrl_c_and_repeats_nothing(pipeline_dir, tmp_path, monkeypatch, capsys):
-    from minim_pipeline import generate
+    from minim_pipeline.generate import command as generate
 
     drawn = []
     draw = generate.draw
@@ -342,7 +342,7 @@ def test_bad_rows_are_left_out_if_asked_to(pipeline_dir, tmp_path, capsys, no_dr
 
 
 def test_an_image_is_drawn_again_from_its_provenance(pipeline_dir, tmp_path):
-    from minim_pipeline.generate import load_pipeline
+    from minim_pipeline.generate.command import load_pipeline
 
     options = ("--scheduler", "ddim", "--guidance-scale", 3, "--negative-prompt", "blur", "--height", 32)
     assert run(pipeline_dir, tmp_path, *ONE_PROMPT, *options) == 0
@@ -389,7 +389,7 @@ def test_broken_weights(pipeline_dir, tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["modalities", "generate"])
 def test_without_the_embedded_model(tmp_path, capsys, monkeypatch, command):
-    monkeypatch.setattr("minim_pipeline.generate.EMBEDDED_CHECKPOINT", tmp_path)
+    monkeypatch.setattr("minim_pipeline.generate.command.EMBEDDED_CHECKPOINT", tmp_path)
     assert main([command, "--model", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert "the embedded model is missing" in err and "--model" in err and err.count("\n") == 1
@@ -401,7 +401,7 @@ def test_a_model_on_the_hub_is_downloaded(pipeline_dir, monkeypatch):
 
     from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders
 
-    from minim_pipeline.generate import read_model_index
+    from minim_pipeline.generate.command import read_model_index
 
     index = json.loads((pipeline_dir / "model_index.json").read_text())
     assert _get_custom_components_and_folders("org/minim", index, [])[0] == {}
@@ -418,7 +418,7 @@ def test_nothing_is_said_about_annotations(pipeline_dir, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", [{"scheduler": "pndm"}, {"dtype": "int8"}, {"batch_size": 0}, {"items": []}])
 def test_bad_arguments_in_python(pipeline_dir, tmp_path, options):
-    from minim_pipeline.generate import generate, plan_prompt
+    from minim_pipeline.generate.command import generate, plan_prompt
     from minim_pipeline.modalities import MODALITIES
 
     items = plan_prompt("edema", MODALITIES["oct"], 1, 0)

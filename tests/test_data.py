@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 
-from minim_pipeline.data import DatasetWriter, read_csv, resolve_path
+from minim_pipeline.data.sources import DatasetWriter, read_csv, resolve_path
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 from conftest import write_csv
 from PIL import Image
 
-from minim_pipeline.data import read_csv
-from minim_pipeline.image_loading import load_images
-from minim_pipeline.image_reader import Reading, read_image
+from minim_pipeline.data.image_loading import load_images
+from minim_pipeline.data.image_reader import Reading, read_image
+from minim_pipeline.data.sources import read_csv
 
 
 pytest.importorskip("pydicom")

@@ -3,10 +3,10 @@
 import evaluate_filter
 import pytest
 import torch
-from candidates import Candidates
 from evaluate_filter import choices, compare, people, removed, wrong_findings
 
 from minim_pipeline import FilterHead
+from minim_pipeline.training.filter.candidates import Candidates
 
 
 CLASSES = [("oct", "cyst"), ("oct", "normal"), ("cxr", "normal")]

@@ -106,10 +106,13 @@ def test_a_filter_that_does_not_fit_any_more_is_left_out_and_told(base, tmp_path
 
 
 def test_images_that_generate_wrote_are_replayed_by_preference_training_too(base, drawn, tmp_path, monkeypatch):
-    from replay import Replay
+    from minim_pipeline.training.preference.replay import Replay
 
     seen = []
-    monkeypatch.setattr("replay.Latents.encode", lambda args, accelerator, vae, rows, *more: seen.extend(rows))
+    monkeypatch.setattr(
+        "minim_pipeline.training.preference.replay.Latents.encode",
+        lambda args, accelerator, vae, rows, *more: seen.extend(rows),
+    )
     args = train_preference.parse_args(
         ["--pretrained_model_name_or_path", str(base), "--prompts", "p.csv", "--replay", str(drawn)]
         + ["--output_dir", str(tmp_path)]

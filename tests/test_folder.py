@@ -10,11 +10,11 @@ import time
 import pytest
 from PIL import Image
 
-from minim_pipeline import generate as generate_module
 from minim_pipeline.cli import main
-from minim_pipeline.data import DatasetWriter, read_csv
+from minim_pipeline.data.sources import DatasetWriter, read_csv
+from minim_pipeline.generate import command as generate_module
+from minim_pipeline.generate.shortfall import Shortfall
 from minim_pipeline.locking import locked
-from minim_pipeline.shortfall import Shortfall
 
 
 def run(model, out, *options):

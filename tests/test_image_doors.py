@@ -10,14 +10,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import write_csv
-from latents import Latents
 from PIL import Image, ImageOps
 from rating_images import read_folder
 
 from minim_pipeline.cli import main
-from minim_pipeline.data import read_csv
-from minim_pipeline.image_loading import load_images
-from minim_pipeline.image_reader import Reading
+from minim_pipeline.data.image_loading import load_images
+from minim_pipeline.data.image_reader import Reading
+from minim_pipeline.data.sources import read_csv
+from minim_pipeline.training.latents import Latents
 
 
 SIDE = 64

@@ -5,10 +5,10 @@ import csv
 import pytest
 import torch
 from PIL import Image
-from raters import Raters, learned_from, raters_report, read_ratings
 
 from minim_pipeline import FilterHead
 from minim_pipeline.evaluation.agreement import rater_agreement, weighted_kappa
+from minim_pipeline.training.filter.raters import Raters, learned_from, raters_report, read_ratings
 
 
 torch.set_num_threads(1)

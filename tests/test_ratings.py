@@ -4,10 +4,10 @@ import threading
 
 import pytest
 from PIL import Image
-from raters import read_ratings
 
 from minim_pipeline.cli import main
 from minim_pipeline.ratings import Rating, RatingStore, consistency, counts, image_digest
+from minim_pipeline.training.filter.raters import read_ratings
 
 
 def rating(**changes) -> Rating:

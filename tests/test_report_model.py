@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minim_pipeline.image_loading import load_images, trim_letterbox
+from minim_pipeline.data.image_loading import load_images, trim_letterbox
 
 
 torch.set_num_threads(1)

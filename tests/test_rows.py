@@ -5,12 +5,12 @@ from argparse import Namespace
 
 import pytest
 import torch
-from captions import phrase
-from common import read_splits
 from PIL import Image
-from rows import mirrored, tell_cut, tell_mirrored
 
 from minim_pipeline.evaluation.command import check_overlap
+from minim_pipeline.training.captions import phrase
+from minim_pipeline.training.common import read_splits
+from minim_pipeline.training.rows import mirrored, tell_cut, tell_mirrored
 
 
 def noise(path, seed):
@@ -104,9 +104,10 @@ def test_minims_prefix_is_learned_as_the_pipeline_reads_it(shared_pipeline, pref
 
 @pytest.mark.parametrize(("no_mirror", "expected"), [(False, [True, False]), (True, [False, False])])
 def test_no_mirror_reaches_the_images(shared_pipeline, tmp_path, monkeypatch, capsys, no_mirror, expected):
-    import latents
     import train_autoencoder
     from accelerate import Accelerator
+
+    from minim_pipeline.training import latents
 
     for i in range(2):
         noise(tmp_path / f"{i}.png", i)

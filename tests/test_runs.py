@@ -10,8 +10,6 @@ import signal
 import warnings
 from pathlib import Path
 
-import checkpoints
-import common
 import pytest
 import torch
 import train_autoencoder
@@ -23,6 +21,7 @@ from minim_pipeline.disk import save_model
 from minim_pipeline.finite import FiniteLoss, check_weights
 from minim_pipeline.locking import locked
 from minim_pipeline.provenance import save_png
+from minim_pipeline.training import checkpoints, common
 
 
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ import warnings
 import pytest
 from conftest import write_csv
 
-from minim_pipeline.splits import assign_splits, read_split, read_splits
+from minim_pipeline.data.splits import assign_splits, read_split, read_splits
 
 
 def make(path, rows):

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from minim_pipeline.data import read_csv, resolve_path
+from minim_pipeline.data.sources import read_csv, resolve_path
 
 
 @pytest.fixture

@@ -4,19 +4,19 @@ import csv
 import json
 
 import pytest
-import rubric
 import torch
 import train_filter
 from conftest import MODALITIES, write_csv
-from filter_data import Captions, Pool
-from filter_report import auroc, folds_by_group, other_findings, quality_report
 from PIL import Image
 from safetensors.torch import load_file
-from trajectories import draw_trajectories
 
 from minim_pipeline.evaluation.classifier import make_resnet
 from minim_pipeline.evaluation.judges import Judges
 from minim_pipeline.minim_filter import FilterHead
+from minim_pipeline.training.filter import rubric
+from minim_pipeline.training.filter.data import Captions, Pool
+from minim_pipeline.training.filter.report import auroc, folds_by_group, other_findings, quality_report
+from minim_pipeline.training.filter.trajectories import draw_trajectories
 
 
 torch.set_num_threads(1)
@@ -177,7 +177,7 @@ def test_captions_are_asked_in_the_shares_of_the_rubric(captions):
 def test_grades_of_findings_follow_what_is_shown():
     classes = [("oct", "normal"), ("oct", "no diabetic macular edema"), ("oct", "diabetic macular edema")]
     made = Captions.__new__(Captions)
-    from filter_data import _alike
+    from minim_pipeline.training.filter.data import _alike
 
     made.alike = torch.tensor([[_alike(a, b) for b in classes] for a in classes], dtype=torch.float32)
     shows = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [1.0, 0, 0], [0.25, 0, 0.75]])

@@ -14,12 +14,12 @@ from accelerate import Accelerator
 from conftest import write_csv
 from diffusers import DDPMScheduler
 from PIL import Image
-from rewards import are_copies, finding_reward, rate, spread
 from safetensors.torch import load_file
 
 from minim_pipeline import FilterHead, MinimPipeline
 from minim_pipeline.minim_filter import FilterHeadOutput
 from minim_pipeline.minim_filter.fingerprints import pack
+from minim_pipeline.training.preference.rewards import are_copies, finding_reward, rate, spread
 
 
 torch.set_num_threads(1)

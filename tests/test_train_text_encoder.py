@@ -4,8 +4,9 @@ import random
 import pytest
 import torch
 import train_text_encoder as script
-from corpus import abbreviate, expand, generate
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextModel, CLIPTokenizer
+
+from minim_pipeline.training.text.corpus import abbreviate, expand, generate
 
 
 CAPTIONS = {

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import latents
 import pytest
 import torch
 import train_autoencoder
 import train_text_to_image
 from PIL import Image
 from safetensors.torch import load_file
+
+from minim_pipeline.training import latents
 
 
 def run(module, *arguments) -> None:

@@ -38,10 +38,6 @@ import train_filter
 import train_text_to_image
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
-from arguments import check_numbers, check_shares
-from common import write_csv, write_json
-from hub import add_hub_arguments, check_hub_arguments, push_pipeline
-from rows import add_mirror_argument
 
 from minim_pipeline import (
     EMBEDDED_CHECKPOINT,
@@ -52,14 +48,18 @@ from minim_pipeline import (
     resolve_modality,
     split_prefix,
 )
-from minim_pipeline.data import read_csv, resolve_path
+from minim_pipeline.data.image_loading import key_of
+from minim_pipeline.data.image_reader import add_reading_arguments, reading_of, reading_of_other, reading_options
+from minim_pipeline.data.sources import read_csv, resolve_path
+from minim_pipeline.data.splits import assign_splits
 from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.judges import claimed_classes
-from minim_pipeline.generate import model_identity
-from minim_pipeline.image_loading import key_of
-from minim_pipeline.image_reader import add_reading_arguments, reading_of, reading_of_other, reading_options
+from minim_pipeline.generate.command import model_identity
 from minim_pipeline.modalities import BUILT_IN, MODALITIES
-from minim_pipeline.splits import assign_splits
+from minim_pipeline.training.arguments import check_numbers, check_shares
+from minim_pipeline.training.common import write_csv, write_json
+from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_pipeline
+from minim_pipeline.training.rows import add_mirror_argument
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -98,7 +98,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     unet.add_argument("--anchor_weight", type=float, default=1.0, help="Of the distance to the base's predictions.")
     unet.add_argument("--caption_variants", type=int, default=16, help="Phrasings of every caption.")
     unet.add_argument("--latent_variants", type=int, default=8, help="Augmented versions of every image.")
-    unet.add_argument("--captions", help="JSON with phrasings of every finding; default: train/captions.json.")
+    unet.add_argument("--captions", help="JSON with phrasings of every finding; default: the package's own.")
     unet.add_argument("--validation_steps", type=int, default=500)
     unet.add_argument("--validation_samples", type=int, default=8)
     unet.add_argument("--checkpointing_steps", type=int, default=500)

@@ -21,24 +21,31 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from arguments import check_numbers, check_shares
-from candidates import Candidates, draw_candidates, follow
-from common import write_json
-from copies import fingerprints, fit_code, plant, pooled_features, version_features, veto_report
-from filter_report import auroc
-from hub import add_hub_arguments, check_hub_arguments, push_parts
 from matplotlib.figure import Figure
-from raters import learned_from
-from rows import add_csv_arguments, csv_options, image_paths, tell_repeats
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline, resolve_modality
-from minim_pipeline.data import read_csv
+from minim_pipeline.data.image_loading import load_images
+from minim_pipeline.data.image_reader import add_reading_arguments, reading_of
+from minim_pipeline.data.sources import read_csv
+from minim_pipeline.data.splits import assign_splits
 from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.judges import Judges, claimed_classes, class_of, load_judges, read
-from minim_pipeline.generate import read_model_index
-from minim_pipeline.image_loading import load_images
-from minim_pipeline.image_reader import add_reading_arguments, reading_of
-from minim_pipeline.splits import assign_splits
+from minim_pipeline.generate.command import read_model_index
+from minim_pipeline.training.arguments import check_numbers, check_shares
+from minim_pipeline.training.common import write_json
+from minim_pipeline.training.filter.candidates import Candidates, draw_candidates, follow
+from minim_pipeline.training.filter.copies import (
+    fingerprints,
+    fit_code,
+    plant,
+    pooled_features,
+    version_features,
+    veto_report,
+)
+from minim_pipeline.training.filter.raters import learned_from
+from minim_pipeline.training.filter.report import auroc
+from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_parts
+from minim_pipeline.training.rows import add_csv_arguments, csv_options, image_paths, tell_repeats
 
 
 def parse_args(argv=None) -> argparse.Namespace:

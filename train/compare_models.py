@@ -20,24 +20,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from arguments import check_numbers
-from common import write_json
 from evaluate_filter import diversity
 from PIL import Image
 from report_model import by_modality, plan
 from stand_in import StandIn
 
 from minim_pipeline import EMBEDDED_ENCODER, MinimPipeline, resolve_modality
+from minim_pipeline.data.image_loading import load_images
+from minim_pipeline.data.image_reader import add_reading_arguments, reading_of
+from minim_pipeline.data.splits import read_split
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.evaluation.judges import class_of, load_judges, read
 from minim_pipeline.evaluation.memorisation import latent_features, memorisation_report, pixel_features
 from minim_pipeline.evaluation.metrics import bootstrap_interval, frechet_distance, inception_score, kernel_distance
 from minim_pipeline.evaluation.sampling import draw_images, kept
-from minim_pipeline.generate import model_identity
-from minim_pipeline.image_loading import load_images
-from minim_pipeline.image_reader import add_reading_arguments, reading_of
+from minim_pipeline.generate.command import model_identity
 from minim_pipeline.provenance import atomic_path
-from minim_pipeline.splits import read_split
+from minim_pipeline.training.arguments import check_numbers
+from minim_pipeline.training.captions import CAPTIONS
+from minim_pipeline.training.common import write_json
 
 
 PHRASINGS = ("train", "new")
@@ -49,7 +50,7 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading_arguments(judging)
     judging.add_argument("--judges", default=str(Path(__file__).parent / "judges"), help="Of train_classifier.py.")
     judging.add_argument("--encoder", default=str(EMBEDDED_ENCODER), help="Whose features distances are measured in.")
-    judging.add_argument("--captions", default=str(Path(__file__).parent / "captions.json"))
+    judging.add_argument("--captions", default=str(CAPTIONS))
     judging.add_argument("--stand_in", help="Folder of stand_in.py, which rates both.")
     judging.add_argument("--images_per_finding", type=int, default=64, help="With each of both sets of phrasings.")
     judging.add_argument("--pairs", type=int, default=400, help="Pairs of images of a prompt a modality, for MS-SSIM.")

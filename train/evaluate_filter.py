@@ -24,23 +24,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from arguments import check_numbers
-from candidates import Candidates, draw_candidates, follow
-from filter_report import other_findings, quality_report, rate
 from PIL import Image
-from raters import learned_from, read_ratings
 from report_model import plan
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, EMBEDDED_ENCODER, MinimPipeline, resolve_modality
+from minim_pipeline.data.image_loading import load_images
+from minim_pipeline.data.image_reader import add_reading_arguments, reading_of
+from minim_pipeline.data.splits import read_split
 from minim_pipeline.evaluation.agreement import weighted_kappa
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.evaluation.judges import class_of, load_judges, read
 from minim_pipeline.evaluation.metrics import bootstrap_interval, ms_ssim_of_pairs, precision_recall_density_coverage
-from minim_pipeline.image_loading import load_images
-from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.minim_filter import FilterHeadOutput
 from minim_pipeline.minim_filter.funnel import plan_stages
-from minim_pipeline.splits import read_split
+from minim_pipeline.training.arguments import check_numbers
+from minim_pipeline.training.captions import CAPTIONS
+from minim_pipeline.training.filter.candidates import Candidates, draw_candidates, follow
+from minim_pipeline.training.filter.raters import learned_from, read_ratings
+from minim_pipeline.training.filter.report import other_findings, quality_report, rate
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -49,7 +50,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--judges", default=str(Path(__file__).parent / "judges"), help="Of train_classifier.py.")
     parser.add_argument("--encoder", default=str(EMBEDDED_ENCODER), help="Whose features recall is measured in.")
     parser.add_argument("--data", required=True, help="CSV with path,Text,modality,finding[,split].")
-    parser.add_argument("--captions", default=str(Path(__file__).parent / "captions.json"))
+    parser.add_argument("--captions", default=str(CAPTIONS))
     parser.add_argument("--ratings", help="CSV of people's grades, as train_filter.py takes them.")
     parser.add_argument("--ratings_part", default="A", help="Part whose grades the head has learned from.")
     parser.add_argument("--output_dir", required=True, help="For report.json and sheet.png.")

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import write_json
 from evaluate_filter import compare
+
+from minim_pipeline.training.common import write_json
 
 
 SETTLED = "comparisons that rules were settled on"

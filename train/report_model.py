@@ -26,21 +26,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from arguments import check_numbers
-from captions import load_captions
 from PIL import Image
 from train_autoencoder import validate
 from train_classifier import format_report
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
+from minim_pipeline.data.image_loading import load_images, trim_letterbox
+from minim_pipeline.data.image_reader import add_reading_arguments, reading_of
+from minim_pipeline.data.splits import read_split
 from minim_pipeline.evaluation.images import to_unit
 from minim_pipeline.evaluation.judges import accuracy_report, load_judges
 from minim_pipeline.evaluation.memorisation import latent_features, memorisation_report, pixel_features
 from minim_pipeline.evaluation.sampling import draw_images, kept
-from minim_pipeline.generate import model_identity
-from minim_pipeline.image_loading import load_images, trim_letterbox
-from minim_pipeline.image_reader import add_reading_arguments, reading_of
-from minim_pipeline.splits import read_split
+from minim_pipeline.generate.command import model_identity
+from minim_pipeline.training.arguments import check_numbers
+from minim_pipeline.training.captions import CAPTIONS, load_captions
 
 
 # The call's arguments that the report may be asked to change.
@@ -54,7 +54,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--judges", default=str(Path(__file__).parent / "judges"), help="The output_dir of train_classifier.py."
     )
     parser.add_argument("--data", required=True, help="CSV with path,Text,modality,finding[,split].")
-    parser.add_argument("--captions", default=str(Path(__file__).parent / "captions.json"))
+    parser.add_argument("--captions", default=str(CAPTIONS))
     parser.add_argument("--output", required=True, help="The report, JSON.")
     add_reading_arguments(parser)
     parser.add_argument("--sheets", help="Folder for a sheet of 5 x 8 generated images a modality.")

@@ -29,27 +29,27 @@ from pathlib import Path
 
 import torch
 import train_preference
-from arguments import check_numbers
 from calibrate_filter import threshold
-from captions import load_captions
-from common import write_csv, write_json
 from compare_models import add_comparison_arguments, compare, summary
-from hub import add_hub_arguments, check_hub_arguments, push_pipeline
-from raters import read_ratings
-from rewards import rate
 from stand_in import RATER, StandIn
 from tune_filter import add_tuning_arguments, check_tuning_arguments, tune
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
-from minim_pipeline.data import read_csv, resolve_path
+from minim_pipeline.data.image_loading import load_images
+from minim_pipeline.data.image_reader import reading_of, reading_options
+from minim_pipeline.data.sources import read_csv, resolve_path
 from minim_pipeline.disk import whole_folder
 from minim_pipeline.finite import check_weights
-from minim_pipeline.generate import generate, model_identity, plan_file, read_model_index
-from minim_pipeline.image_loading import load_images
-from minim_pipeline.image_reader import reading_of, reading_options
+from minim_pipeline.generate.command import generate, model_identity, plan_file, read_model_index
 from minim_pipeline.locking import locked
 from minim_pipeline.minim_filter.funnel import combine
 from minim_pipeline.ratings import image_digest
+from minim_pipeline.training.arguments import check_numbers
+from minim_pipeline.training.captions import load_captions
+from minim_pipeline.training.common import write_csv, write_json
+from minim_pipeline.training.filter.raters import read_ratings
+from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_pipeline
+from minim_pipeline.training.preference.rewards import rate
 
 
 # What may differ when a round goes on: where ratings come from, how it is run, and what it is judged by.

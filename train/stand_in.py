@@ -22,21 +22,21 @@ from pathlib import Path
 
 import torch
 import train_classifier
-from arguments import check_numbers
-from common import write_json
-from filter_report import auroc
-from hub import add_hub_arguments, check_hub_arguments, push_parts
-from rows import add_csv_arguments, add_mirror_argument, csv_options
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
+from minim_pipeline.data.image_loading import load_images
+from minim_pipeline.data.image_reader import add_reading_arguments, reading_of, reading_options
+from minim_pipeline.data.splits import read_split
 from minim_pipeline.evaluation.classifier import Recipe, make_resnet
 from minim_pipeline.evaluation.classifier import train_classifier as fit
 from minim_pipeline.evaluation.judges import LOOK_ALIKE, Judges, class_of, load_judges, read
 from minim_pipeline.evaluation.sampling import draw_images
-from minim_pipeline.generate import read_model_index
-from minim_pipeline.image_loading import load_images
-from minim_pipeline.image_reader import add_reading_arguments, reading_of, reading_options
-from minim_pipeline.splits import read_split
+from minim_pipeline.generate.command import read_model_index
+from minim_pipeline.training.arguments import check_numbers
+from minim_pipeline.training.common import write_json
+from minim_pipeline.training.filter.report import auroc
+from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_parts
+from minim_pipeline.training.rows import add_csv_arguments, add_mirror_argument, csv_options
 
 
 RATER = "stand-in"

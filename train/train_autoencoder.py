@@ -31,9 +31,18 @@ import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from arguments import check_numbers, check_shares
-from checkpoints import find_checkpoint, is_finished, note_finished
-from common import (
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from PIL import Image
+
+from minim_pipeline import resolve_modality
+from minim_pipeline.cli import say
+from minim_pipeline.data.image_loading import load_images
+from minim_pipeline.data.image_reader import reading_of
+from minim_pipeline.disk import save_model
+from minim_pipeline.training.arguments import check_numbers, check_shares
+from minim_pipeline.training.checkpoints import find_checkpoint, is_finished, note_finished
+from minim_pipeline.training.common import (
     Log,
     Schedule,
     add_common_arguments,
@@ -45,17 +54,8 @@ from common import (
     start_trackers,
     step_generator,
 )
-from diffusers import AutoencoderKL
-from diffusers.training_utils import EMAModel
-from hub import push_parts
-from PIL import Image
-from run import Run
-
-from minim_pipeline import resolve_modality
-from minim_pipeline.cli import say
-from minim_pipeline.disk import save_model
-from minim_pipeline.image_loading import load_images
-from minim_pipeline.image_reader import reading_of
+from minim_pipeline.training.hub import push_parts
+from minim_pipeline.training.run import Run
 
 
 PRESETS = {

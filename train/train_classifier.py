@@ -12,10 +12,17 @@ import time
 from pathlib import Path
 
 import torch
-from arguments import check_numbers, check_shares
-from common import add_modalities_argument, know_modalities, write_json
-from hub import add_hub_arguments, check_hub_arguments, push_parts
-from rows import (
+
+from minim_pipeline.data.image_loading import load_images
+from minim_pipeline.data.image_reader import add_reading_arguments, reading_of
+from minim_pipeline.data.splits import read_splits
+from minim_pipeline.evaluation.classifier import ARCHITECTURES, Recipe, train_classifier
+from minim_pipeline.evaluation.judges import Judges, accuracy_report, claimed_classes, load_judges
+from minim_pipeline.modalities import resolve_modality
+from minim_pipeline.training.arguments import check_numbers, check_shares
+from minim_pipeline.training.common import add_modalities_argument, know_modalities, write_json
+from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_parts
+from minim_pipeline.training.rows import (
     add_csv_arguments,
     add_mirror_argument,
     csv_options,
@@ -24,13 +31,6 @@ from rows import (
     tell_mirrored,
     tell_repeats,
 )
-
-from minim_pipeline.evaluation.classifier import ARCHITECTURES, Recipe, train_classifier
-from minim_pipeline.evaluation.judges import Judges, accuracy_report, claimed_classes, load_judges
-from minim_pipeline.image_loading import load_images
-from minim_pipeline.image_reader import add_reading_arguments, reading_of
-from minim_pipeline.modalities import resolve_modality
-from minim_pipeline.splits import read_splits
 
 
 # Arguments that name places of the machine, or its size: a report shows none of them.

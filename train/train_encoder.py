@@ -21,11 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from arguments import check_numbers, check_shares
-from captions import load_captions, phrase
-from common import add_modalities_argument, know_modalities, write_json
-from hub import add_hub_arguments, check_hub_arguments, push_parts
-from rows import add_csv_arguments, csv_options, image_paths, tell_repeats
 from tqdm.auto import tqdm
 from transformers import (
     CLIPTextConfig,
@@ -37,13 +32,18 @@ from transformers import (
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, names_a_side
 from minim_pipeline.cli import say
+from minim_pipeline.data.image_loading import load_images
+from minim_pipeline.data.image_reader import add_reading_arguments, reading_of
+from minim_pipeline.data.splits import read_splits
 from minim_pipeline.evaluation.classifier import augment, prepare_training
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.finite import FiniteLoss, check_weights
-from minim_pipeline.image_loading import load_images
-from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.modalities import resolve_modality
-from minim_pipeline.splits import read_splits
+from minim_pipeline.training.arguments import check_numbers, check_shares
+from minim_pipeline.training.captions import load_captions, phrase
+from minim_pipeline.training.common import add_modalities_argument, know_modalities, write_json
+from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_parts
+from minim_pipeline.training.rows import add_csv_arguments, csv_options, image_paths, tell_repeats
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -60,7 +60,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_reading_arguments(parser)
     parser.add_argument("--part", default="A", help="Rows of the train split with this `part`; 'all' takes every row.")
     parser.add_argument("--tokenizer", default=str(EMBEDDED_CHECKPOINT / "tokenizer"), help="Folder of a tokenizer.")
-    parser.add_argument("--captions", help="JSON with phrasings of every finding; default: train/captions.json.")
+    parser.add_argument("--captions", help="JSON with phrasings of every finding; default: the package's own.")
     parser.add_argument("--width", type=int, default=32, help="Channels of the first stage; each later one doubles.")
     parser.add_argument("--text_width", type=int, default=128)
     parser.add_argument("--projection", type=int, default=128, help="Dimensions of the space shared with texts.")

@@ -24,10 +24,23 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from arguments import check_numbers, check_shares
-from captions import load_captions
-from checkpoints import find_checkpoint, is_finished, note_finished
-from common import (
+from diffusers import DDPMScheduler
+from diffusers.training_utils import EMAModel
+
+from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
+from minim_pipeline.data.image_loading import key_of, load_images
+from minim_pipeline.data.image_reader import files_key, reading_of, reading_of_other
+from minim_pipeline.disk import save_model
+from minim_pipeline.evaluation.judges import claimed_classes, class_of, load_judges
+from minim_pipeline.finite import FiniteLoss
+from minim_pipeline.generate.command import model_identity, read_model_index
+from minim_pipeline.minim_filter import FilterHead
+from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
+from minim_pipeline.modalities import MODALITIES
+from minim_pipeline.training.arguments import check_numbers, check_shares
+from minim_pipeline.training.captions import load_captions
+from minim_pipeline.training.checkpoints import find_checkpoint, is_finished, note_finished
+from minim_pipeline.training.common import (
     Log,
     Schedule,
     add_common_arguments,
@@ -39,26 +52,13 @@ from common import (
     step_generator,
     write_json,
 )
-from diffusers import DDPMScheduler
-from diffusers.training_utils import EMAModel
-from filter_data import Captions, Drawn, Pool, build_pool, draw, encode, kept, versions
-from filter_report import cross_validate, finding_report, other_findings, quality_report
-from hub import push_parts
-from raters import Raters, learned_from, raters_report, read_ratings
-from rows import mirrored, tell_mirrored
-from run import Run
-from trajectories import Trajectories
-
-from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
-from minim_pipeline.disk import save_model
-from minim_pipeline.evaluation.judges import claimed_classes, class_of, load_judges
-from minim_pipeline.finite import FiniteLoss
-from minim_pipeline.generate import model_identity, read_model_index
-from minim_pipeline.image_loading import key_of, load_images
-from minim_pipeline.image_reader import files_key, reading_of, reading_of_other
-from minim_pipeline.minim_filter import FilterHead
-from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
-from minim_pipeline.modalities import MODALITIES
+from minim_pipeline.training.filter.data import Captions, Drawn, Pool, build_pool, draw, encode, kept, versions
+from minim_pipeline.training.filter.raters import Raters, learned_from, raters_report, read_ratings
+from minim_pipeline.training.filter.report import cross_validate, finding_report, other_findings, quality_report
+from minim_pipeline.training.filter.trajectories import Trajectories
+from minim_pipeline.training.hub import push_parts
+from minim_pipeline.training.rows import mirrored, tell_mirrored
+from minim_pipeline.training.run import Run
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -75,7 +75,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     data.add_argument(
         "--ratings", help="CSV with path,Text,modality,rating[,rater,part,group]: people's grades of quality, 1 to 3."
     )
-    data.add_argument("--captions", help="JSON with phrasings of every finding; default: train/captions.json.")
+    data.add_argument("--captions", help="JSON with phrasings of every finding; default: the package's own.")
     data.add_argument("--caption_variants", type=int, default=16, help="Phrasings of every caption.")
     data.add_argument("--latent_variants", type=int, default=8, help="Augmented versions of every image.")
     data.add_argument("--drawn_images", type=int, default=16_000, help="Images drawn to learn from.")

@@ -34,9 +34,28 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
-from arguments import check_numbers, check_shares
-from checkpoints import find_checkpoint, is_finished, list_checkpoints, note_finished, step_of
-from common import (
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from train_text_to_image import add_lora, loss_weights, target, write_unet
+from tune_filter import add_tuning_arguments, check_tuning_arguments, tune
+
+from minim_pipeline import (
+    EMBEDDED_CHECKPOINT,
+    EMBEDDED_ENCODER,
+    FilterHead,
+    MinimPipeline,
+    prompt_text,
+    resolve_modality,
+)
+from minim_pipeline.data.image_loading import key_of, load_images
+from minim_pipeline.data.image_reader import add_reading_arguments, reading_of
+from minim_pipeline.data.sources import read_csv
+from minim_pipeline.disk import save_model, whole_folder
+from minim_pipeline.finite import check_loss, check_weights
+from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
+from minim_pipeline.ratings import image_digest
+from minim_pipeline.training.arguments import check_numbers, check_shares
+from minim_pipeline.training.checkpoints import find_checkpoint, is_finished, list_checkpoints, note_finished, step_of
+from minim_pipeline.training.common import (
     Log,
     Schedule,
     add_run_arguments,
@@ -47,33 +66,14 @@ from common import (
     step_generator,
     write_json,
 )
-from diffusers import DDPMScheduler, UNet2DConditionModel
-from filter_data import encode
-from hub import push_pipeline
-from raters import read_ratings
-from replay import Replay
-from rewards import are_copies, finding_reward, rate, spread
-from rows import add_mirror_argument
-from run import Run
-from train_text_to_image import add_lora, loss_weights, target, write_unet
-from tune_filter import add_tuning_arguments, check_tuning_arguments, tune
-from watch import Watch
-
-from minim_pipeline import (
-    EMBEDDED_CHECKPOINT,
-    EMBEDDED_ENCODER,
-    FilterHead,
-    MinimPipeline,
-    prompt_text,
-    resolve_modality,
-)
-from minim_pipeline.data import read_csv
-from minim_pipeline.disk import save_model, whole_folder
-from minim_pipeline.finite import check_loss, check_weights
-from minim_pipeline.image_loading import key_of, load_images
-from minim_pipeline.image_reader import add_reading_arguments, reading_of
-from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
-from minim_pipeline.ratings import image_digest
+from minim_pipeline.training.filter.data import encode
+from minim_pipeline.training.filter.raters import read_ratings
+from minim_pipeline.training.hub import push_pipeline
+from minim_pipeline.training.preference.replay import Replay
+from minim_pipeline.training.preference.rewards import are_copies, finding_reward, rate, spread
+from minim_pipeline.training.preference.watch import Watch
+from minim_pipeline.training.rows import add_mirror_argument
+from minim_pipeline.training.run import Run
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -112,7 +112,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     real.add_argument("--latent_variants", type=int, default=4, help="Augmented versions of every image.")
     real.add_argument("--caption_variants", type=int, default=16, help="Phrasings of every caption.")
     add_mirror_argument(real)
-    real.add_argument("--captions", help="JSON with phrasings of every finding; default: train/captions.json.")
+    real.add_argument("--captions", help="JSON with phrasings of every finding; default: the package's own.")
     watch = parser.add_argument_group("when to stop")
     watch.add_argument("--encoder", default=str(EMBEDDED_ENCODER), help="Image-text encoder that scores unseen.")
     watch.add_argument("--watch_images", type=int, default=16, help="Images of each finding that it looks at.")

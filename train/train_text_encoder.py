@@ -23,19 +23,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from arguments import check_numbers
-from captions import load_captions, never_trained_on, normalize, vary_caption
-from common import add_modalities_argument, know_modalities, write_json
-from corpus import SYNONYMS, abbreviate, decorate, expand, generate
-from hub import add_hub_arguments, check_hub_arguments, push_parts
-from rows import tell_cut
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from minim_pipeline.data import read_csv
+from minim_pipeline.data.sources import read_csv
 from minim_pipeline.disk import save_model
 from minim_pipeline.finite import FiniteLoss
 from minim_pipeline.modalities import MODALITIES, resolve_modality
+from minim_pipeline.training.arguments import check_numbers
+from minim_pipeline.training.captions import load_captions, never_trained_on, normalize, vary_caption
+from minim_pipeline.training.common import add_modalities_argument, know_modalities, write_json
+from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_parts
+from minim_pipeline.training.rows import tell_cut
+from minim_pipeline.training.text.corpus import SYNONYMS, abbreviate, decorate, expand, generate
 
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -60,9 +60,7 @@ NEGATIONS = set(
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/text_encoder"))
-    parser.add_argument(
-        "--captions", type=Path, default=None, help="Phrasings; default: captions.json beside this file."
-    )
+    parser.add_argument("--captions", type=Path, default=None, help="Phrasings; default: the package's own.")
     parser.add_argument(
         "--train_data", type=Path, default=None, help="CSV of Text, modality, finding, to learn from too."
     )

@@ -35,10 +35,22 @@ import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from arguments import check_numbers, check_shares
-from captions import load_captions, phrase
-from checkpoints import find_checkpoint, is_finished, note_finished
-from common import (
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers.training_utils import EMAModel, compute_snr
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
+from minim_pipeline.disk import save_model, whole_folder
+from minim_pipeline.finite import check_loss, check_weights
+from minim_pipeline.generate.command import read_model_index
+from minim_pipeline.licenses import license_of
+from minim_pipeline.loading import load_with_unet, unet_folder
+from minim_pipeline.tokens import add_modality_tokens, modality_tokens, tokenize
+from minim_pipeline.training.arguments import check_numbers, check_shares
+from minim_pipeline.training.captions import load_captions, phrase
+from minim_pipeline.training.checkpoints import find_checkpoint, is_finished, note_finished
+from minim_pipeline.training.common import (
     Log,
     Schedule,
     add_common_arguments,
@@ -51,23 +63,11 @@ from common import (
     start_trackers,
     step_generator,
 )
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
-from diffusers.training_utils import EMAModel, compute_snr
-from hub import push_parts, push_pipeline
-from keep_filter import kept_filter
-from latents import Latents, memorised_share
-from PIL import Image
-from rows import image_paths, tell_overlap
-from run import Run
-from transformers import CLIPTextModel, CLIPTokenizer
-
-from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
-from minim_pipeline.disk import save_model, whole_folder
-from minim_pipeline.finite import check_loss, check_weights
-from minim_pipeline.generate import read_model_index
-from minim_pipeline.licenses import license_of
-from minim_pipeline.loading import load_with_unet, unet_folder
-from minim_pipeline.tokens import add_modality_tokens, modality_tokens, tokenize
+from minim_pipeline.training.filter.keep import kept_filter
+from minim_pipeline.training.hub import push_parts, push_pipeline
+from minim_pipeline.training.latents import Latents, memorised_share
+from minim_pipeline.training.rows import image_paths, tell_overlap
+from minim_pipeline.training.run import Run
 
 
 # The text reaches the U-Net by cross-attention and, pooled, by the time embedding (`addition_embed_type`): at this
@@ -120,7 +120,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     loss.add_argument("--drop_all", type=float, default=0.05, help="Share of captions that are dropped whole.")
     loss.add_argument("--gradient_accumulation_steps", type=int, default=1)
     data = parser.add_argument_group("variation")
-    data.add_argument("--captions", help="JSON with phrasings of every finding; default: train/captions.json.")
+    data.add_argument("--captions", help="JSON with phrasings of every finding; default: the package's own.")
     data.add_argument("--caption_variants", type=int, default=32, help="Phrasings of every caption.")
     data.add_argument("--latent_variants", type=int, default=8, help="Augmented versions of every image.")
     replay = parser.add_argument_group("keeping what the base knows")

@@ -26,24 +26,24 @@ import math
 from pathlib import Path
 
 import torch
-from arguments import check_numbers
-from common import step_generator, write_json
 from diffusers import DDPMScheduler
-from filter_data import encode
-from filter_report import auroc
-from hub import add_hub_arguments, check_hub_arguments, push_parts
-from raters import Raters, read_ratings
-from rewards import overall
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, prompt_text, resolve_modality
+from minim_pipeline.data.image_loading import load_images
+from minim_pipeline.data.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.agreement import weighted_kappa
 from minim_pipeline.finite import FiniteLoss
-from minim_pipeline.image_loading import load_images
-from minim_pipeline.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.minim_filter import FilterHead, FilterHeadOutput
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 from minim_pipeline.tokens import tokenize
+from minim_pipeline.training.arguments import check_numbers
+from minim_pipeline.training.common import step_generator, write_json
+from minim_pipeline.training.filter.data import encode
+from minim_pipeline.training.filter.raters import Raters, read_ratings
+from minim_pipeline.training.filter.report import auroc
+from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_parts
+from minim_pipeline.training.preference.rewards import overall
 
 
 # Parts of the head behind the pooled features, of which the fingerprints are made.

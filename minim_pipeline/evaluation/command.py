@@ -18,14 +18,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .. import EMBEDDED_ENCODER, __version__
-from ..data import image_name, name_digits, read_csv, resolve_path
-from ..duplicates import file_keys
-from ..generate import read_model_index
-from ..image_pixels import Found, told
-from ..image_reader import Reading, add_reading_arguments, reading_of, tell
+from ..data.duplicates import file_keys
+from ..data.image_pixels import Found, told
+from ..data.image_reader import Reading, add_reading_arguments, reading_of, tell
+from ..data.sources import image_name, name_digits, read_csv, resolve_path
+from ..data.splits import read_split
+from ..data.table import read_table
+from ..generate.command import read_model_index
 from ..provenance import atomic_path
-from ..splits import read_split
-from ..table import read_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> dict:
 
     from accelerate import PartialState
 
-    from ..image_loading import check_values, load_images
+    from ..data.image_loading import check_values, load_images
     from .extractors import load_extractor
     from .judges import load_judges
     from .pictures import collect
@@ -302,7 +302,7 @@ def draw_synthetic(args: argparse.Namespace, real_rows: list[dict]) -> tuple[Pat
     Returns:
         The CSV there, and its rows of the images asked for, with the other columns as the real rows have them now.
     """
-    from ..generate import Item, generate
+    from ..generate.command import Item, generate
     from ..modalities import resolve_modality
 
     trained = read_model_index(args.pipeline).get("modalities") or None
@@ -344,7 +344,7 @@ def batch_size(args: argparse.Namespace) -> int:
 def pipeline(args: argparse.Namespace, model: str):
     from accelerate import PartialState
 
-    from ..generate import load_pipeline
+    from ..generate.command import load_pipeline
 
     pipe = load_pipeline(model, device=str(PartialState().device), dtype=args.dtype)
     if args.compile:
@@ -355,7 +355,7 @@ def pipeline(args: argparse.Namespace, model: str):
 
 def run_downstream(args: argparse.Namespace, state, real, synthetic, train) -> dict:
     """`downstream` with the images of the sets and, with `--pipeline`, with as many drawn ones as it needs."""
-    from ..generate import model_identity
+    from ..generate.command import model_identity
     from .classifier import Recipe
     from .downstream import downstream, drawn_by, take_share, taken_from
 

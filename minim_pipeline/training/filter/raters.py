@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from minim_pipeline import resolve_modality
-from minim_pipeline.data import read_csv
+from minim_pipeline.data.sources import read_csv
 from minim_pipeline.evaluation.agreement import rater_agreement, weighted_kappa
 
 

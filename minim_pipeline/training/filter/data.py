@@ -7,20 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import rubric
 import torch
-from captions import phrase
-from common import step_generator
-from latents import augment
-from rows import mirrored
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from trajectories import Trajectories, draw_trajectories
 
 from minim_pipeline import MinimPipeline
 from minim_pipeline.disk import count_bytes, whole_file
 from minim_pipeline.evaluation.judges import LOOK_ALIKE, Judges, class_of
+from minim_pipeline.training.captions import phrase
+from minim_pipeline.training.common import step_generator
+from minim_pipeline.training.filter import rubric
+from minim_pipeline.training.filter.trajectories import Trajectories, draw_trajectories
+from minim_pipeline.training.latents import augment
+from minim_pipeline.training.rows import mirrored
 
 
 KINDS = ("real", "real, damaged", "generated", "generated, damaged")

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, fields
 
 import torch
-from rubric import Sampler
 from tqdm.auto import tqdm
 
 from minim_pipeline import MinimPipeline, resolve_modality
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
+from minim_pipeline.training.filter.rubric import Sampler
 
 
 @dataclass

@@ -8,8 +8,8 @@ from transformers import CLIPTokenizer
 
 from minim_pipeline import may_mirror, resolve_modality
 from minim_pipeline.cli import say
-from minim_pipeline.data import resolve_path
-from minim_pipeline.duplicates import file_keys
+from minim_pipeline.data.duplicates import file_keys
+from minim_pipeline.data.sources import resolve_path
 from minim_pipeline.tokens import cut_texts
 
 

@@ -13,12 +13,12 @@ from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from . import EMBEDDED_CHECKPOINT
-from .data import DatasetWriter, read_csv, read_json
-from .loading import load_with_unet, unet_folder, unet_identity
-from .locking import locked
-from .modalities import Modality, register_definitions, resolve_modality
-from .provenance import save_png
+from .. import EMBEDDED_CHECKPOINT
+from ..data.sources import DatasetWriter, read_csv, read_json
+from ..loading import load_with_unet, unet_folder, unet_identity
+from ..locking import locked
+from ..modalities import Modality, register_definitions, resolve_modality
+from ..provenance import save_png
 from .shortfall import MAX_ROUNDS, Shortfall
 
 
@@ -411,7 +411,7 @@ def load_pipeline(
     import transformers
     from safetensors import SafetensorError
 
-    from . import MinimPipeline
+    from .. import MinimPipeline
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

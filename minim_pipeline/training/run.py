@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable
 
 import torch
-from checkpoints import save_checkpoint
 
 from minim_pipeline.finite import FiniteLoss
+from minim_pipeline.training.checkpoints import save_checkpoint
 
 
 # The exit code of a process that SIGTERM has ended, as a shell gives it.

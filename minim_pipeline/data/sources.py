@@ -16,10 +16,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from .captions import check_caption
+from ..captions import check_caption
+from ..modalities import AMBIGUOUS, resolve_modality, split_prefix
+from ..provenance import atomic_path, save_png
 from .image_reader import image_problem
-from .modalities import AMBIGUOUS, resolve_modality, split_prefix
-from .provenance import atomic_path, save_png
 from .table import guess, mend_commas, read_table
 
 

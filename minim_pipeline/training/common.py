@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, parse_flag_from_env
-from arguments import check_shares, check_tracker
-from checkpoints import FINISHED, step_of
-from hub import add_hub_arguments, check_hub_arguments
-from rows import add_csv_arguments, add_mirror_argument, csv_options, image_paths, tell_repeats
 from tqdm.auto import tqdm
 
-from minim_pipeline import splits
-from minim_pipeline.image_loading import check_values
-from minim_pipeline.image_reader import add_reading_arguments, reading_of
+from minim_pipeline.data import splits
+from minim_pipeline.data.image_loading import check_values
+from minim_pipeline.data.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.locking import locked
 from minim_pipeline.modalities import resolve_modality
 from minim_pipeline.provenance import atomic_path
+from minim_pipeline.training.arguments import check_shares, check_tracker
+from minim_pipeline.training.checkpoints import FINISHED, step_of
+from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments
+from minim_pipeline.training.rows import add_csv_arguments, add_mirror_argument, csv_options, image_paths, tell_repeats
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +60,7 @@ def add_modalities_argument(group) -> None:
 
 def know_modalities(args: argparse.Namespace) -> None:
     """Registers what the pipelines of the arguments define; before any row is read."""
-    from minim_pipeline.generate import read_model_index
+    from minim_pipeline.generate.command import read_model_index
 
     base = getattr(args, "pretrained_model_name_or_path", None)
     if base and Path(base).is_dir() and not (Path(base) / "model_index.json").is_file():

@@ -1,11 +1,11 @@
 """Fingerprints that tell copies of training images: the code behind them, and how many copies they miss."""
 
 import torch
-from filter_data import encode, versions
 from torch import nn
 
 from minim_pipeline import FilterHead, MinimPipeline
 from minim_pipeline.minim_filter.fingerprints import distances, pack
+from minim_pipeline.training.filter.data import encode, versions
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .data import read_csv, resolve_path
+from ..modalities import resolve_modality
 from .image_pixels import Found, as_modality, black_and_white, fit_to, named
 from .image_reader import DEFAULT_READING, Reading, file_state, images_key, read_image, survey, tell
-from .modalities import resolve_modality
+from .sources import read_csv, resolve_path
 
 
 def load_images(

@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from common import hold_images, step_generator
 from diffusers import AutoencoderKL
-from rows import mirrored, tell_mirrored
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from minim_pipeline import resolve_modality
+from minim_pipeline.data.image_loading import check_values, key_of, load_images
+from minim_pipeline.data.image_reader import reading_of, tell
 from minim_pipeline.disk import count_bytes, whole_file
 from minim_pipeline.evaluation.memorisation import copy_share, nearest_distances
-from minim_pipeline.image_loading import check_values, key_of, load_images
-from minim_pipeline.image_reader import reading_of, tell
+from minim_pipeline.training.common import hold_images, step_generator
+from minim_pipeline.training.rows import mirrored, tell_mirrored
 
 
 class Latents:

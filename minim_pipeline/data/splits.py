@@ -4,8 +4,8 @@ import hashlib
 import warnings
 from pathlib import Path
 
-from .data import read_columns, read_csv
-from .modalities import resolve_modality
+from ..modalities import resolve_modality
+from .sources import read_columns, read_csv
 
 
 # Of the groups of each modality, where no column says what is held out.

@@ -4,13 +4,13 @@ import argparse
 
 import torch
 from accelerate import Accelerator
-from captions import load_captions, phrase
-from common import check_processes
-from latents import Latents
-from rows import image_paths, tell_repeats
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
-from minim_pipeline.splits import read_split
+from minim_pipeline.data.splits import read_split
+from minim_pipeline.training.captions import load_captions, phrase
+from minim_pipeline.training.common import check_processes
+from minim_pipeline.training.latents import Latents
+from minim_pipeline.training.rows import image_paths, tell_repeats
 
 
 class Replay:

@@ -14,12 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from rows import tell_cut
 from transformers import CLIPTokenizer
 
 from minim_pipeline.captions import without_prefix
 from minim_pipeline.modalities import resolve_modality
 from minim_pipeline.tokens import tokenize
+from minim_pipeline.training.rows import tell_cut
 
 
 CAPTIONS = Path(__file__).with_name("captions.json")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from .modalities import Modality
+from ..modalities import Modality
 
 
 # Bits a pixel that scanners use: the least that hold the greatest value are taken for the range.

@@ -1,0 +1,1 @@
+"""What the trainers are made of; the commands are in `train/`."""

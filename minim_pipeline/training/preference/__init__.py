@@ -1,0 +1,1 @@
+"""Preference training: rewards, old images that are seen again, and a watch over what it may break."""
