@@ -4,10 +4,10 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-import train_preference
 import train_text_to_image
 from conftest import write_csv
 from PIL import Image
@@ -18,6 +18,8 @@ from minim_pipeline.cli import main
 from minim_pipeline.licenses import license_of
 from minim_pipeline.publishing.card import license_note, read_card, write_card
 from minim_pipeline.publishing.upload import staged
+from minim_pipeline.training.preference.config import PreferenceConfig
+from minim_pipeline.training.preference.replay import Replay
 
 
 CARD = (
@@ -106,19 +108,15 @@ def test_a_filter_that_does_not_fit_any_more_is_left_out_and_told(base, tmp_path
 
 
 def test_images_that_generate_wrote_are_replayed_by_preference_training_too(base, drawn, tmp_path, monkeypatch):
-    from minim_pipeline.training.preference.replay import Replay
-
     seen = []
     monkeypatch.setattr(
         "minim_pipeline.training.preference.replay.Latents.encode",
-        lambda args, accelerator, vae, rows, *more: seen.extend(rows),
+        lambda run, vae, data, rows, *more: seen.extend(rows),
     )
-    args = train_preference.parse_args(
-        ["--pretrained_model_name_or_path", str(base), "--prompts", "p.csv", "--replay", str(drawn)]
-        + ["--output_dir", str(tmp_path)]
+    config = PreferenceConfig(
+        pretrained_model_name_or_path=str(base), prompts="p.csv", replay=str(drawn), output_dir=str(tmp_path)
     )
-    accelerator = type("Accelerator", (), {"device": "cpu"})
-    Replay(args, accelerator, MinimPipeline.from_pretrained(base))
+    Replay(config, SimpleNamespace(device="cpu"), MinimPipeline.from_pretrained(base))
     assert len(seen) == 6, "all of them: nothing is validated on"
 
 

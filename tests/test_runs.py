@@ -21,7 +21,7 @@ from minim_pipeline.disk import save_model
 from minim_pipeline.finite import FiniteLoss, check_weights
 from minim_pipeline.locking import locked
 from minim_pipeline.provenance import save_png
-from minim_pipeline.training import autoencoder, checkpoints, common
+from minim_pipeline.training import autoencoder, checkpoints, common, text_to_image
 
 
 torch.set_num_threads(1)
@@ -149,7 +149,7 @@ def test_a_validation_that_fails_costs_no_step(unet_run, tmp_path, monkeypatch):
         raise RuntimeError("validation")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="validation"):
-        patch.setattr(train_text_to_image, "draw_samples", fails)
+        patch.setattr(text_to_image, "draw_samples", fails)
         run(train_text_to_image, *unet_run, *more, "--output_dir", tmp_path / "cut")
     assert [p.name for p in checkpoints.list_checkpoints(tmp_path / "cut")] == ["checkpoint-2"]
     run(train_text_to_image, *unet_run, *more, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")

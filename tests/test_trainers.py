@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minim_pipeline.data.image_loading import load_images
-from minim_pipeline.training import latents
+from minim_pipeline.training import denoising, latents
 from minim_pipeline.training.autoencoder import AutoencoderConfig
 from minim_pipeline.training.common import read_splits
 
@@ -260,17 +260,18 @@ def test_min_snr_weights_fall_with_the_noise_but_never_to_nothing(prediction_typ
     scheduler = DDPMScheduler(
         prediction_type=prediction_type, rescale_betas_zero_snr=prediction_type == "v_prediction"
     )
-    weights = train_text_to_image.loss_weights(scheduler, torch.arange(1000), gamma=5.0)
+    weights = denoising.loss_weights(scheduler, torch.arange(1000), gamma=5.0)
     assert weights[-1] == 1 and weights[0] < 0.02
     assert (weights.diff() >= -1e-6).all()
 
 
 def test_memorised_share_finds_copies():
     train = latents.Latents(torch.randn(20, 1, 4, 8, 8).half(), torch.zeros(20, 1, 4, 8, 8).half(), 1.0, 0.0)
-    rows, names = [{"modality": "OCT"}] * 20, ["oct"] * 10
+    names = ["oct"] * 20
     copies = train.mean[:3, 0].float() + 0.05 * torch.randn(3, 4, 8, 8)
     others = torch.randn(1, 4, 8, 8)
-    share = latents.memorised_share({"oct": torch.cat([copies, others])}, torch.randn(10, 4, 8, 8), names, train, rows)
+    samples = {"oct": torch.cat([copies, others])}
+    share = latents.memorised_share(samples, torch.randn(10, 4, 8, 8), names[:10], train, names)
     assert share in (0.75, 1.0)  # a sample that is new may still fall under the nearest 1 % of 10
 
 
@@ -317,7 +318,7 @@ def test_log_normal_noise_levels_are_those_asked_for():
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
     uniform = torch.randint(1000, (40_000,), generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
-    drawn = train_text_to_image.log_normal_timesteps(scheduler, uniform, 0.8, 0.5, generator)
+    drawn = denoising.log_normal_timesteps(scheduler, uniform, 0.8, 0.5, generator)
     alpha = scheduler.alphas_cumprod[drawn]
     levels = ((1 - alpha) / alpha.clamp(min=1e-12)).sqrt()
     assert 0.75 < levels.median() < 0.88

@@ -161,7 +161,7 @@ class Run:
                 self.schedule.advance(self.accelerator)
                 self.log.tick(**figures)
                 if self.schedule.step % log_every == 0:
-                    self.log.write("train", **{name: round(float(value), 5) for name, value in figures.items()})
+                    self.log.write("train", **{name: float(f"{value:.6g}") for name, value in figures.items()})
                 stop = self.end_step(torch.as_tensor(figures["loss"]), validate, saved)
         finally:
             signal.signal(signal.SIGTERM, previous)
