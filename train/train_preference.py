@@ -36,7 +36,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from train_text_to_image import add_lora, loss_weights, target, write_unet
-from tune_filter import add_tuning_arguments, check_tuning_arguments, tune
 
 from minim_pipeline import (
     EMBEDDED_CHECKPOINT,
@@ -68,6 +67,7 @@ from minim_pipeline.training.common import (
 )
 from minim_pipeline.training.filter.data import encode
 from minim_pipeline.training.filter.raters import read_ratings
+from minim_pipeline.training.filter.tune import add_tuning_arguments, check_tuning_arguments, tune
 from minim_pipeline.training.hub import push_pipeline
 from minim_pipeline.training.loop import Run
 from minim_pipeline.training.preference.replay import Replay
