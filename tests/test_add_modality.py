@@ -8,7 +8,6 @@ from pathlib import Path
 import add_modality
 import pytest
 import torch
-import train_filter
 import train_text_to_image
 from conftest import write_csv
 from PIL import Image
@@ -18,6 +17,7 @@ from minim_pipeline import FilterHead, MinimPipeline, modalities, resolve_modali
 from minim_pipeline.evaluation.classifier import make_resnet
 from minim_pipeline.evaluation.judges import Judges
 from minim_pipeline.training.config import parse
+from minim_pipeline.training.filter.heads import extend_head
 from minim_pipeline.training.text_to_image import TextToImageConfig
 
 
@@ -120,7 +120,7 @@ def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_filter, "main", killed)
+        patch.setattr(add_modality, "train_filter", killed)
         with pytest.raises(KeyboardInterrupt):
             add_modality.main(call)
     assert "left out of" in (out := capsys.readouterr().out) and "4 BreastMRI" in out
@@ -161,7 +161,8 @@ def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, 
     assert out.images[0].size == (64, 64) and out.scores[0] is not None
 
     with monkeypatch.context() as patch:
-        for module in (train_text_to_image, train_filter, add_modality.calibrate_filter):
+        patch.setattr(add_modality, "train_filter", killed)
+        for module in (train_text_to_image, add_modality.calibrate_filter):
             patch.setattr(module, "main", killed)
         assert add_modality.main(call) == report, "all is done already"
     with pytest.raises(ValueError, match="has learned modality 'breast_us' already; it knows: oct, cxr, breast_us"):
@@ -179,7 +180,7 @@ def test_a_modality_that_nobody_knew_comes_along_with_its_definition(base, data,
     image = pipe("nevus", modality="skin lesion", seeds=[0], output_type="np").images[0]
     assert abs(image[..., 0] - image[..., 1]).max() > 0, "in colour"
     # And the next run takes its rows for known ones.
-    old = train_filter.extend_head(FilterHead.from_pretrained(base / "filter_head"), pipe)
+    old = extend_head(FilterHead.from_pretrained(base / "filter_head"), pipe)
     words = pipe.tokenizer("photo of skin", add_special_tokens=False).input_ids
     rows = old.text["tokens"].weight
     torch.testing.assert_close(rows[pipe.tokenizer.convert_tokens_to_ids("<skin>")], rows[words].mean(0))

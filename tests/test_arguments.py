@@ -98,10 +98,10 @@ def test_a_tracker_that_is_not_there_is_refused(monkeypatch, name, message):
 
 
 def test_what_an_option_would_not_do_is_refused():
-    import train_filter
+    from minim_pipeline.training.filter.config import FilterConfig
 
     with pytest.raises(ValueError, match="--compile does nothing here"):
-        train_filter.parse_args(["--train_data", "x", "--output_dir", "x", "--teacher", "x", "--compile"])
+        FilterConfig(train_data="x", output_dir="x", teacher="x", compile=True)
 
 
 def test_minim_evaluate_refuses_the_same():

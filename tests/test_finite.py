@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-import tune_filter
 
 from minim_pipeline import cli
 from minim_pipeline.evaluation.classifier import Recipe, make_resnet, train_classifier
+from minim_pipeline.training.filter.tune import TuningOptions, tune
 
 
 def spoil(network: torch.nn.Module, value: float = float("nan")) -> None:
@@ -77,8 +77,6 @@ def test_a_classifier_that_diverges_is_told():
 
 def test_a_filter_head_that_diverges_is_told(make_pipeline):
     rows = [{"path": str(i), "Text": "a", "modality": "oct", "rating": 1 + i % 3, "rater": "x"} for i in range(12)]
-    options = "--ratings x --output_dir x --tuning_steps 6 --tuning_batch_size 4 --tuning_learning_rate 1e30"
+    options = TuningOptions(tuning_steps=6, tuning_batch_size=4, tuning_learning_rate=1e30)
     with pytest.raises(ValueError, match="The loss is .* at step .: the training has diverged"):
-        tune_filter.tune(
-            make_pipeline(filtered=True), rows, torch.randn(12, 8, 8, 8), tune_filter.parse_args(options.split())
-        )
+        tune(make_pipeline(filtered=True), rows, torch.randn(12, 8, 8, 8), options)

@@ -8,7 +8,6 @@ import pytest
 import self_improve
 import stand_in
 import torch
-import tune_filter
 from conftest import write_csv
 from PIL import Image
 
@@ -18,6 +17,8 @@ from minim_pipeline.evaluation.judges import Judges
 from minim_pipeline.minim_filter import FilterHeadOutput
 from minim_pipeline.ratings import Rating, RatingStore, image_digest
 from minim_pipeline.tokens import tokenize
+from minim_pipeline.training.filter.tune import TuningOptions, tune
+from minim_pipeline.training.preference.rewards import overall
 
 
 torch.set_num_threads(1)
@@ -150,7 +151,7 @@ def test_killed_at_any_point_a_round_goes_on_to_the_same_end(arguments, rater, t
 def test_overall_is_the_worse_of_both_grades():
     sure = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     rated = FilterHeadOutput(None, None, sure[[0, 1, 0]], sure[[0, 0, 2]], None, None)
-    assert tune_filter.overall(rated).argmax(1).tolist() == [2, 1, 0]
+    assert overall(rated).argmax(1).tolist() == [2, 1, 0]
 
 
 def test_a_head_learns_what_raters_say_of_the_picture_and_keeps_the_finding(make_pipeline):
@@ -159,9 +160,8 @@ def test_a_head_learns_what_raters_say_of_the_picture_and_keeps_the_finding(make
     torch.manual_seed(0)
     same = {name: pipe.filter_head.config[name] for name in names}
     pipe.filter_head = FilterHead(**same, block_out_channels=(16, 16), norm_num_groups=4)
-    args = tune_filter.parse_args(["--ratings", "x", "--output_dir", "x", "--tuning_steps", "40"])
-    usual = args.tuning_anchor
-    args.tuning_learning_rate, args.tuning_batch_size = 5e-3, 32
+    options = TuningOptions(tuning_steps=40, tuning_learning_rate=5e-3, tuning_batch_size=32)
+    usual = options.tuning_anchor
     latents = torch.randn(60, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     latents[::2] *= 0.3  # what the raters like
     rows = [
@@ -170,9 +170,9 @@ def test_a_head_learns_what_raters_say_of_the_picture_and_keeps_the_finding(make
 
     def moved(anchor):
         """How far the grades of quality and of the finding went; and the report."""
-        args.tuning_anchor = anchor
+        options.tuning_anchor = anchor
         old = copy.deepcopy(pipe.filter_head).eval()
-        head, report = tune_filter.tune(pipe, rows, latents, args)
+        head, report = tune(pipe, rows, latents, options)
         ids = tokenize(pipe.tokenizer, [prompt_text("cyst", resolve_modality("oct"), pipe.tokenizer)])
         ids = ids[:, : old.config.max_length].expand(60, -1)
         with torch.no_grad():
@@ -187,7 +187,7 @@ def test_a_head_learns_what_raters_say_of_the_picture_and_keeps_the_finding(make
     _, least, report = moved(usual)
     assert report["taken"] and least < finding / 2, "by default, it hardly moves"
     with pytest.raises(ValueError, match="ratings of 4 images; at least 10"):
-        tune_filter.tune(pipe, rows[:4], latents[:4], args)
+        tune(pipe, rows[:4], latents[:4], options)
 
 
 @pytest.mark.parametrize(

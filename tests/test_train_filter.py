@@ -73,13 +73,21 @@ def test_a_run_writes_a_head_and_says_how_well_it_rates(arguments, data, tmp_pat
 
 def test_a_run_goes_on_as_if_unbroken(arguments, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train_filter.main([*arguments, "--output_dir", str(whole)])
+    report = train_filter.main([*arguments, "--output_dir", str(whole)])
     resumed = ["--resume_from_checkpoint", str(whole / "checkpoint-2")]
     train_filter.main([*arguments, "--output_dir", str(broken), *resumed])
     first, second = (
         load_file(folder / "filter_head" / "diffusion_pytorch_model.safetensors") for folder in (whole, broken)
     )
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+    (whole / "materials.safetensors").unlink()
+    assert train_filter.main([*arguments, "--output_dir", str(whole)]) == report, "there is nothing left to do"
+    assert not (whole / "materials.safetensors").exists()
+
+
+def test_a_head_has_two_widths(arguments):
+    with pytest.raises(ValueError, match=r"--block_out_channels has to be two numbers, got \[8\]"):
+        train_filter.main([*arguments, "--block_out_channels", "8", "--output_dir", "none"])
 
 
 def test_a_run_that_diverges_writes_no_head(arguments, tmp_path):

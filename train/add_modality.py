@@ -34,7 +34,6 @@ from pathlib import Path
 import calibrate_filter
 import torch
 import train_classifier
-import train_filter
 import train_text_to_image
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
@@ -58,6 +57,8 @@ from minim_pipeline.files import write_csv, write_json
 from minim_pipeline.generate.command import model_identity
 from minim_pipeline.modalities import BUILT_IN, MODALITIES
 from minim_pipeline.training.arguments import check_numbers, check_shares
+from minim_pipeline.training.filter.train import FilterConfig
+from minim_pipeline.training.filter.train import train as train_filter
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_pipeline
 from minim_pipeline.training.replay import check_known
 from minim_pipeline.training.rows import add_mirror_argument
@@ -316,16 +317,25 @@ def train_teacher(args, output: Path, every: Path, part: str) -> None:
 
 
 def train_head(args, output: Path, every: Path, part: str, teacher: Path, resolution: int) -> None:
-    call = ["--pretrained_model_name_or_path", output / "unet" / "pipeline", "--teacher", teacher, "--part", part]
-    call += ["--pretrained_filter_head", output / "base_filter_head", "--train_data", every]
-    call += ["--output_dir", output / "filter", "--resolution", resolution, "--resume_from_checkpoint", "latest"]
-    call += ["--max_train_steps", args.filter_steps, "--train_batch_size", args.filter_batch_size]
-    call += ["--learning_rate", args.filter_learning_rate, "--checkpointing_steps", args.checkpointing_steps]
-    call += ["--max_train_minutes", args.filter_minutes] if args.filter_minutes else []
-    call += options(args, "ratings", "captions", "drawn_images", "draw_batch_size", "min_train", "latent_variants")
-    # No cross-validation of people's grades: the head that this one starts from has learned from all of them.
-    call += ["--folds", 0, *mirror(args), *reading_options(args)]
-    train_filter.main([*map(str, call), *options(args, "caption_variants", "mixed_precision", "seed")])
+    same = ("ratings", "captions", "drawn_images", "draw_batch_size", "min_train", "latent_variants", "fit", "window")
+    same += ("caption_variants", "checkpointing_steps", "mixed_precision", "seed", "no_mirror")
+    config = FilterConfig(
+        pretrained_model_name_or_path=str(output / "unet" / "pipeline"),
+        pretrained_filter_head=str(output / "base_filter_head"),
+        teacher=str(teacher),
+        train_data=str(every),
+        output_dir=str(output / "filter"),
+        part=part,
+        resolution=resolution,
+        max_train_steps=args.filter_steps,
+        max_train_minutes=args.filter_minutes,
+        train_batch_size=args.filter_batch_size,
+        learning_rate=args.filter_learning_rate,
+        # No cross-validation of people's grades: the head that this one starts from has learned from all of them.
+        folds=0,
+        **{name: getattr(args, name) for name in same},
+    )
+    train_filter(config)
 
 
 def calibrate_head(args, output: Path, every: Path, parts: tuple[str, str], teacher: Path, base) -> None:

@@ -32,7 +32,6 @@ import train_preference
 from calibrate_filter import threshold
 from compare_models import add_comparison_arguments, compare, summary
 from stand_in import RATER, StandIn
-from tune_filter import add_tuning_arguments, check_tuning_arguments, tune
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
 from minim_pipeline.data.image_loading import load_images
@@ -49,6 +48,7 @@ from minim_pipeline.training.arguments import check_numbers
 from minim_pipeline.training.captions import load_captions
 from minim_pipeline.training.config import parse
 from minim_pipeline.training.filter.raters import read_ratings
+from minim_pipeline.training.filter.tune import add_tuning_arguments, check_tuning_arguments, tune
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_pipeline
 from minim_pipeline.training.preference.config import PreferenceConfig
 from minim_pipeline.training.preference.rewards import rate

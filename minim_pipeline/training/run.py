@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -69,10 +70,17 @@ class Run:
         log: from `begin` on.
     """
 
-    def __init__(self, config: RunOptions, name: str, gradient_accumulation_steps: int = 1, look_every: int = 16):
+    def __init__(
+        self,
+        config: RunOptions,
+        name: str,
+        gradient_accumulation_steps: int = 1,
+        look_every: int = 16,
+        mixed_precision: str | None = None,
+    ):
         self.config, self.name, self.output = config, name, config.output
         self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision=mixed_precision or config.mixed_precision,
             gradient_accumulation_steps=gradient_accumulation_steps,
             log_with=config.report_to,
             project_dir=config.output_dir,
@@ -89,13 +97,14 @@ class Run:
 
     @classmethod
     @contextmanager
-    def open(cls, config: RunOptions, name: str, **keywords: int) -> Iterator["Run"]:
+    def open(cls, config: RunOptions, name: str, **keywords: Any) -> Iterator["Run"]:
         """The run of `config` in its folder, seeded.
 
         Args:
             name: for the trackers.
-            keywords: of `gradient_accumulation_steps`, and `look_every`: steps from one look at the clock, the losses
-                and SIGTERM to the next, where looking makes the device or other processes wait.
+            keywords: of `gradient_accumulation_steps`; `look_every`: steps from one look at the clock, the losses
+                and SIGTERM to the next, where looking makes the device or other processes wait; `mixed_precision`
+                of what is trained, where the config's is that of frozen networks.
 
         Raises:
             ValueError: another run has the folder now; it holds a run with other options or another number of

@@ -1,26 +1,26 @@
 """What the filter head learns from: latents with grades, real and generated, whole and damaged, and trajectories."""
 
-import hashlib
-import json
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
-from minim_pipeline import MinimPipeline
-from minim_pipeline.disk import count_bytes, whole_file
-from minim_pipeline.evaluation.judges import LOOK_ALIKE, Judges, class_of
-from minim_pipeline.training.captions import phrase
-from minim_pipeline.training.common import step_generator
-from minim_pipeline.training.filter import rubric
-from minim_pipeline.training.filter.trajectories import Trajectories, draw_trajectories
-from minim_pipeline.training.latents import augment
-from minim_pipeline.training.rows import mirrored
+from ... import MinimPipeline
+from ...cache import cached_tensors
+from ...data.image_loading import key_of, load_images
+from ...data.image_reader import files_key
+from ...evaluation.judges import LOOK_ALIKE, Judges, class_of, load_judges
+from ...generate.command import model_identity
+from ..captions import phrase
+from ..common import step_generator
+from ..latents import augment
+from ..rows import mirrored, tell_mirrored
+from . import rubric
+from .config import FilterConfig
+from .trajectories import Trajectories, draw_trajectories
 
 
 KINDS = ("real", "real, damaged", "generated", "generated, damaged")
@@ -121,19 +121,6 @@ def _alike(a: tuple[str, str], b: tuple[str, str]) -> bool:
     return a != b and a[0] == b[0] and LOOK_ALIKE.get(a, a[1]) == LOOK_ALIKE.get(b, b[1])
 
 
-def kept(path: Path, key: dict, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Tensors that are made once and read from `path` when a run goes on; made anew under another key."""
-    text = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-    if path.is_file():
-        with safe_open(path, "pt") as stored:
-            if (stored.metadata() or {}).get("key") == text:
-                return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    tensors = {name: tensor.contiguous() for name, tensor in make().items()}
-    with whole_file(path, count_bytes(tensors)) as unfinished:
-        save_file(tensors, unfinished, metadata={"key": text})
-    return tensors
-
-
 @torch.no_grad()
 def encode(vae, images: torch.Tensor, bf16: bool, batch_size: int = 64) -> torch.Tensor:
     """Latents, half [N, C, h, w] on the CPU, of images uint8 [N, 3, H, W]."""
@@ -171,24 +158,18 @@ def damaged(images: torch.Tensor, quality: int, seed: int, device) -> torch.Tens
 
 
 def draw(
-    pipe: MinimPipeline,
-    teacher: Judges,
-    rows: list[dict],
-    classes: list[tuple[str, str]],
-    count: int,
-    keep: int,
-    batch_size: int,
-    bf16: bool,
-    seed: int,
+    pipe: MinimPipeline, teacher: Judges, rows: list[dict], classes: list[tuple[str, str]], config: FilterConfig
 ) -> Drawn:
-    """Draws `count` trajectories with the rubric's samplers, and has the teacher say what came of them."""
-    generator = random.Random(seed)
+    """Draws `drawn_images` trajectories with the rubric's samplers, and has the teacher say what came of them."""
+    generator = random.Random(config.seed)
     parts, quality, chosen = [], [], []
     for i, sampler in enumerate(rubric.SAMPLERS):
-        total = max(1, round(count * sampler.weight / sum(s.weight for s in rubric.SAMPLERS)))
+        total = max(1, round(config.drawn_images * sampler.weight / sum(s.weight for s in rubric.SAMPLERS)))
         mine = [generator.randrange(len(rows)) for _ in range(total)]
-        seeds = [(seed * 1000 + i) * 10**6 + j for j in range(total)]
-        parts.append(draw_trajectories(pipe, [rows[j] for j in mine], sampler, seeds, batch_size, keep, bf16))
+        seeds = [(config.seed * 1000 + i) * 10**6 + j for j in range(total)]
+        asked = [rows[j] for j in mine]
+        sizes = config.draw_batch_size, config.trajectory_steps
+        parts.append(draw_trajectories(pipe, asked, sampler, seeds, *sizes, config.bf16))
         quality += [sampler.quality] * total
         chosen += mine
     drawn = Trajectories.cat(parts)
@@ -208,8 +189,21 @@ def restrict(probabilities: torch.Tensor, known, classes, modalities: list[str])
     return result / result.sum(1, keepdim=True).clamp(min=1e-6)
 
 
-def build_pool(rows, images, classes, drawn: Drawn, vae, rated: set[str], args, device) -> Pool:
-    """Real images in several versions, generated ones of the good samplers, and damaged ones of both."""
+def build_pool(
+    rows: list[dict],
+    images: torch.Tensor,
+    classes: list[tuple[str, str]],
+    drawn: Drawn,
+    vae: AutoencoderKL,
+    rated: set[str],
+    config: FilterConfig,
+) -> Pool:
+    """Real images in several versions, generated ones of the good samplers, and damaged ones of both.
+
+    Args:
+        images: of the rows, uint8 [N, 3, H, W].
+        rated: paths of images of which people have said how good they are.
+    """
     names = list(dict.fromkeys(modality for modality, _ in classes))
     labels = torch.tensor([classes.index(class_of(row)) for row in rows])
     one_hot = torch.nn.functional.one_hot(labels, len(classes)).float()
@@ -223,8 +217,8 @@ def build_pool(rows, images, classes, drawn: Drawn, vae, rated: set[str], args, 
     def times(tensor, n):
         return tensor.repeat_interleave(n, 0)
 
-    n, bf16 = args.latent_variants, args.mixed_precision == "bf16"
-    whole = encode(vae, versions(rows, images, n, args.seed, device, args.no_mirror), bf16)
+    n, device = config.latent_variants, vae.device
+    whole = encode(vae, versions(rows, images, n, config.seed, device, config.no_mirror), config.bf16)
     seen = torch.ones(len(whole), dtype=torch.bool)
     parts = [pool(whole, times(3 * known.long(), n), times(one_hot, n), seen, KINDS[0], times(modality, n))]
     good = (drawn.quality == 3).nonzero()[:, 0]
@@ -237,8 +231,36 @@ def build_pool(rows, images, classes, drawn: Drawn, vae, rated: set[str], args, 
             (KINDS[1], images, one_hot, modality),
             (KINDS[3], t.images[good], drawn.shows[good], drawn_modality[good]),
         ):
-            latents = encode(vae, damaged(pictures, grade, args.seed, device), bf16)
+            latents = encode(vae, damaged(pictures, grade, config.seed, device), config.bf16)
             # Through strong damage nobody sees the finding; through mild damage one does.
             readable = torch.full((len(latents),), grade == 2)
             parts.append(pool(latents, torch.full((len(latents),), grade), shows, readable, kind, place))
     return Pool.cat(parts)
+
+
+def load_materials(
+    config: FilterConfig, pipe: MinimPipeline, rows: list[dict], classes: list[tuple[str, str]], rated: set[str]
+) -> tuple[Pool, Drawn]:
+    """Pool and trajectories; cached in `output_dir`, so that a run goes on with what it began with."""
+    key = {name: getattr(config, name) for name in ("seed", "resolution", "latent_variants", "drawn_images")}
+    key |= {"steps": config.trajectory_steps, "model": model_identity(config.pretrained_model_name_or_path)}
+    key["teacher"] = files_key(sorted(Path(config.teacher).rglob("*")))
+    key["rows"] = key_of(rows, config.train_data, config.reading)
+    key["rated"] = sorted(rated)
+    key["mirrored"] = mirrored(rows, config.no_mirror)
+    tell_mirrored(config.train_data, rows, key["mirrored"])
+
+    def make() -> dict[str, torch.Tensor]:
+        drawn = draw(pipe, load_judges(config.teacher, pipe.device), rows, classes, config)
+        images = load_images(rows, config.train_data, config.resolution, reading=config.reading)
+        pool = build_pool(rows, images, classes, drawn, pipe.vae, rated, config)
+        made = {f"pool.{name}": tensor for name, tensor in vars(pool).items()}
+        made |= {f"drawn.{name}": tensor for name, tensor in vars(drawn.trajectories).items() if name != "images"}
+        return made | {"quality": drawn.quality, "shows": drawn.shows, "row": drawn.row}
+
+    tensors = cached_tensors(config.output / "materials.safetensors", key, make)
+    tensors = {name: tensor.to(pipe.device) for name, tensor in tensors.items()}
+    pool = Pool(**{name[5:]: tensor for name, tensor in tensors.items() if name.startswith("pool.")})
+    of_steps = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("drawn.")}
+    trajectories = Trajectories(**of_steps, images=torch.empty(0))
+    return pool, Drawn(trajectories, tensors["quality"], tensors["shows"], tensors["row"])

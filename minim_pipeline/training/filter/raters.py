@@ -1,15 +1,21 @@
 """People's ratings: read from a CSV, with what each rater adds to or takes from what the others would give."""
 
+import math
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import nn
 
-from minim_pipeline import resolve_modality
-from minim_pipeline.data.sources import read_csv
-from minim_pipeline.evaluation.agreement import rater_agreement, weighted_kappa
+from ... import resolve_modality
+from ...data.sources import read_csv
+from ...evaluation.agreement import rater_agreement, weighted_kappa
+from ...finite import FiniteLoss
 
 
 # Of the normal distribution that biases are taken to come from, in units of the head's score.
 PRIOR_WIDTH = 1.0
+# A bias has to move as far as the head's score does, in few steps: its learning rate, in those of the head.
+BIAS_RATE = 50.0
 
 
 def read_ratings(path: str, check_images: bool = True) -> list[dict]:
@@ -69,6 +75,38 @@ class Raters(nn.Module):
         return (self.bias / PRIOR_WIDTH).square().sum() / 2 / max(1, ratings)
 
 
+def learn_from_raters(
+    parameters: Iterable[nn.Parameter],
+    raters: Raters,
+    loss: Callable[[int], torch.Tensor],
+    steps: int,
+    learning_rate: float,
+    max_grad_norm: float,
+) -> None:
+    """Steps of AdamW on a head and on the biases of raters, at a rate that falls from the first step on, by a cosine.
+
+    Args:
+        parameters: of the head, those that learn.
+        loss: that of a step, a number, from 0 on.
+
+    Raises:
+        ValueError: the loss of a step is not finite.
+    """
+    learning, finite = list(parameters), FiniteLoss()
+    groups = [{"params": learning}, {"params": raters.parameters(), "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.05)
+    for step in range(steps):
+        for group, scale in zip(optimizer.param_groups, (1.0, BIAS_RATE), strict=True):
+            group["lr"] = learning_rate * scale * 0.5 * (1 + math.cos(math.pi * step / steps))
+        value = loss(step)
+        value.backward()
+        nn.utils.clip_grad_norm_(learning, max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        finite.add(value, step + 1)
+    finite.check()
+
+
 def raters_report(ratings: list[dict], raters: Raters, guesses: torch.Tensor | None) -> dict:
     """Biases, agreement between raters, and of the head with them.
 
@@ -80,10 +118,10 @@ def raters_report(ratings: list[dict], raters: Raters, guesses: torch.Tensor | N
     report = {"raters": {name: {"bias": round(biases[name], 4), "n": counts[name]} for name in raters.names}}
     report["agreement"] = {"between raters": rater_agreement(ratings)}
     if guesses is not None:
-        said = guesses.round().long().tolist()
+        by_head = guesses.round().long().tolist()
         report["agreement"]["head"] = {}
         for name in ["all", *raters.names]:
-            mine = [i for i, row in enumerate(ratings) if name in ("all", row["rater"])]
-            kappa = weighted_kappa([said[i] for i in mine], [int(ratings[i]["rating"]) for i in mine])
-            report["agreement"]["head"][name] = {"kappa": kappa, "n": len(mine)}
+            own = [i for i, row in enumerate(ratings) if name in ("all", row["rater"])]
+            kappa = weighted_kappa([by_head[i] for i in own], [int(ratings[i]["rating"]) for i in own])
+            report["agreement"]["head"][name] = {"kappa": kappa, "n": len(own)}
     return report

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import torch
 from torchmetrics.functional.classification import binary_auroc
+from transformers import CLIPTokenizer
 
-from minim_pipeline.evaluation.judges import LOOK_ALIKE, class_of
-from minim_pipeline.minim_filter import FilterHead
-from minim_pipeline.minim_filter.estimate import noise_angles
-from minim_pipeline.modalities import resolve_modality
-from minim_pipeline.tokens import tokenize
+from ...evaluation.judges import LOOK_ALIKE, class_of
+from ...minim_filter import FilterHead
+from ...minim_filter.estimate import noise_angles
+from ...modalities import resolve_modality
+from ...tokens import tokenize
+from .estimates import NoisedEstimates
 
 
 LEVELS = (0.0, 1.0, 2.6, 4.0)
@@ -30,7 +32,14 @@ def other_findings(rows: list[dict], seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def finding_report(head: FilterHead, lessons, rows: list[dict], latents: torch.Tensor, tokenizer, seed: int) -> dict:
+def finding_report(
+    head: FilterHead,
+    estimates: NoisedEstimates,
+    rows: list[dict],
+    latents: torch.Tensor,
+    tokenizer: CLIPTokenizer,
+    seed: int,
+) -> dict:
     """Right captions against wrong ones, by the finding's rating, at several noise levels sigma / alpha.
 
     Every image is rated twice, for its own caption and for one of another finding of its modality, in the same noise.
@@ -47,7 +56,8 @@ def finding_report(head: FilterHead, lessons, rows: list[dict], latents: torch.T
     names = [class_of(rows[i])[0] for i in index]
     alike = torch.tensor([_merged(rows[i]) == _merged(rows[wrong[i]]) for i in index])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    angles = noise_angles(lessons.alphas_cumprod, torch.arange(len(lessons.alphas_cumprod), device=device))
+    alphas_cumprod = estimates.alphas_cumprod
+    angles = noise_angles(alphas_cumprod, torch.arange(len(alphas_cumprod), device=device))
     report = {}
     for level in LEVELS:
         t = (angles - math.atan(level)).abs().argmin()
@@ -57,7 +67,7 @@ def finding_report(head: FilterHead, lessons, rows: list[dict], latents: torch.T
             for a, b in zip(own.split(128), captions.split(128), strict=True):
                 x, caption = latents[a].to(device).float(), ids[b.to(device)]
                 if level:
-                    noisy, clean, angle = lessons.look(x, t.expand(len(x)), caption, noise[a].to(device))
+                    noisy, clean, angle = estimates(x, t.expand(len(x)), caption, noise[a].to(device))
                 else:
                     noisy, clean, angle = x, x, x.new_zeros(len(x))
                 rated.append(head(noisy, clean, angle, caption).finding.cpu())

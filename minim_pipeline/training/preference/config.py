@@ -3,23 +3,8 @@
 from dataclasses import dataclass
 
 from ... import EMBEDDED_CHECKPOINT, EMBEDDED_ENCODER
-from ..config import Count, DataOptions, Options, ReadingOptions, RunOptions, Share, Weight, Whole, option
-
-
-@dataclass(kw_only=True)
-class TuningOptions(Options):
-    """The filter head's further training with people's ratings."""
-
-    tuning_steps: Count = 200
-    tuning_learning_rate: Weight = 2e-4
-    tuning_batch_size: Count = 256
-    tuning_anchor: Weight = option(10.0, "Of the finding's grade staying as it was.")
-    kept_out: Share = option(0.2, "Share of the rated images that it is tested on.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.kept_out < 1:
-            raise ValueError(f"--kept_out has to be between 0 and 1, got {self.kept_out}.")
+from ..config import Count, DataOptions, ReadingOptions, RunOptions, Share, Weight, Whole, option
+from ..filter.tune import TuningOptions
 
 
 @dataclass(kw_only=True)

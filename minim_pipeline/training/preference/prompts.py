@@ -14,6 +14,7 @@ from ...finite import check_weights
 from ...ratings import image_digest
 from ..filter.data import encode
 from ..filter.raters import read_ratings
+from ..filter.tune import tune
 from .config import PreferenceConfig
 
 
@@ -68,8 +69,6 @@ def learn_ratings(config: PreferenceConfig, pipe: MinimPipeline) -> list[dict]:
     Raises:
         ValueError: the head that is kept there has learned from other ratings, or their images have changed.
     """
-    from tune_filter import tune
-
     rows, reading = read_ratings(config.ratings), config.reading_elsewhere()
     learned_from = {"ratings": image_digest(config.ratings), "images": key_of(rows, config.ratings, reading)}
     for row in rows:

@@ -1,0 +1,54 @@
+"""The head that a training starts with: from scratch, or from another that was trained before."""
+
+import torch
+
+from ... import MinimPipeline
+from ...minim_filter import FilterHead
+from ...modalities import MODALITIES
+
+
+def new_head(pipe: MinimPipeline, block_out_channels: tuple[int, int]) -> FilterHead:
+    """A head with random weights for the latents and the tokenizer of `pipe`."""
+    return FilterHead(
+        in_channels=pipe.unet.config.in_channels,
+        sample_size=pipe.unet.config.sample_size,
+        latent_scale=pipe.vae.config.scaling_factor,
+        vocab_size=len(pipe.tokenizer),
+        max_length=pipe.tokenizer.model_max_length,
+        pad_token_id=pipe.tokenizer.pad_token_id,
+        block_out_channels=block_out_channels,
+    )
+
+
+def extend_head(base: FilterHead, pipe: MinimPipeline) -> FilterHead:
+    """A head like `base` that also reads the tokens of modalities which the pipeline has learned since.
+
+    The row of a new modality in the embedding starts as the mean of those of its words, as in the text encoder; so
+    does that of a token which lay there unused, of a modality for which a calibrated head has no thresholds.
+
+    Thresholds stay until `calibrate_filter.py` finds new ones. Fingerprints go, and with them the thresholds for
+    copies: they are read from features that are about to change. The code, which that script fits, begins anew.
+
+    Raises:
+        ValueError: `base` was trained for other latents, or for a larger vocabulary.
+    """
+    tokenizer, old = pipe.tokenizer, base.config.vocab_size
+    of_pipe = {"in_channels": pipe.unet.config.in_channels, "latent_scale": pipe.vae.config.scaling_factor}
+    for name, value in of_pipe.items():
+        if base.config[name] != value:
+            raise ValueError(f"The head was trained for {name} {base.config[name]}, the pipeline has {value}.")
+    if len(tokenizer) < old:
+        raise ValueError(f"The head was trained for {old} tokens, the pipeline has only {len(tokenizer)}.")
+    calibration = {m: {**found, "copy": -1} for m, found in (base.config.calibration or {}).items()} or None
+    changed = {"vocab_size": len(tokenizer), "num_fingerprints": 0, "calibration": calibration}
+    head = FilterHead.from_config({**base.config, **changed})
+    fresh = {name: value for name, value in head.state_dict().items() if name.startswith("code.")}
+    state = {**base.state_dict(), **fresh, "fingerprints": head.fingerprints}
+    rows = torch.cat([state["text.tokens.weight"], head.text["tokens"].weight.detach()[old:]])
+    for name in pipe.config.modalities or []:
+        token = tokenizer.convert_tokens_to_ids(MODALITIES[name].token)
+        if token >= old or (calibration and name not in calibration):
+            words = tokenizer(MODALITIES[name].words, add_special_tokens=False).input_ids
+            rows[token] = rows[words].mean(0)
+    head.load_state_dict({**state, "text.tokens.weight": rows})
+    return head

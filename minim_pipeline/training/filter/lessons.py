@@ -1,0 +1,147 @@
+"""Training batches of the filter head, and its losses."""
+
+import torch
+import torch.nn.functional as F
+
+from ... import MinimPipeline
+from ...minim_filter import FilterHead
+from .config import FilterConfig
+from .data import Captions, Drawn, Pool
+from .estimates import NoisedEstimates
+from .raters import Raters
+
+
+Batch = dict[str, torch.Tensor]
+
+
+class Lessons:
+    """Makes training batches from the pool and the trajectories, with the U-Net's estimates."""
+
+    def __init__(self, config: FilterConfig, pipe: MinimPipeline, captions: Captions, pool: Pool, drawn: Drawn):
+        self.config, self.captions, self.pool, self.drawn = config, captions, pool, drawn
+        self.estimates, self.weights = NoisedEstimates(pipe, config.bf16), pool.weights()
+
+    def from_pool(self, count: int, g: torch.Generator) -> Batch:
+        """Images of the pool, some finished and some noised, with right and wrong captions."""
+        index = torch.multinomial(self.weights, count, replacement=True, generator=g)
+        latents, shows = self.pool.latents[index].float(), self.pool.shows[index]
+        present = torch.multinomial(shows + 1e-9, 1, generator=g)[:, 0]
+        asked = self.captions.ask(present, g)
+        ids = self.captions.of_classes(asked, g)
+        noisy, clean, angle = self.estimates.of_half(latents, ids, round(self.config.clean_share * count), g)
+        return {
+            "noisy": noisy,
+            "clean": clean,
+            "angle": angle,
+            "ids": ids,
+            "quality": self.pool.quality[index],
+            "finding": self.captions.grades(shows, asked),
+            "readable": self.pool.readable[index],
+            "shows": shows,
+            "rater": torch.full_like(index, -1),
+        }
+
+    def from_trajectories(self, count: int, g: torch.Generator) -> Batch:
+        """What the sampler held at some step, with the caption that it was given."""
+        t, device = self.drawn.trajectories, g.device
+        index = torch.randint(len(t.angle), (count,), device=device, generator=g)
+        step = torch.randint(t.angle.shape[1], (count,), device=device, generator=g)
+        rows = self.drawn.row[index]
+        shows = self.drawn.shows[index]
+        return {
+            "noisy": t.noisy[index, step].float(),
+            "clean": t.clean[index, step].float(),
+            "angle": t.angle[index, step],
+            "ids": self.captions.of_rows(rows, g),
+            "quality": self.drawn.quality[index],
+            "finding": self.captions.grades(shows, self.captions.label[rows]),
+            # What a sampler that stops at two steps draws cannot be read.
+            "readable": self.drawn.quality[index] > 1,
+            "shows": shows,
+            "rater": torch.full_like(index, -1),
+        }
+
+    def from_grades(self, graded: tuple, count: int, g: torch.Generator) -> Batch:
+        """Images that people graded, finished; nothing is asked of the finding.
+
+        Args:
+            graded: latents [N, versions, C, h, w], grades int64 [N] and raters int64 [N].
+        """
+        latents, grades, rater = graded
+        index = torch.randint(len(latents), (count,), device=latents.device, generator=g)
+        version = torch.randint(latents.shape[1], (count,), device=latents.device, generator=g)
+        x = latents[index, version].float()
+        classes = torch.zeros(count, dtype=torch.long, device=x.device)
+        return {
+            "noisy": x,
+            "clean": x,
+            "angle": x.new_zeros(count),
+            "ids": self.captions.of_classes(classes, g),
+            "quality": grades[index],
+            "finding": x.new_zeros(count, 3),
+            "readable": torch.zeros(count, dtype=torch.bool, device=x.device),
+            "shows": x.new_zeros(count, self.pool.shows.shape[1]),
+            "rater": rater[index],
+        }
+
+    def pairs(self, count: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two versions each of `count` real images, finished latents [count, C, h, w]."""
+        versions = self.config.latent_variants
+        images = int((self.pool.kind == 0).sum()) // versions  # the pool begins with them
+        first = torch.randint(images, (count,), device=g.device, generator=g) * versions
+        a, b = (torch.randint(versions, (count,), device=g.device, generator=g) for _ in range(2))
+        return self.pool.latents[first + a].float(), self.pool.latents[first + b].float()
+
+    def losses(self, head: FilterHead, batch: Batch, g: torch.Generator, raters: Raters | None = None) -> Batch:
+        """All losses of a step, weighted, by name; their sum is what falls."""
+        config = self.config
+        parts = grading_losses(head, batch, self.captions, g, raters)
+        parts["classes"] = config.class_weight * parts["classes"]
+        if config.code_weight:
+            parts["code"] = config.code_weight * code_loss(head, *self.pairs(min(128, config.train_batch_size), g))
+        return parts
+
+
+def join_batches(*batches: Batch) -> Batch:
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def grading_losses(
+    head: FilterHead, batch: Batch, captions: Captions, g: torch.Generator, raters: Raters | None = None
+) -> Batch:
+    """Negative log likelihood of both gradings; and of the classes shown by finished images, by one caption each.
+
+    The last is contrastive (UniCL, arXiv 2204.03610), and leaves noised images out: their estimates follow the
+    caption, so they would give it away.
+    """
+    bias = raters(batch["rater"]) if raters is not None else None
+    output = head(batch["noisy"], batch["clean"], batch["angle"], batch["ids"], quality_bias=bias)
+    known = batch["quality"] > 0
+    target = F.one_hot((batch["quality"] - 1).clamp(min=0), 3).float()
+    quality = -(target * output.quality_probs.clamp(min=1e-6).log()).sum(1)
+    finding = -(batch["finding"] * output.finding_probs.clamp(min=1e-6).log()).sum(1)
+    plain = (batch["angle"] == 0) & batch["readable"]
+    texts = head.encode_text(captions.of_classes(torch.arange(len(captions.count), device=known.device), g))
+    classes = -(batch["shows"] * (3 * head.match(output.features, texts[:, None]).T).log_softmax(1)).sum(1)
+
+    def mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        return (values * where).sum() / where.sum().clamp(min=1)
+
+    return {
+        "quality": mean(quality, known),
+        "finding": mean(finding, batch["readable"]),
+        "classes": mean(classes, plain),
+    }
+
+
+def code_loss(head: FilterHead, a: torch.Tensor, b: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+    """Versions of one image shall have one code, and other images others (InfoNCE, arXiv 1807.03748).
+
+    tanh, so that little is lost when signs are taken, as in HashNet (arXiv 1702.00758).
+    """
+    x = torch.cat([a, b])
+    codes = F.normalize(head.encode_image(x, x, x.new_zeros(len(x)))[1].tanh(), dim=1)  # [2 N, B]
+    alike = codes @ codes.T / temperature
+    alike.fill_diagonal_(-torch.inf)
+    other = torch.arange(len(x), device=x.device).roll(len(a))
+    return F.cross_entropy(alike, other)

@@ -1,0 +1,232 @@
+"""Goes on training a filter head with ratings of generated images, as a round of self-improvement brings them.
+
+Who rates a generated image for its prompt gives one number for both, picture and finding, so it is taken for the worse
+of the head's two grades:
+
+    P(rating >= k) = P(quality >= k) P(finding >= k)
+
+Half of the images that a step sees are finished, half are noised, with the U-Net's estimate of them: the head is asked
+on the way, too.
+
+One number does not say which of both is at fault. The grade of the finding was learned from labels, and an anchor
+holds it, for the prompt that an image was drawn for and for another: what quality can explain, it explains, and only
+ratings that speak against a finding again and again move it. Left free, it takes over what raters think of the
+picture, and a U-Net rewarded by it learns that instead of the finding. What the head sees of an image does not change
+either, since fingerprints of training images are read from that.
+
+A part of the images is kept out; if the head is not better at their ratings, the old one stays.
+"""
+
+import argparse
+import copy
+import json
+from dataclasses import dataclass, fields
+
+import torch
+
+from ... import EMBEDDED_CHECKPOINT, MinimPipeline, prompt_text, resolve_modality
+from ...data.image_loading import load_images
+from ...disk import save_model
+from ...evaluation.agreement import weighted_kappa
+from ...files import write_json
+from ...locking import locked
+from ...minim_filter import FilterHead, FilterHeadOutput
+from ...tokens import tokenize
+from ..common import step_generator
+from ..config import Count, HubOptions, Options, Precision, ReadingOptions, Share, Weight, Whole, option
+from ..hub import check_hub, push_parts
+from ..preference.rewards import overall
+from .data import encode
+from .estimates import NoisedEstimates
+from .raters import Raters, learn_from_raters, read_ratings
+from .report import auroc
+
+
+# Parts of the head behind the pooled features, of which the fingerprints are made.
+LEARNING = ("pool", "text", "quality", "finding", "logit_scale")
+
+
+@dataclass(kw_only=True)
+class TuningOptions(Options):
+    """The filter head's further training with ratings."""
+
+    seed: Whole = 0
+    mixed_precision: Precision = "no"
+    tuning_steps: Count = 200
+    tuning_learning_rate: Weight = 2e-4
+    tuning_batch_size: Count = 256
+    tuning_anchor: Weight = option(10.0, "Of the finding's grade staying as it was.")
+    kept_out: Share = option(0.2, "Share of the rated images that it is tested on.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.kept_out < 1:
+            raise ValueError(f"--kept_out has to be between 0 and 1, got {self.kept_out}.")
+
+
+@dataclass(kw_only=True)
+class TuneConfig(TuningOptions, ReadingOptions, HubOptions):
+    """Options of a filter head's further training on its own."""
+
+    pretrained_model_name_or_path: str = option(str(EMBEDDED_CHECKPOINT), "With a filter head.")
+    ratings: str = option(help="CSV with path,Text,modality,rating[,rater].")
+
+
+def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `TuningOptions` that are its alone, for a parser that has the others."""
+    tuning = parser.add_argument_group("the filter head's further training")
+    for field in fields(TuningOptions):
+        if field.name not in ("seed", "mixed_precision"):
+            help = field.metadata.get("help")
+            tuning.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=help)
+
+
+def check_tuning_arguments(args: argparse.Namespace) -> None:
+    TuningOptions(**{field.name: getattr(args, field.name) for field in fields(TuningOptions)})
+
+
+@dataclass
+class Rated:
+    """Ratings of images, all on the head's device.
+
+    Args:
+        latents: of the image of each rating, fp32 [N, C, h, w].
+        ids: token ids [N, L] of its prompt.
+        grades: int64 [N], 1 to 3.
+        rater: int64 [N], index into `Raters.names`.
+    """
+
+    latents: torch.Tensor
+    ids: torch.Tensor
+    grades: torch.Tensor
+    rater: torch.Tensor
+
+    def __getitem__(self, index: torch.Tensor) -> "Rated":
+        return Rated(self.latents[index], self.ids[index], self.grades[index], self.rater[index])
+
+    def __len__(self) -> int:
+        return len(self.grades)
+
+
+def hold_out(rows: list[dict], share: float, seed: int) -> torch.Tensor:
+    """Which ratings are of images that are tested on, bool [N]; raises as `tune`."""
+    paths = list(dict.fromkeys(row["path"] for row in rows))
+    if len(paths) < 10:
+        raise ValueError(f"There are ratings of {len(paths)} images; at least 10 are needed to learn and to test.")
+    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
+    tested = {paths[i] for i in order[: max(2, round(share * len(paths)))]}
+    if len(tested) == len(paths):
+        raise ValueError(f"--kept_out {share} of {len(paths)} images leaves none to learn from: lower it.")
+    return torch.tensor([row["path"] in tested for row in rows])
+
+
+def divergence(before: FilterHeadOutput, after: FilterHeadOutput) -> torch.Tensor:
+    """KL divergence [N] of the grades of the finding."""
+    p, q = (rated.finding_probs.clamp(min=1e-6) for rated in (before, after))
+    return (p * (p.log() - q.log())).sum(1)
+
+
+def negative_log_likelihood(rated: FilterHeadOutput, grades: torch.Tensor) -> torch.Tensor:
+    """Of one rating for both quality and finding, int64 [N]: [N]."""
+    return -overall(rated).gather(1, grades[:, None] - 1)[:, 0].clamp(min=1e-6).log()
+
+
+def learn(head: FilterHead, pipe: MinimPipeline, rated: Rated, raters: Raters, options: TuningOptions) -> None:
+    """Trains the parts of `head` that are `LEARNING`, and the biases of raters; the pipeline's own head anchors it."""
+    device, anchor_head = pipe.filter_head.device, pipe.filter_head
+    learning = [p for name, p in head.named_parameters() if name.split(".")[0] in LEARNING]
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    head.train()
+    estimates, count = NoisedEstimates(pipe, options.mixed_precision == "bf16"), options.tuning_batch_size
+
+    def loss(step: int) -> torch.Tensor:
+        g = step_generator(options.seed, step, 11, device)
+        batch = rated[torch.randint(len(rated), (count,), device=device, generator=g)]
+        latents = estimates.of_half(batch.latents, batch.ids, count // 2, g)
+        output = head(*latents, batch.ids, quality_bias=raters(batch.rater))
+        other = rated.ids[torch.randint(len(rated), (count,), device=device, generator=g)]
+        with torch.no_grad():
+            before = [anchor_head(*latents, asked) for asked in (batch.ids, other)]
+        after = output, head(*latents, other)
+        anchor = sum(divergence(*pair).mean() for pair in zip(before, after, strict=True))
+        likelihood = negative_log_likelihood(output, batch.grades).mean()
+        return likelihood + options.tuning_anchor * anchor + raters.penalty(len(rated))
+
+    learn_from_raters(learning, raters, loss, options.tuning_steps, options.tuning_learning_rate, 1.0)
+    head.eval().requires_grad_(False)
+
+
+def tune(
+    pipe: MinimPipeline, rows: list[dict], latents: torch.Tensor, options: TuningOptions
+) -> tuple[FilterHead, dict]:
+    """The pipeline's filter head after further training; and what it was and is worth on images kept out.
+
+    Args:
+        rows: a rating each: `path` names the image, `Text`, `modality`, `rating` and `rater`.
+        latents: of the image of each row, fp32 [N, C, h, w], scaled as the U-Net takes them.
+
+    Raises:
+        ValueError: there are fewer than ten images, or none is left to learn from.
+    """
+    torch.manual_seed(options.seed)  # for the head's dropout
+    device = pipe.filter_head.device
+    held_out = hold_out(rows, options.kept_out, options.seed)
+    prompts = [prompt_text(row["Text"], resolve_modality(row["modality"]), pipe.tokenizer) for row in rows]
+    ids = tokenize(pipe.tokenizer, prompts)[:, : pipe.filter_head.config.max_length].to(device)
+    grades = torch.tensor([int(row["rating"]) for row in rows], device=device)
+    names = [row["rater"] for row in rows]
+    raters = Raters(names).to(device)
+    rated = Rated(latents.to(device), ids, grades, raters.index(names).to(device))
+    old = pipe.filter_head.float().eval().requires_grad_(False)
+    head = copy.deepcopy(old)
+    learn(head, pipe, rated[(~held_out).to(device)], raters, options)
+
+    report = {"n": len(rows), "images": len({row["path"] for row in rows}), "kept out": int(held_out.sum())}
+    report["raters"] = dict(zip(raters.names, [round(b, 4) for b in raters.bias.tolist()], strict=True))
+    for name, some in (("before", old), ("after", head)):
+        report[name] = prediction_figures(some, rated[held_out.to(device)])
+    report["taken"] = report["after"]["log_loss"] < report["before"]["log_loss"]
+    return (head if report["taken"] else old), report
+
+
+@torch.no_grad()
+def prediction_figures(head: FilterHead, rated: Rated) -> dict:
+    """How well the head foretells ratings of finished images: log loss, kappa, and AUROC of 3 and of 1."""
+    parts = [rated[index] for index in torch.arange(len(rated), device=rated.grades.device).split(256)]
+    outputs = [head(part.latents, part.latents, part.latents.new_zeros(len(part)), part.ids) for part in parts]
+    probabilities = torch.cat([overall(output) for output in outputs]).cpu()
+    loss = torch.cat([negative_log_likelihood(*pair) for pair in zip(outputs, [part.grades for part in parts])])
+    grades = rated.grades.cpu()
+    figures = {"log_loss": round(loss.cpu().mean().item(), 4)}
+    figures["kappa"] = weighted_kappa((probabilities.argmax(1) + 1).tolist(), grades.tolist())
+    for name, truth, value in (
+        ("good", grades == 3, probabilities[:, 2]),
+        ("bad", grades == 1, probabilities[:, 0]),
+    ):
+        figures[f"auroc, {name}"] = round(auroc(value, truth), 4) if 0 < truth.sum() < len(truth) else None
+    return figures
+
+
+def train(config: TuneConfig) -> dict:
+    """Tunes a pipeline's filter head, writes it to `filter_head/` in `--output_dir`, and returns the report.
+
+    Raises:
+        ValueError: the pipeline has no filter head; another run has the folder; or as `tune`.
+    """
+    check_hub(config)
+    with locked(config.output):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rows = read_ratings(config.ratings)
+        pipe = MinimPipeline.from_pretrained(config.pretrained_model_name_or_path).to(device)
+        if pipe.filter_head is None:
+            raise ValueError(f"{config.pretrained_model_name_or_path} has no filter head: train_filter.py makes one.")
+        size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        images = load_images(rows, config.ratings, size, reading=config.reading_elsewhere())
+        latents = encode(pipe.vae, images, config.mixed_precision == "bf16").float()
+        head, report = tune(pipe, rows, latents, config)
+        save_model(head.half(), config.output / "filter_head")
+        write_json(config.output / "report.json", report)
+        push_parts(config, "tune_filter", config.output / "filter_head")
+    print(json.dumps(report, indent=2))
+    return report
