@@ -20,6 +20,7 @@ from minim_pipeline.publishing.card import license_note, read_card, write_card
 from minim_pipeline.publishing.upload import staged
 from minim_pipeline.training.preference.config import PreferenceConfig
 from minim_pipeline.training.preference.replay import Replay
+from minim_pipeline.training.text_to_image import TextToImageConfig
 
 
 CARD = (
@@ -118,6 +119,16 @@ def test_images_that_generate_wrote_are_replayed_by_preference_training_too(base
     )
     Replay(config, SimpleNamespace(device="cpu"), MinimPipeline.from_pretrained(base))
     assert len(seen) == 6, "all of them: nothing is validated on"
+
+
+def test_where_train_data_lies_says_nothing_of_the_replay(base):
+    elsewhere = {"modality": "CXR", "image_root": "images", "fit": "crop"}
+    config = TextToImageConfig(
+        pretrained_model_name_or_path=str(base), train_data="new.csv", replay="old.csv", output_dir="x", **elsewhere
+    )
+    data = config.replay_data
+    assert data.train_data == "old.csv" and data.reading == config.reading_elsewhere() and data.reading.fit == "crop"
+    assert data.csv_options == {"modality": None, "image_root": None} != config.csv_options
 
 
 def test_the_embedded_weights_take_their_license_along():

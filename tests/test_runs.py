@@ -22,6 +22,7 @@ from minim_pipeline.finite import FiniteLoss, check_weights
 from minim_pipeline.locking import locked
 from minim_pipeline.provenance import save_png
 from minim_pipeline.training import autoencoder, checkpoints, common, text_to_image
+from minim_pipeline.training.schedule import Schedule
 
 
 torch.set_num_threads(1)
@@ -282,10 +283,10 @@ def test_a_pipeline_that_is_not_finite_is_not_written(pipeline, tmp_path):
 
 
 def test_more_time_is_more_time():
-    schedule = common.Schedule(100, max_minutes=1)
+    schedule = Schedule(100, max_minutes=1)
     schedule.step, schedule.spent, schedule.by_time = 10, 60.0, 1.0
     for minutes, done in ((1, True), (2, False), (None, False)):
-        again = common.Schedule(100, max_minutes=minutes)
+        again = Schedule(100, max_minutes=minutes)
         again.load_state_dict(schedule.state_dict())
         assert again.done == done
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,18 @@ def test_unet_resumes_as_if_unbroken(unet, unet_arguments, tmp_path):
     assert same_weights(unet / weights, tmp_path / weights)
 
 
+def test_the_same_command_goes_on_with_the_best_so_far(unet, unet_arguments, tmp_path):
+    """A run that goes on knows the best loss so far, and the same command finds nothing to do at its end."""
+    shutil.copytree(unet, tmp_path / "run", ignore=shutil.ignore_patterns("pipeline", "finished.json", "checkpoint-6"))
+    run(train_text_to_image, *unet_arguments, "--output_dir", tmp_path / "run")
+    best = records(tmp_path / "run", "best")[-1]
+    assert best["loss"] == min(r["loss"] for r in records(unet, "val"))
+    assert best["at_step"] == records(unet, "best")[0]["at_step"]
+    made = (tmp_path / "run" / "pipeline" / "model_index.json").stat().st_mtime_ns
+    run(train_text_to_image, *unet_arguments, "--output_dir", tmp_path / "run")
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").stat().st_mtime_ns == made
+
+
 def test_a_run_goes_on_only_with_its_own_arguments(unet, unet_arguments, tmp_path):
     with pytest.raises(ValueError, match="--seed was 0, now 5"):
         run(
@@ -275,6 +288,9 @@ def test_memorised_share_finds_copies():
     assert share in (0.75, 1.0)  # a sample that is new may still fall under the nearest 1 % of 10
 
 
+BASE = ["--pretrained_model_name_or_path", "x"]
+
+
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
@@ -286,6 +302,9 @@ def test_memorised_share_finds_copies():
         (train_text_to_image, [], "either --pretrained_model_name_or_path or --preset"),
         (train_text_to_image, ["--preset", "tiny"], "needs --vae and --text_encoder"),
         (train_text_to_image, ["--pretrained_model_name_or_path", "x", "--vae", "y"], "belong to --preset"),
+        (train_text_to_image, [*BASE, "--drop_text", "0.9", "--drop_all", "0.2"], "are more than 1 together"),
+        (train_text_to_image, [*BASE, "--noise_median", "0"], "--noise_median has to be above 0, got 0"),
+        (train_text_to_image, [*BASE, "--guidance_interval", "0.5"], r"two shares of the steps, got \[0.5\]"),
         (train_autoencoder, ["--split", "val"], "both 'val'"),
     ],
 )
