@@ -56,7 +56,7 @@ class Latents:
         digest = hashlib.sha256()
         for tensor in vae.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
-        key = {
+        settings = {
             "versions": versions,
             "resolution": data.resolution,
             "seed": run.config.seed,
@@ -65,9 +65,10 @@ class Latents:
             "vae": digest.hexdigest(),
             "mixed_precision": run.config.mixed_precision,
         }
-        key = {"key": json.dumps(key)}
+        key = {"key": json.dumps(settings)}
         files = [run.output / f"latents-{name}-{rank}-of-{world}.safetensors" for rank in range(world)]
-        own, changes = files[run.rank], Counter()
+        own = files[run.rank]
+        changes: Counter[str] = Counter()
         if not (own.is_file() and safe_open(own, "pt").metadata() == key):
             if own.is_file():
                 print(f"{own.name} is of other images, rows or settings: encoded anew")
@@ -78,8 +79,8 @@ class Latents:
         changes = sum(gather_object([changes]), Counter())
         if changes and run.is_main:
             tell(changes, len(rows), data.train_data, data.reading)
-        held = [hold_images(tensor, run.device) for tensor in cls._read(files, len(rows))]
-        return cls(*held, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+        mean, std = (hold_images(tensor, run.device) for tensor in cls._read(files, len(rows)))
+        return cls(mean, std, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
 
     @staticmethod
     def _read(files: list[Path], count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,7 +172,7 @@ def augment(x: torch.Tensor, may_mirror: torch.Tensor, version: int, generator: 
             [zoom * turn.sin(), zoom * turn.cos(), dy * margin],
         )
         theta = torch.stack([torch.stack(row, 1) for row in rows], 1)  # [B, 2, 3]
-        grid = F.affine_grid(theta, x.shape, align_corners=False)
+        grid = F.affine_grid(theta, list(x.shape), align_corners=False)
         x = F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False).clamp(0, 1)
     else:
         reach = size // 32
@@ -212,8 +213,8 @@ def memorised_share(
         references = features((references.float() - train.shift) * train.scale)
         real = features(val[[i for i, n in enumerate(val_names) if n == name]].to(latents.device))
         mean = references.mean(0)
-        distances = [nearest_distances(queries, references, mean)[0] for queries in (features(latents), real)]
-        share, _ = copy_share(*distances)
+        drawn, held_out = (nearest_distances(x, references, mean)[0] for x in (features(latents), real))
+        share, _ = copy_share(drawn, held_out)
         copies += share * len(latents)
         total += len(latents)
     return round(copies / max(1, total), 4)

@@ -123,7 +123,7 @@ def build_pipeline(
         ValueError: the base was trained for another prediction type than the one asked for.
     """
     source = options.pretrained_model_name_or_path
-    base = load_base(options) if source else new_pipeline(options, resolution, modalities)
+    base = load_base(source, options) if source else new_pipeline(options, resolution, modalities)
     modalities = list(dict.fromkeys([*(base.config.modalities or []), *modalities]))
     known = base.config.findings or {}
     findings = {m: list(dict.fromkeys([*known.get(m, []), *findings.get(m, [])])) for m in modalities}
@@ -145,8 +145,7 @@ def build_pipeline(
     return Trainee(pipe, new_tokens, filter_head, message, bool(options.lora_rank))
 
 
-def load_base(options: ModelOptions) -> MinimPipeline:
-    source = options.pretrained_model_name_or_path
+def load_base(source: str, options: ModelOptions) -> MinimPipeline:
     if options.unet:
         base = load_with_unet(source, options.unet, bare=False)
     else:
@@ -161,14 +160,15 @@ def load_base(options: ModelOptions) -> MinimPipeline:
 
 def new_pipeline(options: ModelOptions, resolution: int, modalities: list[str]) -> MinimPipeline:
     """A new U-Net of the preset's shape between a trained autoencoder and a trained text encoder."""
-    vae = AutoencoderKL.from_pretrained(options.vae)
-    text_encoder = CLIPTextModel.from_pretrained(options.text_encoder, subfolder="text_encoder", dtype=torch.float32)
+    vae_folder, text_folder = str(options.vae), str(options.text_encoder)
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    text_encoder = CLIPTextModel.from_pretrained(text_folder, subfolder="text_encoder", dtype=torch.float32)
     unet = UNet2DConditionModel(
         sample_size=resolution // 2 ** (len(vae.config.block_out_channels) - 1),
         in_channels=vae.config.latent_channels,
         out_channels=vae.config.latent_channels,
         cross_attention_dim=text_encoder.config.hidden_size,
-        **PRESETS[options.preset],
+        **PRESETS[str(options.preset)],
     )
     prediction_type = options.prediction_type or "v_prediction"
     scheduler = DPMSolverMultistepScheduler(
@@ -183,12 +183,12 @@ def new_pipeline(options: ModelOptions, resolution: int, modalities: list[str]) 
     return MinimPipeline(
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(options.text_encoder, subfolder="tokenizer"),
+        tokenizer=CLIPTokenizer.from_pretrained(text_folder, subfolder="tokenizer"),
         unet=unet,
         scheduler=scheduler,
         filter_head=None,
         modalities=modalities,
-        weights_license=license_of(Path(options.vae).parent) or license_of(options.text_encoder),
+        weights_license=license_of(Path(vae_folder).parent) or license_of(text_folder),
         **SAMPLING,
     )
 

@@ -41,7 +41,7 @@ class Rows:
             tell_overlap(f"{source} and the val rows of {old}", *both)
             both = image_paths(old_train, old), image_paths(val, source)
             tell_overlap(f"{old} and the val rows of {source}", *both)
-            check_known(old_train + old_val, old, index, base)
+            check_known(old_train + old_val, old, index, str(base))
         val = judgeable(val, train + old_train, index, source)
         if old_val and not val:  # the weights that are kept have the lowest mean of both
             warnings.warn(f"{source} leaves no val rows, so those of --replay are left out, too.", stacklevel=2)

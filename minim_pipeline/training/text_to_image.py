@@ -86,8 +86,9 @@ class TextToImageConfig(ModelOptions, DataOptions, RunOptions):
     @property
     def replay_data(self) -> DataOptions | None:
         """The same options for `--replay`, of which --modality and --image_root are not; None without it."""
-        elsewhere = {"train_data": self.replay, "modality": None, "image_root": None}
-        return dataclasses.replace(self, **elsewhere) if self.replay else None
+        if not self.replay:
+            return None
+        return dataclasses.replace(self, train_data=self.replay, modality=None, image_root=None)
 
 
 class Trainer:
@@ -114,7 +115,7 @@ class Trainer:
 
     def encode(self) -> None:
         """Captions become token ids, images latents: once for the whole run."""
-        config, run, rows = self.config, self.run, self.rows
+        config, run, rows, replay = self.config, self.run, self.rows, self.config.replay_data
         captions, tokenizer = load_captions(config.captions), self.pipe.tokenizer
         train_rows, val_rows = rows.train + rows.old_train, rows.val + rows.old_val
         self.train_names, self.val_names = (list(map(modality_of, part)) for part in (train_rows, val_rows))
@@ -123,14 +124,14 @@ class Trainer:
         self.token_only, self.nothing = (tokenize(tokenizer, texts).to(run.device) for texts in (tokens, [""]))
         vae = self.pipe.vae.requires_grad_(False).eval().to(run.device)
         self.latents = Latents.encode(run, vae, config, rows.train, "train", config.latent_variants)
-        if config.replay:
-            old = Latents.encode(run, vae, config.replay_data, rows.old_train, "replay", config.latent_variants)
+        if replay:
+            old = Latents.encode(run, vae, replay, rows.old_train, "replay", config.latent_variants)
             self.latents = self.latents.join(old)
         if val_rows:
-            self.val_latents = Latents.encode(run, vae, config, rows.val, "val", 1).plain()
-            if rows.old_val:
-                old = Latents.encode(run, vae, config.replay_data, rows.old_val, "replay-val", 1).plain()
-                self.val_latents = torch.cat([self.val_latents, old])
+            val_latents = Latents.encode(run, vae, config, rows.val, "val", 1)
+            if replay and rows.old_val:
+                val_latents = val_latents.join(Latents.encode(run, vae, replay, rows.old_val, "replay-val", 1))
+            self.val_latents = val_latents.plain()
             self.val_ids = phrase(val_rows, captions, tokenizer, 1, config.seed)
         vae.to("cpu")
 

@@ -71,7 +71,7 @@ class PreferenceConfig(TuningOptions, ReadingOptions, RunOptions):
     def replay_data(self, resolution: int) -> DataOptions:
         """How the images of `--replay` are read, of which none are validated on."""
         return DataOptions(
-            train_data=self.replay,
+            train_data=str(self.replay),
             val_split="none",
             resolution=resolution,
             fit=self.fit,

@@ -61,22 +61,25 @@ def read_prompts(path: str, pipe: MinimPipeline) -> list[dict]:
     return [row | {"modality": resolve_modality(row["modality"]).id} for row in rows]
 
 
-def learn_ratings(config: PreferenceConfig, pipe: MinimPipeline) -> list[dict]:
+def learn_ratings(ratings: str, config: PreferenceConfig, pipe: MinimPipeline) -> list[dict]:
     """Gives the pipeline a head that has learned from people's ratings, and returns their prompts.
 
-    The head is kept in `--output_dir`, and read from there when the run goes on.
+    The head is written to `--output_dir`, and read from there when the run goes on.
+
+    Args:
+        ratings: CSV with path,Text,modality,rating[,rater].
 
     Raises:
-        ValueError: the head that is kept there has learned from other ratings, or their images have changed.
+        ValueError: the head that lies there has learned from other ratings, or their images have changed.
     """
-    rows, reading = read_ratings(config.ratings), config.reading_elsewhere()
-    learned_from = {"ratings": image_digest(config.ratings), "images": key_of(rows, config.ratings, reading)}
+    rows, reading = read_ratings(ratings), config.reading_elsewhere()
+    learned_from = {"ratings": image_digest(ratings), "images": key_of(rows, ratings, reading)}
     for row in rows:
         row["modality"] = resolve_modality(row["modality"], pipe.config.modalities).id
     folder = config.output / "filter_head"
     if not folder.is_dir():
         size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        images = load_images(rows, config.ratings, size, reading=reading)
+        images = load_images(rows, ratings, size, reading=reading)
         latents = encode(pipe.vae, images, config.bf16).float()
         head, report = tune(pipe, rows, latents, config)
         print(json.dumps(report, indent=2))
@@ -86,8 +89,7 @@ def learn_ratings(config: PreferenceConfig, pipe: MinimPipeline) -> list[dict]:
             write_json(unfinished / "ratings.json", learned_from)
     elif json.loads((folder / "ratings.json").read_text()) != learned_from:
         raise ValueError(
-            f"{folder} has learned from other ratings than {config.ratings}, or other images: choose another"
-            " --output_dir."
+            f"{folder} has learned from other ratings than {ratings}, or other images: choose another --output_dir."
         )
     pipe.filter_head = FilterHead.from_pretrained(folder).eval().to(pipe.device)
     keys = dict.fromkeys((row["modality"], row["Text"], row.get("finding") or "") for row in rows)

@@ -1,7 +1,7 @@
 """The images that a step learns from, and what the filter head says of them."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,12 +17,15 @@ class Samples:
     Args:
         latents: fp32 [N, C, h, w].
         prompt: int64 [N], of the list of prompts.
-        counts: bool [N], whether the reward of each counts; set by `score`.
+        counts: bool [N], whether the reward of each counts: all, until `score` has looked for copies.
     """
 
     latents: torch.Tensor
     prompt: torch.Tensor
-    counts: torch.Tensor | None = None
+    counts: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = torch.ones_like(self.prompt, dtype=torch.bool)
 
 
 @torch.no_grad()

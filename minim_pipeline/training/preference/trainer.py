@@ -90,8 +90,10 @@ class Trainer:
                 f"{config.pretrained_model_name_or_path} has no filter head to reward with: train_filter.py makes one."
             )
         with run.accelerator.main_process_first():  # who tunes the head; the others read it
-            ratings = config.ratings
-            self.prompts = learn_ratings(config, self.pipe) if ratings else read_prompts(config.prompts, self.pipe)
+            if config.ratings:
+                self.prompts = learn_ratings(config.ratings, config, self.pipe)
+            else:
+                self.prompts = read_prompts(str(config.prompts), self.pipe)
         self.texts = encode_prompts(self.pipe, self.prompts)
         self.replay = Replay(config, run, self.pipe) if config.replay else None
         self.prepare()
@@ -129,7 +131,7 @@ class Trainer:
         if not stop:
             self.run.train(self.step, self.validate, self.forget_unneeded, log_every=1)
 
-    def step(self) -> dict[str, torch.Tensor | float]:
+    def step(self) -> dict[str, float]:
         config, run, step = self.config, self.run, self.run.schedule.step
         run.schedule.set_learning_rates(self.optimizer, [config.learning_rate], config.lr_warmup_steps)
         drawn = sample(self.pipe, self.prompts, config, run.generator())
@@ -145,7 +147,7 @@ class Trainer:
         """Scores, pictures, and whether it is time to stop; by the main process."""
         config, run, best = self.config, self.run, self.best
         stop, step = [False], run.schedule.step
-        if run.is_main:
+        if self.watch is not None:
             with torch.autocast(run.device.type, torch.bfloat16, enabled=config.bf16):
                 figures = self.watch.look(self.pipe, run.output / f"samples-{step}", config.sampling_batch_size)
             if best.take(figures["score"], figures["spread"], step, config.least_spread):
