@@ -138,7 +138,7 @@ class Trainer:
     def prepare(self) -> None:
         """Networks, optimizer and average, where the checkpoint has them."""
         config, run = self.config, self.run
-        self.anchor = None
+        self.anchor: Denoise | None = None
         if config.anchor_weight:
             self.anchor = make_anchor(self.unet, self.text_encoder, config.train_text_encoder).to(run.device)
         groups = trainable(config, self.unet, self.text_encoder, self.trainee.new_tokens)
