@@ -114,6 +114,10 @@ def test_findings_are_read_within_the_modality_and_merged():
     assert read(probabilities, CLASSES, "oct", findings).tolist() == [True, False]
     # "normal" and "no edema" together outweigh edema in the first, and are one in the second.
     assert read(probabilities, CLASSES, "oct", findings, merge=True).tolist() == [False, True]
+    # Of several modalities each is read within its own; what no judge knows is never found.
+    assert read(probabilities, CLASSES, ["oct", CLASSES[-1][0]], ["edema", CLASSES[-1][1]]).tolist() == [True, True]
+    assert read(probabilities, CLASSES, ["oct", "cxr"], ["cyst", "normal"]).tolist() == [False, False]
+    assert len(read(probabilities[:0], CLASSES, [], [])) == 0
 
 
 def test_report_agrees_with_counting_by_hand():

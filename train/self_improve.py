@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 import train_preference
-from calibrate_filter import threshold
 from compare_models import add_comparison_arguments, compare, summary
 from stand_in import RATER, StandIn
 
@@ -47,6 +46,7 @@ from minim_pipeline.ratings import image_digest
 from minim_pipeline.training.arguments import check_numbers
 from minim_pipeline.training.captions import load_captions
 from minim_pipeline.training.filter.raters import read_ratings
+from minim_pipeline.training.filter.thresholds import saved_thresholds, threshold
 from minim_pipeline.training.filter.tune import add_tuning_arguments, check_tuning_arguments, tune
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_pipeline
 from minim_pipeline.training.preference.rewards import rate
@@ -319,8 +319,8 @@ def write_pipeline(args: argparse.Namespace, folder: Path) -> None:
         least = min(threshold(score, finding, floor, args.acceptance), pipe.filter_head.config.enough[1])
         accepted = ((score >= least) & (finding >= floor)).double().mean().item()
         before = calibration.get(name, {})
-        calibration[name] = {"copy": -1} | before | {"score": round(least, 4), "finding": floor}
-        calibration[name]["ratings"] = before.get("ratings", 0) + people[name]
+        ratings = before.get("ratings", 0) + people[name]
+        calibration[name] = saved_thresholds(least, floor, before.get("copy", -1), ratings)
         figures[name] = {"threshold": round(least, 4), "accepted": round(accepted, 4), "n": len(asked)}
     made = MinimPipeline.from_pretrained(folder / "preference" / "pipeline")
     made.filter_head.register_to_config(calibration=calibration)

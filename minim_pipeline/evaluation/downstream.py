@@ -220,7 +220,7 @@ def downstream(
     modalities, findings = zip(*(classes[i] for i in val_set.labels.tolist()))
     scores = {}
     for name, parts in possible.items():
-        right = [_right(said(name, parts, seed), classes, modalities, findings) for seed in seeds]
+        right = [read(said(name, parts, seed), classes, modalities, findings) for seed in seeds]
         scores[name] = Score(np.stack(right), modalities, findings, sum(len(part.labels) for part in parts))
 
     def result(name: str) -> dict:
@@ -300,14 +300,6 @@ class Score:
 
 def interval(draws: np.ndarray) -> list[float]:
     return [round(float(q), 4) for q in np.quantile(draws, [0.025, 0.975])]
-
-
-def _right(probabilities, classes, modalities, findings) -> np.ndarray:
-    right = np.zeros(len(findings), dtype=bool)
-    for name in dict.fromkeys(modalities):
-        mine = np.flatnonzero(np.array(modalities) == name)
-        right[mine] = read(probabilities[mine], classes, name, [findings[i] for i in mine])
-    return right
 
 
 def _compare(scores: dict, first: str, second: str, conditions: dict, how: Callable) -> dict:

@@ -102,13 +102,17 @@ LOOK_ALIKE = {
 
 
 def read(
-    probabilities: torch.Tensor, classes: list[tuple[str, str]], modality: str, findings: list[str], merge=False
+    probabilities: torch.Tensor,
+    classes: list[tuple[str, str]],
+    modalities: str | list[str],
+    findings: list[str],
+    merge: bool = False,
 ) -> np.ndarray:
-    """Whether the asked-for finding of one modality is found, within that modality.
+    """Whether the asked-for finding of each image is found, within its modality.
 
     Args:
         probabilities: [N, classes].
-        modality: the id that all N have.
+        modalities: the id that all N have, or that of each.
         findings: the asked-for finding of each.
         merge: look-alike findings (`LOOK_ALIKE`) count as one; their probabilities are added.
 
@@ -116,16 +120,18 @@ def read(
         bool [N].
     """
 
-    def merged(finding: str) -> str:
-        return LOOK_ALIKE.get((modality, finding), finding) if merge else finding
+    def merged(modality: str, finding: str) -> tuple[str, str]:
+        return modality, LOOK_ALIKE.get((modality, finding), finding) if merge else finding
 
-    mine = [i for i, (name, _) in enumerate(classes) if name == modality]
-    names = list(dict.fromkeys(merged(classes[i][1]) for i in mine))
+    if isinstance(modalities, str):
+        modalities = [modalities] * len(findings)
+    names = list(dict.fromkeys(merged(*key) for key in classes))
     scores = np.zeros((len(probabilities), len(names)))
-    for i in mine:
-        scores[:, names.index(merged(classes[i][1]))] += probabilities[:, i].numpy()
-    found = [names[i] for i in scores.argmax(1)]
-    return np.array([a == merged(b) for a, b in zip(found, findings)], dtype=bool)
+    for i, key in enumerate(classes):
+        scores[:, names.index(merged(*key))] += probabilities[:, i].numpy()
+    within = np.array([[name == modality for name, _ in names] for modality in modalities], dtype=bool)
+    found = np.where(within.reshape(scores.shape), scores, -1.0).argmax(1)  # [N]
+    return np.array([names[i] == merged(*asked) for i, asked in zip(found, zip(modalities, findings))], dtype=bool)
 
 
 def balanced_accuracy(right: np.ndarray, findings: list[str]) -> float:
