@@ -1,6 +1,6 @@
 """Draws many images for an evaluation, in memory: a list of captions in, one tensor out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..files import atomic_path
+from ..modalities import resolve_modality
 
 
 @torch.no_grad()
@@ -48,6 +49,45 @@ def draw_images(
             x = F.interpolate(x, size=(resolution, resolution), mode="bicubic", antialias=True).clamp(0, 1)
         images.append((x * 255).round().to(torch.uint8).cpu())
     return torch.cat(images)
+
+
+def batches(count: int, size: int, name: str) -> Iterator[slice]:
+    """`count` things in turn, at most `size` of them together; with a progress bar of that name."""
+    for start in tqdm(range(0, count, size), name, mininterval=2):
+        yield slice(start, min(start + size, count))
+
+
+@torch.no_grad()
+def draw_latents(
+    pipe,
+    prompts: Sequence[str],
+    modalities: Sequence[str],
+    seeds: Sequence[int],
+    bf16: bool = False,
+    **settings,
+) -> torch.Tensor:
+    """Finished latents [N, C, h, w] of one batch, without the filter.
+
+    Args:
+        pipe: a MinimPipeline.
+        bf16: autocast, on a GPU.
+        settings: further arguments of the pipeline's call, such as `num_inference_steps`.
+    """
+    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
+        call = {"modality": list(modalities), "seeds": list(seeds), "output_type": "latent", **settings}
+        return pipe(list(prompts), **call).images
+
+
+@torch.no_grad()
+def decode_latents(pipe, latents: torch.Tensor, modalities: Sequence[str], bf16: bool = False) -> torch.Tensor:
+    """Pictures [N, 3, H, W] in about [-1, 1] of latents; `bytes_of` makes files' values of them."""
+    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
+        return pipe.decode_latents(latents, [resolve_modality(name) for name in modalities])
+
+
+def bytes_of(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 on the CPU, of pictures in [-1, 1]."""
+    return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def kept(file: Path, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
