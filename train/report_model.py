@@ -27,14 +27,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from train_classifier import format_report
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
 from minim_pipeline.data.image_loading import load_images, trim_letterbox
 from minim_pipeline.data.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.data.splits import read_split
 from minim_pipeline.evaluation.images import to_unit
-from minim_pipeline.evaluation.judges import accuracy_report, load_judges
+from minim_pipeline.evaluation.judges import accuracy_report, format_report, load_judges
 from minim_pipeline.evaluation.memorisation import latent_features, memorisation_report, pixel_features
 from minim_pipeline.evaluation.sampling import draw_images, kept
 from minim_pipeline.generate.command import model_identity

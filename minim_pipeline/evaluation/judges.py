@@ -223,3 +223,19 @@ def _within_source(
             "n": len(kept),
         }
     return report
+
+
+def format_report(title: str, report: dict) -> str:
+    """A table of `accuracy_report`, a line a modality."""
+    lines = [f"{title}: n {report['n']}, modality {report['modality_accuracy']:.3f}"]
+    for name, r in report["modalities"].items():
+        low, high = r["interval"]
+        findings = ", ".join(f"{k} {v['accuracy']:.2f} ({v['n']})" for k, v in r["findings"].items())
+        lines.append(
+            f"  {name:10s} {r['balanced_accuracy']:.3f} [{low:.2f}, {high:.2f}] chance {r['chance']:.2f} "
+            f"merged {r['balanced_accuracy_merged']:.3f} modality {r['modality_accuracy']:.3f} | {findings}"
+        )
+        for source, s in r.get("within_source", {}).items():
+            lines.append(f"    within {source}: {s['balanced_accuracy']:.3f} (chance {s['chance']:.2f}, n {s['n']})")
+    lines.append(f"  {'mean':10s} {report['balanced_accuracy']:.3f} merged {report['balanced_accuracy_merged']:.3f}")
+    return "\n".join(lines)
