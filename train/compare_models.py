@@ -23,7 +23,6 @@ from accelerate import Accelerator
 from evaluate_filter import diversity
 from PIL import Image
 from report_model import by_modality, plan
-from stand_in import StandIn
 
 from minim_pipeline import EMBEDDED_ENCODER, MinimPipeline, resolve_modality
 from minim_pipeline.data.image_loading import load_images
@@ -34,6 +33,7 @@ from minim_pipeline.evaluation.judges import class_of, load_judges, read
 from minim_pipeline.evaluation.memorisation import latent_features, memorisation_report, pixel_features
 from minim_pipeline.evaluation.metrics import bootstrap_interval, frechet_distance, inception_score, kernel_distance
 from minim_pipeline.evaluation.sampling import draw_images, kept
+from minim_pipeline.evaluation.stand_in import StandIn
 from minim_pipeline.files import atomic_path, write_json
 from minim_pipeline.generate.command import model_identity
 from minim_pipeline.training.arguments import check_numbers

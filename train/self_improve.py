@@ -31,7 +31,6 @@ import torch
 import train_preference
 from calibrate_filter import threshold
 from compare_models import add_comparison_arguments, compare, summary
-from stand_in import RATER, StandIn
 from tune_filter import add_tuning_arguments, check_tuning_arguments, tune
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
@@ -39,6 +38,7 @@ from minim_pipeline.data.image_loading import load_images
 from minim_pipeline.data.image_reader import reading_of, reading_options
 from minim_pipeline.data.sources import read_csv, resolve_path
 from minim_pipeline.disk import whole_folder
+from minim_pipeline.evaluation.stand_in import RATER, StandIn
 from minim_pipeline.files import write_csv, write_json
 from minim_pipeline.finite import check_weights
 from minim_pipeline.generate.command import generate, model_identity, plan_file, read_model_index
