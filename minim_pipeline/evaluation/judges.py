@@ -16,6 +16,7 @@ from ..disk import save_model
 from ..files import atomic_path
 from ..modalities import resolve_modality
 from .images import to_input
+from .resampling import drawn_within, interval
 
 
 class Judges:
@@ -136,13 +137,8 @@ def balanced_accuracy(right: np.ndarray, findings: list[str]) -> float:
 
 def accuracy_interval(right: np.ndarray, findings: list[str], draws: int = 1000, seed: int = 0) -> tuple:
     """95 % interval of `balanced_accuracy`, images drawn anew within each finding."""
-    generator = np.random.default_rng(seed)
-    labels = np.array(findings)
-    means = []
-    for finding in dict.fromkeys(findings):
-        mine = right[labels == finding]
-        means.append(mine[generator.integers(0, len(mine), (draws, len(mine)))].mean(1))
-    return tuple(round(float(q), 4) for q in np.quantile(np.mean(means, 0), [0.025, 0.975]))
+    drawn = drawn_within(findings, draws, np.random.default_rng(seed))
+    return tuple(interval(np.mean([right[index].mean(1) for index in drawn], 0)))
 
 
 def accuracy_report(
