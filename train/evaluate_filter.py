@@ -25,16 +25,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from report_model import plan
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, EMBEDDED_ENCODER, MinimPipeline, resolve_modality
 from minim_pipeline.data.image_loading import load_images
 from minim_pipeline.data.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.data.splits import read_split
 from minim_pipeline.evaluation.agreement import weighted_kappa
+from minim_pipeline.evaluation.comparison import JUDGES, diversity
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.evaluation.judges import class_of, load_judges, read
-from minim_pipeline.evaluation.metrics import bootstrap_interval, ms_ssim_of_pairs, precision_recall_density_coverage
+from minim_pipeline.evaluation.metrics import bootstrap_interval
+from minim_pipeline.evaluation.planned import plan
 from minim_pipeline.minim_filter import FilterHeadOutput
 from minim_pipeline.minim_filter.funnel import plan_stages
 from minim_pipeline.training.arguments import check_numbers
@@ -47,7 +48,7 @@ from minim_pipeline.training.filter.report import other_findings, quality_report
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(EMBEDDED_CHECKPOINT), help="A pipeline with a filter head.")
-    parser.add_argument("--judges", default=str(Path(__file__).parent / "judges"), help="Of train_classifier.py.")
+    parser.add_argument("--judges", default=JUDGES, help="Of train_classifier.py.")
     parser.add_argument("--encoder", default=str(EMBEDDED_ENCODER), help="Whose features recall is measured in.")
     parser.add_argument("--data", required=True, help="CSV with path,Text,modality,finding[,split].")
     parser.add_argument("--captions", default=str(CAPTIONS))
@@ -120,22 +121,6 @@ def compare(off: torch.Tensor, on: torch.Tensor) -> dict:
         interval = bootstrap_interval(removed, off, on, paired=True, draws=1000)
         figures["interval"] = [round(value, 4) for value in interval]
     return figures
-
-
-def diversity(images: torch.Tensor, features: torch.Tensor, planned: list[dict], val: dict, pairs: int) -> dict:
-    """MS-SSIM among images of a prompt (low is diverse) and recall of val images, means over modalities."""
-    similarity, recall = {}, {}
-    for modality in dict.fromkeys(p["modality"] for p in planned):
-        mine = [i for i, p in enumerate(planned) if p["modality"] == modality]
-        x = images[mine][:, :1] if resolve_modality(modality).grey else images[mine]
-        prompts = [planned[i]["prompt"] for i in mine]
-        generator = torch.Generator().manual_seed(0)
-        similarity[modality] = ms_ssim_of_pairs(x, prompts, pairs, generator, batch_size=100).mean().item()
-        recall[modality] = precision_recall_density_coverage(val[modality], features[mine])["recall"]
-    report = {"MS-SSIM": similarity, "recall": recall}
-    return {name: round(sum(v.values()) / len(v), 4) for name, v in report.items()} | {
-        "modalities": {m: {name: round(v[m], 4) for name, v in report.items()} for m in recall}
-    }
 
 
 def rejections(pipe: MinimPipeline, rows: list[dict], images: torch.Tensor, seed: int) -> dict:

@@ -25,18 +25,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 import train_preference
-from compare_models import add_comparison_arguments, compare, summary
-from stand_in import RATER, StandIn
+from transformers import HfArgumentParser
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
 from minim_pipeline.data.image_loading import load_images
 from minim_pipeline.data.image_reader import reading_of, reading_options
 from minim_pipeline.data.sources import read_csv, resolve_path
 from minim_pipeline.disk import whole_folder
+from minim_pipeline.evaluation.comparison import ComparisonOptions, compare, summary
+from minim_pipeline.evaluation.stand_in import RATER, StandIn
 from minim_pipeline.files import write_csv, write_json
 from minim_pipeline.finite import check_weights
 from minim_pipeline.generate.command import generate, model_identity, plan_file, read_model_index
@@ -61,7 +63,10 @@ MAY_CHANGE = {
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(
+        ComparisonOptions, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(batch_size=128)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="A pipeline with a filter head.")
     add("--output_dir", required=True, help="Of this round.")
@@ -73,10 +78,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--acceptance", type=float, default=0.7, help="Share of generated images that the new thresholds accept.")
     add("--calibration_images", type=int, default=200, help="Of each modality, to set the thresholds by.")
     add("--seed", type=int, default=0, help="Another one for every round: no image is to be drawn twice.")
-    add("--batch_size", type=int, default=128, help="Images drawn together.")
-    add("--mixed_precision", choices=["no", "bf16"], default="no")
     add_tuning_arguments(parser)
-    add_comparison_arguments(parser)
     add_hub_arguments(parser)
     args = parser.parse_args(argv)
     check_tuning_arguments(args)
@@ -337,7 +339,8 @@ def spread_over(prompts: list[dict]) -> list[dict]:
 
 def evaluate(args: argparse.Namespace, folder: Path) -> None:
     """`comparison/report.json`: before against after."""
-    compare(args, str(args.pretrained_model_name_or_path), str(folder / "pipeline"), folder / "comparison")
+    options = ComparisonOptions(**{field.name: getattr(args, field.name) for field in fields(ComparisonOptions)})
+    compare(options, str(args.pretrained_model_name_or_path), str(folder / "pipeline"), folder / "comparison")
 
 
 # In order: what a stage is, and the file that is there, whole, once it is done.

@@ -27,6 +27,7 @@ from ..captions import may_mirror
 from ..modalities import resolve_modality
 from .classifier import ARCHITECTURES, Recipe, train_classifier
 from .judges import Judges, balanced_accuracy, claimed_classes, class_of, read
+from .resampling import drawn_within, interval
 from .sampling import draw_images, kept
 
 
@@ -271,12 +272,12 @@ class Score:
         count = len(self.right)
         seeds = generator.integers(0, count, (draws, count)) if draws else np.arange(count)[None]
         right = self.right[seeds].mean(1)  # [draws or 1, n]
-        mine, means = np.array(self.modalities) == name, []
-        for finding in dict.fromkeys(np.array(self.findings)[mine]):
-            values = right[:, mine & (np.array(self.findings) == finding)]
-            index = generator.integers(0, values.shape[1], values.shape) if draws else np.arange(values.shape[1])[None]
-            means.append(np.take_along_axis(values, index, 1).mean(1))
-        return np.mean(means, 0)
+        of_modality = np.array(self.modalities) == name
+        right, findings = right[:, of_modality], np.array(self.findings)[of_modality]
+        if not draws:
+            return np.array([balanced_accuracy(right[0], list(findings))])
+        drawn = drawn_within(findings, draws, generator)
+        return np.mean([np.take_along_axis(right, index, 1).mean(1) for index in drawn], 0)
 
     def total(self, draws: int = 0) -> np.ndarray:
         return np.mean([self.of(name, draws) for name in self.names], 0)
@@ -296,10 +297,6 @@ class Score:
                 for name in self.names
             },
         }
-
-
-def interval(draws: np.ndarray) -> list[float]:
-    return [round(float(q), 4) for q in np.quantile(draws, [0.025, 0.975])]
 
 
 def _compare(scores: dict, first: str, second: str, conditions: dict, how: Callable) -> dict:

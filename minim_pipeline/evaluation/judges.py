@@ -16,6 +16,7 @@ from ..disk import save_model
 from ..files import atomic_path
 from ..modalities import resolve_modality
 from .images import to_input
+from .resampling import drawn_within, interval
 
 
 class Judges:
@@ -142,13 +143,8 @@ def balanced_accuracy(right: np.ndarray, findings: list[str]) -> float:
 
 def accuracy_interval(right: np.ndarray, findings: list[str], draws: int = 1000, seed: int = 0) -> tuple:
     """95 % interval of `balanced_accuracy`, images drawn anew within each finding."""
-    generator = np.random.default_rng(seed)
-    labels = np.array(findings)
-    means = []
-    for finding in dict.fromkeys(findings):
-        mine = right[labels == finding]
-        means.append(mine[generator.integers(0, len(mine), (draws, len(mine)))].mean(1))
-    return tuple(round(float(q), 4) for q in np.quantile(np.mean(means, 0), [0.025, 0.975]))
+    drawn = drawn_within(findings, draws, np.random.default_rng(seed))
+    return tuple(interval(np.mean([right[index].mean(1) for index in drawn], 0)))
 
 
 def accuracy_report(
@@ -229,3 +225,19 @@ def _within_source(
             "n": len(kept),
         }
     return report
+
+
+def format_report(title: str, report: dict) -> str:
+    """A table of `accuracy_report`, a line a modality."""
+    lines = [f"{title}: n {report['n']}, modality {report['modality_accuracy']:.3f}"]
+    for name, r in report["modalities"].items():
+        low, high = r["interval"]
+        findings = ", ".join(f"{k} {v['accuracy']:.2f} ({v['n']})" for k, v in r["findings"].items())
+        lines.append(
+            f"  {name:10s} {r['balanced_accuracy']:.3f} [{low:.2f}, {high:.2f}] chance {r['chance']:.2f} "
+            f"merged {r['balanced_accuracy_merged']:.3f} modality {r['modality_accuracy']:.3f} | {findings}"
+        )
+        for source, s in r.get("within_source", {}).items():
+            lines.append(f"    within {source}: {s['balanced_accuracy']:.3f} (chance {s['chance']:.2f}, n {s['n']})")
+    lines.append(f"  {'mean':10s} {report['balanced_accuracy']:.3f} merged {report['balanced_accuracy_merged']:.3f}")
+    return "\n".join(lines)
