@@ -1,11 +1,12 @@
 """What the comparison of the filter counts."""
 
-import evaluate_filter
 import pytest
 import torch
-from evaluate_filter import choices, compare, people, removed, wrong_findings
 
 from minim_pipeline import FilterHead
+from minim_pipeline.evaluation import filtering
+from minim_pipeline.evaluation.comparison import right_findings
+from minim_pipeline.evaluation.filtering import agreement_with_people, choices, compare_wrong, removed
 from minim_pipeline.training.filter.candidates import Candidates
 
 
@@ -15,18 +16,19 @@ CLASSES = [("oct", "cyst"), ("oct", "normal"), ("cxr", "normal")]
 def test_wrong_is_what_judges_read_as_another_finding_of_the_modality():
     planned = [{"modality": "oct", "finding": "cyst"}] * 3
     said = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.3, 0.5], [0.3, 0.1, 0.6]])
-    assert wrong_findings(said, CLASSES, planned).tolist() == [False, True, False], "another modality does not matter"
+    wrong = ~right_findings(said, CLASSES, planned)
+    assert wrong.tolist() == [False, True, False], "another modality does not matter"
 
 
 def test_removed_counts_what_was_made_wrong_too():
     off = torch.tensor([True] * 40 + [False] * 160)
     on = torch.tensor([True] * 10 + [False] * 180 + [True] * 10)
     assert removed(off, on) == pytest.approx(0.5)
-    figures = compare(off, on)
+    figures = compare_wrong(off, on)
     low, high = figures["interval"]
     assert figures["wrong"] == 0.1 and low < 0.5 < high and low > 0
     few = torch.tensor([True] * 3 + [False] * 7)
-    assert compare(few, ~few)["interval"] is None and compare(few & ~few, few)["removed"] is None
+    assert compare_wrong(few, ~few)["interval"] is None and compare_wrong(few & ~few, few)["removed"] is None
 
 
 def test_every_way_chooses_by_its_own_measure_and_says_what_it_costs():
@@ -56,10 +58,8 @@ def test_the_head_is_compared_with_grades_it_has_not_learned_from(make_pipeline,
     pipe, seen = make_pipeline(filtered=True), []
     grades = [1, 2, 3, 3, 1]
     rows = [{"rating": str(grade), "source": "eyes"} for grade in grades]
-    monkeypatch.setattr(
-        evaluate_filter, "rate", lambda head, latents: (seen.append(latents), torch.tensor(grades) * 0.9)[1]
-    )
-    report = people(pipe, rows, torch.zeros(5, 3, 64, 64, dtype=torch.uint8))
+    monkeypatch.setattr(filtering, "rate", lambda head, latents: (seen.append(latents), torch.tensor(grades) * 0.9)[1])
+    report = agreement_with_people(pipe, rows, torch.zeros(5, 3, 64, 64, dtype=torch.uint8))
     assert seen[0].shape[0] == 5 and seen[0].shape[-2:] == (8, 8), "what is rated is latents"
     assert report["n"] == 5 and report["kappa"] == 1.0
     assert report["auroc"]["eyes"] == {"n": 5, "3 against 1 and 2": 1.0, "3 against 2": 1.0}

@@ -146,13 +146,12 @@ def draw_both(
     return planned, images
 
 
-def right_findings(said: torch.Tensor, classes: list[tuple[str, str]], planned: list[dict]) -> torch.Tensor:
-    """Whether judges find what was asked for, within the modality: bool [N]."""
-    right = torch.zeros(len(planned), dtype=torch.bool)
-    for modality in dict.fromkeys(p["modality"] for p in planned):
-        index = [i for i, p in enumerate(planned) if p["modality"] == modality]
-        right[index] = torch.from_numpy(read(said[index], classes, modality, [planned[i]["finding"] for i in index]))
-    return right
+def right_findings(
+    probabilities: torch.Tensor, classes: list[tuple[str, str]], planned: list[dict], merge: bool = False
+) -> torch.Tensor:
+    """Whether judges find what was asked for, within the modality: bool [N]; arguments as of `judges.read`."""
+    modalities, findings = ([p[key] for p in planned] for key in ("modality", "finding"))
+    return torch.from_numpy(read(probabilities, classes, modalities, findings, merge))
 
 
 def paired(before: torch.Tensor, after: torch.Tensor, planned: list[dict], draws: int = 1000, seed: int = 0) -> dict:
