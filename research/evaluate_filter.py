@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from minim_pipeline import EMBEDDED_CHECKPOINT, EMBEDDED_ENCODER, MinimPipeline
 from minim_pipeline.data.image_loading import load_images
 from minim_pipeline.data.splits import read_split
-from minim_pipeline.evaluation.comparison import JUDGES, diversity, right_findings
+from minim_pipeline.evaluation.comparison import JUDGES, at_least, diversity, right_findings
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.evaluation.filtering import (
     agreement_with_people,
@@ -108,7 +108,7 @@ class Evaluation:
         figures["merged look-alikes"] = compare_wrong(self.merged[first], self.merged[chosen])
         figures["accepted"] = round(self.accepted[chosen].double().mean().item(), 4)
         figures["mean score"] = round(drawn.score[chosen, -1].mean().item(), 4)
-        images = drawn.images[chosen].to(self.device)
+        images = at_least(drawn.images[chosen], 176).to(self.device)  # five scales of MS-SSIM
         figures |= diversity(images, self.features[chosen], self.planned, self.val, self.config.pairs)
         for modality in figures["modalities"]:
             index = torch.tensor([p["modality"] == modality for p in self.planned])

@@ -1,12 +1,20 @@
 """What the comparison of the filter counts."""
 
+import json
+
+import evaluate_filter
+import numpy as np
 import pytest
 import torch
+from conftest import write_csv
+from PIL import Image
 
 from minim_pipeline import FilterHead
 from minim_pipeline.evaluation import filtering
+from minim_pipeline.evaluation.classifier import make_resnet
 from minim_pipeline.evaluation.comparison import right_findings
 from minim_pipeline.evaluation.filtering import agreement_with_people, choices, compare_wrong, removed
+from minim_pipeline.evaluation.judges import Judges
 from minim_pipeline.training.filter.candidates import Candidates
 
 
@@ -63,3 +71,37 @@ def test_the_head_is_compared_with_grades_it_has_not_learned_from(make_pipeline,
     assert seen[0].shape[0] == 5 and seen[0].shape[-2:] == (8, 8), "what is rated is latents"
     assert report["n"] == 5 and report["kappa"] == 1.0
     assert report["auroc"]["eyes"] == {"n": 5, "3 against 1 and 2": 1.0, "3 against 2": 1.0}
+
+
+@pytest.mark.slow
+def test_a_model_is_evaluated_from_candidates_to_report(make_pipeline, tmp_path):
+    classes = [("oct", "cyst"), ("oct", "normal"), ("cxr", "effusion"), ("cxr", "normal")]
+    findings = {"oct": ["cyst", "normal"], "cxr": ["effusion", "normal"]}
+    make_pipeline(filtered=True, findings=findings, num_inference_steps=2).save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    Judges({"cnn": make_resnet(4, 8)}, classes, 32).save_pretrained(tmp_path / "judges")
+    phrasings = {m: {f: {"train": [f, f"{f} seen"]} for f in some} for m, some in findings.items()}
+    (tmp_path / "captions.json").write_text(json.dumps(phrasings))
+    rows, generator = [], torch.Generator().manual_seed(0)
+    for i in range(24):
+        image = (torch.rand(64, 64, 3, generator=generator) * 255).byte().numpy()
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+        modality, finding = classes[i % 4]
+        rows.append(dict(path=f"{i}.png", Text=finding, modality=modality, finding=finding, split="val"))
+    write_csv(tmp_path / "data.csv", rows)
+    write_csv(
+        tmp_path / "ratings.csv",
+        [row | {"rating": 1 + i % 3, "split": "train", "part": "B"} for i, row in enumerate(rows)],
+    )
+    names = ("model", "judges", "captions.json", "data.csv", "ratings.csv")
+    call = [part for name in names for part in (f"--{name.split('.')[0]}", str(tmp_path / name))]
+    sizes = "--images_per_finding 4 --candidates 2 --pairs 4 --batch_size 8"
+    report = evaluate_filter.main([*call, *sizes.split(), "--output_dir", str(tmp_path / "out")])
+    assert report["n"] == 16 and set(report["ways"]["filter"]["modalities"]) == {"oct", "cxr"}
+    assert report["ways"]["off"]["cost"] == 1 and report["people"]["n"] == 24
+    assert report["rejected"]["noise"]["n"] == 24 and report["candidates whose finding is read as wrong"]["n"] > 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["arguments"]["seed"] == 0
+    with np.load(tmp_path / "out" / "candidates.npz") as stored:
+        assert stored["wrong"].shape == (32,) and stored["chosen"].shape == (16,)
+    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert sheet.width == 12 * 128
