@@ -28,6 +28,7 @@ import transformers
 from diffusers import AutoencoderKL
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
+from minim_pipeline.cache import cached_tensor
 from minim_pipeline.contact_sheet import contact_sheet
 from minim_pipeline.data.image_loading import load_images
 from minim_pipeline.data.splits import read_split
@@ -41,7 +42,6 @@ from minim_pipeline.evaluation.memorisation import (
     pixel_features,
 )
 from minim_pipeline.evaluation.planned import by_modality, draw_planned, plan
-from minim_pipeline.evaluation.sampling import kept
 from minim_pipeline.files import write_json
 from minim_pipeline.generate.command import model_identity
 from minim_pipeline.training.captions import CAPTIONS, load_captions
@@ -168,7 +168,7 @@ def generate(
         sampling = {name: settings[name] for name in SAMPLING if name in settings}
         return draw_planned(pipe, planned, batch_size, **sampling)
 
-    return kept(cache, json.dumps({"settings": settings, "images": planned}), draw) if cache else draw()
+    return cached_tensor(cache, json.dumps({"settings": settings, "images": planned}), draw) if cache else draw()
 
 
 def generated_report(
@@ -180,7 +180,7 @@ def generated_report(
     for phrasing in config.phrasings:
         planned = plan(judges.classes, learned, captions, phrasing, config.images_per_finding, config.seed)
         begun = time.monotonic()
-        cache = Path(config.save_images) / f"{phrasing}.npz" if config.save_images else None
+        cache = Path(config.save_images) / f"{phrasing}.safetensors" if config.save_images else None
         images = generate(pipe, planned, config.batch_size, settings, cache)
         asked = [p["modality"] for p in planned], [p["finding"] for p in planned]
         figures = accuracy_report(judges.judge(images), judges.classes, *asked)

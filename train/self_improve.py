@@ -38,6 +38,7 @@ from minim_pipeline.data.image_reader import reading_of, reading_options
 from minim_pipeline.data.sources import read_csv, resolve_path
 from minim_pipeline.disk import whole_folder
 from minim_pipeline.evaluation.comparison import ComparisonOptions, compare, summary
+from minim_pipeline.evaluation.sampling import draw_latents
 from minim_pipeline.evaluation.stand_in import RATER, StandIn
 from minim_pipeline.files import write_csv, write_json
 from minim_pipeline.finite import check_weights
@@ -224,19 +225,6 @@ def match_ratings(path: str, candidates: list[dict], folder: Path) -> tuple[list
 def image_side(args: argparse.Namespace) -> int:
     pipe = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path, text_encoder=None, filter_head=None)
     return pipe.unet.config.sample_size * pipe.vae_scale_factor
-
-
-@torch.no_grad()
-def draw_latents(
-    pipe: MinimPipeline, texts: list[str], modalities: list[str], seeds: list[int], batch_size: int
-) -> torch.Tensor:
-    """The finished latents [N, C, h, w], fp32, that these seeds draw; on the CPU."""
-    parts = []
-    for start in range(0, len(texts), batch_size):
-        mine = slice(start, start + batch_size)
-        drawn = pipe(texts[mine], modality=modalities[mine], seeds=seeds[mine], output_type="latent").images
-        parts.append(drawn.float().cpu())
-    return torch.cat(parts)
 
 
 def load_for_drawing(args: argparse.Namespace, model: str | Path, device) -> MinimPipeline:

@@ -23,6 +23,7 @@ from diffusers import AutoencoderKL
 from PIL import ImageOps
 
 from .. import EMBEDDED_ENCODER, MinimPipeline, resolve_modality
+from ..cache import cached_tensor
 from ..contact_sheet import contact_sheet
 from ..data.image_loading import load_images
 from ..data.splits import read_split
@@ -43,7 +44,6 @@ from .metrics import (
 )
 from .planned import by_modality, draw_planned, plan
 from .resampling import drawn_within, interval
-from .sampling import kept
 from .stand_in import StandIn
 
 
@@ -142,7 +142,7 @@ def draw_both(
             return drawn
 
         key = json.dumps([model_identity(models[name]), options.mixed_precision, planned])
-        images[name] = kept(folder / f"{name}.npz", key, draw)
+        images[name] = cached_tensor(folder / f"{name}.safetensors", key, draw)
     return planned, images
 
 

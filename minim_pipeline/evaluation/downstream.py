@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..cache import cached_tensor
 from ..captions import may_mirror
 from ..modalities import resolve_modality
 from .classifier import ARCHITECTURES, Recipe, train_classifier
 from .judges import Judges, balanced_accuracy, claimed_classes, class_of, read
 from .resampling import drawn_within, interval
-from .sampling import draw_images, kept
+from .sampling import draw_images
 
 
 MEANING = {
@@ -86,8 +87,8 @@ def drawn_by(pipe, state, folder: Path, resolution: int, batch_size: int, identi
             mine = parts[i]
             asked = [prompts[j] for j in mine], [modalities[j] for j in mine], mine.tolist()
             key = hashlib.sha256(json.dumps([identity, resolution, settings, asked]).encode()).hexdigest()
-            file = folder / f"{total:06d}-{i:03d}.npz"
-            return kept(file, key, lambda: draw_images(pipe, *asked, batch_size, resolution, **settings))
+            file = folder / f"{total:06d}-{i:03d}.safetensors"
+            return cached_tensor(file, key, lambda: draw_images(pipe, *asked, batch_size, resolution, **settings))
 
         for i in range(state.process_index, len(parts), state.num_processes):
             part(i)
@@ -210,7 +211,7 @@ def downstream(
         for tensor in [val_set.images, *(tensor for part in parts for tensor in (part.images, part.labels))]:
             digest.update(tensor.contiguous().numpy())
         key = json.dumps([digest.hexdigest(), classes, architecture, width, asdict(recipe)])
-        return kept(folder / f"{name.replace(' ', '-')}-{seed}.npz", key, make)
+        return cached_tensor(folder / f"{name.replace(' ', '-')}-{seed}.safetensors", key, make)
 
     possible = {name: parts for name, parts in conditions.items() if not isinstance(parts, str)}
     jobs = [(name, parts, seed) for name, parts in possible.items() for seed in seeds]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from ... import MinimPipeline, resolve_modality
-from ...evaluation.sampling import batches, bytes_of, decode_latents, draw_latents
+from ...evaluation.sampling import batches, bytes_of, decode_latents, draw_batch
 from ...minim_filter import FilterHead
 from ...minim_filter.estimate import estimate_clean
 from ...minim_filter.funnel import Funnel, combine, guidance_strength, rank
@@ -85,7 +85,7 @@ def draw_candidates(
             texts, kinds = list(prompts[batch]), [resolve_modality(name) for name in modalities[batch]]
             funnel = pipe.prepare_funnel(texts, kinds, list(range(len(texts))), 1, pipe.device)
             seen.clear()
-            latents = draw_latents(pipe, texts, modalities[batch], seeds[batch], bf16)
+            latents = draw_batch(pipe, texts, modalities[batch], seeds[batch], bf16)
             decoded = decode_latents(pipe, latents, modalities[batch], bf16)
             # As the pipeline has the last word: on the picture, not on the latents that it was decoded from
             pictures = pipe.image_processor.postprocess(decoded, output_type="pil")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from ... import MinimPipeline
-from ...evaluation.sampling import batches, bytes_of, decode_latents, draw_latents
+from ...evaluation.sampling import batches, bytes_of, decode_latents, draw_batch
 from ...minim_filter.estimate import estimate_clean, noise_angles
 from .rubric import Sampler
 
@@ -63,7 +63,7 @@ def draw_trajectories(
             count = len(texts)
             seen.clear()
             settings = {name: getattr(sampler, name) for name in ("num_inference_steps", "guidance_scale")}
-            final = draw_latents(pipe, texts, modalities, seeds[batch], bf16, **settings)
+            final = draw_batch(pipe, texts, modalities, seeds[batch], bf16, **settings)
             images = bytes_of(decode_latents(pipe, final, modalities, bf16))
             noisy, clean, angle = (torch.stack(steps, 1) for steps in zip(*seen, strict=True))  # [n, steps, ...]
             first = torch.rand(count, 1, generator=generator)
