@@ -32,7 +32,7 @@ from ..generate.command import model_identity
 from ..training.captions import CAPTIONS
 from ..training.config import Count, Precision, ReadingOptions, Whole, option
 from .encoder import ImageTextEncoder
-from .judges import class_of, load_judges, read
+from .judges import class_of, finds_asked, load_judges
 from .memorisation import latent_features, memorisation_report, pixel_features
 from .metrics import (
     bootstrap_interval,
@@ -149,9 +149,9 @@ def draw_both(
 def right_findings(
     probabilities: torch.Tensor, classes: list[tuple[str, str]], planned: list[dict], merge: bool = False
 ) -> torch.Tensor:
-    """Whether judges find what was asked for, within the modality: bool [N]; arguments as of `judges.read`."""
+    """Whether judges find what was asked for, within the modality: bool [N]; arguments as of `finds_asked`."""
     modalities, findings = ([p[key] for p in planned] for key in ("modality", "finding"))
-    return torch.from_numpy(read(probabilities, classes, modalities, findings, merge))
+    return torch.from_numpy(finds_asked(probabilities, classes, modalities, findings, merge))
 
 
 def paired(before: torch.Tensor, after: torch.Tensor, planned: list[dict], draws: int = 1000, seed: int = 0) -> dict:

@@ -27,7 +27,7 @@ from ..cache import cached_tensor
 from ..captions import may_mirror
 from ..modalities import resolve_modality
 from .classifier import ARCHITECTURES, Recipe, train_classifier
-from .judges import Judges, balanced_accuracy, claimed_classes, class_of, read
+from .judges import Judges, balanced_accuracy, claimed_classes, class_of, finds_asked
 from .resampling import drawn_within, interval
 from .sampling import draw_images
 
@@ -222,7 +222,7 @@ def downstream(
     modalities, findings = zip(*(classes[i] for i in val_set.labels.tolist()))
     scores = {}
     for name, parts in possible.items():
-        right = [read(said(name, parts, seed), classes, modalities, findings) for seed in seeds]
+        right = [finds_asked(said(name, parts, seed), classes, modalities, findings) for seed in seeds]
         scores[name] = Score(np.stack(right), modalities, findings, sum(len(part.labels) for part in parts))
 
     def result(name: str) -> dict:

@@ -102,7 +102,12 @@ LOOK_ALIKE = {
 }
 
 
-def read(
+def merged_class(modality: str, finding: str) -> tuple[str, str]:
+    """The class that stands for all that look like it."""
+    return modality, LOOK_ALIKE.get((modality, finding), finding)
+
+
+def finds_asked(
     probabilities: torch.Tensor,
     classes: list[tuple[str, str]],
     modalities: str | list[str],
@@ -121,18 +126,18 @@ def read(
         bool [N].
     """
 
-    def merged(modality: str, finding: str) -> tuple[str, str]:
-        return modality, LOOK_ALIKE.get((modality, finding), finding) if merge else finding
-
     if isinstance(modalities, str):
         modalities = [modalities] * len(findings)
-    names = list(dict.fromkeys(merged(*key) for key in classes))
+    asked = list(zip(modalities, findings))
+    if merge:
+        classes, asked = ([merged_class(*key) for key in keys] for keys in (classes, asked))
+    names = list(dict.fromkeys(classes))
     scores = np.zeros((len(probabilities), len(names)))
     for i, key in enumerate(classes):
-        scores[:, names.index(merged(*key))] += probabilities[:, i].numpy()
+        scores[:, names.index(key)] += probabilities[:, i].numpy()
     within = np.array([[name == modality for name, _ in names] for modality in modalities], dtype=bool)
     found = np.where(within.reshape(scores.shape), scores, -1.0).argmax(1)  # [N]
-    return np.array([names[i] == merged(*asked) for i, asked in zip(found, zip(modalities, findings))], dtype=bool)
+    return np.array([names[i] == key for i, key in zip(found, asked)], dtype=bool)
 
 
 def balanced_accuracy(right: np.ndarray, findings: list[str]) -> float:
@@ -170,18 +175,18 @@ def accuracy_report(
     modality_right = np.array([names[i] for i in by_modality.argmax(1)]) == np.array(modalities)
     report = {}
     for name in [name for name in names if name in modalities]:
-        mine = np.flatnonzero(np.array(modalities) == name)
-        asked = [findings[i] for i in mine]
-        right = read(probabilities[mine], classes, name, asked)
-        merged = read(probabilities[mine], classes, name, asked, merge=True)
-        merged_asked = [LOOK_ALIKE.get((name, finding), finding) for finding in asked]
+        index = np.flatnonzero(np.array(modalities) == name)
+        asked = [findings[i] for i in index]
+        right = finds_asked(probabilities[index], classes, name, asked)
+        merged = finds_asked(probabilities[index], classes, name, asked, merge=True)
+        merged_asked = [merged_class(name, finding)[1] for finding in asked]
         report[name] = {
             "balanced_accuracy": round(balanced_accuracy(right, asked), 4),
             "interval": accuracy_interval(right, asked),
             "balanced_accuracy_merged": round(balanced_accuracy(merged, merged_asked), 4),
             "chance": round(1 / sum(m == name for m, _ in classes), 4),
-            "modality_accuracy": round(float(modality_right[mine].mean()), 4),
-            "n": len(mine),
+            "modality_accuracy": round(float(modality_right[index].mean()), 4),
+            "n": len(index),
             "findings": {
                 finding: {
                     "accuracy": round(float(right[np.array(asked) == finding].mean()), 4),
@@ -192,7 +197,7 @@ def accuracy_report(
         }
         if sources is not None:
             report[name]["within_source"] = _within_source(
-                probabilities[mine], classes, name, asked, [sources[i] for i in mine]
+                probabilities[index], classes, name, asked, [sources[i] for i in index]
             )
     return {
         "balanced_accuracy": round(float(np.mean([r["balanced_accuracy"] for r in report.values()])), 4),
@@ -209,20 +214,20 @@ def _within_source(
     """Balanced accuracy among the findings that a source has, so that telling sources apart does not help."""
     report = {}
     for source in sorted(set(sources)):
-        mine = [i for i, s in enumerate(sources) if s == source]
-        labels = [asked[i] for i in mine]
+        index = [i for i, s in enumerate(sources) if s == source]
+        labels = [asked[i] for i in index]
         known = [finding for finding in dict.fromkeys(labels) if labels.count(finding) >= least]
         if len(known) < 2:
             continue
-        kept = [i for i in mine if asked[i] in known]
+        of_known = [i for i in index if asked[i] in known]
         columns = [classes.index((modality, finding)) for finding in known]
-        found = probabilities[kept][:, columns].argmax(1)
-        labels = [asked[i] for i in kept]
+        found = probabilities[of_known][:, columns].argmax(1)
+        labels = [asked[i] for i in of_known]
         right = np.array([known[i] for i in found]) == np.array(labels)
         report[source] = {
             "balanced_accuracy": round(balanced_accuracy(right, labels), 4),
             "chance": round(1 / len(known), 4),
-            "n": len(kept),
+            "n": len(of_known),
         }
     return report
 

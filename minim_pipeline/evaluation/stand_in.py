@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .judges import LOOK_ALIKE, Judges, load_judges, read
+from .judges import Judges, finds_asked, load_judges, merged_class
 
 
 RATER = "stand-in"
@@ -78,21 +78,16 @@ class StandIn:
         for i, (modality, finding) in enumerate(zip(modalities, findings, strict=True)):
             asked, other = 0.0, 0.0
             for key, probability in zip(self.findings.classes, probabilities[i].tolist(), strict=True):
-                if key[0] == modality and look_alike(key) == look_alike((modality, finding)):
+                if key[0] == modality and merged_class(*key) == merged_class(modality, finding):
                     asked = max(asked, probability)
                 elif key[0] == modality:
                     other = max(other, probability)
-            right = read(probabilities[i : i + 1], self.findings.classes, modality, [finding])[0]
+            right = finds_asked(probabilities[i : i + 1], self.findings.classes, modality, [finding])[0]
             if asked < other / 2 or real[i] < LIMITS[0]:
                 ratings.append(1)
             else:
                 ratings.append(3 if right and real[i] >= LIMITS[1] else 2)
         return ratings
-
-
-def look_alike(key: tuple[str, str]) -> str:
-    """What a finding of a modality counts as, where findings of different sources look alike."""
-    return LOOK_ALIKE.get(key, key[1])
 
 
 def realism_of(judge: Judges, images: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from ...data.image_loading import load_images
 from ...data.sources import read_csv
 from ...data.splits import assign_splits
 from ...disk import save_model
-from ...evaluation.judges import claimed_classes, class_of, load_judges, read
+from ...evaluation.judges import claimed_classes, class_of, finds_asked, load_judges
 from ...files import write_json
 from ...locking import locked
 from ..common import know_modalities
@@ -144,7 +144,7 @@ class Calibration:
         self.right = self.known = None
         if self.teacher is not None:
             probabilities, findings = self.teacher.judge(self.drawn.images), [row["finding"] for row in planned]
-            found = read(probabilities, self.teacher.classes, self.modalities, findings)
+            found = finds_asked(probabilities, self.teacher.classes, self.modalities, findings)
             self.right = torch.from_numpy(found)
             self.known = torch.tensor([class_of(row) in self.teacher.classes for row in planned])
 
@@ -157,9 +157,9 @@ class Calibration:
             own = torch.tensor([m == name for m in self.modalities])
             if config.precision is not None:
                 own &= known
-            seen = right[own] if right is not None else None
             limits = config.finding_floor, config.acceptance
-            least = threshold(score[own], finding[own], *limits, seen, config.precision)
+            right_of_own = right[own] if right is not None else None
+            least = threshold(score[own], finding[own], *limits, right_of_own, config.precision)
             if config.precision is None:
                 # What is as good as it counts is not rejected because others are still better.
                 least = min(least, self.head.config.enough[1])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+from torch import nn
 
 from ... import MinimPipeline, resolve_modality
 from ...evaluation.sampling import batches, bytes_of, decode_latents, draw_batch
@@ -66,9 +67,9 @@ def draw_candidates(
     Args:
         bf16: autocast, on a GPU; the filter's own arithmetic stays fp32.
     """
-    parts, seen, funnel = [], [], None
+    parts, ratings, funnel = [], [], None
 
-    def note(unet, arguments, answer):
+    def note(unet: nn.Module, arguments: tuple, answer: tuple) -> None:
         noisy, t, n = arguments[0], arguments[1], len(funnel.image)
         prediction = answer[0][-n:]  # with guidance the first half is the negative side's
         guided = len(answer[0]) > n
@@ -77,20 +78,20 @@ def draw_candidates(
         clean = estimate_clean(noisy[-n:], prediction, angle.expand(n), pipe.scheduler.config.prediction_type)
         rated = pipe.filter_head(noisy[-n:], clean, angle.expand(n), text=funnel.text)
         level = angle.clamp(max=1.5707).tan()
-        seen.append((rated.quality.cpu(), rated.finding.cpu(), moved.cpu(), level.cpu()))
+        ratings.append((rated.quality.cpu(), rated.finding.cpu(), moved.cpu(), level.cpu()))
 
     hook = pipe.unet.register_forward_hook(note)
     try:
         for batch in batches(len(prompts), batch_size, "candidates"):
             texts, kinds = list(prompts[batch]), [resolve_modality(name) for name in modalities[batch]]
             funnel = pipe.prepare_funnel(texts, kinds, list(range(len(texts))), 1, pipe.device)
-            seen.clear()
+            ratings.clear()
             latents = draw_batch(pipe, texts, modalities[batch], seeds[batch], bf16)
             decoded = decode_latents(pipe, latents, modalities[batch], bf16)
             # As the pipeline has the last word: on the picture, not on the latents that it was decoded from
             pictures = pipe.image_processor.postprocess(decoded, output_type="pil")
             rated = pipe.rate_pictures(pictures, texts, kinds, pipe.device)
-            quality, finding, guidance, levels = (torch.stack(values, -1) for values in zip(*seen, strict=True))
+            quality, finding, guidance, levels = (torch.stack(values, -1) for values in zip(*ratings, strict=True))
             parts.append(
                 Candidates(
                     torch.cat([quality, rated.quality.cpu()[:, None]], 1),

@@ -11,15 +11,15 @@ from .data import encode
 @torch.no_grad()
 def pooled_features(head: FilterHead, pipe: MinimPipeline, images: torch.Tensor, bf16: bool) -> torch.Tensor:
     """What the head's code is read from, [N, F] on the CPU, of images uint8 [N, 3, H, W]."""
-    seen = []
-    hook = head.norm.register_forward_hook(lambda norm, given, made: seen.append(made.cpu()))
+    pooled = []
+    hook = head.norm.register_forward_hook(lambda norm, given, made: pooled.append(made.cpu()))
     try:
         for part in encode(pipe.vae, images, bf16).split(128):
             x = part.to(head.device).float()
             head.encode_image(x, x, x.new_zeros(len(x)))
     finally:
         hook.remove()
-    return torch.cat(seen)
+    return torch.cat(pooled)
 
 
 def fit_code(features: torch.Tensor, bits: int, directions: int = 160, ridge: float = 0.3, seed: int = 0) -> nn.Linear:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 import torch
+from torch import nn
 
 from ... import MinimPipeline
 from ...evaluation.sampling import batches, bytes_of, decode_latents, draw_batch
@@ -46,14 +47,14 @@ def draw_trajectories(
 
     The steps are spread evenly from a random one on; a sampler of fewer steps repeats some.
     """
-    seen = []
+    observed = []
 
-    def note(unet, arguments, answer):
+    def note(unet: nn.Module, arguments: tuple, answer: tuple) -> None:
         noisy, t = arguments[:2]
         angle = noise_angles(pipe.scheduler.alphas_cumprod, t.cpu().reshape(1)).to(noisy.device).expand(len(noisy))
         clean = estimate_clean(noisy, answer[0], angle, pipe.scheduler.config.prediction_type)
         # With guidance the second half is the prompt's.
-        seen.append((noisy[-count:].half(), clean[-count:].half(), angle[-count:].float()))
+        observed.append((noisy[-count:].half(), clean[-count:].half(), angle[-count:].float()))
 
     generator, parts = torch.Generator().manual_seed(seeds[0] if seeds else 0), []
     hook = pipe.unet.register_forward_hook(note)
@@ -61,13 +62,13 @@ def draw_trajectories(
         for batch in batches(len(rows), batch_size, f"{sampler.num_inference_steps} steps"):
             texts, modalities = ([row[column] for row in rows[batch]] for column in ("Text", "modality"))
             count = len(texts)
-            seen.clear()
+            observed.clear()
             settings = {name: getattr(sampler, name) for name in ("num_inference_steps", "guidance_scale")}
             final = draw_batch(pipe, texts, modalities, seeds[batch], bf16, **settings)
             images = bytes_of(decode_latents(pipe, final, modalities, bf16))
-            noisy, clean, angle = (torch.stack(steps, 1) for steps in zip(*seen, strict=True))  # [n, steps, ...]
+            noisy, clean, angle = (torch.stack(steps, 1) for steps in zip(*observed, strict=True))  # [n, steps, ...]
             first = torch.rand(count, 1, generator=generator)
-            steps = ((torch.arange(keep)[None] + first) / keep * len(seen)).long()  # [n, K]
+            steps = ((torch.arange(keep)[None] + first) / keep * len(observed)).long()  # [n, K]
             where = torch.arange(count)[:, None].to(noisy.device), steps.to(noisy.device)
             parts.append(
                 Trajectories(noisy[where].cpu(), clean[where].cpu(), angle[where].cpu(), final.half().cpu(), images)
