@@ -37,3 +37,8 @@ def cached_tensors(
     with whole_file(path, count_bytes(tensors)) as unfinished:
         save_file(tensors, unfinished, metadata={"key": digest})
     return tensors
+
+
+def cached_tensor(path: Path, key: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """As `cached_tensors`, of one tensor; what was made under another key is not written over."""
+    return cached_tensors(path, key, lambda: {"tensor": make()}, keep_other=True)["tensor"]

@@ -161,9 +161,9 @@ def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, 
     assert out.images[0].size == (64, 64) and out.scores[0] is not None
 
     with monkeypatch.context() as patch:
-        patch.setattr(add_modality, "train_filter", killed)
-        for module in (train_text_to_image, add_modality.calibrate_filter):
-            patch.setattr(module, "main", killed)
+        patch.setattr(train_text_to_image, "main", killed)
+        for name in ("train_filter", "calibrate"):
+            patch.setattr(add_modality, name, killed)
         assert add_modality.main(call) == report, "all is done already"
     with pytest.raises(ValueError, match="has learned modality 'breast_us' already; it knows: oct, cxr, breast_us"):
         add_modality.main([*call, "--pretrained_model_name_or_path", str(tmp_path / "pipeline")])

@@ -6,13 +6,15 @@ import json
 import calibrate_filter
 import pytest
 import torch
-from calibrate_filter import choose_stages, plan_prompts, threshold
 from PIL import Image
 
 from minim_pipeline import FilterHead
 from minim_pipeline.minim_filter.funnel import plan_stages
+from minim_pipeline.training.filter.calibration import plan_prompts
 from minim_pipeline.training.filter.candidates import Candidates, draw_candidates, follow
 from minim_pipeline.training.filter.copies import copy_limit, fingerprints, fit_code, veto_report
+from minim_pipeline.training.filter.stages import choose_stages
+from minim_pipeline.training.filter.thresholds import threshold
 
 
 torch.set_num_threads(1)

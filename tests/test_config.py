@@ -7,20 +7,23 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+import minim_pipeline.evaluation
 import minim_pipeline.training
 from minim_pipeline.training.autoencoder import AutoencoderConfig
 from minim_pipeline.training.config import Options, Range, RunOptions, option, parse, ranges
 
 
-for module in pkgutil.walk_packages(minim_pipeline.training.__path__, "minim_pipeline.training."):
-    importlib.import_module(module.name)
+for package in (minim_pipeline.training, minim_pipeline.evaluation):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+importlib.import_module("report_model")  # the others in research/ have theirs in the package
 
 
 def below(options: type) -> list[type]:
     return [found for part in options.__subclasses__() for found in (part, *below(part))]
 
 
-CONFIGS = [config for config in below(Options) if config.__module__.startswith("minim_pipeline")]
+CONFIGS = [config for config in below(Options) if config.__module__.startswith(("minim_pipeline", "report_model"))]
 # What has to be given for any of them, so that only the option in question is wrong.
 NEEDED = dict.fromkeys(("train_data", "output_dir", "data", "teacher", "model"), "none")
 # Values of pixels, of either sign; `check_reading` looks at them.

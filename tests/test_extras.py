@@ -18,7 +18,8 @@ from minim_pipeline import _MODULE_OF
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-TRAIN = sorted(path for path in (ROOT / "train").glob("*.py") if "__main__" in path.read_text())
+SCRIPTS = [*(ROOT / "train").glob("*.py"), *(ROOT / "research").glob("*.py")]
+TRAIN = sorted(path for path in SCRIPTS if "__main__" in path.read_text())
 CLI, EVALUATE = ROOT / "minim_pipeline" / "cli.py", ROOT / "minim_pipeline" / "evaluation" / "command.py"
 # By extra: the files whose imports count, at the top and inside of functions; what is called; and what is left out.
 COMMANDS = {

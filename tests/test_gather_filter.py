@@ -67,4 +67,6 @@ def test_comparisons_that_do_not_go_together_are_told(call, tmp_path):
     ):
         with pytest.raises(ValueError, match=told):
             gather_filter.main([*arguments, "--comparisons", first, folder])
+    with pytest.raises(ValueError, match="--comparisons has to be two folders, got"):
+        gather_filter.main([*arguments, "--comparisons", first])
     assert (tmp_path / "docs" / "report.json").read_text() == before, "nothing is lost"

@@ -14,8 +14,8 @@ from minim_pipeline.evaluation.judges import (  # noqa: E402
     accuracy_interval,
     accuracy_report,
     balanced_accuracy,
+    finds_asked,
     load_judges,
-    read,
 )
 
 
@@ -111,9 +111,16 @@ def test_augmentation_keeps_grey_images_grey_and_range():
 def test_findings_are_read_within_the_modality_and_merged():
     probabilities = torch.tensor([[0.2, 0.1, 0.25, 0.45, 0.0], [0.1, 0.3, 0.2, 0.0, 0.4]])
     findings = ["edema", "normal"]
-    assert read(probabilities, CLASSES, "oct", findings).tolist() == [True, False]
+    assert finds_asked(probabilities, CLASSES, "oct", findings).tolist() == [True, False]
     # "normal" and "no edema" together outweigh edema in the first, and are one in the second.
-    assert read(probabilities, CLASSES, "oct", findings, merge=True).tolist() == [False, True]
+    assert finds_asked(probabilities, CLASSES, "oct", findings, merge=True).tolist() == [False, True]
+    # Of several modalities each is read within its own; what no judge knows is never found.
+    assert finds_asked(probabilities, CLASSES, ["oct", CLASSES[-1][0]], ["edema", CLASSES[-1][1]]).tolist() == [
+        True,
+        True,
+    ]
+    assert finds_asked(probabilities, CLASSES, ["oct", "cxr"], ["cyst", "normal"]).tolist() == [False, False]
+    assert len(finds_asked(probabilities[:0], CLASSES, [], [])) == 0
 
 
 def test_report_agrees_with_counting_by_hand():

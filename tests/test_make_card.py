@@ -54,7 +54,7 @@ def report() -> dict:
 
 def test_the_card_is_what_the_reports_say(report):
     card = (ROOT / "pipeline_card.md").read_text(encoding="utf-8")
-    assert make_card.render(report) == card, "run: python train/make_card.py"
+    assert make_card.render(report) == card, "run: python research/make_card.py"
     other = copy.deepcopy(report)
     other["generation"]["generated"]["train"]["modalities"]["cxr"]["balanced_accuracy"] = 0.4321
     assert "| CXR | 0.43 [" in make_card.render(other)

@@ -59,7 +59,7 @@ def test_images_are_read_in_order_trimmed_and_resized(tmp_path):
 
 
 def test_specks_and_letterboxes_are_counted():
-    from report_model import checks, specks
+    from minim_pipeline.evaluation.flaws import checks, specks
 
     clean = torch.from_numpy(gradient(32, 32)).permute(2, 0, 1)[None]
     flawed = clean.clone()
@@ -142,14 +142,14 @@ def test_report_end_to_end(make_pipeline, tmp_path):
 def test_images_are_the_same_in_any_batch(shared_pipeline):
     import report_model
 
+    from minim_pipeline.evaluation.planned import plan
+
     settings = {"num_inference_steps": 2}
     captions = {"oct": {"normal": {"train": ["fine", "all well"]}}}
-    planned = report_model.plan(
-        [("oct", "normal"), ("oct", "unlearned")], {"oct": ["normal"]}, captions, "train", 3, 0
-    )
+    planned = plan([("oct", "normal"), ("oct", "unlearned")], {"oct": ["normal"]}, captions, "train", 3, 0)
     assert [(p["prompt"], p["seed"]) for p in planned] == [("fine", 0), ("all well", 1), ("fine", 2)]
     with pytest.raises(ValueError, match="no 'test' phrasings of 'normal' of 'oct'"):
-        report_model.plan([("oct", "normal")], {"oct": ["normal"]}, captions, "test", 3, 0)
+        plan([("oct", "normal")], {"oct": ["normal"]}, captions, "test", 3, 0)
     together = report_model.generate(shared_pipeline, planned, 3, settings)
     apart = report_model.generate(shared_pipeline, planned, 2, settings)
     assert (together.int() - apart.int()).abs().max() <= 1

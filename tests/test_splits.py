@@ -75,11 +75,11 @@ def test_the_scripts_do_without_the_column_and_hold_out_the_same_rows(tmp_path):
     from argparse import Namespace
 
     import add_modality
-    import compare_models
     import train_classifier
     from PIL import Image
 
     from minim_pipeline import MODALITIES
+    from minim_pipeline.evaluation.comparison import modalities_of
     from minim_pipeline.training.autoencoder import AutoencoderConfig
     from minim_pipeline.training.common import read_splits
 
@@ -93,7 +93,7 @@ def test_the_scripts_do_without_the_column_and_hold_out_the_same_rows(tmp_path):
     assert [row["path"] for row in read_splits(config)[1]] == val
     new, _ = add_modality.read_new(Namespace(train_data=path, image_root=None), MODALITIES["oct"])
     assert [row["path"] for row in new if row["split"] == "val"] == val
-    assert compare_models.modalities_of(Namespace(data=path, skip_memorisation=False)) == {"oct"}
+    assert modalities_of(path) == {"oct"}
     call = ["--train_data", path, "--output_dir", tmp_path / "judges", "--part", "all", "--architectures", "resnet"]
     call += ["--width", 8, "--resolution", 32, "--max_train_steps", 1, "--train_batch_size", 4]
     report = train_classifier.main([*map(str, [*call, "--min_train", 1, "--min_val", 1])])

@@ -3,14 +3,18 @@
 import csv
 import json
 import math
+import shutil
 
 import pytest
 import torch
 import train_encoder
 from PIL import Image
+from safetensors.torch import load_file
 
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.evaluation.extractors import load_extractor
+from minim_pipeline.training.config import parse
+from minim_pipeline.training.image_text_encoder import ImageTextEncoderConfig, copy_loss, text_loss
 
 
 torch.set_num_threads(1)
@@ -53,7 +57,7 @@ def test_a_run_that_diverges_writes_nothing(data, tmp_path):
     run = ["--max_train_steps", "6", "--train_batch_size", "8", "--caption_variants", "2"]
     with pytest.raises(ValueError, match="the training has diverged"):
         train_encoder.main(["--train_data", str(data), "--output_dir", str(tmp_path / "out"), *sizes, *run])
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("*.safetensors")) and not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_trained_encoder_loads_and_tells_what_it_is(data, tmp_path):
@@ -85,17 +89,43 @@ def test_trained_encoder_loads_and_tells_what_it_is(data, tmp_path):
     assert torch.allclose(halved.encode_images(images)[0], features, atol=1e-2)
 
 
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(data, tmp_path):
+    call = [
+        "--train_data",
+        str(data),
+        "--width",
+        "8",
+        "--text_width",
+        "16",
+        "--projection",
+        "12",
+        "--resolution",
+        "32",
+    ]
+    call += ["--max_train_steps", "6", "--train_batch_size", "8", "--caption_variants", "2", "--threads", "1"]
+    train_encoder.main([*call, "--output_dir", str(tmp_path / "whole")])
+    resumed = [*call, "--output_dir", str(tmp_path / "resumed"), "--checkpointing_steps", "3"]
+    train_encoder.main(resumed)
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-6")
+    for name in ("finished.json", "model.safetensors"):
+        (tmp_path / "resumed" / name).unlink()
+    report = train_encoder.main(resumed)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert train_encoder.main(resumed) == report, "there is nothing left to do"
+
+
 def test_losses_are_least_where_pairs_meet():
     eye = torch.eye(4)
     labels = torch.arange(4)
-    met = train_encoder.text_loss(eye, eye, torch.tensor(50.0), labels)
-    crossed = train_encoder.text_loss(eye, eye.roll(1, 0), torch.tensor(50.0), labels)
+    met = text_loss(eye, eye, torch.tensor(50.0), labels)
+    crossed = text_loss(eye, eye.roll(1, 0), torch.tensor(50.0), labels)
     assert met < 1e-3 < crossed
     # Two images of one finding share their texts: the least that can be reached is the entropy of the target.
     same = torch.eye(2).repeat_interleave(2, 0)
-    shared = train_encoder.text_loss(same, same, torch.tensor(50.0), torch.tensor([0, 0, 1, 1]))
+    shared = text_loss(same, same, torch.tensor(50.0), torch.tensor([0, 0, 1, 1]))
     assert shared.item() == pytest.approx(math.log(2), abs=1e-3)
-    assert train_encoder.copy_loss(eye, eye, 0.05) < 1e-3 < train_encoder.copy_loss(eye, eye.roll(1, 0), 0.05)
+    assert copy_loss(eye, eye, 0.05) < 1e-3 < copy_loss(eye, eye.roll(1, 0), 0.05)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +137,7 @@ def test_losses_are_least_where_pairs_meet():
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        train_encoder.parse_args(["--train_data", "none.csv", "--output_dir", "none", *arguments])
+        parse(ImageTextEncoderConfig, ["--train_data", "none.csv", "--output_dir", "none", *arguments])
 
 
 def test_a_part_without_rows_is_told(data, tmp_path):

@@ -14,7 +14,8 @@ from minim_pipeline.evaluation.classifier import make_resnet
 from minim_pipeline.evaluation.judges import Judges
 from minim_pipeline.minim_filter import FilterHead
 from minim_pipeline.training.filter import rubric
-from minim_pipeline.training.filter.data import Captions, Pool
+from minim_pipeline.training.filter.class_captions import Captions, look_alike
+from minim_pipeline.training.filter.data import Pool
 from minim_pipeline.training.filter.report import auroc, folds_by_group, other_findings, quality_report
 from minim_pipeline.training.filter.trajectories import draw_trajectories
 
@@ -185,9 +186,7 @@ def test_captions_are_asked_in_the_shares_of_the_rubric(captions):
 def test_grades_of_findings_follow_what_is_shown():
     classes = [("oct", "normal"), ("oct", "no diabetic macular edema"), ("oct", "diabetic macular edema")]
     made = Captions.__new__(Captions)
-    from minim_pipeline.training.filter.data import _alike
-
-    made.alike = torch.tensor([[_alike(a, b) for b in classes] for a in classes], dtype=torch.float32)
+    made.alike = torch.tensor([[look_alike(a, b) for b in classes] for a in classes], dtype=torch.float32)
     shows = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [1.0, 0, 0], [0.25, 0, 0.75]])
     grades = made.grades(shows, torch.tensor([0, 1, 2, 2]))
     expected = [[0, 0, 1], [0, 1, 0], [1, 0, 0], [0.25, 0, 0.75]]

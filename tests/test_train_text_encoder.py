@@ -1,12 +1,16 @@
 import json
 import random
+import shutil
 
 import pytest
 import torch
-import train_text_encoder as script
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextModel, CLIPTokenizer
 
+from minim_pipeline.modalities import MODALITIES
+from minim_pipeline.training.captions import load_captions, normalize
 from minim_pipeline.training.text.corpus import abbreviate, expand, generate
+from minim_pipeline.training.text.encoder import TextEncoderConfig, one_cycle, train
+from minim_pipeline.training.text.texts import IGNORE, PAIRED, Texts, corrupt, read_rows, side_of
 
 
 CAPTIONS = {
@@ -41,38 +45,39 @@ def folder(tmp_path_factory):
     return folder
 
 
-def arguments(folder, output, **changes):
-    options = {
-        "output_dir": folder / output,
-        "captions": folder / "captions.json",
-        "train_data": folder / "data.csv",
-        "teacher": folder / "teacher",
-        "corpus_size": 60,
-        "vocab_size": 700,
-        "max_length": 32,
-        "hidden_size": 32,
-        "num_layers": 1,
-        "num_heads": 2,
-        "max_train_steps": 40,
-        "train_batch_size": 16,
-        "learning_rate": 1e-2,
-        "warmup_steps": 4,
-        "threads": torch.get_num_threads(),
-        **changes,
-    }
-    return script.parse_args([part for key, value in options.items() for part in (f"--{key}", str(value))])
+def options(folder, output, **changes):
+    return TextEncoderConfig(
+        **{
+            "output_dir": str(folder / output),
+            "captions": str(folder / "captions.json"),
+            "train_data": str(folder / "data.csv"),
+            "teacher": str(folder / "teacher"),
+            "corpus_size": 60,
+            "vocab_size": 700,
+            "max_length": 32,
+            "hidden_size": 32,
+            "num_layers": 1,
+            "num_heads": 2,
+            "max_train_steps": 40,
+            "train_batch_size": 16,
+            "learning_rate": 1e-2,
+            "lr_warmup_steps": 4,
+            "threads": torch.get_num_threads(),
+            **changes,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    history = script.main(arguments(folder, "out"))
+    history = train(options(folder, "out"))
     return folder / "out", history
 
 
 def test_a_run_that_diverges_writes_nothing(folder):
     with pytest.raises(ValueError, match="the training has diverged"):
-        script.main(arguments(folder, "diverged", learning_rate=1e30, max_train_steps=6))
-    assert not (folder / "diverged").exists()
+        train(options(folder, "diverged", learning_rate=1e30, max_train_steps=6))
+    assert not (folder / "diverged" / "text_encoder").exists() and not list((folder / "diverged").glob("checkpoint-*"))
 
 
 def test_loss_falls(trained):
@@ -112,14 +117,45 @@ def test_tokenizer_spells_everything(trained):
 
 
 def test_same_seed_same_weights(folder, trained):
-    again = script.main(arguments(folder, "again", max_train_steps=3))
-    repeated = script.main(arguments(folder, "repeated", max_train_steps=3))
+    again = train(options(folder, "again", max_train_steps=3))
+    repeated = train(options(folder, "repeated", max_train_steps=3))
     assert again == repeated
-    assert script.main(arguments(folder, "other", max_train_steps=3, seed=1)) != again
+    assert train(options(folder, "other", max_train_steps=3, seed=1)) != again
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(folder, trained):
+    """By the same command; and one that is finished is left alone."""
+    whole = train(options(folder, "whole", max_train_steps=12))
+    part = train(options(folder, "resumed", max_train_steps=12, checkpointing_steps=5, validation_steps=5))
+    assert part == whole, "how often it is looked at changes nothing"
+    for name in ("finished.json", "checkpoint-12"):
+        path = folder / "resumed" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert train(options(folder, "resumed", max_train_steps=12, checkpointing_steps=5)) == whole[10:]
+    assert train(options(folder, "resumed", max_train_steps=12)) == []
+    encoders = [CLIPTextModel.from_pretrained(folder / name / "text_encoder") for name in ("whole", "resumed")]
+    assert all(torch.equal(*pair) for pair in zip(*(encoder.parameters() for encoder in encoders)))
+
+
+def test_one_cycle_is_that_of_torch():
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 1000, pct_start=0.2)
+    for step in range(1000):
+        share, beta = one_cycle(step / 1000, 0.2)
+        assert abs(optimizer.param_groups[0]["lr"] - 0.1 * share) < 1e-3
+        assert abs(optimizer.param_groups[0]["betas"][0] - beta) < 1e-3
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("change", [{"compile": True}, {"ema_decay": 0.5}])
+def test_what_an_option_would_not_do_is_refused(folder, change):
+    with pytest.raises(ValueError, match=f"--{next(iter(change))} does nothing here: leave it out"):
+        options(folder, "none", **change)
 
 
 def test_only_the_chosen_split_is_read(folder):
-    assert script.read_rows(folder / "data.csv", "train") == [("Macular edema.", "oct", "edema")]
+    assert read_rows(folder / "data.csv", "train") == [("Macular edema.", "oct", "edema")]
 
 
 def test_report_counts_the_phrasings_never_trained_on(trained):
@@ -131,14 +167,14 @@ def test_report_counts_the_phrasings_never_trained_on(trained):
 
 
 def test_phrasings_kept_for_measuring_are_never_drawn(folder):
-    captions = script.load_captions(folder / "captions.json")
-    texts = script.Texts(captions, [], 50, random.Random(0))
+    captions = load_captions(folder / "captions.json")
+    texts = Texts(captions, [], 50, random.Random(0))
     kept = [p for findings in captions.values() for f in findings.values() for p in f["new"] + f.get("test", [])]
-    new = set(map(script.normalize, kept))
+    new = set(map(normalize, kept))
     assert len(new) == 7
     drawn = [s["text"].split("> ")[-1] for _ in range(20) for batch in texts.batches(16, 2) for s in batch]
-    assert not new & set(map(script.normalize, drawn))
-    assert not new & set(map(script.normalize, texts.all()))
+    assert not new & set(map(normalize, drawn))
+    assert not new & set(map(normalize, texts.all()))
 
 
 @pytest.mark.parametrize(
@@ -146,34 +182,34 @@ def test_phrasings_kept_for_measuring_are_never_drawn(folder):
 )
 def test_a_phrasing_kept_for_measuring_among_the_captions_is_refused(folder, row):
     with pytest.raises(ValueError, match=row[0]):
-        script.Texts(script.load_captions(folder / "captions.json"), [row], 10, random.Random(0))
+        Texts(load_captions(folder / "captions.json"), [row], 10, random.Random(0))
 
 
 def test_captions_are_drawn_by_finding_first():
     rows = [(f"Macular edema, {i}-year-old male.", "oct", "edema") for i in range(50)]
-    texts = script.Texts(CAPTIONS, [*rows, ("White lobe.", "cxr", "pneumonia")], 50, random.Random(0))
-    drawn = [script.normalize(texts.draw()["text"]) for _ in range(2000)]
+    texts = Texts(CAPTIONS, [*rows, ("White lobe.", "cxr", "pneumonia")], 50, random.Random(0))
+    drawn = [normalize(texts.draw()["text"]) for _ in range(2000)]
     # A fifth of what is drawn are captions, and half of them are of the finding that has only one.
     assert sum("white" in text or "lobe" in text for text in drawn) > 140
 
 
 def test_a_side_is_of_an_organ_that_the_modality_shows():
-    captions = {m: {"x": {"train": ["Finding."], "new": []}} for m in script.MODALITIES}
-    texts = script.Texts(captions, [], 50, random.Random(0))
+    captions = {m: {"x": {"train": ["Finding."], "new": []}} for m in MODALITIES}
+    texts = Texts(captions, [], 50, random.Random(0))
     drawn = [texts.draw() for _ in range(4000)]
-    sided = [s for s in drawn if s["finding"] != script.IGNORE and "Finding, " in s["text"] and s["side"]]
+    sided = [s for s in drawn if s["finding"] != IGNORE and "Finding, " in s["text"] and s["side"]]
     organs = {(s["text"].split(">")[0].strip("<"), s["text"].split()[-1].rstrip(".")) for s in sided}
-    assert set(script.PAIRED.items()) <= organs
+    assert set(PAIRED.items()) <= organs
     assert not [s["text"] for s in sided if "eye" in s["text"] and not s["text"].startswith(("<oct>", "<fundus>"))]
 
 
 def test_corrupt_keeps_words_that_deny():
     rng = random.Random(0)
     for _ in range(300):
-        words = script.corrupt("no ground-glass opacity, without nodules", rng).split()
+        words = corrupt("no ground-glass opacity, without nodules", rng).split()
         assert {"no", "without"} <= set(words)
-        assert {"neither", "nor"} <= set(script.corrupt("neither glioma nor meningioma seen", rng).split())
-        assert "Nothing" in script.corrupt("Nothing abnormal in the breast", rng).split()
+        assert {"neither", "nor"} <= set(corrupt("neither glioma nor meningioma seen", rng).split())
+        assert "Nothing" in corrupt("Nothing abnormal in the breast", rng).split()
 
 
 @pytest.mark.parametrize(
@@ -189,7 +225,7 @@ def test_corrupt_keeps_words_that_deny():
     ],
 )
 def test_side_of(text, side):
-    assert script.side_of(text) == side
+    assert side_of(text) == side
 
 
 def test_corpus():

@@ -31,7 +31,6 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-import calibrate_filter
 import torch
 import train_classifier
 import train_text_to_image
@@ -57,6 +56,7 @@ from minim_pipeline.files import write_csv, write_json
 from minim_pipeline.generate.command import model_identity
 from minim_pipeline.modalities import BUILT_IN, MODALITIES
 from minim_pipeline.training.arguments import check_numbers, check_shares
+from minim_pipeline.training.filter.calibration import CalibrationConfig, calibrate
 from minim_pipeline.training.filter.train import FilterConfig
 from minim_pipeline.training.filter.train import train as train_filter
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_pipeline
@@ -339,12 +339,23 @@ def train_head(args, output: Path, every: Path, part: str, teacher: Path, resolu
 
 
 def calibrate_head(args, output: Path, every: Path, parts: tuple[str, str], teacher: Path, base) -> None:
-    call = ["--filter_head", output / "filter" / "filter_head", "--train_data", every, "--teacher", teacher]
-    call += ["--pretrained_model_name_or_path", output / "unet" / "pipeline", "--output_dir", output / "calibrated"]
-    call += ["--part", parts[1], "--ratings_part", parts[0], "--batch_size", args.draw_batch_size]
-    call += ["--candidates", max(2, base.config.num_candidates), "--code_bits", base.filter_head.config.code_size]
-    call += options(args, "ratings", "min_train", "min_val", "prompts_per_modality", "most_cost", "mixed_precision")
-    calibrate_filter.main([*map(str, call), *reading_options(args), *options(args, "seed")])
+    same = ("ratings", "min_train", "min_val", "prompts_per_modality", "most_cost", "fit", "window", "no_mirror")
+    config = CalibrationConfig(
+        filter_head=str(output / "filter" / "filter_head"),
+        pretrained_model_name_or_path=str(output / "unet" / "pipeline"),
+        teacher=str(teacher),
+        train_data=str(every),
+        output_dir=str(output / "calibrated"),
+        part=parts[1],
+        ratings_part=parts[0],
+        batch_size=args.draw_batch_size,
+        candidates=max(2, base.config.num_candidates),
+        code_bits=base.filter_head.config.code_size,
+        mixed_precision=args.mixed_precision,
+        seed=args.seed,
+        **{name: getattr(args, name) for name in same},
+    )
+    calibrate(config)
 
 
 def write_pipeline(output: Path, base: MinimPipeline, filtered: bool) -> None:

@@ -25,19 +25,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 import train_preference
-from calibrate_filter import threshold
-from compare_models import add_comparison_arguments, compare, summary
-from stand_in import RATER, StandIn
+from transformers import HfArgumentParser
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
 from minim_pipeline.data.image_loading import load_images
 from minim_pipeline.data.image_reader import reading_of, reading_options
 from minim_pipeline.data.sources import read_csv, resolve_path
 from minim_pipeline.disk import whole_folder
+from minim_pipeline.evaluation.comparison import ComparisonOptions, compare, summary
+from minim_pipeline.evaluation.sampling import draw_latents
+from minim_pipeline.evaluation.stand_in import RATER, StandIn
 from minim_pipeline.files import write_csv, write_json
 from minim_pipeline.finite import check_weights
 from minim_pipeline.generate.command import generate, model_identity, plan_file, read_model_index
@@ -48,6 +50,7 @@ from minim_pipeline.training.arguments import check_numbers
 from minim_pipeline.training.captions import load_captions
 from minim_pipeline.training.config import parse
 from minim_pipeline.training.filter.raters import read_ratings
+from minim_pipeline.training.filter.thresholds import saved_thresholds, threshold
 from minim_pipeline.training.filter.tune import add_tuning_arguments, check_tuning_arguments, tune
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_pipeline
 from minim_pipeline.training.preference.config import PreferenceConfig
@@ -63,7 +66,10 @@ MAY_CHANGE = {
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(
+        ComparisonOptions, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(batch_size=128)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", default=str(EMBEDDED_CHECKPOINT), help="A pipeline with a filter head.")
     add("--output_dir", required=True, help="Of this round.")
@@ -75,10 +81,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--acceptance", type=float, default=0.7, help="Share of generated images that the new thresholds accept.")
     add("--calibration_images", type=int, default=200, help="Of each modality, to set the thresholds by.")
     add("--seed", type=int, default=0, help="Another one for every round: no image is to be drawn twice.")
-    add("--batch_size", type=int, default=128, help="Images drawn together.")
-    add("--mixed_precision", choices=["no", "bf16"], default="no")
     add_tuning_arguments(parser)
-    add_comparison_arguments(parser)
     add_hub_arguments(parser)
     args = parser.parse_args(argv)
     check_tuning_arguments(args)
@@ -226,19 +229,6 @@ def image_side(args: argparse.Namespace) -> int:
     return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
-@torch.no_grad()
-def draw_latents(
-    pipe: MinimPipeline, texts: list[str], modalities: list[str], seeds: list[int], batch_size: int
-) -> torch.Tensor:
-    """The finished latents [N, C, h, w], fp32, that these seeds draw; on the CPU."""
-    parts = []
-    for start in range(0, len(texts), batch_size):
-        mine = slice(start, start + batch_size)
-        drawn = pipe(texts[mine], modality=modalities[mine], seeds=seeds[mine], output_type="latent").images
-        parts.append(drawn.float().cpu())
-    return torch.cat(parts)
-
-
 def load_for_drawing(args: argparse.Namespace, model: str | Path, device) -> MinimPipeline:
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     pipe = MinimPipeline.from_pretrained(model, dtype=dtype).to(device)
@@ -321,8 +311,8 @@ def write_pipeline(args: argparse.Namespace, folder: Path) -> None:
         least = min(threshold(score, finding, floor, args.acceptance), pipe.filter_head.config.enough[1])
         accepted = ((score >= least) & (finding >= floor)).double().mean().item()
         before = calibration.get(name, {})
-        calibration[name] = {"copy": -1} | before | {"score": round(least, 4), "finding": floor}
-        calibration[name]["ratings"] = before.get("ratings", 0) + people[name]
+        ratings = before.get("ratings", 0) + people[name]
+        calibration[name] = saved_thresholds(least, floor, before.get("copy", -1), ratings)
         figures[name] = {"threshold": round(least, 4), "accepted": round(accepted, 4), "n": len(asked)}
     made = MinimPipeline.from_pretrained(folder / "preference" / "pipeline")
     made.filter_head.register_to_config(calibration=calibration)
@@ -339,7 +329,8 @@ def spread_over(prompts: list[dict]) -> list[dict]:
 
 def evaluate(args: argparse.Namespace, folder: Path) -> None:
     """`comparison/report.json`: before against after."""
-    compare(args, str(args.pretrained_model_name_or_path), str(folder / "pipeline"), folder / "comparison")
+    options = ComparisonOptions(**{field.name: getattr(args, field.name) for field in fields(ComparisonOptions)})
+    compare(options, str(args.pretrained_model_name_or_path), str(folder / "pipeline"), folder / "comparison")
 
 
 # In order: what a stage is, and the file that is there, whole, once it is done.

@@ -72,6 +72,11 @@ def make_convnext(num_labels: int, width: int) -> nn.Module:
 ARCHITECTURES = {"resnet": make_resnet, "convnextv2": make_convnext}
 
 
+def stored_side(resolution: int) -> int:
+    """Side in pixels that train images are held at: a little larger than what is seen, for zooming in."""
+    return min(256, resolution * 5 // 4 // 8 * 8)
+
+
 def augment(x: torch.Tensor, size: int, may_mirror: torch.Tensor, grey: torch.Tensor, g: torch.Generator):
     """Varies place, colour, contrast, sharpness and noise of images [B, 3, H, W] in [0, 1]: [B, 3, size, size].
 

@@ -23,11 +23,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..cache import cached_tensor
 from ..captions import may_mirror
 from ..modalities import resolve_modality
 from .classifier import ARCHITECTURES, Recipe, train_classifier
-from .judges import Judges, balanced_accuracy, claimed_classes, class_of, read
-from .sampling import draw_images, kept
+from .judges import Judges, balanced_accuracy, claimed_classes, class_of, finds_asked
+from .resampling import drawn_within, interval
+from .sampling import draw_images
 
 
 MEANING = {
@@ -85,8 +87,8 @@ def drawn_by(pipe, state, folder: Path, resolution: int, batch_size: int, identi
             mine = parts[i]
             asked = [prompts[j] for j in mine], [modalities[j] for j in mine], mine.tolist()
             key = hashlib.sha256(json.dumps([identity, resolution, settings, asked]).encode()).hexdigest()
-            file = folder / f"{total:06d}-{i:03d}.npz"
-            return kept(file, key, lambda: draw_images(pipe, *asked, batch_size, resolution, **settings))
+            file = folder / f"{total:06d}-{i:03d}.safetensors"
+            return cached_tensor(file, key, lambda: draw_images(pipe, *asked, batch_size, resolution, **settings))
 
         for i in range(state.process_index, len(parts), state.num_processes):
             part(i)
@@ -209,7 +211,7 @@ def downstream(
         for tensor in [val_set.images, *(tensor for part in parts for tensor in (part.images, part.labels))]:
             digest.update(tensor.contiguous().numpy())
         key = json.dumps([digest.hexdigest(), classes, architecture, width, asdict(recipe)])
-        return kept(folder / f"{name.replace(' ', '-')}-{seed}.npz", key, make)
+        return cached_tensor(folder / f"{name.replace(' ', '-')}-{seed}.safetensors", key, make)
 
     possible = {name: parts for name, parts in conditions.items() if not isinstance(parts, str)}
     jobs = [(name, parts, seed) for name, parts in possible.items() for seed in seeds]
@@ -220,7 +222,7 @@ def downstream(
     modalities, findings = zip(*(classes[i] for i in val_set.labels.tolist()))
     scores = {}
     for name, parts in possible.items():
-        right = [_right(said(name, parts, seed), classes, modalities, findings) for seed in seeds]
+        right = [finds_asked(said(name, parts, seed), classes, modalities, findings) for seed in seeds]
         scores[name] = Score(np.stack(right), modalities, findings, sum(len(part.labels) for part in parts))
 
     def result(name: str) -> dict:
@@ -271,12 +273,12 @@ class Score:
         count = len(self.right)
         seeds = generator.integers(0, count, (draws, count)) if draws else np.arange(count)[None]
         right = self.right[seeds].mean(1)  # [draws or 1, n]
-        mine, means = np.array(self.modalities) == name, []
-        for finding in dict.fromkeys(np.array(self.findings)[mine]):
-            values = right[:, mine & (np.array(self.findings) == finding)]
-            index = generator.integers(0, values.shape[1], values.shape) if draws else np.arange(values.shape[1])[None]
-            means.append(np.take_along_axis(values, index, 1).mean(1))
-        return np.mean(means, 0)
+        of_modality = np.array(self.modalities) == name
+        right, findings = right[:, of_modality], np.array(self.findings)[of_modality]
+        if not draws:
+            return np.array([balanced_accuracy(right[0], list(findings))])
+        drawn = drawn_within(findings, draws, generator)
+        return np.mean([np.take_along_axis(right, index, 1).mean(1) for index in drawn], 0)
 
     def total(self, draws: int = 0) -> np.ndarray:
         return np.mean([self.of(name, draws) for name in self.names], 0)
@@ -296,18 +298,6 @@ class Score:
                 for name in self.names
             },
         }
-
-
-def interval(draws: np.ndarray) -> list[float]:
-    return [round(float(q), 4) for q in np.quantile(draws, [0.025, 0.975])]
-
-
-def _right(probabilities, classes, modalities, findings) -> np.ndarray:
-    right = np.zeros(len(findings), dtype=bool)
-    for name in dict.fromkeys(modalities):
-        mine = np.flatnonzero(np.array(modalities) == name)
-        right[mine] = read(probabilities[mine], classes, name, [findings[i] for i in mine])
-    return right
 
 
 def _compare(scores: dict, first: str, second: str, conditions: dict, how: Callable) -> dict:

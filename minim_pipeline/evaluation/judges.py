@@ -16,6 +16,7 @@ from ..disk import save_model
 from ..files import atomic_path
 from ..modalities import resolve_modality
 from .images import to_input
+from .resampling import drawn_within, interval
 
 
 class Judges:
@@ -101,14 +102,23 @@ LOOK_ALIKE = {
 }
 
 
-def read(
-    probabilities: torch.Tensor, classes: list[tuple[str, str]], modality: str, findings: list[str], merge=False
+def merged_class(modality: str, finding: str) -> tuple[str, str]:
+    """The class that stands for all that look like it."""
+    return modality, LOOK_ALIKE.get((modality, finding), finding)
+
+
+def finds_asked(
+    probabilities: torch.Tensor,
+    classes: list[tuple[str, str]],
+    modalities: str | list[str],
+    findings: list[str],
+    merge: bool = False,
 ) -> np.ndarray:
-    """Whether the asked-for finding of one modality is found, within that modality.
+    """Whether the asked-for finding of each image is found, within its modality.
 
     Args:
         probabilities: [N, classes].
-        modality: the id that all N have.
+        modalities: the id that all N have, or that of each.
         findings: the asked-for finding of each.
         merge: look-alike findings (`LOOK_ALIKE`) count as one; their probabilities are added.
 
@@ -116,16 +126,18 @@ def read(
         bool [N].
     """
 
-    def merged(finding: str) -> str:
-        return LOOK_ALIKE.get((modality, finding), finding) if merge else finding
-
-    mine = [i for i, (name, _) in enumerate(classes) if name == modality]
-    names = list(dict.fromkeys(merged(classes[i][1]) for i in mine))
+    if isinstance(modalities, str):
+        modalities = [modalities] * len(findings)
+    asked = list(zip(modalities, findings))
+    if merge:
+        classes, asked = ([merged_class(*key) for key in keys] for keys in (classes, asked))
+    names = list(dict.fromkeys(classes))
     scores = np.zeros((len(probabilities), len(names)))
-    for i in mine:
-        scores[:, names.index(merged(classes[i][1]))] += probabilities[:, i].numpy()
-    found = [names[i] for i in scores.argmax(1)]
-    return np.array([a == merged(b) for a, b in zip(found, findings)], dtype=bool)
+    for i, key in enumerate(classes):
+        scores[:, names.index(key)] += probabilities[:, i].numpy()
+    within = np.array([[name == modality for name, _ in names] for modality in modalities], dtype=bool)
+    found = np.where(within.reshape(scores.shape), scores, -1.0).argmax(1)  # [N]
+    return np.array([names[i] == key for i, key in zip(found, asked)], dtype=bool)
 
 
 def balanced_accuracy(right: np.ndarray, findings: list[str]) -> float:
@@ -136,13 +148,8 @@ def balanced_accuracy(right: np.ndarray, findings: list[str]) -> float:
 
 def accuracy_interval(right: np.ndarray, findings: list[str], draws: int = 1000, seed: int = 0) -> tuple:
     """95 % interval of `balanced_accuracy`, images drawn anew within each finding."""
-    generator = np.random.default_rng(seed)
-    labels = np.array(findings)
-    means = []
-    for finding in dict.fromkeys(findings):
-        mine = right[labels == finding]
-        means.append(mine[generator.integers(0, len(mine), (draws, len(mine)))].mean(1))
-    return tuple(round(float(q), 4) for q in np.quantile(np.mean(means, 0), [0.025, 0.975]))
+    drawn = drawn_within(findings, draws, np.random.default_rng(seed))
+    return tuple(interval(np.mean([right[index].mean(1) for index in drawn], 0)))
 
 
 def accuracy_report(
@@ -168,18 +175,18 @@ def accuracy_report(
     modality_right = np.array([names[i] for i in by_modality.argmax(1)]) == np.array(modalities)
     report = {}
     for name in [name for name in names if name in modalities]:
-        mine = np.flatnonzero(np.array(modalities) == name)
-        asked = [findings[i] for i in mine]
-        right = read(probabilities[mine], classes, name, asked)
-        merged = read(probabilities[mine], classes, name, asked, merge=True)
-        merged_asked = [LOOK_ALIKE.get((name, finding), finding) for finding in asked]
+        index = np.flatnonzero(np.array(modalities) == name)
+        asked = [findings[i] for i in index]
+        right = finds_asked(probabilities[index], classes, name, asked)
+        merged = finds_asked(probabilities[index], classes, name, asked, merge=True)
+        merged_asked = [merged_class(name, finding)[1] for finding in asked]
         report[name] = {
             "balanced_accuracy": round(balanced_accuracy(right, asked), 4),
             "interval": accuracy_interval(right, asked),
             "balanced_accuracy_merged": round(balanced_accuracy(merged, merged_asked), 4),
             "chance": round(1 / sum(m == name for m, _ in classes), 4),
-            "modality_accuracy": round(float(modality_right[mine].mean()), 4),
-            "n": len(mine),
+            "modality_accuracy": round(float(modality_right[index].mean()), 4),
+            "n": len(index),
             "findings": {
                 finding: {
                     "accuracy": round(float(right[np.array(asked) == finding].mean()), 4),
@@ -190,7 +197,7 @@ def accuracy_report(
         }
         if sources is not None:
             report[name]["within_source"] = _within_source(
-                probabilities[mine], classes, name, asked, [sources[i] for i in mine]
+                probabilities[index], classes, name, asked, [sources[i] for i in index]
             )
     return {
         "balanced_accuracy": round(float(np.mean([r["balanced_accuracy"] for r in report.values()])), 4),
@@ -207,19 +214,35 @@ def _within_source(
     """Balanced accuracy among the findings that a source has, so that telling sources apart does not help."""
     report = {}
     for source in sorted(set(sources)):
-        mine = [i for i, s in enumerate(sources) if s == source]
-        labels = [asked[i] for i in mine]
+        index = [i for i, s in enumerate(sources) if s == source]
+        labels = [asked[i] for i in index]
         known = [finding for finding in dict.fromkeys(labels) if labels.count(finding) >= least]
         if len(known) < 2:
             continue
-        kept = [i for i in mine if asked[i] in known]
+        of_known = [i for i in index if asked[i] in known]
         columns = [classes.index((modality, finding)) for finding in known]
-        found = probabilities[kept][:, columns].argmax(1)
-        labels = [asked[i] for i in kept]
+        found = probabilities[of_known][:, columns].argmax(1)
+        labels = [asked[i] for i in of_known]
         right = np.array([known[i] for i in found]) == np.array(labels)
         report[source] = {
             "balanced_accuracy": round(balanced_accuracy(right, labels), 4),
             "chance": round(1 / len(known), 4),
-            "n": len(kept),
+            "n": len(of_known),
         }
     return report
+
+
+def format_report(title: str, report: dict) -> str:
+    """A table of `accuracy_report`, a line a modality."""
+    lines = [f"{title}: n {report['n']}, modality {report['modality_accuracy']:.3f}"]
+    for name, r in report["modalities"].items():
+        low, high = r["interval"]
+        findings = ", ".join(f"{k} {v['accuracy']:.2f} ({v['n']})" for k, v in r["findings"].items())
+        lines.append(
+            f"  {name:10s} {r['balanced_accuracy']:.3f} [{low:.2f}, {high:.2f}] chance {r['chance']:.2f} "
+            f"merged {r['balanced_accuracy_merged']:.3f} modality {r['modality_accuracy']:.3f} | {findings}"
+        )
+        for source, s in r.get("within_source", {}).items():
+            lines.append(f"    within {source}: {s['balanced_accuracy']:.3f} (chance {s['chance']:.2f}, n {s['n']})")
+    lines.append(f"  {'mean':10s} {report['balanced_accuracy']:.3f} merged {report['balanced_accuracy_merged']:.3f}")
+    return "\n".join(lines)

@@ -145,3 +145,14 @@ def memorisation_report(
             "nearest": [[int(i), int(which[i]), round(mine[i].item(), 5)] for i in mine.argsort()[:5]],
         }
     return {**total(modalities.values()), "modalities": modalities}
+
+
+def format_memorisation(name: str, report: dict) -> str:
+    """A table of `memorisation_report`, a line a modality; `name`: of the space that distances are measured in."""
+    lines = [f"nearer than the nearest 1 % of val images, in {name}: {report['share']:.3f} of {report['n']}"]
+    for modality, r in report["modalities"].items():
+        lines.append(
+            f"  {modality:10s} {r['share']:.3f} of {r['n']} (limit {r['limit']:.4f} of {r['n_val']} val; "
+            f"median {r['median']:.4f}, val {r['median_val']:.4f})"
+        )
+    return "\n".join(lines)

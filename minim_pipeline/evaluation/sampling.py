@@ -1,40 +1,39 @@
 """Draws many images for an evaluation, in memory: a list of captions in, one tensor out."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..files import atomic_path
+from ..modalities import resolve_modality
+from ..pipeline_minim import MinimPipeline
 
 
 @torch.no_grad()
 def draw_images(
-    pipe,
+    pipe: MinimPipeline,
     prompts: Sequence[str],
     modalities: Sequence[str],
     seeds: Sequence[int],
     batch_size: int = 64,
     resolution: int | None = None,
     name: str = "generating",
-    **settings,
+    **settings: Any,
 ) -> torch.Tensor:
     """One image for each prompt, modality and seed: uint8 [N, 3, H, W] on the CPU.
 
     Args:
-        pipe: a MinimPipeline.
         resolution: side in pixels to which the images are brought; None leaves them as they are.
         name: what the progress bar is called.
         settings: further arguments of the pipeline's call, such as `num_inference_steps`.
     """
     images = []
-    for start in tqdm(range(0, len(prompts), batch_size), name, mininterval=2):
-        mine = range(start, min(start + batch_size, len(prompts)))
+    for batch in batches(len(prompts), batch_size, name):
+        index = range(batch.start, batch.stop)
         # A compiled network is compiled anew for every batch size: the last batch is filled up.
-        padded = [*mine, *[mine[-1]] * (min(batch_size, len(prompts)) - len(mine))]
+        padded = [*index, *[index[-1]] * (min(batch_size, len(prompts)) - len(index))]
         output = pipe(
             [prompts[i] for i in padded],
             modality=[modalities[i] for i in padded],
@@ -43,29 +42,63 @@ def draw_images(
             use_filter=False,  # the seeds say which images are drawn, and what is measured is the generator
             **settings,
         )
-        x = output.images[: len(mine)].float()
+        x = output.images[: len(index)].float()
         if resolution is not None and x.shape[-2:] != (resolution, resolution):
             x = F.interpolate(x, size=(resolution, resolution), mode="bicubic", antialias=True).clamp(0, 1)
         images.append((x * 255).round().to(torch.uint8).cpu())
     return torch.cat(images)
 
 
-def kept(file: Path, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What `make()` gives, a tensor: made once, kept in `file` (whole or not at all), and then read from there.
+def batches(count: int, size: int, name: str) -> Iterator[slice]:
+    """`count` things in turn, at most `size` of them together; with a progress bar of that name."""
+    for start in tqdm(range(0, count, size), name, mininterval=2):
+        yield slice(start, min(start + size, count))
+
+
+@torch.no_grad()
+def draw_batch(
+    pipe: MinimPipeline,
+    prompts: Sequence[str],
+    modalities: Sequence[str],
+    seeds: Sequence[int],
+    bf16: bool = False,
+    **settings: Any,
+) -> torch.Tensor:
+    """Finished latents [N, C, h, w] of one batch, without the filter.
 
     Args:
-        key: tells apart what is made with other settings.
-
-    Raises:
-        ValueError: the file holds something that was made under another key.
+        bf16: autocast, on a GPU.
+        settings: further arguments of the pipeline's call, such as `num_inference_steps`.
     """
-    if file.is_file():
-        with np.load(file) as stored:
-            if str(stored["key"]) != key:
-                raise ValueError(f"{file} was made with other settings: choose another folder, or the same settings.")
-            return torch.from_numpy(stored["tensor"])
-    tensor = make()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(file) as temporary, open(temporary, "wb") as opened:
-        np.savez(opened, key=key, tensor=tensor.cpu().numpy())
-    return tensor
+    call = {"modality": list(modalities), "seeds": list(seeds), "output_type": "latent", **settings}
+    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
+        return pipe(list(prompts), **call).images
+
+
+def draw_latents(
+    pipe: MinimPipeline,
+    prompts: Sequence[str],
+    modalities: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int,
+    **settings: Any,
+) -> torch.Tensor:
+    """As `draw_batch`, of any number: fp32 [N, C, h, w] on the CPU."""
+    parts = []
+    for batch in batches(len(prompts), batch_size, "drawing"):
+        parts.append(draw_batch(pipe, prompts[batch], modalities[batch], seeds[batch], **settings).float().cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def decode_latents(
+    pipe: MinimPipeline, latents: torch.Tensor, modalities: Sequence[str], bf16: bool = False
+) -> torch.Tensor:
+    """Pictures [N, 3, H, W] in about [-1, 1] of latents; `bytes_of` makes files' values of them."""
+    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
+        return pipe.decode_latents(latents, [resolve_modality(name) for name in modalities])
+
+
+def bytes_of(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 on the CPU, of pictures in [-1, 1]."""
+    return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()

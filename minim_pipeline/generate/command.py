@@ -484,13 +484,11 @@ def check_rows(writer: DatasetWriter, items: Sequence[Item]) -> None:
 
 def save_grid(writer: DatasetWriter, items: Sequence[Item]) -> None:
     """Writes `grid.png`: the first `GRID_IMAGES` images side by side, row after row, with their provenance."""
+    from ..contact_sheet import contact_sheet
+
     items = items[:GRID_IMAGES]
     images = [Image.open(writer.output_dir / writer.name(item.index)) for item in items]
-    columns = math.ceil(math.sqrt(len(images)))
-    width, height = images[0].size
-    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
-    for i, image in enumerate(images):
-        grid.paste(image, (i % columns * width, i // columns * height))
+    grid = contact_sheet(images, columns=math.ceil(math.sqrt(len(images))))
     metadata = {
         "modality": ", ".join(dict.fromkeys(item.modality.id for item in items)),
         "prompt": " | ".join(dict.fromkeys(item.text for item in items)),

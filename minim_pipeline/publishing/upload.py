@@ -49,7 +49,7 @@ def publish(
         repo_id: `"name"` or `"owner/name"`; made if it is not there yet.
         card: a file that becomes README.md. By default the one beside the weights that the pipeline was loaded from,
             if these are unchanged, and otherwise a bare one.
-        report: report.json of the model, or of `train/report_model.py` or `minim evaluate`; default as for `card`.
+        report: report.json of the model, or of `research/report_model.py` or `minim evaluate`; default as for `card`.
         samples: pictures drawn of each modality, for the card.
         private: makes a new repository private; an old one stays what it is.
         revision: branch that is committed to, made if it is not there yet; default `main`.

@@ -23,7 +23,7 @@ tags:
 
 # {name}
 
-Parts of a `MinimPipeline`, trained by `train/{script}.py`: {parts}.
+Parts of a `MinimPipeline`, trained by `{script}.py`: {parts}.
 
 **Not a medical device.** For research and teaching, never for diagnosis.
 {note}"""
@@ -78,7 +78,8 @@ def push_parts(args: argparse.Namespace, script: str, *parts: str | Path) -> Non
             base = getattr(args, "pretrained_model_name_or_path", None)
             inherited = (license_of(base) if base else None) or {"license": "unknown"}
             lines = "\n".join(f"{field}: {value}" for field, value in inherited.items() if field != "of")
-            named = {"name": repo_id.split("/")[-1], "script": script, "parts": names}
+            place = script if "/" in script else f"train/{script}"
+            named = {"name": repo_id.split("/")[-1], "script": place, "parts": names}
             card = CARD.format(license=lines, note=license_note(inherited), **named)
             (folder / "README.md").write_text(card, encoding="utf-8")
         check_folder(folder)

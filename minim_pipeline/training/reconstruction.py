@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
+
+from ..contact_sheet import contact_sheet
 
 
 def highest_octave(images: torch.Tensor) -> torch.Tensor:
@@ -51,8 +52,7 @@ def save_pairs(vae: AutoencoderKL, images: torch.Tensor, path: Path) -> None:
     with torch.no_grad():
         x = images.to(device).float() / 127.5 - 1
         y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
-    sheet = torch.cat([torch.cat(list(x), 2), torch.cat(list(y), 2)], 1)  # [3, 2H, nW]
-    Image.fromarray(((sheet + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()).save(path)
+    contact_sheet(((torch.cat([x, y]) + 1) * 127.5).round().byte(), columns=len(images)).save(path)
 
 
 @torch.no_grad()

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from tqdm.auto import tqdm
+from torch import nn
 
-from minim_pipeline import MinimPipeline, resolve_modality
-from minim_pipeline.minim_filter import FilterHead
-from minim_pipeline.minim_filter.estimate import estimate_clean
-from minim_pipeline.minim_filter.funnel import Funnel, combine, guidance_strength, rank
+from ... import MinimPipeline, resolve_modality
+from ...evaluation.sampling import batches, bytes_of, decode_latents, draw_batch
+from ...minim_filter import FilterHead
+from ...minim_filter.estimate import estimate_clean
+from ...minim_filter.funnel import Funnel, combine, guidance_strength, rank
 
 
 @dataclass
@@ -66,35 +67,31 @@ def draw_candidates(
     Args:
         bf16: autocast, on a GPU; the filter's own arithmetic stays fp32.
     """
-    parts, seen, funnel = [], [], None
+    parts, ratings, funnel = [], [], None
 
-    def note(unet, arguments, answer):
+    def note(unet: nn.Module, arguments: tuple, answer: tuple) -> None:
         noisy, t, n = arguments[0], arguments[1], len(funnel.image)
-        told = answer[0][-n:]  # with guidance the first half is the negative side's
+        prediction = answer[0][-n:]  # with guidance the first half is the negative side's
         guided = len(answer[0]) > n
-        moved = guidance_strength(told, answer[0][:n]) if guided else told.new_zeros(n).float()
+        moved = guidance_strength(prediction, answer[0][:n]) if guided else prediction.new_zeros(n).float()
         angle = Funnel.angle(pipe.scheduler, t).to(noisy.device)
-        clean = estimate_clean(noisy[-n:], told, angle.expand(n), pipe.scheduler.config.prediction_type)
+        clean = estimate_clean(noisy[-n:], prediction, angle.expand(n), pipe.scheduler.config.prediction_type)
         rated = pipe.filter_head(noisy[-n:], clean, angle.expand(n), text=funnel.text)
         level = angle.clamp(max=1.5707).tan()
-        seen.append((rated.quality.cpu(), rated.finding.cpu(), moved.cpu(), level.cpu()))
+        ratings.append((rated.quality.cpu(), rated.finding.cpu(), moved.cpu(), level.cpu()))
 
     hook = pipe.unet.register_forward_hook(note)
     try:
-        for start in tqdm(range(0, len(prompts), batch_size), "candidates", mininterval=2):
-            mine = slice(start, start + batch_size)
-            texts, kinds = list(prompts[mine]), [resolve_modality(name) for name in modalities[mine]]
+        for batch in batches(len(prompts), batch_size, "candidates"):
+            texts, kinds = list(prompts[batch]), [resolve_modality(name) for name in modalities[batch]]
             funnel = pipe.prepare_funnel(texts, kinds, list(range(len(texts))), 1, pipe.device)
-            seen.clear()
-            with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
-                latents = pipe(
-                    texts, [kind.id for kind in kinds], seeds=list(seeds[mine]), output_type="latent"
-                ).images
-                decoded = pipe.decode_latents(latents, kinds)
+            ratings.clear()
+            latents = draw_batch(pipe, texts, modalities[batch], seeds[batch], bf16)
+            decoded = decode_latents(pipe, latents, modalities[batch], bf16)
             # As the pipeline has the last word: on the picture, not on the latents that it was decoded from
             pictures = pipe.image_processor.postprocess(decoded, output_type="pil")
             rated = pipe.rate_pictures(pictures, texts, kinds, pipe.device)
-            quality, finding, guidance, levels = (torch.stack(values, -1) for values in zip(*seen, strict=True))
+            quality, finding, guidance, levels = (torch.stack(values, -1) for values in zip(*ratings, strict=True))
             parts.append(
                 Candidates(
                     torch.cat([quality, rated.quality.cpu()[:, None]], 1),
@@ -102,7 +99,7 @@ def draw_candidates(
                     guidance,
                     torch.cat([levels[0], torch.zeros(1)]),
                     rated.code.cpu(),
-                    ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu(),
+                    bytes_of(decoded),
                 )
             )
     finally:

@@ -3,29 +3,23 @@
 import torch
 from torch import nn
 
-from minim_pipeline import FilterHead, MinimPipeline
-from minim_pipeline.minim_filter.fingerprints import distances, pack
-from minim_pipeline.training.filter.data import encode, versions
+from ... import FilterHead, MinimPipeline
+from ...minim_filter.fingerprints import distances, pack
+from .data import encode
 
 
 @torch.no_grad()
 def pooled_features(head: FilterHead, pipe: MinimPipeline, images: torch.Tensor, bf16: bool) -> torch.Tensor:
     """What the head's code is read from, [N, F] on the CPU, of images uint8 [N, 3, H, W]."""
-    seen = []
-    hook = head.norm.register_forward_hook(lambda norm, given, made: seen.append(made.cpu()))
+    pooled = []
+    hook = head.norm.register_forward_hook(lambda norm, given, made: pooled.append(made.cpu()))
     try:
         for part in encode(pipe.vae, images, bf16).split(128):
             x = part.to(head.device).float()
             head.encode_image(x, x, x.new_zeros(len(x)))
     finally:
         hook.remove()
-    return torch.cat(seen)
-
-
-def version_features(head, pipe, rows: list[dict], images: torch.Tensor, count: int, seed: int, bf16: bool):
-    """Of every image and mildly changed versions of it, the first unchanged: [N, count, F]."""
-    made = versions(rows, images, count, seed, head.device)
-    return pooled_features(head, pipe, made, bf16).unflatten(0, (-1, count))
+    return torch.cat(pooled)
 
 
 def fit_code(features: torch.Tensor, bits: int, directions: int = 160, ridge: float = 0.3, seed: int = 0) -> nn.Linear:
@@ -100,13 +94,13 @@ def veto_report(
         copies = {name: distances(code(x), known) for name, x in planted.items()}
     limits, missed = {}, {}
     for modality in dict.fromkeys(val_modalities):
-        mine = torch.tensor([m == modality for m in val_modalities])
-        limits[modality] = copy_limit(strangers[mine], false_alarms)
-        planted_mine = torch.tensor([m == modality for m in planted_modalities])
+        own = torch.tensor([m == modality for m in val_modalities])
+        limits[modality] = copy_limit(strangers[own], false_alarms)
+        own = torch.tensor([m == modality for m in planted_modalities])
         missed[modality] = {
-            name: round((d[planted_mine] > limits[modality]).double().mean().item(), 4)
+            name: round((d[own] > limits[modality]).double().mean().item(), 4)
             for name, d in copies.items()
-            if planted_mine.any()
+            if own.any()
         }
     limit = {"val": [limits[m] for m in val_modalities], "planted": [limits.get(m, -1) for m in planted_modalities]}
     report = {

@@ -12,9 +12,8 @@ from ... import MinimPipeline
 from ...cache import cached_tensors
 from ...data.image_loading import key_of, load_images
 from ...data.image_reader import files_key
-from ...evaluation.judges import LOOK_ALIKE, Judges, class_of, load_judges
+from ...evaluation.judges import Judges, class_of, load_judges
 from ...generate.command import model_identity
-from ..captions import phrase
 from ..common import step_generator
 from ..latents import augment
 from ..rows import mirrored, tell_mirrored
@@ -68,61 +67,8 @@ class Drawn:
     row: torch.Tensor
 
 
-class Captions:
-    """Captions of the rows by class.
-
-    Args:
-        rows: with `Text`, `modality` and `finding`; only those of a class are used.
-        classes: (modality id, finding).
-        variants: phrasings of each caption.
-    """
-
-    def __init__(self, rows, classes, phrasings, tokenizer, variants: int, seed: int, device):
-        number = {key: i for i, key in enumerate(classes)}
-        self.ids = phrase(rows, phrasings, tokenizer, variants, seed).to(device)  # [N, variants, L]
-        self.label = torch.tensor([number[class_of(row)] for row in rows], device=device)
-        mine = [(self.label == k).nonzero()[:, 0] for k in range(len(classes))]
-        self.count = torch.tensor([len(rows) for rows in mine], device=device)
-        self.table = torch.nn.utils.rnn.pad_sequence(mine, batch_first=True)  # [K, most]
-        modalities = [modality for modality, _ in classes]
-        names = list(dict.fromkeys(modalities))
-        self.modality = torch.tensor([names.index(m) for m in modalities], device=device)
-        alike = [[_alike(a, b) for b in classes] for a in classes]
-        self.alike = torch.tensor(alike, dtype=torch.float32, device=device)
-
-    def of_rows(self, rows: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-        """Token ids [B, L] of the rows' captions, in some phrasing."""
-        return self.ids[rows, torch.randint(self.ids.shape[1], rows.shape, device=rows.device, generator=g)]
-
-    def of_classes(self, classes: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-        """Token ids [B, L] of some caption of each class."""
-        chance = torch.rand(classes.shape, device=classes.device, generator=g)
-        return self.of_rows(self.table[classes, (chance * self.count[classes]).long()], g)
-
-    def ask(self, shown: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-        """A class to ask for, given the one that is shown: int64 [B], in the rubric's shares."""
-        shares = torch.tensor(list(rubric.CAPTION_SHARES.values()), device=shown.device)
-        how = torch.multinomial(shares, len(shown), replacement=True, generator=g)[:, None]  # [B, 1]
-        every = torch.arange(len(self.modality), device=shown.device)[None]  # [1, K]
-        same = self.modality[shown][:, None] == self.modality[None]
-        own = every == shown[:, None]
-        allowed = torch.where(how == 0, own, torch.where(how == 1, same & ~own, ~same)).float()
-        allowed = torch.where(allowed.sum(1, keepdim=True) > 0, allowed, own.float())
-        return torch.multinomial(allowed, 1, generator=g)[:, 0]
-
-    def grades(self, shows: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-        """Probabilities [B, 3] of the finding's grades 1 to 3, from what is shown [B, K] and asked for [B]."""
-        right = shows.gather(1, asked[:, None])[:, 0]
-        alike = (shows * self.alike[asked]).sum(1)
-        return torch.stack([(1 - right - alike).clamp(min=0), alike, right], 1)
-
-
-def _alike(a: tuple[str, str], b: tuple[str, str]) -> bool:
-    return a != b and a[0] == b[0] and LOOK_ALIKE.get(a, a[1]) == LOOK_ALIKE.get(b, b[1])
-
-
 @torch.no_grad()
-def encode(vae, images: torch.Tensor, bf16: bool, batch_size: int = 64) -> torch.Tensor:
+def encode(vae: AutoencoderKL, images: torch.Tensor, bf16: bool, batch_size: int = 64) -> torch.Tensor:
     """Latents, half [N, C, h, w] on the CPU, of images uint8 [N, 3, H, W]."""
     latents = []
     for part in tqdm(images.split(batch_size), "encoding", mininterval=2):
@@ -134,7 +80,7 @@ def encode(vae, images: torch.Tensor, bf16: bool, batch_size: int = 64) -> torch
 
 
 def versions(
-    rows: list[dict], images: torch.Tensor, count: int, seed: int, device, no_mirror: bool = False
+    rows: list[dict], images: torch.Tensor, count: int, seed: int, device: torch.device, no_mirror: bool = False
 ) -> torch.Tensor:
     """`count` mildly changed versions of images uint8 [N, 3, H, W], the first unchanged: [N * count, 3, H, W]."""
     may_mirror = torch.tensor(mirrored(rows, no_mirror))
@@ -148,7 +94,7 @@ def versions(
     return torch.cat(result)
 
 
-def damaged(images: torch.Tensor, quality: int, seed: int, device) -> torch.Tensor:
+def damaged(images: torch.Tensor, quality: int, seed: int, device: torch.device) -> torch.Tensor:
     """Images uint8 [N, 3, H, W] damaged down to a quality, by the rubric."""
     g, result = step_generator(seed, quality, 1, device), []
     for part in tqdm(images.split(64), f"damaging to quality {quality}", mininterval=2):
@@ -165,19 +111,24 @@ def draw(
     parts, quality, chosen = [], [], []
     for i, sampler in enumerate(rubric.SAMPLERS):
         total = max(1, round(config.drawn_images * sampler.weight / sum(s.weight for s in rubric.SAMPLERS)))
-        mine = [generator.randrange(len(rows)) for _ in range(total)]
+        index = [generator.randrange(len(rows)) for _ in range(total)]
         seeds = [(config.seed * 1000 + i) * 10**6 + j for j in range(total)]
-        asked = [rows[j] for j in mine]
+        asked = [rows[j] for j in index]
         sizes = config.draw_batch_size, config.trajectory_steps
         parts.append(draw_trajectories(pipe, asked, sampler, seeds, *sizes, config.bf16))
         quality += [sampler.quality] * total
-        chosen += mine
+        chosen += index
     drawn = Trajectories.cat(parts)
     shows = restrict(teacher.judge(drawn.images), teacher.classes, classes, [class_of(rows[j])[0] for j in chosen])
     return Drawn(drawn, torch.tensor(quality), shows, torch.tensor(chosen))
 
 
-def restrict(probabilities: torch.Tensor, known, classes, modalities: list[str]) -> torch.Tensor:
+def restrict(
+    probabilities: torch.Tensor,
+    known: list[tuple[str, str]],
+    classes: list[tuple[str, str]],
+    modalities: list[str],
+) -> torch.Tensor:
     """The teacher's probabilities [N, known] over `classes`, within each image's modality: [N, K]."""
     result = torch.zeros(len(probabilities), len(classes))
     for i, key in enumerate(known):
@@ -211,21 +162,22 @@ def build_pool(
     # What people have graded is not called good because it is real.
     known = torch.tensor([row["path"] not in rated for row in rows])
 
-    def pool(latents, quality, shows, readable, kind, modality) -> Pool:
+    def pool(kind: str, latents: torch.Tensor, quality: torch.Tensor, *others: torch.Tensor) -> Pool:
+        shows, readable, modality = others
         return Pool(latents, quality, shows, readable, torch.full_like(quality, KINDS.index(kind)), modality)
 
-    def times(tensor, n):
+    def times(tensor: torch.Tensor, n: int) -> torch.Tensor:
         return tensor.repeat_interleave(n, 0)
 
     n, device = config.latent_variants, vae.device
     whole = encode(vae, versions(rows, images, n, config.seed, device, config.no_mirror), config.bf16)
-    seen = torch.ones(len(whole), dtype=torch.bool)
-    parts = [pool(whole, times(3 * known.long(), n), times(one_hot, n), seen, KINDS[0], times(modality, n))]
+    readable = torch.ones(len(whole), dtype=torch.bool)
+    parts = [pool(KINDS[0], whole, times(3 * known.long(), n), times(one_hot, n), readable, times(modality, n))]
     good = (drawn.quality == 3).nonzero()[:, 0]
     t = drawn.trajectories
     drawn_modality = modality[drawn.row]
     ones = torch.ones(len(good), dtype=torch.bool)
-    parts.append(pool(t.final[good], 3 * ones.long(), drawn.shows[good], ones, KINDS[2], drawn_modality[good]))
+    parts.append(pool(KINDS[2], t.final[good], 3 * ones.long(), drawn.shows[good], ones, drawn_modality[good]))
     for grade in (2, 1):
         for kind, pictures, shows, place in (
             (KINDS[1], images, one_hot, modality),
@@ -234,7 +186,7 @@ def build_pool(
             latents = encode(vae, damaged(pictures, grade, config.seed, device), config.bf16)
             # Through strong damage nobody sees the finding; through mild damage one does.
             readable = torch.full((len(latents),), grade == 2)
-            parts.append(pool(latents, torch.full((len(latents),), grade), shows, readable, kind, place))
+            parts.append(pool(kind, latents, torch.full((len(latents),), grade), shows, readable, place))
     return Pool.cat(parts)
 
 

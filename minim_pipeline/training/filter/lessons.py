@@ -5,8 +5,9 @@ import torch.nn.functional as F
 
 from ... import MinimPipeline
 from ...minim_filter import FilterHead
+from .class_captions import Captions
 from .config import FilterConfig
-from .data import Captions, Drawn, Pool
+from .data import Drawn, Pool
 from .estimates import NoisedEstimates
 from .raters import Raters
 

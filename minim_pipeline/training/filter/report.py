@@ -8,7 +8,7 @@ import torch
 from torchmetrics.functional.classification import binary_auroc
 from transformers import CLIPTokenizer
 
-from ...evaluation.judges import LOOK_ALIKE, class_of
+from ...evaluation.judges import class_of, merged_class
 from ...minim_filter import FilterHead
 from ...minim_filter.estimate import noise_angles
 from ...modalities import resolve_modality
@@ -54,7 +54,7 @@ def finding_report(
     ids = tokenize(tokenizer, texts).to(device)
     own, other = torch.tensor(index), torch.tensor([wrong[i] for i in index])
     names = [class_of(rows[i])[0] for i in index]
-    alike = torch.tensor([_merged(rows[i]) == _merged(rows[wrong[i]]) for i in index])
+    alike = torch.tensor([merged_class(*class_of(rows[i])) == merged_class(*class_of(rows[wrong[i]])) for i in index])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
     alphas_cumprod = estimates.alphas_cumprod
     angles = noise_angles(alphas_cumprod, torch.arange(len(alphas_cumprod), device=device))
@@ -74,19 +74,14 @@ def finding_report(
             ratings.append(torch.cat(rated))
         right = torch.cat([torch.ones(len(own)), torch.zeros(len(own))])
 
-        def among(mine, ratings=ratings, right=right):
-            return auroc(torch.cat([r[mine] for r in ratings]), torch.cat([r[mine] for r in right.chunk(2)]))
+        def among(which: torch.Tensor, ratings: list = ratings, right: torch.Tensor = right) -> float:
+            return auroc(torch.cat([r[which] for r in ratings]), torch.cat([r[which] for r in right.chunk(2)]))
 
         modality = {name: among(torch.tensor([n == name for n in names])) for name in dict.fromkeys(names)}
         every = torch.ones(len(own), dtype=torch.bool)
         report[str(level)] = {"auroc": among(every), "auroc_unlike": among(~alike), "modalities": modality}
         report[str(level)]["n"] = len(own)
     return report
-
-
-def _merged(row: dict) -> tuple[str, str]:
-    key = class_of(row)
-    return key[0], LOOK_ALIKE.get(key, key[1])
 
 
 def folds_by_group(rows: list[dict], count: int, seed: int) -> list[int]:
@@ -112,9 +107,9 @@ def cross_validate(ratings: list[dict], folds: int, seed: int, train: Callable, 
     fold = folds_by_group(ratings, folds, seed)
     guesses = torch.zeros(len(ratings))
     for i in range(folds):
-        mine = [j for j, f in enumerate(fold) if f == i]
+        tested = [j for j, f in enumerate(fold) if f == i]
         head = train([j for j, f in enumerate(fold) if f != i], i)
-        guesses[mine] = rate(head, graded(mine)[0][:, 0])
+        guesses[tested] = rate(head, graded(tested)[0][:, 0])
     return guesses
 
 
@@ -124,9 +119,9 @@ def quality_report(ratings: list[dict], guesses: torch.Tensor) -> dict:
     sources = [row.get("source", "") for row in ratings]
     report = {}
     for name in ("all", *sorted(set(sources))):
-        mine = torch.tensor([name in ("all", source) for source in sources])
-        report[name] = {"n": int(mine.sum()), "3 against 1 and 2": auroc(guesses[mine], grades[mine] == 3)}
-        mine &= grades != 1
-        if len(set(grades[mine].tolist())) == 2:
-            report[name]["3 against 2"] = auroc(guesses[mine], grades[mine] == 3)
+        which = torch.tensor([name in ("all", source) for source in sources])
+        report[name] = {"n": int(which.sum()), "3 against 1 and 2": auroc(guesses[which], grades[which] == 3)}
+        which &= grades != 1
+        if len(set(grades[which].tolist())) == 2:
+            report[name]["3 against 2"] = auroc(guesses[which], grades[which] == 3)
     return report

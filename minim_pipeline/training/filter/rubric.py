@@ -197,9 +197,9 @@ def damage(images: torch.Tensor, quality: int, g: torch.Generator) -> tuple[torc
         strength = low + (high - low) * torch.rand(len(images), device=images.device, generator=g)
         result = result.clone()
         for i, kind in enumerate(DAMAGES):
-            mine = (which == i).nonzero()[:, 0]
-            if len(mine):
-                result[mine] = kind.apply(result[mine], strength[mine], g).clamp(0, 1)
-                for j in mine.tolist():
+            index = (which == i).nonzero()[:, 0]
+            if len(index):
+                result[index] = kind.apply(result[index], strength[index], g).clamp(0, 1)
+                for j in index.tolist():
                     names[j] = " and ".join(filter(None, [names[j], kind.name]))
     return result, names

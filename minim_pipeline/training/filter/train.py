@@ -26,8 +26,9 @@ from ..captions import load_captions
 from ..common import read_splits
 from ..hub import push_parts
 from ..run import Run
+from .class_captions import Captions
 from .config import FilterConfig
-from .data import Captions, encode, load_materials
+from .data import encode, load_materials
 from .grades import learn_all_grades
 from .heads import extend_head, new_head
 from .lessons import Lessons, join_batches

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, fields
 
 import torch
-from tqdm.auto import tqdm
+from torch import nn
 
-from minim_pipeline import MinimPipeline, resolve_modality
-from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
-from minim_pipeline.training.filter.rubric import Sampler
+from ... import MinimPipeline
+from ...evaluation.sampling import batches, bytes_of, decode_latents, draw_batch
+from ...minim_filter.estimate import estimate_clean, noise_angles
+from .rubric import Sampler
 
 
 @dataclass
@@ -46,37 +47,28 @@ def draw_trajectories(
 
     The steps are spread evenly from a random one on; a sampler of fewer steps repeats some.
     """
-    seen = []
+    observed = []
 
-    def note(unet, arguments, answer):
+    def note(unet: nn.Module, arguments: tuple, answer: tuple) -> None:
         noisy, t = arguments[:2]
         angle = noise_angles(pipe.scheduler.alphas_cumprod, t.cpu().reshape(1)).to(noisy.device).expand(len(noisy))
         clean = estimate_clean(noisy, answer[0], angle, pipe.scheduler.config.prediction_type)
         # With guidance the second half is the prompt's.
-        seen.append((noisy[-count:].half(), clean[-count:].half(), angle[-count:].float()))
+        observed.append((noisy[-count:].half(), clean[-count:].half(), angle[-count:].float()))
 
-    generator = torch.Generator().manual_seed(seeds[0] if seeds else 0)
+    generator, parts = torch.Generator().manual_seed(seeds[0] if seeds else 0), []
     hook = pipe.unet.register_forward_hook(note)
-    parts = []
     try:
-        for start in tqdm(range(0, len(rows), batch_size), f"{sampler.num_inference_steps} steps", mininterval=2):
-            mine = rows[start : start + batch_size]
-            count = len(mine)
-            seen.clear()
-            with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
-                final = pipe(
-                    [row["Text"] for row in mine],
-                    modality=[row["modality"] for row in mine],
-                    seeds=seeds[start : start + batch_size],
-                    num_inference_steps=sampler.num_inference_steps,
-                    guidance_scale=sampler.guidance_scale,
-                    output_type="latent",
-                ).images
-                images = pipe.decode_latents(final, [resolve_modality(row["modality"]) for row in mine])
-            images = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-            noisy, clean, angle = (torch.stack(steps, 1) for steps in zip(*seen, strict=True))  # [n, steps, ...]
+        for batch in batches(len(rows), batch_size, f"{sampler.num_inference_steps} steps"):
+            texts, modalities = ([row[column] for row in rows[batch]] for column in ("Text", "modality"))
+            count = len(texts)
+            observed.clear()
+            settings = {name: getattr(sampler, name) for name in ("num_inference_steps", "guidance_scale")}
+            final = draw_batch(pipe, texts, modalities, seeds[batch], bf16, **settings)
+            images = bytes_of(decode_latents(pipe, final, modalities, bf16))
+            noisy, clean, angle = (torch.stack(steps, 1) for steps in zip(*observed, strict=True))  # [n, steps, ...]
             first = torch.rand(count, 1, generator=generator)
-            steps = ((torch.arange(keep)[None] + first) / keep * len(seen)).long()  # [n, K]
+            steps = ((torch.arange(keep)[None] + first) / keep * len(observed)).long()  # [n, K]
             where = torch.arange(count)[:, None].to(noisy.device), steps.to(noisy.device)
             parts.append(
                 Trajectories(noisy[where].cpu(), clean[where].cpu(), angle[where].cpu(), final.half().cpu(), images)

@@ -1,6 +1,6 @@
 """Writes pipeline_card.md, the card of the embedded model: a template whose figures all come from its reports.
 
-python train/make_card.py
+python research/make_card.py
 """
 
 import argparse

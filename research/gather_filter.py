@@ -1,39 +1,45 @@
 """Puts together the filter's report, of which the card's figures are, from what its three scripts wrote.
 
-    python train/gather_filter.py --training runs/filter/report.json --calibration runs/calibrated/report.json \
+    python research/gather_filter.py --training runs/filter/report.json --calibration runs/calibrated/report.json \
         --comparisons runs/first runs/second --output docs/filter/report.json
 
 `runs/first` and `runs/second` are output folders of evaluate_filter.py, of one model and on seeds that nothing was
 settled on. What the report at --output says of other comparisons, those that rules were settled on, is kept.
 """
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from evaluate_filter import compare
 
+from minim_pipeline.evaluation.filtering import compare_wrong
 from minim_pipeline.files import write_json
+from minim_pipeline.training.config import Options, option, parse
 
 
 SETTLED = "comparisons that rules were settled on"
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--training", required=True, help="report.json of train_filter.py.")
-    parser.add_argument("--calibration", required=True, help="report.json of calibrate_filter.py.")
-    parser.add_argument("--comparisons", required=True, nargs=2, help="Output folders of evaluate_filter.py.")
-    parser.add_argument("--output", required=True, help="The report, JSON.")
-    args = parser.parse_args(argv)
-    files = [args.training, args.calibration]
-    files += [Path(folder) / name for folder in args.comparisons for name in ("report.json", "candidates.npz")]
-    missing = [str(file) for file in files if not Path(file).is_file()]
-    if missing:
-        raise ValueError(f"There is no {', no '.join(missing)}.")
-    return args
+@dataclass(kw_only=True)
+class GatherConfig(Options):
+    """What the filter's report is put together from."""
+
+    training: str = option(help="report.json of train_filter.py.")
+    calibration: str = option(help="report.json of calibrate_filter.py.")
+    comparisons: list[str] = option(help="Two output folders of evaluate_filter.py.")
+    output: str = option(help="The report, JSON.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.comparisons) != 2:
+            raise ValueError(f"--comparisons has to be two folders, got {self.comparisons}.")
+        files = [Path(self.training), Path(self.calibration)]
+        files += [Path(folder) / name for folder in self.comparisons for name in ("report.json", "candidates.npz")]
+        missing = [str(file) for file in files if not file.is_file()]
+        if missing:
+            raise ValueError(f"There is no {', no '.join(missing)}.")
 
 
 def read(path: str | Path) -> dict:
@@ -76,28 +82,28 @@ def pooled(folders: list[str]) -> dict:
         on.append(wrong.gather(1, chosen[:, None])[:, 0])
         each.append(wrong.double().mean(1))
     off, on, each = (torch.cat(parts) for parts in (off, on, each))
-    figures = compare(off, on) | {"wrong without": round(off.double().mean().item(), 4), "n": len(off)}
+    figures = compare_wrong(off, on) | {"wrong without": round(off.double().mean().item(), 4), "n": len(off)}
     mean = each.mean().item()
     return figures | {"against the mean candidate": round(1 - on.double().mean().item() / mean, 4) if mean else None}
 
 
-def main(argv=None) -> dict:
-    args = parse_args(argv)
-    output = Path(args.output)
+def main(argv: list[str] | None = None) -> dict:
+    config = parse(GatherConfig, argv, __doc__)
+    output = Path(config.output)
     before = read(output) if output.is_file() else {}
-    comparisons = read_comparisons(args.comparisons)
+    comparisons = read_comparisons(config.comparisons)
     seeds = [comparison["seed"] for comparison in comparisons]
     known = [c["seed"] for c in before.get(SETTLED, [])]
     if len(set(seeds)) < len(seeds) or set(seeds) & set(known):
         raise ValueError(f"The comparisons need seeds of their own, not {seeds}; rules were settled on {known}.")
     people = [comparison.pop("people", None) for comparison in comparisons]  # the same for all seeds
     report = {
-        "training": without_paths(read(args.training)),
-        "calibration": without_paths(read(args.calibration)),
+        "training": without_paths(read(config.training)),
+        "calibration": without_paths(read(config.calibration)),
         "comparisons": comparisons,
         "people": people[0],
         SETTLED: before.get(SETTLED, []),
-        "fresh comparisons, pooled": pooled(args.comparisons),
+        "fresh comparisons, pooled": pooled(config.comparisons),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, report)

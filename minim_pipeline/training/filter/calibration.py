@@ -1,0 +1,239 @@
+"""Sets what a trained filter head decides by: thresholds, when to drop candidates, and fingerprints against copies.
+
+Thresholds are found on images that the pipeline draws for captions of part C, which neither the head nor the judges
+learned from: for each modality those at which an asked-for share is accepted (--acceptance), or at which an asked-for
+share of the accepted ones shows what it should, as read by classifiers (--precision, --teacher). The finding has a
+floor of its own. When candidates are dropped follows from how well scores at every noise level foretell the final
+one, within the cost allowed (--most_cost). Fingerprints are made of all images of the train split.
+"""
+
+import itertools
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import torch
+from accelerate import Accelerator
+
+from ... import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline, resolve_modality
+from ...data.image_loading import load_images
+from ...data.sources import read_csv
+from ...data.splits import assign_splits
+from ...disk import save_model
+from ...evaluation.judges import claimed_classes, class_of, finds_asked, load_judges
+from ...files import write_json
+from ...locking import locked
+from ..common import know_modalities
+from ..config import Count, CsvOptions, HubOptions, Precision, Range, Share, Whole, option
+from ..hub import check_hub, push_parts
+from ..rows import image_paths, tell_repeats
+from .candidates import draw_candidates
+from .copies import fingerprints, fit_code, plant, pooled_features, veto_report
+from .curves import acceptance_curves, noise_curves
+from .data import versions
+from .raters import learned_from
+from .stages import choose_stages, foretelling
+from .thresholds import saved_thresholds, threshold
+
+
+@dataclass(kw_only=True)
+class CalibrationConfig(CsvOptions, HubOptions):
+    """Options of a filter head's calibration."""
+
+    filter_head: str = option(help="A trained head, as train_filter.py writes it.")
+    pretrained_model_name_or_path: str = option(str(EMBEDDED_CHECKPOINT), "The pipeline.")
+    part: str = option("C", "Whose captions are drawn; 'all' takes every row.")
+    ratings: str | None = option(None, "The CSV that the head learned from: tells who has enough ratings.")
+    ratings_part: str = option("A", "The part of them that it learned from, or 'all'.")
+    min_train: Count = option(20, "Findings with fewer train images are not drawn.")
+    min_val: Whole = option(8, "Likewise with val images.")
+    prompts_per_modality: Count = 100
+    candidates: Count = option(4, "Drawn for each prompt.")
+    acceptance: Share = option(0.7, "Share of generated images to accept, or more.")
+    precision: Share | None = option(None, "Instead: share of accepted ones that is to be right.")
+    teacher: str | None = option(None, "Classifiers that read what the images show, for --precision.")
+    finding_floor: Annotated[float, Range(1, 3)] = option(2.0, "Least rating of the finding, 1 to 3.")
+    most_cost: Annotated[float, Range(1, 99)] = option(
+        1.95, "Of a returned image, in plain images by samples of the U-Net; in seconds it is some 3 % more."
+    )
+    copy_false_alarms: Share = option(
+        0.05, "Share of val images that may pass for copies: some of them are, as data sets repeat patients."
+    )
+    code_bits: Count = option(224, "Of a fingerprint, a multiple of 8.")
+    code_versions: Count = option(6, "Of each image, for the code to learn from.")
+    batch_size: Count = 64
+    mixed_precision: Precision = "no"
+    seed: Whole = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.candidates < 2:
+            raise ValueError(f"--candidates has to be at least 2, to choose from, got {self.candidates}.")
+        if self.precision is not None and self.teacher is None:
+            raise ValueError("--precision needs --teacher: classifiers that read what the images show.")
+        if self.code_bits % 8:
+            raise ValueError(f"--code_bits has to be a positive multiple of 8, got {self.code_bits}.")
+
+    @property
+    def bf16(self) -> bool:
+        return self.mixed_precision == "bf16"
+
+
+def plan_prompts(rows: list[dict], count: int, candidates: int, seed: int) -> list[dict]:
+    """`count` rows of each modality, findings in turn, each as often as it has candidates; with a `seed` each."""
+    planned = []
+    for modality in dict.fromkeys(class_of(row)[0] for row in rows):
+        own = [row for row in rows if class_of(row)[0] == modality]
+        findings = list(dict.fromkeys(row["finding"] for row in own))
+        queues = {f: itertools.cycle([row for row in own if row["finding"] == f]) for f in findings}
+        planned += [next(queues[findings[i % len(findings)]]) for i in range(count)]
+    first = (seed + 1) * 10**9
+    return [row | {"seed": first + i * candidates + j} for i, row in enumerate(planned) for j in range(candidates)]
+
+
+class Calibration:
+    """Rows, networks and drawn candidates of a calibration; its steps, and what it writes."""
+
+    def __init__(self, config: CalibrationConfig):
+        self.config, device = config, Accelerator().device
+        self.read_rows()
+        self.head = FilterHead.from_pretrained(config.filter_head).eval()
+        model = config.pretrained_model_name_or_path
+        self.pipe = MinimPipeline.from_pretrained(model, filter_head=self.head).to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.teacher = load_judges(config.teacher, device) if config.teacher else None
+        self.people: Counter[str] = Counter()
+        if config.ratings:
+            ratings = read_csv(config.ratings, check_images=False)
+            learned = [row for row in ratings if learned_from(row, config.ratings_part)]
+            self.people.update(resolve_modality(row["modality"]).id for row in learned)
+
+    def read_rows(self) -> None:
+        """Rows of the train and val splits, and those whose captions are drawn.
+
+        Findings of too few images, which the generator cannot draw, would use up what may be rejected.
+        """
+        config, source = self.config, self.config.train_data
+        know_modalities(config)
+        require = ("path", "Text", "modality", "finding")
+        every = assign_splits(read_csv(source, require=require, **config.csv_options), source)
+        self.train_rows, self.val_rows = (
+            [row for row in every if row["split"] == split] for split in ("train", "val")
+        )
+        tell_repeats(source, image_paths(self.train_rows, source), image_paths(self.val_rows, source))
+        rows = [row for row in self.train_rows if config.part in ("all", row.get("part"))]
+        if not rows:
+            raise ValueError(f"{source} has no train rows of part {config.part!r}.")
+        least = config.min_train, config.min_val if self.val_rows else 0
+        claimed = claimed_classes(self.train_rows, self.val_rows, *least)
+        self.rows = [row for row in rows if class_of(row) in claimed]
+        if not self.rows:
+            raise ValueError(
+                f"No finding of part {config.part!r} has {config.min_train} train and {config.min_val} val images in"
+                f" {source}: lower --min_train or --min_val."
+            )
+
+    def draw(self) -> None:
+        """Draws the candidates, and has the classifiers read them."""
+        config = self.config
+        planned = plan_prompts(self.rows, config.prompts_per_modality, config.candidates, config.seed)
+        self.modalities = [class_of(row)[0] for row in planned]
+        texts, seeds = [row["Text"] for row in planned], [row["seed"] for row in planned]
+        self.drawn = draw_candidates(self.pipe, texts, self.modalities, seeds, config.batch_size, config.bf16)
+        self.right = self.known = None
+        if self.teacher is not None:
+            probabilities, findings = self.teacher.judge(self.drawn.images), [row["finding"] for row in planned]
+            found = finds_asked(probabilities, self.teacher.classes, self.modalities, findings)
+            self.right = torch.from_numpy(found)
+            self.known = torch.tensor([class_of(row) in self.teacher.classes for row in planned])
+
+    def choose_thresholds(self) -> tuple[dict[str, float], dict[str, dict]]:
+        """The least score of each modality, and what it accepts of the drawn images."""
+        config, right, known = self.config, self.right, self.known
+        score, finding = self.drawn.score[:, -1], self.drawn.finding[:, -1]
+        thresholds, figures = {}, {}
+        for name in dict.fromkeys(self.modalities):
+            own = torch.tensor([m == name for m in self.modalities])
+            if config.precision is not None:
+                own &= known
+            limits = config.finding_floor, config.acceptance
+            right_of_own = right[own] if right is not None else None
+            least = threshold(score[own], finding[own], *limits, right_of_own, config.precision)
+            if config.precision is None:
+                # What is as good as it counts is not rejected because others are still better.
+                least = min(least, self.head.config.enough[1])
+            passed = (score >= least) & (finding >= config.finding_floor)
+            thresholds[name] = least
+            figures[name] = {"n": int(own.sum()), "accepted": round(passed[own].double().mean().item(), 4)}
+            if right is not None:
+                own &= known
+                figures[name] |= {"right": round(right[own].double().mean().item(), 4)}
+                figures[name] |= {"right of accepted": round(right[own & passed].double().mean().item(), 4)}
+        return thresholds, figures
+
+    def learn_copies(self) -> tuple[dict[str, int], dict]:
+        """Gives the head the fingerprints of the train images; limits of copies by modality, and what they miss."""
+        config, head, pipe, rows = self.config, self.head, self.pipe, self.train_rows
+        resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        images = load_images(rows, config.train_data, resolution, reading=config.reading)
+        several = versions(rows, images, config.code_versions, config.seed, head.device, config.no_mirror)
+        features = pooled_features(head, pipe, several, config.bf16).unflatten(0, (len(rows), -1))
+        # Part A is what the head has learned from; of the others copies are planted.
+        unseen = [i for i, row in enumerate(rows) if row.get("part") != "A"]
+        learned = [i for i, row in enumerate(rows) if row.get("part") == "A"] or unseen
+        code = fit_code(features[learned], config.code_bits)
+        known = fingerprints(code, features[:, 0])
+        head.set_fingerprints(code, known)
+        if not (self.val_rows and unseen):
+            return {}, {}
+        val_images = load_images(self.val_rows, config.train_data, resolution, reading=config.reading)
+        some = unseen[:: max(1, len(unseen) // 500)]
+        return veto_report(
+            code,
+            known,
+            pooled_features(head, pipe, val_images, config.bf16),
+            [class_of(row)[0] for row in self.val_rows],
+            {name: pooled_features(head, pipe, x, config.bf16) for name, x in plant(images[some]).items()},
+            [class_of(rows[i])[0] for i in some],
+            config.copy_false_alarms,
+        )
+
+    def run(self) -> dict:
+        """Draws, chooses, and writes head, pictures and report, which it returns."""
+        config, output = self.config, self.config.output
+        self.draw()
+        thresholds, figures = self.choose_thresholds()
+        stages, plans = choose_stages(self.drawn, config.candidates, config.most_cost, self.head)
+        table = foretelling(self.drawn, self.right, self.known)
+        limits, copies = self.learn_copies()
+        calibration = {
+            name: saved_thresholds(least, config.finding_floor, limits.get(name, -1), self.people[name])
+            for name, least in thresholds.items()
+        }
+        self.head.register_to_config(calibration=calibration, stages=stages)
+        last = self.drawn.score[:, -1], self.drawn.finding[:, -1]
+        acceptance_curves(*last, self.modalities, calibration, output / "acceptance.png")
+        noise_curves(table, stages, output / "noise.png")
+        save_model(self.head.half(), output / "filter_head")
+        report = {"calibration": calibration, "generated": figures, "copies": copies, "stages": stages}
+        print(json.dumps(report | {"noise": table}, indent=2))
+        report = {"arguments": asdict(config)} | report | {"plans": plans, "noise": table}
+        write_json(output / "report.json", report)
+        return report
+
+
+def calibrate(config: CalibrationConfig) -> dict:
+    """Calibrates a head; writes `filter_head/`, `report.json`, `acceptance.png` and `noise.png` to `--output_dir`.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: there is nothing to draw; no threshold or plan is as asked for; or another run has the folder.
+    """
+    check_hub(config)
+    with locked(config.output):
+        report = Calibration(config).run()
+        push_parts(config, "calibrate_filter", config.output / "filter_head")
+    return report

@@ -1,0 +1,178 @@
+"""The texts that the text encoder learns from, as users type them, and the tokenizer that is made of them."""
+
+import json
+import random
+import string
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTokenizer
+
+from ...data.sources import read_csv
+from ...modalities import MODALITIES, resolve_modality
+from ..captions import never_trained_on, normalize, vary_caption
+from .corpus import SYNONYMS, abbreviate, decorate, expand, generate
+
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+IGNORE = -100
+SIDES = {"left": 1, "os": 1, "lul": 1, "lll": 1, "right": 2, "od": 2, "rul": 2, "rml": 2, "rll": 2}
+# What of a modality has a left and a right one.
+PAIRED = {
+    "oct": "eye",
+    "fundus": "eye",
+    "cxr": "lung",
+    "chest_ct": "lung",
+    "brain_mri": "hemisphere",
+    "breast_us": "breast",
+    "breast_mri": "breast",
+}
+NEGATIONS = set(
+    "no not non without absent absence negative none nothing neither nor against free normal excluded excludes out "
+    "never lack lacks lacking".split()
+)
+
+
+def read_rows(path: Path, split: str, modality: str | None = None) -> list[tuple[str, str, str]]:
+    """Distinct (text, modality id, finding) of a CSV in MINIM's format; `modality` as of `read_csv`."""
+    rows = read_csv(path, require=("Text", "modality"), check_images=False, modality=modality)
+    rows = [row for row in rows if row.get("split", split) == split]
+    return sorted({(r["Text"], resolve_modality(r["modality"]).id, r.get("finding", "")) for r in rows})
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
+    """A CLIP tokenizer (byte-level BPE, lower case) of `texts`; it can spell any word.
+
+    The modality tokens come last, as special tokens.
+    """
+    reference = CLIPTokenizer()  # for CLIP's own normalizer and pre-tokenizer
+    bpe = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    bpe.normalizer = reference.backend_tokenizer.normalizer
+    bpe.pre_tokenizer = reference.backend_tokenizer.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # Every character also as a word's last one: the trainer adds only those that it saw there, the rest would be unk.
+    units = alphabet + [c + "</w>" for c in alphabet]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(alphabet) - 2,
+        min_frequency=2,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    tokens = dict.fromkeys([*units, *("".join(m) for m in merges), BOS, EOS])
+    tokenizer = CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=max_length
+    )
+    tokenizer.add_tokens(
+        [AddedToken(m.token, special=True, normalized=False) for m in MODALITIES.values()], special_tokens=True
+    )
+    return tokenizer
+
+
+def corrupt(text: str, rng: random.Random) -> str:
+    """`text` as somebody in a hurry types it: a word may be missing or misspelt, but never one that denies."""
+    words = text.split()
+    free = [i for i, word in enumerate(words) if not NEGATIONS & set(normalize(word).split())]
+    if len(words) > 3 and free and rng.random() < 0.15:
+        words[rng.choice(free)] = ""
+    long = [i for i in free if len(words[i]) > 5]
+    if long and rng.random() < 0.15:
+        i = rng.choice(long)
+        word = words[i]
+        j = rng.randrange(1, len(word) - 2)
+        missing = word[:j] + word[j + 1 :]
+        swapped = word[:j] + word[j + 1] + word[j] + word[j + 2 :]
+        wrong = word[:j] + rng.choice(string.ascii_lowercase) + word[j + 1 :]
+        words[i] = rng.choice((missing, swapped, wrong))
+    return " ".join(filter(None, words))
+
+
+def side_of(text: str) -> int:
+    """0 neither or both, 1 left, 2 right."""
+    sides = {SIDES[word] for word in normalize(text).split() if word in SIDES}
+    return sides.pop() if len(sides) == 1 else 0
+
+
+class Texts:
+    """Draws what the student reads, with its labels.
+
+    A sample is a dict: `text` with its modality token, `target` the index of the teacher's embedding (or IGNORE),
+    `modality`, `finding` (index among all, or IGNORE), `negated` (or IGNORE), `side`.
+    """
+
+    def __init__(self, captions: dict, rows: list[tuple[str, str, str]], corpus_size: int, rng: random.Random):
+        self.captions, self.rows, self.rng = captions, rows, rng
+        self.modalities = list(MODALITIES)
+        self.findings = [(m, f) for m, findings in captions.items() for f in findings]
+        new = {normalize(p) for m, f in self.findings for p in never_trained_on(captions[m][f])}
+        self.new = new
+        self.phrasings = [(p, m, f) for m, f in self.findings for p in captions[m][f]["train"]]
+        by_finding: dict[tuple[str, str], list[str]] = {}
+        for text, modality, finding in rows:
+            by_finding.setdefault((modality, finding), []).append(text)
+        self.rows_of = list(by_finding.items())
+        self.corpus = [s for s in generate(corpus_size, rng) if normalize(s[0]) not in new]
+        # What the teacher embeds, clean and spelt out: abbreviations and lay words on their own, phrasings, corpus.
+        self.terms = [term for term in SYNONYMS if normalize(term) not in new]
+        sources = [*self.terms, *(p for p, _, _ in self.phrasings), *(text for text, _, _ in self.corpus)]
+        self.targets = list(dict.fromkeys(map(expand, sources)))
+        self.target_index = {text: i for i, text in enumerate(self.targets)}
+        # No phrasing that measures what the model understands is learned from.
+        leaked = [t for t in [*sources, *(text for text, _, _ in rows)] if normalize(t) in new]
+        if leaked:
+            raise ValueError(f"Phrasings kept for measuring are among the texts to train on: {leaked}.")
+
+    def all(self) -> list[str]:
+        """Every clean text: what the tokenizer is trained on."""
+        captions = [p for p, _, _ in self.phrasings] + [text for text, _, _ in self.rows]
+        words = [m.words for m in MODALITIES.values()] + [a for m in MODALITIES.values() for a in m.aliases]
+        # Captions count more than templates: their words should be whole tokens.
+        return captions * 10 + words * 10 + self.terms * 3 + [text for text, _, _ in self.corpus] + self.targets
+
+    def draw(self) -> dict:
+        rng = self.rng
+        target = negated = finding_index = IGNORE
+        kind = rng.random()
+        if kind < 0.4:
+            text, modality, negated = rng.choice(self.corpus)
+            target = self.target_index[expand(text)]
+            text = abbreviate(text, rng) if rng.random() < 0.3 else text
+        elif kind < 0.45:
+            text = rng.choice(self.terms)
+            modality = rng.choice(self.modalities)
+            target = self.target_index[expand(text)]
+        elif kind < 0.8 or not self.rows:
+            modality, finding = rng.choice(self.findings)
+            text = rng.choice(self.captions[modality][finding]["train"])
+            target = self.target_index[expand(text)]
+            finding_index = self.findings.index((modality, finding))
+            text = decorate(text, rng)
+            if rng.random() < 0.2:
+                text = f"{text.removesuffix('.')}, {rng.choice(('left', 'right'))} {PAIRED.get(modality, 'side')}"
+        else:
+            # By finding first: a few name age and side in hundreds of captions, others have only three.
+            (modality, finding), texts = rng.choice(self.rows_of)
+            text = vary_caption(rng.choice(texts), modality, finding, rng, self.captions)
+            if (modality, finding) in self.findings:
+                finding_index = self.findings.index((modality, finding))
+        clean, text = text, corrupt(text, rng)
+        if normalize(text) in self.new:
+            text = clean
+        if normalize(text) in self.new:
+            return self.draw()
+        sample = {"target": target, "finding": finding_index, "negated": negated, "side": side_of(text)}
+        if finding_index == IGNORE and rng.random() < 0.3:
+            # A sentence means the same whatever its modality, and without any.
+            modality = rng.choice([*self.modalities, None])
+        if modality is None:
+            return sample | {"text": text, "modality": IGNORE}
+        return sample | {"text": f"{MODALITIES[modality].token} {text}", "modality": self.modalities.index(modality)}
+
+    def batches(self, batch_size: int, batches: int = 8) -> list[list[dict]]:
+        """`batches` batches of texts of like length: shorter padding."""
+        samples = sorted((self.draw() for _ in range(batch_size * batches)), key=lambda s: len(s["text"]))
+        chunks = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
+        self.rng.shuffle(chunks)
+        return chunks
