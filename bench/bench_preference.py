@@ -10,20 +10,20 @@ Everything is timed in one run, after one turn that is not. SD's way: 25 steps o
 import argparse
 import copy
 import json
-import sys
 import time
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
-import train_preference  # noqa: E402
+from minim_pipeline.training.denoising import noise_scheduler
+from minim_pipeline.training.pipeline import add_lora
+from minim_pipeline.training.preference.config import PreferenceConfig
+from minim_pipeline.training.preference.prompts import encode_prompts
+from minim_pipeline.training.preference.sampling import sample, score
+from minim_pipeline.training.preference.update import Objective, update
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -77,21 +77,25 @@ def main(argv=None) -> dict:
     if args.num_inference_steps:
         pipe.register_to_config(num_inference_steps=args.num_inference_steps)
     rank = args.lora_rank if args.lora_rank is not None else 16 * args.sd
-    run = train_preference.parse_args(["--prompts", "-", "--output_dir", "-"])
-    run.mixed_precision = "bf16" if device.type == "cuda" else "no"
-    run.images_per_prompt, run.prompts_per_step = min(8, args.images), max(1, args.images // 8)
-    run.sampling_batch_size = run.train_batch_size = args.batch_size
-    run.timesteps_per_image = args.timesteps_per_image
-    prompts = [{"modality": "cxr", "Text": f"pneumonia {i}"} for i in range(run.prompts_per_step)]
+    config = PreferenceConfig(
+        prompts="-",
+        output_dir="-",
+        mixed_precision="bf16" if device.type == "cuda" else "no",
+        images_per_prompt=min(8, args.images),
+        prompts_per_step=max(1, args.images // 8),
+        train_batch_size=args.batch_size,
+        sampling_batch_size=args.batch_size,
+        timesteps_per_image=args.timesteps_per_image,
+    )
+    prompts = [{"modality": "cxr", "Text": f"pneumonia {i}"} for i in range(config.prompts_per_step)]
     trained, reference = pipe.unet.requires_grad_(not rank), copy.deepcopy(pipe.unet).requires_grad_(False)
     if rank:
-        train_preference.add_lora(trained, rank)
+        add_lora(trained, rank)
     weights = [p for p in trained.parameters() if p.requires_grad]
     unet, optimizer = accelerator.prepare(trained, torch.optim.AdamW(weights, lr=1e-6))
-    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
-    objective = train_preference.Objective(pipe.filter_head.requires_grad_(False), reference, scheduler, run)
-    texts = train_preference.encode_prompts(pipe, prompts)
+    scheduler = noise_scheduler(pipe.scheduler.config, device)
+    objective = Objective(pipe.filter_head.requires_grad_(False), reference, scheduler, config)
+    texts = encode_prompts(pipe, prompts)
 
     def clock() -> float:
         if device.type == "cuda":
@@ -102,11 +106,11 @@ def main(argv=None) -> dict:
     for turn in range(args.turns + 1):
         begun = clock()
         g = torch.Generator(device).manual_seed(turn)
-        drawn = train_preference.sample(pipe, prompts, run, g)
+        drawn = sample(pipe, prompts, config, g)
         after_drawing = clock()
-        train_preference.score(pipe, drawn, prompts)
+        score(pipe, drawn, prompts)
         after_rating = clock()
-        train_preference.update(unet, objective, accelerator, optimizer, drawn, texts, turn)
+        update(unet, objective, accelerator, optimizer, drawn, texts, turn)
         ended = clock()
         if turn:
             seconds["draw"] += after_drawing - begun

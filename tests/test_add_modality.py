@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from minim_pipeline import FilterHead, MinimPipeline, modalities, resolve_modality
 from minim_pipeline.evaluation.classifier import make_resnet
 from minim_pipeline.evaluation.judges import Judges
+from minim_pipeline.training.config import parse
 from minim_pipeline.training.filter.heads import extend_head
+from minim_pipeline.training.text_to_image import TextToImageConfig
 
 
 torch.set_num_threads(1)
@@ -294,6 +296,7 @@ def test_what_is_wrong_is_told_in_a_line_before_any_work(base, data, tmp_path, t
 )
 def test_bad_replay_is_told_before_any_work(more, message):
     with pytest.raises(ValueError, match=message):
-        train_text_to_image.parse_args(
-            ["--pretrained_model_name_or_path", "x", "--train_data", "x.csv", "--output_dir", "none", *more]
+        parse(
+            TextToImageConfig,
+            ["--pretrained_model_name_or_path", "x", "--train_data", "x.csv", "--output_dir", "none", *more],
         )

@@ -4,10 +4,10 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-import train_preference
 import train_text_to_image
 from conftest import write_csv
 from PIL import Image
@@ -18,6 +18,9 @@ from minim_pipeline.cli import main
 from minim_pipeline.licenses import license_of
 from minim_pipeline.publishing.card import license_note, read_card, write_card
 from minim_pipeline.publishing.upload import staged
+from minim_pipeline.training.preference.config import PreferenceConfig
+from minim_pipeline.training.preference.replay import Replay
+from minim_pipeline.training.text_to_image import TextToImageConfig
 
 
 CARD = (
@@ -106,20 +109,26 @@ def test_a_filter_that_does_not_fit_any_more_is_left_out_and_told(base, tmp_path
 
 
 def test_images_that_generate_wrote_are_replayed_by_preference_training_too(base, drawn, tmp_path, monkeypatch):
-    from minim_pipeline.training.preference.replay import Replay
-
     seen = []
     monkeypatch.setattr(
         "minim_pipeline.training.preference.replay.Latents.encode",
-        lambda args, accelerator, vae, rows, *more: seen.extend(rows),
+        lambda run, vae, data, rows, *more: seen.extend(rows),
     )
-    args = train_preference.parse_args(
-        ["--pretrained_model_name_or_path", str(base), "--prompts", "p.csv", "--replay", str(drawn)]
-        + ["--output_dir", str(tmp_path)]
+    config = PreferenceConfig(
+        pretrained_model_name_or_path=str(base), prompts="p.csv", replay=str(drawn), output_dir=str(tmp_path)
     )
-    accelerator = type("Accelerator", (), {"device": "cpu"})
-    Replay(args, accelerator, MinimPipeline.from_pretrained(base))
+    Replay(config, SimpleNamespace(device="cpu"), MinimPipeline.from_pretrained(base))
     assert len(seen) == 6, "all of them: nothing is validated on"
+
+
+def test_where_train_data_lies_says_nothing_of_the_replay(base):
+    elsewhere = {"modality": "CXR", "image_root": "images", "fit": "crop"}
+    config = TextToImageConfig(
+        pretrained_model_name_or_path=str(base), train_data="new.csv", replay="old.csv", output_dir="x", **elsewhere
+    )
+    data = config.replay_data
+    assert data.train_data == "old.csv" and data.reading == config.reading_elsewhere() and data.reading.fit == "crop"
+    assert data.csv_options == {"modality": None, "image_root": None} != config.csv_options
 
 
 def test_the_embedded_weights_take_their_license_along():

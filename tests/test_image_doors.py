@@ -1,6 +1,5 @@
 """By whichever door an image comes, the same is seen: `minim score`, `pipe.score`, the rating page, training."""
 
-import argparse
 import importlib
 import io
 import logging
@@ -8,7 +7,6 @@ import logging
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import write_csv
 from PIL import Image, ImageOps
 from rating_images import read_folder
@@ -17,7 +15,9 @@ from minim_pipeline.cli import main
 from minim_pipeline.data.image_loading import load_images
 from minim_pipeline.data.image_reader import Reading
 from minim_pipeline.data.sources import read_csv
+from minim_pipeline.training.config import DataOptions, RunOptions
 from minim_pipeline.training.latents import Latents
+from minim_pipeline.training.run import Run
 
 
 SIDE = 64
@@ -123,12 +123,12 @@ def test_latents_are_not_those_of_images_that_have_changed(tmp_path, make_pipeli
     """As the issue has it: a run killed after encoding, all images inverted in place, the same command."""
     Image.fromarray(xray()[:, :SIDE]).save(tmp_path / "a.png")
     csv = write_csv(tmp_path / "data.csv", [{"path": "a.png", "Text": "normal", "modality": "CXR"}])
-    args = argparse.Namespace(output_dir=tmp_path / "run", train_data=str(csv), resolution=SIDE, seed=0)
-    args.mixed_precision, args.fit, args.window, args.no_mirror = "no", "stretch", None, False
-    vae, rows, accelerator = make_pipeline().vae, read_csv(csv), Accelerator(cpu=True)
+    data = DataOptions(train_data=str(csv), resolution=SIDE)
+    run = Run(RunOptions(output_dir=str(tmp_path / "run")), "encoding")
+    vae, rows = make_pipeline().vae, read_csv(csv)
 
     def encode() -> torch.Tensor:
-        return Latents.encode(args, accelerator, vae, rows, "train", 1).mean
+        return Latents.encode(run, vae, data, rows, "train", 1).mean
 
     first, file = encode(), tmp_path / "run" / "latents-train-0-of-1.safetensors"
     written = file.stat().st_mtime_ns
@@ -138,7 +138,7 @@ def test_latents_are_not_those_of_images_that_have_changed(tmp_path, make_pipeli
     capsys.readouterr()
     changed = encode()
     assert not changed.equal(first) and "encoded anew" in capsys.readouterr().out
-    args.fit = "pad"
+    data.fit = "pad"
     file.touch()
     written = file.stat().st_mtime_ns
     encode()

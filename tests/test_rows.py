@@ -1,7 +1,6 @@
 """What trainers say of a data set before they train on it."""
 
 import csv
-from argparse import Namespace
 
 import pytest
 import torch
@@ -10,7 +9,9 @@ from PIL import Image
 from minim_pipeline.evaluation.command import check_overlap
 from minim_pipeline.training.captions import phrase
 from minim_pipeline.training.common import read_splits
+from minim_pipeline.training.config import DataOptions, RunOptions
 from minim_pipeline.training.rows import mirrored, tell_cut, tell_mirrored
+from minim_pipeline.training.run import Run
 
 
 def noise(path, seed):
@@ -25,18 +26,12 @@ def data(folder, rows, header=("path", "Text", "modality", "split")):
     return folder / "data.csv"
 
 
-def arguments(path, **changes):
-    given = {"split": "train", "val_split": "val", "skip_bad_rows": False, "max_train_samples": None}
-    given |= {"modality": None, "modalities_from": None, "image_root": None, "no_mirror": False}
-    return Namespace(**given | {"train_data": path, "fit": "stretch", "window": None} | changes)
-
-
 def test_an_image_that_is_there_twice_is_told_by_its_names(tmp_path, capsys):
     for name, seed in (("a", 0), ("b", 1), ("copy of a", 0), ("c", 2), ("d", 3)):
         noise(tmp_path / f"{name}.png", seed)
     names = {"train": ("a", "b", "copy of a", "b"), "val": ("a", "c", "d")}
     rows = [[f"{name}.png", "Drusen", "OCT", split] for split, mine in names.items() for name in mine]
-    read_splits(arguments(data(tmp_path, rows)))
+    read_splits(DataOptions(train_data=str(data(tmp_path, rows))))
     said = capsys.readouterr().err
     assert f"2 of 4 train rows repeat the image of another: {tmp_path}/copy of a.png is {tmp_path}/a.png, " in said
     assert (
@@ -45,7 +40,7 @@ def test_an_image_that_is_there_twice_is_told_by_its_names(tmp_path, capsys):
     )
 
     rows = [row for row in rows if row[0] in ("b.png", "c.png")][1:]
-    read_splits(arguments(data(tmp_path, rows)))
+    read_splits(DataOptions(train_data=str(data(tmp_path, rows))))
     assert capsys.readouterr().err == ""
 
 
@@ -61,7 +56,7 @@ def test_trainers_read_a_csv_of_another_machine(tmp_path):
         noise(tmp_path / "images" / name, seed)
     rows = [[f"/data2404/{place}/0.png", "Drusen, dry", split] for place, split in (("x", "train"), ("y", "val"))]
     path = data(tmp_path, rows, ("path", "Text", "split"))
-    given = arguments(path, modality="Fundus", image_root=tmp_path / "images")
+    given = DataOptions(train_data=str(path), modality="Fundus", image_root=str(tmp_path / "images"))
     train, val = read_splits(given)
     assert train == [{"path": "images/x/0.png", "Text": "Drusen, dry", "split": "train", "modality": "Fundus"}]
     assert val[0]["path"] == "images/y/0.png"
@@ -104,7 +99,6 @@ def test_minims_prefix_is_learned_as_the_pipeline_reads_it(shared_pipeline, pref
 
 @pytest.mark.parametrize(("no_mirror", "expected"), [(False, [True, False]), (True, [False, False])])
 def test_no_mirror_reaches_the_images(shared_pipeline, tmp_path, monkeypatch, capsys, no_mirror, expected):
-    from accelerate import Accelerator
 
     from minim_pipeline.training import autoencoder, latents
 
@@ -113,9 +107,9 @@ def test_no_mirror_reaches_the_images(shared_pipeline, tmp_path, monkeypatch, ca
     rows = [{"path": f"{i}.png", "Text": text, "modality": "OCT"} for i, text in enumerate(("Drusen", "Drusen, OS"))]
     asked = []
     monkeypatch.setattr(latents, "augment", lambda x, may_mirror, *_: asked.append(may_mirror.tolist()) or x)
-    args = arguments(str(tmp_path / "data.csv"), no_mirror=no_mirror, output_dir=tmp_path, resolution=64, seed=0)
-    args.mixed_precision = "no"
-    latents.Latents.encode(args, Accelerator(cpu=True), shared_pipeline.vae, rows, "train", 2)
+    options = DataOptions(train_data=str(tmp_path / "data.csv"), no_mirror=no_mirror, resolution=64)
+    run = Run(RunOptions(output_dir=str(tmp_path)), "encoding")
+    latents.Latents.encode(run, shared_pipeline.vae, options, rows, "train", 2)
     assert asked == [expected]
     assert f"(train): {sum(expected)} of 2 images may be mirrored" in capsys.readouterr().err
 

@@ -21,7 +21,8 @@ from minim_pipeline.disk import save_model
 from minim_pipeline.finite import FiniteLoss, check_weights
 from minim_pipeline.locking import locked
 from minim_pipeline.provenance import save_png
-from minim_pipeline.training import autoencoder, checkpoints, common
+from minim_pipeline.training import autoencoder, checkpoints, common, text_to_image
+from minim_pipeline.training.schedule import Schedule
 
 
 torch.set_num_threads(1)
@@ -149,7 +150,7 @@ def test_a_validation_that_fails_costs_no_step(unet_run, tmp_path, monkeypatch):
         raise RuntimeError("validation")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="validation"):
-        patch.setattr(train_text_to_image, "draw_samples", fails)
+        patch.setattr(text_to_image, "draw_samples", fails)
         run(train_text_to_image, *unet_run, *more, "--output_dir", tmp_path / "cut")
     assert [p.name for p in checkpoints.list_checkpoints(tmp_path / "cut")] == ["checkpoint-2"]
     run(train_text_to_image, *unet_run, *more, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")
@@ -282,10 +283,10 @@ def test_a_pipeline_that_is_not_finite_is_not_written(pipeline, tmp_path):
 
 
 def test_more_time_is_more_time():
-    schedule = common.Schedule(100, max_minutes=1)
+    schedule = Schedule(100, max_minutes=1)
     schedule.step, schedule.spent, schedule.by_time = 10, 60.0, 1.0
     for minutes, done in ((1, True), (2, False), (None, False)):
-        again = common.Schedule(100, max_minutes=minutes)
+        again = Schedule(100, max_minutes=minutes)
         again.load_state_dict(schedule.state_dict())
         assert again.done == done
 

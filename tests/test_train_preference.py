@@ -19,7 +19,13 @@ from safetensors.torch import load_file
 from minim_pipeline import FilterHead, MinimPipeline
 from minim_pipeline.minim_filter import FilterHeadOutput
 from minim_pipeline.minim_filter.fingerprints import pack
+from minim_pipeline.training.config import parse
+from minim_pipeline.training.preference import trainer
+from minim_pipeline.training.preference.config import PreferenceConfig
+from minim_pipeline.training.preference.prompts import encode_prompts
 from minim_pipeline.training.preference.rewards import are_copies, finding_reward, rate, spread
+from minim_pipeline.training.preference.sampling import Samples, sample, score
+from minim_pipeline.training.preference.update import Objective, update
 
 
 torch.set_num_threads(1)
@@ -59,22 +65,22 @@ def test_what_is_rewarded_is_learned_as_far_as_the_anchor_lets_it(make_pipeline)
         same = {name: pipe.filter_head.config[name] for name in names}
         pipe.filter_head = FilterHead(**same, block_out_channels=(16, 16), norm_num_groups=4).eval()
         few = "--train_batch_size 8 --prompts_per_step 2 --images_per_prompt 4 --timesteps_per_image 2 --enough 6"
-        args = train_preference.parse_args(["--prompts", "x", "--output_dir", "x", *few.split()])
-        args.anchor_weight, args.reward_until, args.drop_text = anchor, until, 0.0
+        config = parse(PreferenceConfig, ["--prompts", "x", "--output_dir", "x", *few.split()])
+        config.anchor_weight, config.reward_until, config.drop_text = anchor, until, 0.0
         prompts = [{"Text": text, "modality": "oct"} for text in ("a", "b")]
-        texts = train_preference.encode_prompts(pipe, prompts)
+        texts = encode_prompts(pipe, prompts)
         reference = copy.deepcopy(pipe.unet).requires_grad_(False)
         scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-        objective = train_preference.Objective(pipe.filter_head.requires_grad_(False), reference, scheduler, args)
+        objective = Objective(pipe.filter_head.requires_grad_(False), reference, scheduler, config)
         objective.losses = Mock(wraps=objective.losses)
         optimizer = torch.optim.AdamW(pipe.unet.parameters(), lr=2e-3, weight_decay=0.0)
         mine, far = rewards.setdefault((anchor, until), []), distances.setdefault((anchor, until), [])
         for step in range(8):
-            drawn = train_preference.sample(pipe, prompts, args, torch.Generator().manual_seed(0))
+            drawn = sample(pipe, prompts, config, torch.Generator().manual_seed(0))
             assert drawn.prompt.tolist() in ([0] * 4 + [1] * 4, [1] * 4 + [0] * 4)
-            train_preference.score(pipe, drawn, prompts)
+            score(pipe, drawn, prompts)
             pipe.unet.requires_grad_(True)
-            told = train_preference.update(pipe.unet, objective, Accelerator(cpu=True), optimizer, drawn, texts, step)
+            told = update(pipe.unet, objective, Accelerator(cpu=True), optimizer, drawn, texts, step)
             mine.append(told["estimated_reward"])
             far.append(told["anchor"])
         levels = torch.cat([call.args[2] for call in objective.losses.call_args_list])
@@ -113,7 +119,7 @@ def test_a_run_writes_a_pipeline_and_goes_on_where_it_was_killed(arguments, base
         pass
 
     cut = tmp_path / "cut"
-    update, calls = train_preference.update, []
+    calls = []
 
     def dies(*args, **kwargs):
         calls.append(1)
@@ -121,13 +127,13 @@ def test_a_run_writes_a_pipeline_and_goes_on_where_it_was_killed(arguments, base
             raise Killed
         return update(*args, **kwargs)
 
-    monkeypatch.setattr(train_preference, "update", dies)
+    monkeypatch.setattr(trainer, "update", dies)
     with pytest.raises(Killed):
         train_preference.main([*arguments, *more, "--output_dir", str(cut)])
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="holds an earlier run"):
-        train_preference.main([*arguments, *more, "--output_dir", str(cut)])
-    train_preference.main([*arguments, *more, "--output_dir", str(cut), "--resume_from_checkpoint", "latest"])
+    with pytest.raises(ValueError, match="--seed was 0, now 1"):
+        train_preference.main([*arguments, *more, "--output_dir", str(cut), "--seed", "1"])
+    train_preference.main([*arguments, *more, "--output_dir", str(cut)])
     again = [json.loads(line) for line in (cut / "log.jsonl").read_text().splitlines()]
     told = ("step", "kind", "loss", "reward", "score", "replay")
     assert [{k: r.get(k) for k in told} for r in again] == [{k: r.get(k) for k in told} for r in log]
@@ -135,7 +141,7 @@ def test_a_run_writes_a_pipeline_and_goes_on_where_it_was_killed(arguments, base
 
 def test_it_stops_when_an_unseen_scorer_no_longer_gains(arguments, base, tmp_path, monkeypatch):
     scores = iter([0.5, 0.6, 0.4, 0.4, 0.4, 0.9])
-    monkeypatch.setattr(train_preference.Watch, "look", lambda *a: {"score": next(scores), "right": 0, "spread": 1})
+    monkeypatch.setattr(trainer.Watch, "look", lambda *a: {"score": next(scores), "right": 0, "spread": 1})
     more = "--max_train_steps 9 --validation_steps 1 --patience 2 --learning_rate 1e-2 --guidance_scale 1.5".split()
     report = train_preference.main([*arguments, *more, "--output_dir", str(tmp_path)])
     assert (report["at_step"], report["steps"]) == (1, 3)
@@ -155,20 +161,20 @@ def test_weights_of_the_best_outlive_a_kill_while_others_are_written(arguments, 
     class Killed(Exception):
         pass
 
-    save = train_preference.save_weights
+    save = trainer.save_weights
 
-    def dies(args, unet, folder):
+    def dies(pipe, lora, folder):
         if folder.name == "best-2":
             raise Killed
-        save(args, unet, folder)
+        save(pipe, lora, folder)
 
-    monkeypatch.setattr(train_preference.Watch, "look", look)
+    monkeypatch.setattr(trainer.Watch, "look", look)
     run = "--max_train_steps 2 --validation_steps 1 --checkpointing_steps 1 --learning_rate 1e-2".split()
     run = [*arguments, *run, "--output_dir", str(tmp_path)]
-    monkeypatch.setattr(train_preference, "save_weights", dies)
+    monkeypatch.setattr(trainer, "save_weights", dies)
     with pytest.raises(Killed):
         train_preference.main(run)
-    monkeypatch.setattr(train_preference, "save_weights", save)
+    monkeypatch.setattr(trainer, "save_weights", save)
     scores[2] = 0.1
     assert train_preference.main([*run, "--resume_from_checkpoint", "latest"])["at_step"] == 1
     assert [folder.name for folder in tmp_path.glob("best-*")] == ["best-1"]
@@ -187,7 +193,6 @@ def test_a_run_that_diverges_writes_nothing_of_it(arguments, tmp_path):
 def test_sigterm_leaves_a_checkpoint_to_go_on_from(arguments, tmp_path, monkeypatch):
     run = [*arguments, *"--max_train_steps 3 --validation_steps 2 --learning_rate 1e-2".split()]
     train_preference.main([*run, "--output_dir", str(tmp_path / "whole")])
-    update = train_preference.update
 
     def signalled(*given, **more):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -195,7 +200,7 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(arguments, tmp_path, monkeypa
 
     again = ["--output_dir", str(tmp_path / "cut"), "--resume_from_checkpoint", "latest"]
     with monkeypatch.context() as patch:
-        patch.setattr(train_preference, "update", signalled)
+        patch.setattr(trainer, "update", signalled)
         for steps in (1, 2, 3):  # three times in a row, the second where a look is due, the third after the last step
             with pytest.raises(SystemExit, match="143"):
                 train_preference.main([*run, *again])
@@ -211,14 +216,14 @@ def test_every_finding_is_drawn_equally_often(make_pipeline):
     prompts = [{"Text": f"a {i}", "modality": "oct", "finding": "a"} for i in range(9)]
     prompts += [{"Text": "b", "modality": "oct", "finding": "b"}]
     few = "--prompts_per_step 8 --images_per_prompt 2 --train_batch_size 2".split()
-    args = train_preference.parse_args(["--prompts", "x", "--output_dir", "x", *few])
-    drawn = train_preference.sample(pipe, prompts, args, torch.Generator().manual_seed(0)).prompt.tolist()
+    config = parse(PreferenceConfig, ["--prompts", "x", "--output_dir", "x", *few])
+    drawn = sample(pipe, prompts, config, torch.Generator().manual_seed(0)).prompt.tolist()
     assert sum(i == 9 for i in drawn) == 8 and len(set(drawn)) == 5
     assert drawn[::2] == drawn[1::2], "the images of a prompt one after the other"
 
 
 def test_images_that_grow_alike_are_never_the_best():
-    best = train_preference.Best()
+    best = trainer.Best()
     assert best.take(0.5, 1.0, 0, 0.95)
     assert not best.take(0.9, 0.9, 1, 0.95) and best.take(0.6, 0.96, 2, 0.95)
 
@@ -244,7 +249,8 @@ def test_ratings_teach_the_head_and_a_lora(base, tmp_path):
     assert report["steps"] == 3, "the head that was tuned is read again"
     other = write_csv(tmp_path / "other.csv", [row | {"rating": 2} for row in rows])
     run[-1] = str(other)
-    for left in (*(tmp_path / "run").glob("checkpoint-*"), tmp_path / "run" / "log.jsonl"):
+    left_behind = ("log.jsonl", "finished.json")
+    for left in (*(tmp_path / "run").glob("checkpoint-*"), *(tmp_path / "run" / name for name in left_behind)):
         shutil.rmtree(left) if left.is_dir() else left.unlink()  # killed before its first checkpoint
     with pytest.raises(ValueError, match="has learned from other ratings than"):
         train_preference.main([*run, *again, "--patience", "9"])
@@ -304,7 +310,7 @@ def test_the_reward_is_of_finding_and_usable_quality(make_pipeline):
     pipe.filter_head.register_to_config(calibration={"oct": {"score": 1.0, "finding": 1.0, "copy": 0}})
     assert are_copies(pipe, rated, kinds).tolist() == [True, False, False, False, False]
 
-    drawn = train_preference.Samples(latents, torch.zeros(5, dtype=torch.long))
-    figures = train_preference.score(pipe, drawn, [{"Text": "a", "modality": "oct"}])
+    drawn = Samples(latents, torch.zeros(5, dtype=torch.long))
+    figures = score(pipe, drawn, [{"Text": "a", "modality": "oct"}])
     assert drawn.counts.tolist() == [False] + [True] * 4, "a copy of a training image is not rewarded"
     assert figures["reward"].shape == figures["spread"].shape == (5,)

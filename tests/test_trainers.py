@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minim_pipeline.data.image_loading import load_images
-from minim_pipeline.training import latents
+from minim_pipeline.training import denoising, latents
 from minim_pipeline.training.autoencoder import AutoencoderConfig
 from minim_pipeline.training.common import read_splits
 
@@ -177,6 +178,18 @@ def test_unet_resumes_as_if_unbroken(unet, unet_arguments, tmp_path):
     assert same_weights(unet / weights, tmp_path / weights)
 
 
+def test_the_same_command_goes_on_with_the_best_so_far(unet, unet_arguments, tmp_path):
+    """A run that goes on knows the best loss so far, and the same command finds nothing to do at its end."""
+    shutil.copytree(unet, tmp_path / "run", ignore=shutil.ignore_patterns("pipeline", "finished.json", "checkpoint-6"))
+    run(train_text_to_image, *unet_arguments, "--output_dir", tmp_path / "run")
+    best = records(tmp_path / "run", "best")[-1]
+    assert best["loss"] == min(r["loss"] for r in records(unet, "val"))
+    assert best["at_step"] == records(unet, "best")[0]["at_step"]
+    made = (tmp_path / "run" / "pipeline" / "model_index.json").stat().st_mtime_ns
+    run(train_text_to_image, *unet_arguments, "--output_dir", tmp_path / "run")
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").stat().st_mtime_ns == made
+
+
 def test_a_run_goes_on_only_with_its_own_arguments(unet, unet_arguments, tmp_path):
     with pytest.raises(ValueError, match="--seed was 0, now 5"):
         run(
@@ -260,18 +273,22 @@ def test_min_snr_weights_fall_with_the_noise_but_never_to_nothing(prediction_typ
     scheduler = DDPMScheduler(
         prediction_type=prediction_type, rescale_betas_zero_snr=prediction_type == "v_prediction"
     )
-    weights = train_text_to_image.loss_weights(scheduler, torch.arange(1000), gamma=5.0)
+    weights = denoising.loss_weights(scheduler, torch.arange(1000), gamma=5.0)
     assert weights[-1] == 1 and weights[0] < 0.02
     assert (weights.diff() >= -1e-6).all()
 
 
 def test_memorised_share_finds_copies():
     train = latents.Latents(torch.randn(20, 1, 4, 8, 8).half(), torch.zeros(20, 1, 4, 8, 8).half(), 1.0, 0.0)
-    rows, names = [{"modality": "OCT"}] * 20, ["oct"] * 10
+    names = ["oct"] * 20
     copies = train.mean[:3, 0].float() + 0.05 * torch.randn(3, 4, 8, 8)
     others = torch.randn(1, 4, 8, 8)
-    share = latents.memorised_share({"oct": torch.cat([copies, others])}, torch.randn(10, 4, 8, 8), names, train, rows)
+    samples = {"oct": torch.cat([copies, others])}
+    share = latents.memorised_share(samples, torch.randn(10, 4, 8, 8), names[:10], train, names)
     assert share in (0.75, 1.0)  # a sample that is new may still fall under the nearest 1 % of 10
+
+
+BASE = ["--pretrained_model_name_or_path", "x"]
 
 
 @pytest.mark.parametrize(
@@ -285,6 +302,9 @@ def test_memorised_share_finds_copies():
         (train_text_to_image, [], "either --pretrained_model_name_or_path or --preset"),
         (train_text_to_image, ["--preset", "tiny"], "needs --vae and --text_encoder"),
         (train_text_to_image, ["--pretrained_model_name_or_path", "x", "--vae", "y"], "belong to --preset"),
+        (train_text_to_image, [*BASE, "--drop_text", "0.9", "--drop_all", "0.2"], "are more than 1 together"),
+        (train_text_to_image, [*BASE, "--noise_median", "0"], "--noise_median has to be above 0, got 0"),
+        (train_text_to_image, [*BASE, "--guidance_interval", "0.5"], r"two shares of the steps, got \[0.5\]"),
         (train_autoencoder, ["--split", "val"], "both 'val'"),
     ],
 )
@@ -317,7 +337,7 @@ def test_log_normal_noise_levels_are_those_asked_for():
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
     uniform = torch.randint(1000, (40_000,), generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
-    drawn = train_text_to_image.log_normal_timesteps(scheduler, uniform, 0.8, 0.5, generator)
+    drawn = denoising.log_normal_timesteps(scheduler, uniform, 0.8, 0.5, generator)
     alpha = scheduler.alphas_cumprod[drawn]
     levels = ((1 - alpha) / alpha.clamp(min=1e-12)).sqrt()
     assert 0.75 < levels.median() < 0.88

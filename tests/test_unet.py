@@ -74,17 +74,16 @@ def test_a_unet_that_does_not_fit_is_refused(minim, make_pipeline, tmp_path, cap
 
 
 def test_trains_on_from_it(minim):
-    import train_text_to_image as trainer
-
-    arguments = ["--train_data", "none.csv", "--output_dir", "none", "--resolution", "64"]
-    base = ["--pretrained_model_name_or_path", str(minim / "sd")]
-    args = trainer.parse_args([*arguments, *base, "--unet", str(minim / "checkpoint" / "unet")])
-    pipe = trainer.build_pipeline(args, ["oct"], {"oct": []})
     from diffusers import UNet2DConditionModel
 
+    from minim_pipeline.training.pipeline import ModelOptions, build_pipeline
+
+    base = {"pretrained_model_name_or_path": str(minim / "sd")}
+    options = ModelOptions(**base, unet=str(minim / "checkpoint" / "unet"))
+    pipe = build_pipeline(options, 64, ["oct"], {"oct": []}).pipe
     own = UNet2DConditionModel.from_pretrained(minim / "checkpoint" / "unet").state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in pipe.unet.state_dict().items())
     assert not pipe.config.bare_prompts and "<oct>" in pipe.tokenizer.get_vocab()
-    for wrong in (["--unet", "nowhere", *base], ["--unet", str(minim / "checkpoint"), "--preset", "tiny"]):
+    for wrong in ({"unet": "nowhere", **base}, {"unet": str(minim / "checkpoint"), "preset": "tiny"}):
         with pytest.raises(ValueError, match="--unet has to be the folder of a U-Net|Give either|--preset needs"):
-            trainer.parse_args([*arguments, *wrong])
+            ModelOptions(**wrong)

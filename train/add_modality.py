@@ -60,6 +60,7 @@ from minim_pipeline.training.filter.calibration import CalibrationConfig, calibr
 from minim_pipeline.training.filter.train import FilterConfig
 from minim_pipeline.training.filter.train import train as train_filter
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_pipeline
+from minim_pipeline.training.replay import check_known
 from minim_pipeline.training.rows import add_mirror_argument
 
 
@@ -400,7 +401,7 @@ def main(argv=None) -> dict:
     sources = [(new_rows, args.train_data)]
     if args.replay:
         old_rows = assign_splits(read_csv(args.replay, check_images=False), args.replay)
-        train_text_to_image.check_known(old_rows, args.replay, base.config, args.pretrained_model_name_or_path)
+        check_known(old_rows, args.replay, base.config, args.pretrained_model_name_or_path)
         sources.append((old_rows, args.replay))
     readings = [reading_of(args), reading_of_other(args)][: len(sources)]
     if filtered:

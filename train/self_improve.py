@@ -48,10 +48,12 @@ from minim_pipeline.minim_filter.funnel import combine
 from minim_pipeline.ratings import image_digest
 from minim_pipeline.training.arguments import check_numbers
 from minim_pipeline.training.captions import load_captions
+from minim_pipeline.training.config import parse
 from minim_pipeline.training.filter.raters import read_ratings
 from minim_pipeline.training.filter.thresholds import saved_thresholds, threshold
 from minim_pipeline.training.filter.tune import add_tuning_arguments, check_tuning_arguments, tune
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_pipeline
+from minim_pipeline.training.preference.config import PreferenceConfig
 from minim_pipeline.training.preference.rewards import rate
 
 
@@ -88,7 +90,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise ValueError(f"--acceptance has to be above 0 and at most 1, got {args.acceptance}.")
     if not 0 <= args.seed < 10**6:
         raise ValueError(f"--seed has to be from 0 to {10**6 - 1}, got {args.seed}.")
-    preference = train_preference.parse_args(preference_arguments(args))
+    preference = parse(PreferenceConfig, preference_arguments(args))
     given = {name: getattr(args, name) for name in ("data", "captions", "prompts", "ratings")}
     for name, path in (given | {"replay": preference.replay}).items():
         if path and not Path(path).is_file():

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from minim_pipeline import resolve_modality
-from minim_pipeline.data.image_loading import check_values, key_of, load_images
-from minim_pipeline.data.image_reader import reading_of, tell
-from minim_pipeline.disk import count_bytes, whole_file
-from minim_pipeline.evaluation.memorisation import copy_share, nearest_distances
-from minim_pipeline.training.common import hold_images, step_generator
-from minim_pipeline.training.rows import mirrored, tell_mirrored
+from ..data.image_loading import check_values, key_of, load_images
+from ..data.image_reader import tell
+from ..disk import count_bytes, whole_file
+from ..evaluation.memorisation import copy_share, nearest_distances
+from .common import hold_images, step_generator
+from .config import DataOptions
+from .rows import mirrored, tell_mirrored
+from .run import Run
 
 
 class Latents:
@@ -33,68 +33,94 @@ class Latents:
         self.mean, self.std, self.scale, self.shift = mean, std, scale, shift
 
     @classmethod
-    def encode(cls, args, accelerator: Accelerator, vae: AutoencoderKL, rows, name: str, versions: int) -> "Latents":
-        """Encodes `rows`; every process encodes its share and reads the others' from `output_dir`.
+    def encode(
+        cls, run: Run, vae: AutoencoderKL, data: DataOptions, rows: list[dict], name: str, versions: int
+    ) -> "Latents":
+        """Encodes `rows`; every process encodes its share and reads the others' from the folder of the run.
 
         A run that is resumed finds the latents on disk, and so trains on the very same ones.
+
+        Args:
+            data: the CSV, and how its images are read.
+            name: of the files, beside the share that they hold.
+            versions: of every image, the first unchanged.
+
+        Raises:
+            ValueError: the autoencoder is broken, or as `load_images`.
         """
-        folder, world = Path(args.output_dir), accelerator.num_processes
-        folder.mkdir(parents=True, exist_ok=True)
-        key = {"versions": versions, "resolution": args.resolution, "seed": args.seed}
-        key["images"] = key_of(rows, args.train_data, reading_of(args))
-        may_mirror = mirrored(rows, args.no_mirror)
+        accelerator, world = run.accelerator, run.accelerator.num_processes
+        run.output.mkdir(parents=True, exist_ok=True)
+        may_mirror = mirrored(rows, data.no_mirror)
         if versions > 1:
-            tell_mirrored(f"{args.train_data} ({name})", rows, may_mirror)
-        key["mirrored"] = hashlib.sha256(bytes(may_mirror)).hexdigest()
+            tell_mirrored(f"{data.train_data} ({name})", rows, may_mirror)
         digest = hashlib.sha256()
         for tensor in vae.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
-        key["vae"], key["mixed_precision"] = digest.hexdigest(), args.mixed_precision
-        key = {"key": json.dumps(key)}
-
-        def file(rank):
-            return folder / f"latents-{name}-{rank}-of-{world}.safetensors"
-
-        mine, changes = file(accelerator.process_index), Counter()
-        if not (mine.is_file() and safe_open(mine, "pt").metadata() == key):
-            if mine.is_file():
-                print(f"{mine.name} is of other images, rows or settings: encoded anew")
-            part = cls._encode(args, accelerator, vae, rows, may_mirror, versions, changes)
-            with whole_file(mine, count_bytes(part)) as unfinished:
+        settings = {
+            "versions": versions,
+            "resolution": data.resolution,
+            "seed": run.config.seed,
+            "images": key_of(rows, data.train_data, data.reading),
+            "mirrored": hashlib.sha256(bytes(may_mirror)).hexdigest(),
+            "vae": digest.hexdigest(),
+            "mixed_precision": run.config.mixed_precision,
+        }
+        key = {"key": json.dumps(settings)}
+        files = [run.output / f"latents-{name}-{rank}-of-{world}.safetensors" for rank in range(world)]
+        own = files[run.rank]
+        changes: Counter[str] = Counter()
+        if not (own.is_file() and safe_open(own, "pt").metadata() == key):
+            if own.is_file():
+                print(f"{own.name} is of other images, rows or settings: encoded anew")
+            part = cls._encode_share(run, vae, data, rows, may_mirror, versions, changes)
+            with whole_file(own, count_bytes(part)) as unfinished:
                 save_file(dict(zip(("mean", "std"), part, strict=True)), unfinished, metadata=key)
         accelerator.wait_for_everyone()
         changes = sum(gather_object([changes]), Counter())
-        if changes and accelerator.is_main_process:
-            tell(changes, len(rows), args.train_data, reading_of(args))
-        mean = std = None
-        for rank in range(world):
-            with safe_open(file(rank), "pt") as stored:
-                if mean is None:
-                    shape = (len(rows), *stored.get_slice("mean").get_shape()[1:])
-                    mean, std = torch.empty(shape, dtype=torch.half), torch.empty(shape, dtype=torch.half)
-                mean[rank::world], std[rank::world] = stored.get_tensor("mean"), stored.get_tensor("std")
-        held = [hold_images(t, accelerator.device) for t in (mean, std)]
-        return cls(*held, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+        if changes and run.is_main:
+            tell(changes, len(rows), data.train_data, data.reading)
+        mean, std = (hold_images(tensor, run.device) for tensor in cls._read(files, len(rows)))
+        return cls(mean, std, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+
+    @staticmethod
+    def _read(files: list[Path], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means and standard deviations of `count` rows, of which each file holds every `len(files)`-th."""
+        for rank, file in enumerate(files):
+            part = load_file(file)
+            if rank == 0:
+                shape = (count, *part["mean"].shape[1:])
+                mean, std = torch.empty(shape, dtype=torch.half), torch.empty(shape, dtype=torch.half)
+            mean[rank :: len(files)], std[rank :: len(files)] = part["mean"], part["std"]
+        return mean, std
 
     @staticmethod
     @torch.no_grad()
-    def _encode(args, accelerator, vae, every, may_mirror, versions, changes) -> tuple[torch.Tensor, torch.Tensor]:
-        device, reading = accelerator.device, reading_of(args)
-        share = slice(accelerator.process_index, None, accelerator.num_processes)
+    def _encode_share(
+        run: Run,
+        vae: AutoencoderKL,
+        data: DataOptions,
+        every: list[dict],
+        may_mirror: list[bool],
+        versions: int,
+        changes: Counter,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        share = slice(run.rank, None, run.accelerator.num_processes)
         rows = every[share]
         # Of all rows, so that the shares of all processes are scaled alike.
-        found = check_values([(every, args.train_data)], reading)
-        images = load_images(rows, args.train_data, args.resolution, changes=changes, found=found, reading=reading)
-        may_mirror = torch.tensor(may_mirror[share], device=device)
-        generator = step_generator(args.seed, 2**31, accelerator.process_index, device)
+        found = check_values([(every, data.train_data)], data.reading)
+        images = load_images(
+            rows, data.train_data, data.resolution, changes=changes, found=found, reading=data.reading
+        )
+        flips = torch.tensor(may_mirror[share], device=run.device)
+        generator = step_generator(run.config.seed, 2**31, run.rank, run.device)
         means, stds = [], []
-        parts = tqdm(range(0, len(rows), 16), desc="encoding", disable=not accelerator.is_local_main_process)
+        parts = tqdm(range(0, len(rows), 16), desc="encoding", disable=not run.accelerator.is_local_main_process)
         for start in parts:
-            x = images[start : start + 16].to(device).float() / 255
+            x = images[start : start + 16].to(run.device).float() / 255
             mean, std = [], []
             for version in range(versions):
-                y = augment(x, may_mirror[start : start + 16], version, generator) if version else x
-                with accelerator.autocast():
+                y = augment(x, flips[start : start + 16], version, generator) if version else x
+                with run.accelerator.autocast():
                     posterior = vae.encode(y * 2 - 1).latent_dist
                 if not posterior.mean.isfinite().all():
                     raise ValueError("The autoencoder's latents are not finite: it is broken, or overflows.")
@@ -146,7 +172,7 @@ def augment(x: torch.Tensor, may_mirror: torch.Tensor, version: int, generator: 
             [zoom * turn.sin(), zoom * turn.cos(), dy * margin],
         )
         theta = torch.stack([torch.stack(row, 1) for row in rows], 1)  # [B, 2, 3]
-        grid = F.affine_grid(theta, x.shape, align_corners=False)
+        grid = F.affine_grid(theta, list(x.shape), align_corners=False)
         x = F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False).clamp(0, 1)
     else:
         reach = size // 32
@@ -159,29 +185,36 @@ def augment(x: torch.Tensor, may_mirror: torch.Tensor, version: int, generator: 
 
 
 def memorised_share(
-    samples: dict[str, torch.Tensor], val: torch.Tensor, val_names, train: Latents, train_rows
+    samples: dict[str, torch.Tensor],
+    val: torch.Tensor,
+    val_names: list[str],
+    train: Latents,
+    train_names: list[str],
 ) -> float:
     """Share of samples that lie nearer to a training image than the nearest 1 % of val images of their modality do.
 
     On latents [N, C, h, w] averaged over 2 x 2, where a copy stays near even if its noise differs. Samples of a
     modality without training images do not count; 0 if there are no others.
-    """
-    copies = total = 0
-    names = [resolve_modality(row["modality"]).id for row in train_rows]
 
-    def features(latents):
+    Args:
+        samples: by modality.
+        val_names, train_names: the modality of each val and train image.
+    """
+    copies, total = 0.0, 0
+
+    def features(latents: torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(latents.float(), 2).flatten(1)
 
     for name, latents in samples.items():
-        mine = torch.tensor([i for i, n in enumerate(names) if n == name])
-        if not len(mine):
+        learned = torch.tensor([i for i, n in enumerate(train_names) if n == name])
+        if not len(learned):
             continue
-        references = train.mean[mine.to(train.mean.device)].flatten(0, 1).to(latents.device)
+        references = train.mean[learned.to(train.mean.device)].flatten(0, 1).to(latents.device)
         references = features((references.float() - train.shift) * train.scale)
         real = features(val[[i for i, n in enumerate(val_names) if n == name]].to(latents.device))
         mean = references.mean(0)
-        distances = [nearest_distances(queries, references, mean)[0] for queries in (features(latents), real)]
-        share, _ = copy_share(*distances)
+        drawn, held_out = (nearest_distances(x, references, mean)[0] for x in (features(latents), real))
+        share, _ = copy_share(drawn, held_out)
         copies += share * len(latents)
         total += len(latents)
     return round(copies / max(1, total), 4)

@@ -11,7 +11,7 @@ with Run.open(config, "minim-autoencoder") as run:
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ class Run:
 
     def train(
         self,
-        step: Callable[[], dict[str, torch.Tensor | float]],
+        step: Callable[[], Mapping[str, torch.Tensor | float]],
         validate: Callable[[], object],
         saved: Callable[[], object] = lambda: None,
         log_every: int = 200,
@@ -170,7 +170,7 @@ class Run:
                 self.schedule.advance(self.accelerator)
                 self.log.tick(**figures)
                 if self.schedule.step % log_every == 0:
-                    self.log.write("train", **{name: round(float(value), 5) for name, value in figures.items()})
+                    self.log.write("train", **{name: float(f"{value:.6g}") for name, value in figures.items()})
                 stop = self.end_step(torch.as_tensor(figures["loss"]), validate, saved)
         finally:
             signal.signal(signal.SIGTERM, previous)

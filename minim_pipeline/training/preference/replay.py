@@ -1,51 +1,44 @@
 """Real images beside what else a U-Net is trained on, so that it does not forget what they look like."""
 
-import argparse
-
 import torch
-from accelerate import Accelerator
 
-from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
-from minim_pipeline.data.splits import read_split
-from minim_pipeline.training.captions import load_captions, phrase
-from minim_pipeline.training.common import check_processes
-from minim_pipeline.training.latents import Latents
-from minim_pipeline.training.rows import image_paths, tell_repeats
+from ... import MODALITIES, MinimPipeline, resolve_modality
+from ..captions import load_captions, phrase
+from ..common import check_processes, read_splits
+from ..latents import Latents
+from ..run import Run
+from .config import PreferenceConfig
 
 
 class Replay:
-    """Latents of the train images of a CSV, each in some versions, with captions in some phrasings.
+    """Latents of the train images of `--replay`, each in some versions, with captions in some phrasings.
 
     Args:
-        args: `replay` (the CSV), `captions`, `caption_variants`, `latent_variants`, `output_dir`, `seed`,
-            `mixed_precision` and `no_mirror`.
         pipe: encodes images and captions.
 
     Raises:
         ValueError: the CSV has no train rows of the pipeline's modalities.
     """
 
-    def __init__(self, args, accelerator: Accelerator, pipe: MinimPipeline):
+    def __init__(self, config: PreferenceConfig, run: Run, pipe: MinimPipeline):
         known = pipe.config.modalities or list(MODALITIES)
-        rows = read_split(args.replay, "train", hold_out=False)
-        tell_repeats(args.replay, image_paths(rows, args.replay), [])
+        data = config.replay_data(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+        rows, _ = read_splits(data)
         rows = [row for row in rows if resolve_modality(row["modality"]).id in known]
         if not rows:
-            raise ValueError(f"{args.replay} has no train images of {', '.join(known)}.")
-        check_processes(rows, f"--replay {args.replay}")
+            raise ValueError(f"{config.replay} has no train images of {', '.join(known)}.")
+        check_processes(rows, f"--replay {config.replay}")
         self.text_encoder = pipe.text_encoder
-        self.variants = args.latent_variants
-        captions = load_captions(args.captions)
-        self.ids = phrase(rows, captions, pipe.tokenizer, args.caption_variants, args.seed).to(accelerator.device)
-        size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        mine = argparse.Namespace(**{**vars(args), "train_data": args.replay, "resolution": size})
-        self.latents = Latents.encode(mine, accelerator, pipe.vae, rows, "replay", args.latent_variants)
+        self.variants = config.latent_variants
+        captions = load_captions(config.captions)
+        self.ids = phrase(rows, captions, pipe.tokenizer, config.caption_variants, config.seed).to(run.device)
+        self.latents = Latents.encode(run, pipe.vae, data, rows, "replay", config.latent_variants)
 
     @torch.no_grad()
     def draw(self, count: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents [count, C, h, w], scaled as the U-Net takes them, and hidden states [count, L, D]."""
 
-        def randint(high):
+        def randint(high: int) -> torch.Tensor:
             return torch.randint(high, (count,), device=g.device, generator=g)
 
         index = randint(len(self.ids))

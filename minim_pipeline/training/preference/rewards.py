@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from minim_pipeline import MinimPipeline, resolve_modality
-from minim_pipeline.minim_filter import FilterHeadOutput
-from minim_pipeline.minim_filter.fingerprints import distances
+from ... import MinimPipeline, resolve_modality
+from ...minim_filter import FilterHeadOutput
+from ...minim_filter.fingerprints import distances
 
 
 @torch.no_grad()
@@ -15,10 +15,10 @@ def rate(
     """What the pipeline's filter head says of finished latents [N, C, h, w] for their prompts. Nothing is decoded."""
     head, parts = pipe.filter_head, []
     for start in range(0, len(prompts), batch_size):
-        mine = slice(start, start + batch_size)
-        kinds = [resolve_modality(name) for name in modalities[mine]]
-        funnel = pipe.prepare_funnel(prompts[mine], kinds, list(range(len(kinds))), 1, head.device)
-        parts.append(funnel.rate(latents[mine].to(head.device)))
+        batch = slice(start, start + batch_size)
+        kinds = [resolve_modality(name) for name in modalities[batch]]
+        funnel = pipe.prepare_funnel(prompts[batch], kinds, list(range(len(kinds))), 1, head.device)
+        parts.append(funnel.rate(latents[batch].to(head.device)))
     return FilterHeadOutput(*(torch.cat(values) for values in zip(*(part.to_tuple() for part in parts), strict=True)))
 
 

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import torch
+from diffusers.utils import make_image_grid
 from PIL import Image
 
-from minim_pipeline import MinimPipeline
-from minim_pipeline.evaluation.encoder import ImageTextEncoder
-from minim_pipeline.evaluation.sampling import draw_images
+from ... import MinimPipeline
+from ...evaluation.encoder import ImageTextEncoder
+from ...evaluation.sampling import draw_images
 
 
 class Watch:
@@ -26,8 +27,8 @@ class Watch:
         texts = self.encoder.encode_texts([row["Text"] for row in prompts], [row["modality"] for row in prompts])
         known = [[i for i, label in enumerate(labels) if label == name] for name in self.labels]
         # A finding lies where its phrasings lie on average.
-        self.prototypes = torch.stack([texts[mine].mean(0) for mine in known])  # [K, P]
-        self.rows = [prompts[mine[i % len(mine)]] for mine in known for i in range(images)]
+        self.prototypes = torch.stack([texts[own].mean(0) for own in known])  # [K, P]
+        self.rows = [prompts[own[i % len(own)]] for own in known for i in range(images)]
         self.label = torch.arange(len(self.labels)).repeat_interleave(images)
         kinds = [modality for modality, _ in self.labels]
         self.same = torch.tensor([[a == b for b in kinds] for a in kinds])  # [K, K]
@@ -58,13 +59,13 @@ class Watch:
         # 20 is near the temperature that the encoder was trained with; it only has to be the same each time.
         logits = (20 * embeddings @ self.prototypes.T).masked_fill(~self.same[self.label], -torch.inf)
         probabilities = logits.softmax(1)
-        mine = probabilities.gather(1, self.label[:, None])[:, 0]
+        asked = probabilities.gather(1, self.label[:, None])[:, 0]
         spreads = [
             torch.pdist(features[self.label == k]).mean() if (self.label == k).sum() > 1 else torch.zeros(())
             for k in range(len(self.labels))
         ]
         return {
-            "score": round(mine.mean().item(), 5),
+            "score": round(asked.mean().item(), 5),
             "right": round((probabilities.argmax(1) == self.label).double().mean().item(), 5),
             "spread": round(torch.stack(spreads).mean().item(), 5),
         }
@@ -72,11 +73,9 @@ class Watch:
     def save(self, images: torch.Tensor, folder: Path, columns: int = 8) -> None:
         """A row of `columns` images for each finding, a file for each modality."""
         folder.mkdir(parents=True, exist_ok=True)
-        for modality in dict.fromkeys(kind for kind, _ in self.labels):
-            rows = []
-            for k, (kind, _) in enumerate(self.labels):
-                if kind == modality:
-                    mine = images[self.label == k][:columns]
-                    rows.append(torch.cat(list(mine), 2))
-            sheet = torch.cat(rows, 1).permute(1, 2, 0).numpy()
-            Image.fromarray(sheet).save(folder / f"{modality}.png")
+        for modality in dict.fromkeys(name for name, _ in self.labels):
+            findings = [k for k, (name, _) in enumerate(self.labels) if name == modality]
+            chosen = torch.cat([images[self.label == k][:columns] for k in findings]).permute(0, 2, 3, 1)
+            pictures = [Image.fromarray(picture) for picture in chosen.numpy()]
+            grid = make_image_grid(pictures, len(findings), len(pictures) // len(findings))
+            grid.save(folder / f"{modality}.png")

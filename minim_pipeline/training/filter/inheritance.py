@@ -1,11 +1,11 @@
-"""What becomes of a pipeline's filter head when its U-Net is trained on: kept where it stays valid, and told."""
+"""What becomes of a pipeline's filter head when its U-Net is trained on: inherited where it stays valid."""
 
 from collections.abc import Sequence
 
-from minim_pipeline import FilterHead, MinimPipeline
+from ... import FilterHead, MinimPipeline
 
 
-def kept_filter(base: MinimPipeline, new: Sequence[str], resolution: int) -> tuple[FilterHead | None, str]:
+def inherited_filter(base: MinimPipeline, new: Sequence[str], resolution: int) -> tuple[FilterHead | None, str]:
     """The head of `base` if it fits what is trained, and in words what becomes of it; empty where there is none.
 
     It reads latents and token ids with a text tower of its own, so that U-Net and text encoder may change.
@@ -23,9 +23,9 @@ def kept_filter(base: MinimPipeline, new: Sequence[str], resolution: int) -> tup
     elif learned != resolution:
         why = f"it has learned from {learned} px, not {resolution}: train_filter.py makes another."
     else:
-        told = "The filter head of the base is kept, and its thresholds."
+        message = "The filter head of the base is kept, and its thresholds."
         if head.config.num_fingerprints:
-            told += " It finds copies of the images that the base has learned from, and not of these:"
-            told += " calibrate_filter.py makes new fingerprints."
-        return head, told
+            message += " It finds copies of the images that the base has learned from, and not of these:"
+            message += " calibrate_filter.py makes new fingerprints."
+        return head, message
     return None, f"The filter head of the base is left out: {why}"
