@@ -1,6 +1,7 @@
 """The published runs in runs/: every command is one that its script understands."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -8,7 +9,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import write_csv
+from PIL import Image
 
+from minim_pipeline.evaluation.judges import load_judges
+from minim_pipeline.evaluation.stand_in import StandIn
 from minim_pipeline.training.config import yaml_arguments
 
 
@@ -133,3 +140,78 @@ def test_an_option_that_there_is_not_would_be_seen(monkeypatch, capsys):
 def test_every_run_is_listed():
     names = {path.relative_to(RUNS).as_posix() for path in RUNS.rglob("*.sh") if "out" not in path.parts}
     assert names == {script for script, _, _ in SCRIPTS}
+
+
+# The embedded model in miniature: what each script is given beside. Stages that only choose among images are left out.
+TINY = {
+    "train_autoencoder": "--preset tiny --resolution 64 --crop 32 --train_batch_size 2 --max_train_steps 1",
+    "train_text_encoder": "--corpus_size 20 --vocab_size 700 --hidden_size 32 --num_layers 1 --max_train_steps 1",
+    "train_text_to_image": "--preset tiny --resolution 64 --train_batch_size 4 --max_train_steps 1 "
+    "--caption_variants 2 --latent_variants 1 --validation_samples 1 --num_inference_steps 2",
+    "train_classifier": "--width 16 --resolution 32 --train_batch_size 4 --max_train_steps 1 --min_train 1 "
+    "--min_val 1",
+    "train_encoder": "--width 8 --text_width 16 --projection 12 --resolution 32 --train_batch_size 4 "
+    "--max_train_steps 1 --caption_variants 2",
+    "add_modality": "--train_batch_size 4 --max_train_steps 1 --caption_variants 2 --latent_variants 1 "
+    "--validation_samples 1 --min_train 1 --min_val 1",
+    "train_filter": "--resolution 64 --min_train 1 --caption_variants 2 --latent_variants 1 --drawn_images 4 "
+    "--draw_batch_size 4 --trajectory_steps 2 --train_batch_size 4 --block_out_channels 8 16 --max_train_steps 2 "
+    "--rating_steps 1 --folds 2",
+    "stand_in": "--classifier_steps 1 --realism_steps 1 --width 16 --min_train 1 --min_val 1 --images_per_caption 1",
+    "report_model": "--images_per_finding 1 --batch_size 4 --num_inference_steps 1 --dtype float32 --threads 1",
+}
+KINDS = [("OCT", "normal"), ("OCT", "diabetic macular edema"), ("CXR", "normal"), ("CXR", "COVID-19")]
+KINDS += [("BreastUS", "benign"), ("BreastUS", "malignant")]
+
+
+def write_images(folder: Path) -> None:
+    """Six train images and two val images of each finding, in the CSV files of the run, and grades of some."""
+    generator, rows = torch.Generator().manual_seed(0), []
+    for i in range(8 * len(KINDS)):
+        modality, finding = KINDS[i % len(KINDS)]
+        image = (torch.rand(8, 8, 3, generator=generator) * 255).byte().numpy()
+        Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        split, part = ("val", "") if i >= 6 * len(KINDS) else ("train", "ABC"[i // len(KINDS) % 3])
+        row = dict(path=f"{i}.png", Text=f"{finding.capitalize()}.", modality=modality, finding=finding, split=split)
+        rows.append(row | {"part": part, "group": f"g{i}"})
+    new = [row for row in rows if row["modality"] == "BreastUS"]
+    write_csv(folder / "data.csv", [row for row in rows if row not in new])
+    write_csv(folder / "new_domain.csv", new)
+    for name in ("all", "judged", "replay"):
+        write_csv(folder / f"{name}.csv", rows)
+    graded = [{**row, "rating": 1 + i % 3, "source": "camera"} for i, row in enumerate(rows[:12])]
+    write_csv(folder / "ratings.csv", graded)
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_made_from_images_to_its_report(tmp_path, teacher, monkeypatch):
+    """What one command writes is what the next takes."""
+    write_images(tmp_path)
+    names = {"FIVE": "data", "NEW": "new_domain", "ALL": "all", "JUDGED": "judged", "RATINGS": "ratings"}
+    variables = {name: str(tmp_path / f"{file}.csv") for name, file in {**names, "REPLAY": "replay"}.items()}
+    out = tmp_path / "out"
+    special = {"train_text_encoder": ["--teacher", str(teacher)], "report_model": ["--model", str(out / "six")]}
+    for call in commands(RUNS / "embedded" / "run.sh", tmp_path, **variables):
+        if call[0] == "-c":
+            if Path(call[2]).is_dir() and Path(call[3]).is_dir():
+                monkeypatch.setattr("sys.argv", call[1:])
+                exec(call[1], {})
+            continue
+        script, *arguments = call
+        name = Path(script).stem
+        if name not in TINY:
+            continue
+        module = importlib.import_module(name)
+        if arguments[0].endswith(".yaml"):
+            arguments = [*yaml_arguments(ROOT / arguments[0]), *arguments[1:]]
+        arguments += [*TINY[name].split(), *special.get(name, ["--mixed_precision", "no"])]
+        if hasattr(module, "parse_args"):
+            arguments = [part for part in arguments if part not in ("--compile", "True")]
+        elif "--compile" in arguments:
+            arguments += ["--compile", "False"]
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        module.main(arguments)
+    report = json.loads((out / "docs" / "report.json").read_text())
+    assert set(report["generated"]["new"]["modalities"]) == {"oct", "cxr", "breast_us"}
+    assert StandIn.from_pretrained(out / "stand_in").findings.classes == load_judges(out / "judges").classes
