@@ -13,7 +13,7 @@ from .data.image_reader import Reading, tell
 from .data.sources import resolve_path
 from .data.splits import read_split
 from .files import atomic_path
-from .generate.command import load_pipeline, read_model_index
+from .generate.command import load_pipeline, register_modalities_of
 from .modalities import resolve_modality
 
 
@@ -58,7 +58,7 @@ def score_csv(
     root = image_root and str(image_root)
     data, reading = Path(data), Reading(fit, tuple(window) if window else None, modality, root)
     output = Path(output) if output is not None else data.with_name(f"{data.stem}-scored.csv")
-    index = read_model_index(model)
+    index = register_modalities_of(model)
     if not (index.get("filter_head") or [None])[0]:
         raise ValueError(f"{model} has no filter to score with.")
     trained = index.get("modalities") or None
