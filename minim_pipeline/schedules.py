@@ -1,5 +1,6 @@
 """Which schedulers sample a model as it was trained, and with which settings."""
 
+import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -86,3 +87,19 @@ def check_scheduler(scheduler, zero_terminal_snr: bool) -> None:
                 " SNR), and other noise levels than its own lower the scores: make it with timestep_spacing='trailing'"
                 " and none of these."
             )
+
+
+def retrieve_timesteps(
+    scheduler,
+    num_inference_steps: int,
+    device: torch.device,
+    timesteps: list[int] | None = None,
+    sigmas: list[float] | None = None,
+) -> tuple[torch.Tensor, int]:
+    """The timesteps of `scheduler` and their number; `timesteps` or `sigmas` take the place of its own spacing."""
+    if timesteps is None and sigmas is None:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        return scheduler.timesteps, num_inference_steps
+    asked = {"timesteps": timesteps} if timesteps is not None else {"sigmas": sigmas}
+    scheduler.set_timesteps(**asked, device=device)
+    return scheduler.timesteps, len(scheduler.timesteps)

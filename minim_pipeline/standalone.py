@@ -23,12 +23,15 @@ MODULES = (
     "licenses",
     "turns",
     "schedules",
-    "call_checks",
     "lora",
     "minim_filter/estimate",
     "minim_filter/filter_head",
     "minim_filter/fingerprints",
     "minim_filter/funnel",
+    "minim_filter/selection",
+    "minim_filter/seeds",
+    "call_checks",
+    "saving",
     "pipeline_minim",
 )
 

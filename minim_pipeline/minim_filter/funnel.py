@@ -73,6 +73,33 @@ def select_state(scheduler, keep: torch.Tensor, shape: torch.Size) -> None:
 
 
 @dataclass
+class Batch:
+    """What is denoised together, and cut together when candidates are dropped.
+
+    Args:
+        latents: (M, C, h, w).
+        prompt_embeds: (M, L, hidden); with guidance (2 M, L, hidden), the negative side first.
+        negative_prompt_embeds: (M, L, hidden), None without guidance.
+        generator: of the noise that some schedulers add: one for all, one for each, or None.
+    """
+
+    latents: torch.Tensor
+    prompt_embeds: torch.Tensor
+    negative_prompt_embeds: torch.Tensor | None
+    generator: torch.Generator | list[torch.Generator] | None
+
+    def select(self, keep: torch.Tensor) -> None:
+        """Cuts it down to the indices `keep`, int64 (K,)."""
+        halves = self.prompt_embeds.split(len(self.latents))
+        self.prompt_embeds = torch.cat([half[keep] for half in halves])
+        self.latents = self.latents[keep]
+        if self.negative_prompt_embeds is not None:
+            self.negative_prompt_embeds = self.negative_prompt_embeds[keep]
+        if isinstance(self.generator, list):
+            self.generator = [self.generator[k] for k in keep.tolist()]
+
+
+@dataclass
 class Funnel:
     """Which candidates are still on their way, and when the next are dropped.
 
