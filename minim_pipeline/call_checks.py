@@ -98,6 +98,14 @@ def check_choice(name: str, value, allowed: tuple[str, ...]) -> None:
     check_kinds({name: (value, right, f"one of {', '.join(map(repr, allowed))}")})
 
 
+def prompt_list(prompt: str | list[str]) -> list[str]:
+    """The prompts as a list; ValueError if they are not text."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"`prompt` has to be a string or a list of strings, got {quoted(prompt)}.")
+    return prompts
+
+
 def check_negative_prompt(negative_prompt, batch_size: int) -> None:
     """Raises ValueError if it is neither None nor one text for all prompts, nor one for each."""
     each = isinstance(negative_prompt, (list, tuple))
@@ -156,6 +164,33 @@ def check_generator(generator, num_images: int) -> None:
         raise ValueError(f"`generator` has to be a torch.Generator or a list of them, got {quoted(generator)}.")
     if isinstance(generator, list) and len(generator) != num_images:
         raise ValueError(f"`generator` has {len(generator)} entries for {num_images} images.")
+
+
+def check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, hidden: int | None) -> int:
+    """The number of prompts; ValueError if they are no text, or embeddings (N, L, hidden) of another form."""
+    if (prompt is None) == (prompt_embeds is None):
+        raise ValueError("Pass exactly one of `prompt` and `prompt_embeds`.")
+    if negative_prompt is not None and negative_prompt_embeds is not None:
+        raise ValueError("Pass `negative_prompt` or `negative_prompt_embeds`, not both.")
+    if prompt is None:
+        check_tensor("prompt_embeds", prompt_embeds, (None, None, hidden))
+    batch_size = len(prompt_list(prompt) if prompt is not None else prompt_embeds)
+    if negative_prompt_embeds is not None:
+        length = None if prompt_embeds is None else prompt_embeds.shape[1]
+        check_tensor("negative_prompt_embeds", negative_prompt_embeds, (batch_size, length, hidden))
+    check_negative_prompt(negative_prompt, batch_size)
+    return batch_size
+
+
+def check_noise(generator, seeds, latents, shape: tuple[int, int, int, int]) -> None:
+    """Raises ValueError for a source of noise that is none of latents of this shape (N, C, h, w)."""
+    if seeds is not None:
+        if generator is not None or latents is not None:
+            raise ValueError("`seeds` replaces `generator` and `latents`; pass only one of the three.")
+        check_seeds(seeds, shape[0])
+    check_generator(generator, shape[0])
+    if latents is not None:
+        check_tensor("latents", latents, shape)
 
 
 def check_wishes(wishes: dict, why: str | None, told: dict) -> None:

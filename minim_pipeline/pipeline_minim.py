@@ -2,11 +2,9 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import diffusers
-import numpy as np
 import PIL.Image
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
@@ -15,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput, scale_lora_layers, unscale_lora_layers
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -26,114 +24,35 @@ from .call_checks import (
     check_counts,
     check_finite,
     check_flags,
-    check_generator,
     check_guidance,
     check_kinds,
-    check_negative_prompt,
-    check_seeds,
+    check_noise,
+    check_prompts,
     check_size,
     check_steps,
-    check_tensor,
     check_threshold,
     check_wishes,
-    quoted,
+    prompt_list,
     replace_tensors,
     to_pictures,
 )
-from .captions import check_caption
 from .data.image_pixels import convert_pictures
 from .lora import LoraLoading
 from .minim_filter import FilterHead, FilterHeadOutput
-from .minim_filter.funnel import Batch, Funnel, plan_stages, select_state
+from .minim_filter.funnel import Batch, Funnel, select_state
 from .minim_filter.seeds import draw_seeds, prepare_generators
 from .minim_filter.selection import RoundResult, Selection, choose_best, judge
-from .modalities import AMBIGUOUS, Modality, custom_definitions, read_definitions, resolve_modality, split_prefix
+from .modalities import Modality, custom_definitions, read_definitions
 from .notices import logger, warn_once
+from .pipeline_output import MinimPipelineOutput, MinimScores
+from .prompts import count_prompts, resolve_prompts
 from .saving import LoadingAndSaving
-from .schedules import check_scheduler, keep_from_clipping, retrieve_timesteps
+from .schedules import check_scheduler, keep_from_clipping, rescale_noise_cfg, retrieve_timesteps
 from .tokens import modality_tokens, negative_text, prompt_text
 from .turns import draws_in_turn, in_turn
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-
-@dataclass
-class MinimPipelineOutput(BaseOutput):
-    """What a call returns; every list has one entry an image, in the order of `images`.
-
-    Args:
-        images: `len(prompt) * num_images_per_prompt` images, all of the first prompt first: `list[PIL.Image.Image]`,
-            `np.ndarray` (N, H, W, 3) in [0, 1], `torch.Tensor` (N, 3, H, W) in [0, 1], or latents (N, C, H/8, W/8).
-        scores: the filter's expected rating of the finished picture, 1.0 to 3.0, as [`~MinimPipeline.score`] gives
-            it; `None` where no filter ran.
-        accepted: whether the filter accepts the picture, as `score` does; `None` where no filter ran.
-        seeds: the int64 that draws the image again as `seeds=[seed]`; `None` where no single number does, because the
-            noise came from `latents`, from one generator for several images, or from a generator already in use.
-        candidates: how many were drawn for the image.
-        rejected: how many of them were dropped on the way or not accepted, by reason: `"quality"`, `"finding"` and
-            `"copy"` (of a training image); `None` where no filter ran.
-    """
-
-    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
-    scores: list[float | None]
-    accepted: list[bool | None]
-    seeds: list[int | None]
-    candidates: list[int]
-    rejected: list[dict[str, int] | None]
-
-
-@dataclass
-class MinimScores(BaseOutput):
-    """The filter's ratings of images, lists of one entry an image.
-
-    Args:
-        scores: expected rating, 1.0 to 3.0, of quality and finding together.
-        accepted: whether score and finding reach the thresholds of the modality, and the image is no copy.
-        reasons: why it is not accepted, `"quality"`, `"finding"` or `"copy"`; `None` if it is.
-        quality: expected rating, 1.0 to 3.0, of the picture.
-        finding: likewise, of whether it shows what the prompt says.
-    """
-
-    scores: list[float]
-    accepted: list[bool]
-    reasons: list[str | None]
-    quality: list[float]
-    finding: list[float]
-
-
-# Copied from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion.rescale_noise_cfg
-def rescale_noise_cfg(noise_cfg, noise_pred_text, guidance_rescale=0.0):
-    r"""
-    Rescales `noise_cfg` tensor based on `guidance_rescale` to improve image quality and fix overexposure. Based on
-    Section 3.4 from [Common Diffusion Noise Schedules and Sample Steps are
-    Flawed](https://huggingface.co/papers/2305.08891).
-
-    Args:
-        noise_cfg (`torch.Tensor`):
-            The predicted noise tensor for the guided diffusion process.
-        noise_pred_text (`torch.Tensor`):
-            The predicted noise tensor for the text-guided diffusion process.
-        guidance_rescale (`float`, *optional*, defaults to 0.0):
-            A rescale factor applied to the noise predictions.
-
-    Returns:
-        noise_cfg (`torch.Tensor`): The rescaled noise prediction tensor.
-    """
-    std_text = noise_pred_text.std(dim=list(range(1, noise_pred_text.ndim)), keepdim=True)
-    std_cfg = noise_cfg.std(dim=list(range(1, noise_cfg.ndim)), keepdim=True)
-    # rescale the results from guidance (fixes overexposure)
-    noise_pred_rescaled = noise_cfg * (std_text / std_cfg)
-    # mix with the original results from guidance by factor guidance_rescale to avoid "plain looking" images
-    noise_cfg = guidance_rescale * noise_pred_rescaled + (1 - guidance_rescale) * noise_cfg
-    return noise_cfg
-
-
-def count_prompts(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> int:
-    """How many prompts a call has, as text or as embeddings."""
-    if prompt is None:
-        return prompt_embeds.shape[0]
-    return 1 if isinstance(prompt, str) else len(prompt)
 
 
 class MinimPipeline(
@@ -255,20 +174,6 @@ class MinimPipeline(
         if filter_head is not None:
             self.check_filter_head()
 
-    def enable_vae_slicing(self):
-        """Decodes one image at a time, for less memory."""
-        self.vae.enable_slicing()
-
-    def disable_vae_slicing(self):
-        self.vae.disable_slicing()
-
-    def enable_vae_tiling(self):
-        """Decodes large images tile by tile, for less memory."""
-        self.vae.enable_tiling()
-
-    def disable_vae_tiling(self):
-        self.vae.disable_tiling()
-
     @property
     def learned_size(self) -> tuple[int, int]:
         """Height and width in pixels of the images that the U-Net has learned."""
@@ -342,31 +247,12 @@ class MinimPipeline(
         check_kinds({"use_filter": (use_filter, use_filter is None or isinstance(use_filter, bool), "True or False")})
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("Pass exactly one of `prompt` and `prompt_embeds`.")
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("Pass `negative_prompt` or `negative_prompt_embeds`, not both.")
         hidden = self.unet.config.cross_attention_dim
         hidden = hidden if isinstance(hidden, int) else None  # some have a number for each block
-        if prompt is None:
-            check_tensor("prompt_embeds", prompt_embeds, (None, None, hidden))
-            batch_size = prompt_embeds.shape[0]
-        else:
-            batch_size = len(self.prompt_list(prompt))
-        if negative_prompt_embeds is not None:
-            length = None if prompt_embeds is None else prompt_embeds.shape[1]
-            check_tensor("negative_prompt_embeds", negative_prompt_embeds, (batch_size, length, hidden))
-        check_negative_prompt(negative_prompt, batch_size)
-
+        batch_size = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, hidden)
         num_images = batch_size * num_images_per_prompt
-        if seeds is not None:
-            if generator is not None or latents is not None:
-                raise ValueError("`seeds` replaces `generator` and `latents`; pass only one of the three.")
-            check_seeds(seeds, num_images)
-        check_generator(generator, num_images)
-        if latents is not None:
-            rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
-            check_tensor("latents", latents, (num_images, self.unet.config.in_channels, rows, columns))
+        rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
+        check_noise(generator, seeds, latents, (num_images, self.unet.config.in_channels, rows, columns))
 
         wishes = {"num_candidates": num_candidates, "max_rounds": max_rounds, "filter_threshold": filter_threshold}
         wishes["use_filter"] = use_filter or None
@@ -383,54 +269,12 @@ class MinimPipeline(
             return "which reads the prompt's words: pass `prompt`"
         return "which output_type='latent' bypasses" if output_type == "latent" else None
 
-    @staticmethod
-    def prompt_list(prompt: str | list[str]) -> list[str]:
-        """The prompts as a list; ValueError if they are not text."""
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"`prompt` has to be a string or a list of strings, got {quoted(prompt)}.")
-        return prompts
-
     def resolve_prompts(
         self, prompt: str | list[str] | None, modality: str | list[str] | None, batch_size: int
     ) -> tuple[list[str] | None, list[Modality]]:
-        """The prompts without MINIM's "OCT: " in front, and the modality of each.
-
-        Raises:
-            ValueError: a prompt is empty, or its modality is missing, unknown, ambiguous, not trained, or another one
-                than its prefix says; or there are not as many modalities as prompts.
-        """
-        trained, own = self.config.modalities or None, self.custom_modalities
-        names = list(modality) if isinstance(modality, (list, tuple)) else [modality] * batch_size
-        if len(names) != batch_size:
-            raise ValueError(f"`modality` has {len(names)} entries for {batch_size} prompts: {modality!r}.")
-        if prompt is None:
-            if modality is None:
-                raise ValueError("`prompt_embeds` need `modality`: it decides how the image is decoded.")
-            return None, [resolve_modality(name, trained, own) for name in names]
-
-        prompts, modalities = [], []
-        for text, name in zip([prompt] if isinstance(prompt, str) else prompt, names):
-            prefix, rest = split_prefix(text, trained, own)
-            if name is None and prefix is None:
-                allowed = ", ".join(map(repr, trained)) if trained else "see `minim_pipeline.MODALITIES`"
-                raise ValueError(
-                    f"`modality` is missing for {text!r}: pass `modality=` ({allowed}), or begin the prompt with it,"
-                    ' as in "OCT: macular edema".'
-                )
-            resolved = resolve_modality(prefix if name is None else name, trained, own)
-            if prefix is not None and prefix.lower() in AMBIGUOUS and name is not None:
-                rest = text  # "CT: ..." beside modality="chest_ct" is part of the sentence
-            elif prefix is not None and resolve_modality(prefix, own=own) != resolved:
-                raise ValueError(f"The prompt {text!r} begins with {prefix!r}, but `modality` is {name!r}.")
-            if not rest.strip():
-                raise ValueError(f"`prompt` is empty: {text!r}.")
-            check_caption(rest)
-            if self.config.bare_prompts and name is not None:
-                rest = text  # as it stands
-            prompts.append(rest.strip())
-            modalities.append(resolved)
-        return prompts, modalities
+        """The prompts without MINIM's "OCT: " in front, and the modality of each: see `prompts.resolve_prompts`."""
+        own, bare = self.custom_modalities, self.config.bare_prompts
+        return resolve_prompts(prompt, modality, batch_size, self.config.modalities or None, own, bare)
 
     @in_turn
     def encode_prompt(
@@ -556,6 +400,30 @@ class MinimPipeline(
         # scale the initial noise by the standard deviation required by the scheduler
         return latents * self.scheduler.init_noise_sigma
 
+    def prepare_batch(
+        self,
+        slots: list[int],
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None,
+        height: int,
+        width: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> Batch:
+        """Noise and embeddings of candidates.
+
+        Args:
+            slots: of each candidate the number of its image, by which embeddings are looked up.
+        """
+        channels, dtype, device = self.unet.config.in_channels, prompt_embeds.dtype, prompt_embeds.device
+        noise = self.prepare_latents(len(slots), channels, height, width, dtype, device, generator, latents)
+        # For classifier free guidance, we need to do two forward passes.
+        # Here we concatenate the unconditional and text embeddings into a single batch
+        # to avoid doing two forward passes
+        negative = negative_prompt_embeds[slots] if self.do_classifier_free_guidance else None
+        embeds = prompt_embeds[slots] if negative is None else torch.cat([negative, prompt_embeds[slots]])
+        return Batch(noise, embeds, negative, generator)
+
     def prepare_extra_step_kwargs(self, generator, eta) -> dict[str, Any]:
         """`eta` (DDIM only) and `generator` for those schedulers whose `step` takes them."""
         parameters = inspect.signature(self.scheduler.step).parameters
@@ -622,7 +490,7 @@ class MinimPipeline(
         check_flags(reject_copies=reject_copies)
         check_threshold(filter_threshold)
         pictures = to_pictures(images)
-        prompts = [prompt] * len(pictures) if isinstance(prompt, str) else self.prompt_list(prompt)
+        prompts = [prompt] * len(pictures) if isinstance(prompt, str) else prompt_list(prompt)
         if len(prompts) != len(pictures):
             raise ValueError(f"`prompt` has {len(prompts)} entries for {len(pictures)} images.")
         prompts, modalities = self.resolve_prompts(prompts, modality, len(prompts))
@@ -653,14 +521,7 @@ class MinimPipeline(
     ) -> Funnel:
         """The funnel of a round: `candidates` for each of the `wanted` prompts, numbered as they stand there."""
         texts = [prompt_text(prompts[i], modalities[i], self.tokenizer) for i in wanted]
-        length = self.filter_head.config.max_length
-        ids = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        # What was added to the tokenizer since, as by a textual inversion, says nothing to the head.
-        known = ids.input_ids < self.filter_head.config.vocab_size
-        ids = torch.where(known, ids.input_ids, self.filter_head.config.pad_token_id).to(device)
-        image = torch.arange(len(wanted), device=device).repeat_interleave(candidates)
-        stages = plan_stages(self.filter_head.config.stages, candidates)
-        return Funnel(self.filter_head, self.filter_head.encode_text(ids)[image], image, stages)
+        return Funnel.prepare(self.filter_head, self.tokenizer, texts, candidates, device)
 
     def judge(
         self,
@@ -996,43 +857,32 @@ class MinimPipeline(
             self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
             self._cross_attention_kwargs = cross_attention_kwargs
 
-            # The images wanted, and for each of their candidates the image's number. A compiled network would be
-            # compiled anew for another batch: fewer images are filled up with the last.
+            # The image of each candidate. A compiled network would be compiled anew for another batch: fewer images
+            # are filled up with the last.
             wanted = selection.wanted
             compiled = getattr(self.unet, "_compiled_call_impl", None) is not None
             places = wanted + [wanted[-1]] * (num_images - len(wanted) if compiled else 0)
             slots = [i for i in places for _ in range(candidates)]
-            round_seeds = draw_seeds(wanted, candidates, generator) if choosing else seeds
-            if len(places) > len(wanted):
-                round_seeds += round_seeds[-candidates:] * (len(places) - len(wanted))
 
-            # Prepare timesteps, noise and embeddings
-            round_timesteps, num_inference_steps = retrieve_timesteps(
-                self.scheduler, num_inference_steps, device, timesteps, sigmas
-            )
+            # Prepare seeds, timesteps, noise and embeddings
+            round_seeds = seeds
+            if choosing:
+                round_seeds = draw_seeds(wanted, candidates, generator)
+                round_seeds += round_seeds[-candidates:] * (len(places) - len(wanted))
             round_generator, round_seeds = prepare_generators(
                 len(slots), None if choosing else generator, round_seeds, latents
             )
-            noise = self.prepare_latents(
-                len(slots),
-                self.unet.config.in_channels,
-                height,
-                width,
-                prompt_embeds.dtype,
-                device,
-                round_generator,
-                latents,
+            round_timesteps, num_inference_steps = retrieve_timesteps(
+                self.scheduler, num_inference_steps, device, timesteps, sigmas
             )
-            # For classifier free guidance, we need to do two forward passes.
-            # Here we concatenate the unconditional and text embeddings into a single batch
-            # to avoid doing two forward passes
-            negative = negative_prompt_embeds[slots] if self.do_classifier_free_guidance else None
-            embeds = prompt_embeds[slots] if negative is None else torch.cat([negative, prompt_embeds[slots]])
+            batch = self.prepare_batch(
+                slots, prompt_embeds, negative_prompt_embeds, height, width, round_generator, latents
+            )
 
             # Denoise; the funnel drops the worst candidates on the way
             funnel = self.prepare_funnel(prompts, modalities, places, candidates, device) if filtering else None
             result = self.denoise(
-                Batch(noise, embeds, negative, round_generator),
+                batch,
                 round_timesteps,
                 num_inference_steps,
                 eta,

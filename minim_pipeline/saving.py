@@ -1,4 +1,4 @@
-"""What diffusers does not do for this pipeline when it is loaded, saved and published, as a mixin."""
+"""What diffusers does not do for this pipeline when it is loaded, saved and published."""
 
 import importlib.util
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 
 from .licenses import license_of
 from .minim_filter import FILTER_LIBRARY, FilterHead
@@ -20,8 +20,12 @@ from .standalone import source_code
 OPTIONAL_ENTRIES = ("custom_modalities", "bare_prompts", "weights_license")
 
 
-class LoadingAndSaving:
-    """`from_pretrained`, `from_pipe`, `save_pretrained` and `push_to_hub` of [`MinimPipeline`]."""
+class LoadingAndSaving(ConfigMixin):
+    """`from_pretrained`, `from_pipe`, `save_pretrained` and `push_to_hub` of [`MinimPipeline`].
+
+    A mixin, to stand before [`DiffusionPipeline`]: in the one file diffusers looks for the only class that is derived
+    from that.
+    """
 
     def __setattr__(self, name: str, value: Any):
         super().__setattr__(name, value)
@@ -139,3 +143,17 @@ class LoadingAndSaving:
         if importlib.util.find_spec("minim_pipeline") is None:
             return super().push_to_hub(repo_id, **kwargs)
         return importlib.import_module("minim_pipeline.publishing").publish(self, repo_id, **kwargs)
+
+    def enable_vae_slicing(self):
+        """Decodes one image at a time, for less memory."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self):
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self):
+        """Decodes large images tile by tile, for less memory."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self):
+        self.vae.disable_tiling()

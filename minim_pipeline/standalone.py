@@ -31,7 +31,9 @@ MODULES = (
     "minim_filter/selection",
     "minim_filter/seeds",
     "call_checks",
+    "prompts",
     "saving",
+    "pipeline_output",
     "pipeline_minim",
 )
 

@@ -115,6 +115,20 @@ class Funnel:
     image: torch.Tensor
     stages: list[tuple[float, int]]
 
+    @classmethod
+    def prepare(
+        cls, head: FilterHead, tokenizer, texts: list[str], candidates: int, device: torch.device | str
+    ) -> "Funnel":
+        """The funnel of `candidates` for each of the images of `texts`, which are as `prompt_text` gives them."""
+        config = head.config
+        ids = tokenizer(
+            texts, padding="max_length", max_length=config.max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        # What was added to the tokenizer since, as by a textual inversion, says nothing to the head.
+        ids = torch.where(ids < config.vocab_size, ids, config.pad_token_id).to(device)
+        image = torch.arange(len(texts), device=device).repeat_interleave(candidates)
+        return cls(head, head.encode_text(ids)[image], image, plan_stages(config.stages, candidates))
+
     def __post_init__(self):
         self.alive = torch.arange(len(self.image), device=self.image.device)
         self.guidance = torch.zeros(len(self.image), device=self.image.device)  # sum over steps, of each candidate
