@@ -45,7 +45,7 @@ from .minim_filter.selection import RoundResult, Selection, choose_best, judge
 from .modalities import Modality, custom_definitions, read_definitions
 from .notices import logger, warn_once
 from .pipeline_output import MinimPipelineOutput, MinimScores
-from .prompts import count_prompts, resolve_prompts
+from .prompts import count_prompts, is_resolved, resolve_prompts
 from .saving import LoadingAndSaving
 from .schedules import check_scheduler, keep_from_clipping, rescale_noise_cfg, retrieve_timesteps
 from .tokens import modality_tokens, negative_text, prompt_text
@@ -147,7 +147,7 @@ class MinimPipeline(
                 " the model's defaults of steps, guidance and candidates. `MinimPipeline.from_pipe(pipe)` keeps them."
             )
         custom_modalities = {**(custom_modalities or {}), **custom_definitions(modalities or [])}
-        self.custom_modalities = read_definitions(custom_modalities)
+        self.own_modalities = read_definitions(custom_modalities)
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -273,7 +273,7 @@ class MinimPipeline(
         self, prompt: str | list[str] | None, modality: str | list[str] | None, batch_size: int
     ) -> tuple[list[str] | None, list[Modality]]:
         """The prompts without MINIM's "OCT: " in front, and the modality of each: see `prompts.resolve_prompts`."""
-        own, bare = self.custom_modalities, self.config.bare_prompts
+        own, bare = self.own_modalities, self.config.bare_prompts
         return resolve_prompts(prompt, modality, batch_size, self.config.modalities or None, own, bare)
 
     @in_turn
@@ -288,48 +288,22 @@ class MinimPipeline(
         negative_prompt_embeds: torch.Tensor | None = None,
         lora_scale: float | None = None,
         clip_skip: int | None = None,
-        modality: str | list[str] | None = None,
+        modality: str | list[str] | list[Modality] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Encodes the modalities' tokens with the prompts, and for guidance the tokens with the negative prompts.
 
-        Arguments as in `__call__`; embeddings that are passed are only repeated for `num_images_per_prompt`. Needs
-        nothing of the pipeline but tokenizer and text encoder.
+        Arguments as in `__call__`, or prompts and modalities as `resolve_prompts` gives them; embeddings that are
+        passed are only repeated for `num_images_per_prompt`. Needs nothing of the pipeline but tokenizer and text
+        encoder.
 
         Returns:
             Two tensors (N * num_images_per_prompt, L, hidden), for the prompts and for the negative side; the latter
             is None without guidance.
         """
-        modalities = []
-        if prompt_embeds is None or (do_classifier_free_guidance and negative_prompt_embeds is None):
-            prompt, modalities = self.resolve_prompts(prompt, modality, count_prompts(prompt, prompt_embeds))
-        return self.encode_resolved(
-            prompt,
-            modalities,
-            device=device or self._execution_device,
-            num_images_per_prompt=num_images_per_prompt,
-            guided=do_classifier_free_guidance,
-            negative_prompt=negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            lora_scale=lora_scale,
-            clip_skip=clip_skip,
-        )
-
-    def encode_resolved(
-        self,
-        prompts: list[str] | None,
-        modalities: list[Modality],
-        *,
-        device: torch.device,
-        num_images_per_prompt: int,
-        guided: bool,
-        negative_prompt: str | list[str] | None,
-        prompt_embeds: torch.Tensor | None,
-        negative_prompt_embeds: torch.Tensor | None,
-        lora_scale: float | None,
-        clip_skip: int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `encode_prompt`, of prompts and modalities as `resolve_prompts` gives them."""
+        device = device or self._execution_device
+        given = prompt_embeds is not None and (negative_prompt_embeds is not None or not do_classifier_free_guidance)
+        if not given and not is_resolved(modality):
+            prompt, modality = self.resolve_prompts(prompt, modality, count_prompts(prompt, prompt_embeds))
         if lora_scale is not None:
             # set lora scale so that the LoRA function of the text encoder can correctly access it
             self._lora_scale = lora_scale
@@ -338,18 +312,18 @@ class MinimPipeline(
 
         bare = self.config.bare_prompts
         if prompt_embeds is None:
-            texts = prompts if bare else [prompt_text(p, m, self.tokenizer) for p, m in zip(prompts, modalities)]
+            texts = prompt if bare else [prompt_text(p, m, self.tokenizer) for p, m in zip(prompt, modality)]
             prompt_embeds = self.encode_texts(texts, device, clip_skip)
-        if guided and negative_prompt_embeds is None:
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
             each = isinstance(negative_prompt, (list, tuple))
-            negatives = negative_prompt if each else [negative_prompt or ""] * len(modalities)
-            texts = negatives if bare else [negative_text(n, m, self.tokenizer) for n, m in zip(negatives, modalities)]
+            negatives = negative_prompt if each else [negative_prompt or ""] * len(modality)
+            texts = negatives if bare else [negative_text(n, m, self.tokenizer) for n, m in zip(negatives, modality)]
             negative_prompt_embeds = self.encode_texts(texts, device, clip_skip, max_length=prompt_embeds.shape[1])
 
         # The U-Net's dtype wherever there is one: a text encoder may run in another.
         dtype = next((m.dtype for m in (self.unet, self.text_encoder) if m is not None), prompt_embeds.dtype)
         prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
-        if guided:
+        if do_classifier_free_guidance:
             negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
             negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         else:
@@ -827,17 +801,17 @@ class MinimPipeline(
         device = self._execution_device
 
         # 2. Encode the prompts
-        prompt_embeds, negative_prompt_embeds = self.encode_resolved(
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompts,
-            modalities,
-            device=device,
-            num_images_per_prompt=num_images_per_prompt,
-            guided=self.do_classifier_free_guidance,
-            negative_prompt=negative_prompt,
+            device,
+            num_images_per_prompt,
+            self.do_classifier_free_guidance,
+            negative_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             lora_scale=cross_attention_kwargs.get("scale") if cross_attention_kwargs is not None else None,
             clip_skip=clip_skip,
+            modality=modalities,
         )
 
         # 3. One entry an image, and how many candidates the filter chooses from

@@ -13,6 +13,11 @@ def count_prompts(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | 
     return 1 if isinstance(prompt, str) else len(prompt)
 
 
+def is_resolved(modality) -> bool:
+    """Whether these are modalities as `resolve_prompts` gives them, and no names."""
+    return isinstance(modality, list) and all(isinstance(entry, Modality) for entry in modality)
+
+
 def resolve_prompts(
     prompt: str | list[str] | None,
     modality: str | list[str] | None,
