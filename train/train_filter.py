@@ -18,6 +18,7 @@ import copy
 import json
 import math
 import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from minim_pipeline.finite import FiniteLoss
 from minim_pipeline.generate.command import model_identity, register_modalities_of
 from minim_pipeline.minim_filter import FilterHead
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
+from minim_pipeline.minim_filter.selection import Thresholds
 from minim_pipeline.modalities import MODALITIES
 from minim_pipeline.training.arguments import check_numbers, check_shares
 from minim_pipeline.training.captions import load_captions
@@ -252,7 +254,8 @@ def extend_head(base: FilterHead, pipe: MinimPipeline) -> FilterHead:
             raise ValueError(f"The head was trained for {name} {base.config[name]}, the pipeline has {value}.")
     if len(tokenizer) < old:
         raise ValueError(f"The head was trained for {old} tokens, the pipeline has only {len(tokenizer)}.")
-    calibration = {m: {**found, "copy": -1} for m, found in (base.config.calibration or {}).items()} or None
+    thresholds = Thresholds.read(base.config.calibration)
+    calibration = {name: asdict(replace(found, copy=-1)) for name, found in thresholds.items()} or None
     changed = {"vocab_size": len(tokenizer), "num_fingerprints": 0, "calibration": calibration}
     head = FilterHead.from_config({**base.config, **changed})
     fresh = {name: value for name, value in head.state_dict().items() if name.startswith("code.")}
