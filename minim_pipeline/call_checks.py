@@ -193,19 +193,19 @@ def check_noise(generator, seeds, latents, shape: tuple[int, int, int, int]) -> 
         check_tensor("latents", latents, shape)
 
 
-def check_wishes(wishes: dict, why: str | None, told: dict) -> None:
+def check_wishes(wishes: dict, why: str | None, sources: dict) -> None:
     """Raises ValueError for what only a filter can do where none runs, and for candidates where the noise is given.
 
     Args:
         wishes: `num_candidates`, `max_rounds`, `filter_threshold` and `use_filter`, None where nothing is asked for.
         why: no filter runs; None if one does.
-        told: `seeds` and `latents`, which say what to draw.
+        sources: `seeds` and `latents`, which say what to draw.
     """
     redraws = [name for name in ("num_candidates", "max_rounds") if wishes[name] is not None and wishes[name] > 1]
     asked = [*redraws, *(name for name in ("filter_threshold", "use_filter") if wishes[name] is not None)]
     if asked and why is not None:
         raise ValueError(f"`{asked[0]}={wishes[asked[0]]}` needs a filter, {why}.")
-    for name, value in told.items():
+    for name, value in sources.items():
         if redraws and value is not None:
             raise ValueError(
                 f"`{redraws[0]}={wishes[redraws[0]]}` draws images that the filter chooses from, but `{name}` says"

@@ -156,8 +156,8 @@ def register_definitions(definitions: dict[str, dict]) -> None:
 
 def custom_definitions(ids: list[str]) -> dict[str, dict]:
     """By id what defines those of the modalities `ids` that only this process knows: `name`, `words`, ..."""
-    mine = [asdict(MODALITIES[name]) for name in ids if name in MODALITIES and name not in BUILT_IN]
-    return {definition.pop("id"): definition for definition in mine}
+    custom = [asdict(MODALITIES[name]) for name in ids if name in MODALITIES and name not in BUILT_IN]
+    return {definition.pop("id"): definition for definition in custom}
 
 
 def resolve_modality(

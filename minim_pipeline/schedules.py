@@ -78,12 +78,12 @@ def check_scheduler(scheduler, zero_terminal_snr: bool) -> None:
                 f" `{name}.from_config(pipe.scheduler.config, {setting}=False)`."
             )
     if zero_terminal_snr:
-        told = [f"{setting}=True" for setting in SPACINGS if config.get(setting)]
+        unfit = [f"{setting}=True" for setting in SPACINGS if config.get(setting)]
         if config.get("timestep_spacing") == "leading":
-            told.append("timestep_spacing='leading'")
-        if told:
+            unfit.append("timestep_spacing='leading'")
+        if unfit:
             warn_once(
-                f"{name} has {' and '.join(told)}, but this model's noise schedule ends in pure noise (zero terminal"
+                f"{name} has {' and '.join(unfit)}, but this model's noise schedule ends in pure noise (zero terminal"
                 " SNR), and other noise levels than its own lower the scores: make it with timestep_spacing='trailing'"
                 " and none of these."
             )

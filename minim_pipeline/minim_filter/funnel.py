@@ -40,9 +40,9 @@ def rank(
     return ratings + guidance_weight * guidance.clamp(min=1e-12).log()
 
 
-def guidance_strength(told: torch.Tensor, untold: torch.Tensor) -> torch.Tensor:
+def guidance_strength(cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
     """Mean square (N,) of what guidance adds: predictions (N, C, h, w) for the prompt less the negative side's."""
-    return (told.float() - untold.float()).square().mean((1, 2, 3))
+    return (cond.float() - uncond.float()).square().mean((1, 2, 3))
 
 
 def weaker(rated: FilterHeadOutput) -> torch.Tensor:
@@ -148,9 +148,9 @@ class Funnel:
     def angle(scheduler, t: torch.Tensor) -> torch.Tensor:
         return noise_angles(scheduler.alphas_cumprod.cpu(), torch.as_tensor(t).cpu().reshape(1))
 
-    def add_guidance(self, told: torch.Tensor, untold: torch.Tensor) -> None:
+    def add_guidance(self, cond: torch.Tensor, uncond: torch.Tensor) -> None:
         """Takes note of a step's predictions for the prompt and for the negative side, (m, C, h, w) each."""
-        self.guidance[self.alive] += guidance_strength(told, untold)
+        self.guidance[self.alive] += guidance_strength(cond, uncond)
 
     def prune(self, count: int, noisy: torch.Tensor, prediction: torch.Tensor, scheduler, t) -> torch.Tensor:
         """Drops all but the best `count` of each image; returns the indices of those left into the batch given.
@@ -165,10 +165,10 @@ class Funnel:
         clean = estimate_clean(noisy, prediction, angle, scheduler.config.prediction_type)
         rated = self.head(noisy, clean, angle, text=self.text[self.alive])
         before, reasons = self.alive, weaker(rated)
-        kept = self.keep(self.rank(rated), count)
+        left = self.keep(self.rank(rated), count)
         gone = torch.isin(before, self.alive, invert=True)
         self.dropped += zip(self.image[before[gone]].tolist(), [REASONS[r] for r in reasons[gone].tolist()])
-        return kept
+        return left
 
     def rate(self, latents: torch.Tensor) -> FilterHeadOutput:
         """The ratings of finished latents (m, C, h, w)."""
@@ -187,9 +187,9 @@ class Funnel:
         order = order[torch.argsort(image[order], stable=True)]
         first = torch.searchsorted(image[order].contiguous(), image[order].contiguous())
         place = torch.arange(len(order), device=order.device) - first
-        kept = order[place < count].sort().values
-        self.alive = self.alive[kept]
-        return kept
+        best = order[place < count].sort().values
+        self.alive = self.alive[best]
+        return best
 
 
 def plan_stages(stages: list, candidates: int) -> list[tuple[float, int]]:
