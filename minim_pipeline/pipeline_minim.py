@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
-import PIL.Image
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -38,10 +37,11 @@ from .call_checks import (
 )
 from .data.image_pixels import convert_pictures
 from .lora import LoraLoading
-from .minim_filter import FilterHead, FilterHeadOutput
+from .minim_filter import FilterHead
+from .minim_filter.filtering import Filtering
 from .minim_filter.funnel import Batch, Funnel, select_state
 from .minim_filter.seeds import draw_seeds, prepare_generators
-from .minim_filter.selection import RoundResult, Selection, choose_best, judge
+from .minim_filter.selection import Selection
 from .modalities import Modality, custom_definitions, read_definitions
 from .notices import logger, warn_once
 from .pipeline_output import MinimPipelineOutput, MinimScores
@@ -57,6 +57,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 class MinimPipeline(
     LoadingAndSaving,
+    Filtering,
     DiffusionPipeline,
     StableDiffusionMixin,
     TextualInversionLoaderMixin,
@@ -258,16 +259,6 @@ class MinimPipeline(
         wishes["use_filter"] = use_filter or None
         why_unfiltered = self.why_unfiltered(use_filter, prompt, output_type)
         check_wishes(wishes, why_unfiltered, {"seeds": seeds, "latents": latents})
-
-    def why_unfiltered(self, use_filter: bool | None, prompt: str | list[str] | None, output_type: str) -> str | None:
-        """Why no filter runs in a call, as the rest of a sentence; None if one does."""
-        if self.filter_head is None:
-            return "and this pipeline has no filter head"
-        if use_filter is False:
-            return "but `use_filter=False`"
-        if prompt is None:
-            return "which reads the prompt's words: pass `prompt`"
-        return "which output_type='latent' bypasses" if output_type == "latent" else None
 
     def resolve_prompts(
         self, prompt: str | list[str] | None, modality: str | list[str] | None, batch_size: int
@@ -476,76 +467,6 @@ class MinimPipeline(
         self.maybe_free_model_hooks()
         scores, accepted, reasons = self.judge(rated, modalities, filter_threshold, reject_copies)
         return MinimScores(scores.tolist(), accepted.tolist(), reasons, rated.quality.tolist(), rated.finding.tolist())
-
-    def rate_pictures(
-        self, pictures: list[PIL.Image.Image], prompts: list[str], modalities: list[Modality], device: torch.device
-    ) -> FilterHeadOutput:
-        """The filter head's ratings of finished pictures, which are brought to the size that it has learned."""
-        pixels = self.image_processor.preprocess(pictures, *self.learned_size)  # (N, 3, H, W) in [-1, 1]
-        funnel = self.prepare_funnel(prompts, modalities, list(range(len(prompts))), 1, device)
-        return funnel.rate(self.encode_images(pixels.to(device)))
-
-    def prepare_funnel(
-        self,
-        prompts: list[str],
-        modalities: list[Modality],
-        wanted: list[int],
-        candidates: int,
-        device: torch.device,
-    ) -> Funnel:
-        """The funnel of a round: `candidates` for each of the `wanted` prompts, numbered as they stand there."""
-        texts = [prompt_text(prompts[i], modalities[i], self.tokenizer) for i in wanted]
-        return Funnel.prepare(self.filter_head, self.tokenizer, texts, candidates, device)
-
-    def judge(
-        self,
-        rated: FilterHeadOutput,
-        modalities: list[Modality],
-        filter_threshold: float | None = None,
-        reject_copies: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor, list[str | None]]:
-        """Scores (N,), whether finished images are accepted, bool (N,), and if not, why not: see `selection.judge`."""
-        return judge(self.filter_head, rated, modalities, filter_threshold, reject_copies)
-
-    draw_seeds = staticmethod(draw_seeds)
-
-    def choose(
-        self,
-        latents: torch.Tensor,
-        funnel: Funnel | None,
-        prompts: list[str] | None,
-        modalities: list[Modality],
-        decode: bool,
-        **options,
-    ) -> RoundResult:
-        """What a round of drawing gives for each of its images: the best candidate, decoded and judged.
-
-        Args:
-            latents: finished ones (m, C, h, w) of the candidates left; without a filter, of the images.
-            funnel: of the round; None where no filter runs.
-            prompts, modalities: of each image of the round.
-            decode: whether latents become pixels.
-            options: `filter_threshold` and `reject_copies`, as of `judge`.
-        """
-        count = len(modalities)
-        if funnel is None:
-            images = self.decode_latents(latents, modalities) if decode else latents
-            return RoundResult(images, list(range(count)), [None] * count, [None] * count, [])
-
-        left, of_image = funnel.alive.tolist(), funnel.image[funnel.alive].tolist()
-        rated = funnel.rate(latents)
-        # A batch that was filled up holds the last image again.
-        _, passed, reasons = self.judge(rated, [modalities[min(i, count - 1)] for i in of_image], **options)
-        best, rejected = choose_best(funnel, rated, passed, reasons)
-        best = best[:count]
-
-        # The filter's word is on the picture, as `score` gives it: latents may promise more than it holds
-        pixels = self.decode_latents(latents[best], modalities)
-        pictures = self.image_processor.postprocess(pixels, output_type="pil")
-        rated = self.rate_pictures(pictures, prompts, modalities, latents.device)
-        scores, passed, reasons = self.judge(rated, modalities, **options)
-        rejected += enumerate(reasons)
-        return RoundResult(pixels, [left[k] for k in best], scores.tolist(), passed.tolist(), rejected)
 
     def denoise(
         self,

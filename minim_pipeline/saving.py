@@ -69,25 +69,6 @@ class LoadingAndSaving(ConfigMixin):
             init_dict["filter_head"] = (FILTER_LIBRARY, FilterHead.__name__)
         return init_dict, unused_kwargs, hidden_config_dict
 
-    def check_filter_head(self):
-        """Raises ValueError if the filter head was trained for another U-Net, autoencoder or tokenizer.
-
-        Tokens that the tokenizer has got since, as by a textual inversion, are those that the head does not read.
-        """
-        head, pairs = self.filter_head.config, []
-        if self.unet is not None:
-            pairs.append(("latent channels", head.in_channels, self.unet.config.in_channels))
-        if self.vae is not None:
-            pairs.append(("latent scale", head.latent_scale, self.vae.config.scaling_factor))
-        if self.tokenizer is not None and len(self.tokenizer) < head.vocab_size:
-            pairs.append(("tokens", head.vocab_size, len(self.tokenizer)))
-        for name, of_head, of_pipeline in pairs:
-            if of_head != of_pipeline:
-                raise ValueError(
-                    f"This filter head does not fit: it was trained for {of_head} {name}, the pipeline has"
-                    f" {of_pipeline}. Load the pipeline with `filter_head=None`, or train a head for it."
-                )
-
     @property
     def weights_license(self) -> dict[str, str] | None:
         """The license of what the weights were made from: the config's, or that of the folder they were loaded from.

@@ -30,6 +30,7 @@ MODULES = (
     "minim_filter/funnel",
     "minim_filter/selection",
     "minim_filter/seeds",
+    "minim_filter/filtering",
     "call_checks",
     "prompts",
     "saving",
