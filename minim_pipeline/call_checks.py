@@ -92,12 +92,6 @@ def check_size(height, width, factor: int) -> None:
     check_kinds({n: (v, is_whole(v) and v >= 1 and v % factor == 0, allowed) for n, v in sizes.items()})
 
 
-def check_choice(name: str, value, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError for an argument that is none of the words `allowed`."""
-    right = isinstance(value, str) and value in allowed
-    check_kinds({name: (value, right, f"one of {', '.join(map(repr, allowed))}")})
-
-
 def prompt_list(prompt: str | list[str]) -> list[str]:
     """The prompts as a list; ValueError if they are not text."""
     prompts = [prompt] if isinstance(prompt, str) else prompt

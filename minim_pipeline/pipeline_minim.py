@@ -19,7 +19,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from .call_checks import (
     check_attention_arguments,
     check_callback,
-    check_choice,
     check_counts,
     check_finite,
     check_flags,
@@ -45,7 +44,7 @@ from .minim_filter.selection import Selection
 from .modalities import Modality, custom_definitions, read_definitions
 from .notices import logger, warn_once
 from .pipeline_output import MinimPipelineOutput, MinimScores
-from .prompts import count_prompts, is_resolved, resolve_prompts
+from .prompts import resolve_prompts
 from .saving import LoadingAndSaving
 from .schedules import check_scheduler, keep_from_clipping, rescale_noise_cfg, retrieve_timesteps
 from .tokens import modality_tokens, negative_text, prompt_text
@@ -226,8 +225,8 @@ class MinimPipeline(
         filter_threshold,
         reject_copies,
         seeds,
-    ):
-        """Raises ValueError for anything the call cannot work with, before any work is done.
+    ) -> int:
+        """The number of prompts; ValueError for anything the call cannot work with, before any work is done.
 
         But for `modality`, which is looked at with the prompts' own prefixes in `resolve_prompts`.
         """
@@ -243,7 +242,8 @@ class MinimPipeline(
         check_threshold(filter_threshold)
         check_steps(self.scheduler, timesteps, sigmas)
         check_attention_arguments(cross_attention_kwargs)
-        check_choice("output_type", output_type, OUTPUT_TYPES)
+        known_type = isinstance(output_type, str) and output_type in OUTPUT_TYPES
+        check_kinds({"output_type": (output_type, known_type, f"one of {', '.join(map(repr, OUTPUT_TYPES))}")})
         check_flags(return_dict=return_dict, reject_copies=reject_copies)
         check_kinds({"use_filter": (use_filter, use_filter is None or isinstance(use_filter, bool), "True or False")})
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
@@ -259,6 +259,7 @@ class MinimPipeline(
         wishes["use_filter"] = use_filter or None
         why_unfiltered = self.why_unfiltered(use_filter, prompt, output_type)
         check_wishes(wishes, why_unfiltered, {"seeds": seeds, "latents": latents})
+        return batch_size
 
     def resolve_prompts(
         self, prompt: str | list[str] | None, modality: str | list[str] | None, batch_size: int
@@ -293,8 +294,10 @@ class MinimPipeline(
         """
         device = device or self._execution_device
         given = prompt_embeds is not None and (negative_prompt_embeds is not None or not do_classifier_free_guidance)
-        if not given and not is_resolved(modality):
-            prompt, modality = self.resolve_prompts(prompt, modality, count_prompts(prompt, prompt_embeds))
+        resolved = isinstance(modality, list) and all(isinstance(entry, Modality) for entry in modality)
+        if not given and not resolved:
+            batch_size = 1 if isinstance(prompt, str) else len(prompt_embeds if prompt is None else prompt)
+            prompt, modality = self.resolve_prompts(prompt, modality, batch_size)
         if lora_scale is not None:
             # set lora scale so that the LoRA function of the text encoder can correctly access it
             self._lora_scale = lora_scale
@@ -536,33 +539,14 @@ class MinimPipeline(
                     progress_bar.update()
         return batch.latents
 
-    @property
-    def guidance_scale(self):
-        return self._guidance_scale
-
-    @property
-    def guidance_rescale(self):
-        return self._guidance_rescale
-
-    @property
-    def clip_skip(self):
-        return self._clip_skip
-
-    @property
-    def do_classifier_free_guidance(self):
-        return self._guidance_scale > 1
-
-    @property
-    def cross_attention_kwargs(self):
-        return self._cross_attention_kwargs
-
-    @property
-    def num_timesteps(self):
-        return self._num_timesteps
-
-    @property
-    def interrupt(self):
-        return self._interrupt
+    # What a call was made with, for callbacks
+    guidance_scale = property(lambda self: self._guidance_scale)
+    guidance_rescale = property(lambda self: self._guidance_rescale)
+    clip_skip = property(lambda self: self._clip_skip)
+    do_classifier_free_guidance = property(lambda self: self._guidance_scale > 1)
+    cross_attention_kwargs = property(lambda self: self._cross_attention_kwargs)
+    num_timesteps = property(lambda self: self._num_timesteps)
+    interrupt = property(lambda self: self._interrupt)
 
     @torch.no_grad()
     @draws_in_turn
@@ -679,7 +663,7 @@ class MinimPipeline(
         guidance_rescale = self.config.guidance_rescale if guidance_rescale is None else guidance_rescale
 
         # 1. Check inputs. Raise error if not correct
-        self.check_inputs(
+        batch_size = self.check_inputs(
             prompt=prompt,
             height=height,
             width=width,
@@ -709,7 +693,7 @@ class MinimPipeline(
             reject_copies=reject_copies,
             seeds=seeds,
         )
-        prompts, modalities = self.resolve_prompts(prompt, modality, count_prompts(prompt, prompt_embeds))
+        prompts, modalities = self.resolve_prompts(prompt, modality, batch_size)
         check_scheduler(self.scheduler, self.config.zero_terminal_snr)
         self.warn_of_what_is_not_learned(height, width)
 

@@ -1,21 +1,7 @@
-"""Prompts: how many there are, and of which modality each is."""
-
-import torch
+"""Prompts: of which modality each is."""
 
 from .captions import check_caption
 from .modalities import AMBIGUOUS, Modality, resolve_modality, split_prefix
-
-
-def count_prompts(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> int:
-    """How many prompts a call has, as text or as embeddings."""
-    if prompt is None:
-        return prompt_embeds.shape[0]
-    return 1 if isinstance(prompt, str) else len(prompt)
-
-
-def is_resolved(modality) -> bool:
-    """Whether these are modalities as `resolve_prompts` gives them, and no names."""
-    return isinstance(modality, list) and all(isinstance(entry, Modality) for entry in modality)
 
 
 def resolve_prompts(

@@ -11,7 +11,7 @@ from .data.image_reader import Reading, tell
 from .data.sources import resolve_path
 from .data.splits import read_split
 from .files import write_csv
-from .generate.command import load_pipeline, register_modalities_of
+from .generate.command import load_pipeline, register_modalities
 from .modalities import resolve_modality
 
 
@@ -57,7 +57,7 @@ def score_csv(
     root = image_root and str(image_root)
     data, reading = Path(data), Reading(fit, tuple(window) if window else None, modality, root)
     output = Path(output) if output is not None else data.with_name(f"{data.stem}-scored.csv")
-    index = register_modalities_of(model)
+    index = register_modalities(model)
     if not (index.get("filter_head") or [None])[0]:
         raise ValueError(f"{model} has no filter to score with.")
     trained = index.get("modalities") or None

@@ -200,11 +200,11 @@ def test_a_pipeline_knows_its_own_modalities_without_a_registry(make_pipeline, t
 
 
 def test_reading_an_index_registers_nothing(tmp_path, table):
-    from minim_pipeline.generate.command import read_model_index, register_modalities_of
+    from minim_pipeline.generate.command import read_model_index, register_modalities
 
     definition = {"name": "Dermoscopy", "words": "photograph of the skin"}
     index = {"modalities": "oct skin", "custom_modalities": {"skin": definition}}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     assert read_model_index(str(tmp_path))["modalities"] == ["oct", "skin"] and "skin" not in MODALITIES
-    assert register_modalities_of(str(tmp_path)) == read_model_index(str(tmp_path))
+    assert register_modalities(str(tmp_path)) == read_model_index(str(tmp_path))
     assert resolve_modality("Dermoscopy").id == "skin"

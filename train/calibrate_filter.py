@@ -31,7 +31,7 @@ from minim_pipeline.data.splits import assign_splits
 from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.judges import Judges, claimed_classes, class_of, load_judges, read
 from minim_pipeline.files import write_json
-from minim_pipeline.generate.command import register_modalities_of
+from minim_pipeline.generate.command import register_modalities
 from minim_pipeline.training.arguments import check_numbers, check_shares
 from minim_pipeline.training.filter.candidates import Candidates, draw_candidates, follow
 from minim_pipeline.training.filter.copies import (
@@ -248,7 +248,7 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     device, bf16 = Accelerator().device, args.mixed_precision == "bf16"
     # Before any row is read: it may be of a modality that only the pipeline knows.
-    register_modalities_of(args.pretrained_model_name_or_path)
+    register_modalities(args.pretrained_model_name_or_path)
     require = ("path", "Text", "modality", "finding")
     every = assign_splits(read_csv(args.train_data, require=require, **csv_options(args)), args.train_data)
     train = [row for row in every if row["split"] == "train"]

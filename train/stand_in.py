@@ -32,7 +32,7 @@ from minim_pipeline.evaluation.classifier import train_classifier as fit
 from minim_pipeline.evaluation.judges import LOOK_ALIKE, Judges, class_of, load_judges, read
 from minim_pipeline.evaluation.sampling import draw_images
 from minim_pipeline.files import write_json
-from minim_pipeline.generate.command import register_modalities_of
+from minim_pipeline.generate.command import register_modalities
 from minim_pipeline.training.arguments import check_numbers
 from minim_pipeline.training.filter.report import auroc
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_parts
@@ -210,7 +210,7 @@ def main(argv=None) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = Path(args.output_dir)
     # Before any row is read: it may be of a modality that only the pipeline knows.
-    register_modalities_of(args.pretrained_model_name_or_path)
+    register_modalities(args.pretrained_model_name_or_path)
     require = ("path", "Text", "modality", "finding", "part")
     rows = read_split(args.train_data, "train", require=require, **csv_options(args))
     rows = [row for row in rows if row["part"] == args.part]

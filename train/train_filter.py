@@ -35,7 +35,7 @@ from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.judges import claimed_classes, class_of, load_judges
 from minim_pipeline.files import write_json
 from minim_pipeline.finite import FiniteLoss
-from minim_pipeline.generate.command import model_identity, register_modalities_of
+from minim_pipeline.generate.command import model_identity, register_modalities
 from minim_pipeline.minim_filter import FilterHead
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 from minim_pipeline.minim_filter.selection import Thresholds
@@ -332,7 +332,7 @@ def train(args: argparse.Namespace) -> dict:
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
     # Before any row is read: it may be of a modality that only the pipeline knows.
-    register_modalities_of(args.pretrained_model_name_or_path)
+    register_modalities(args.pretrained_model_name_or_path)
     all_rows, val_rows = read_splits(args)
     classes = claimed_classes(all_rows, all_rows, args.min_train, 0)
     rows = [r for r in all_rows if args.part in ("all", r.get("part")) and class_of(r) in classes]

@@ -43,7 +43,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
 from minim_pipeline.disk import save_model, whole_folder
 from minim_pipeline.finite import check_loss, check_weights
-from minim_pipeline.generate.command import register_modalities_of
+from minim_pipeline.generate.command import register_modalities
 from minim_pipeline.licenses import license_of
 from minim_pipeline.loading import load_with_unet, unet_folder
 from minim_pipeline.tokens import add_modality_tokens, modality_tokens, tokenize
@@ -352,7 +352,7 @@ def train(args: argparse.Namespace) -> None:
 
     if args.pretrained_model_name_or_path:
         # Before any row is read: it may be of a modality that only the base knows.
-        index = register_modalities_of(args.pretrained_model_name_or_path)
+        index = register_modalities(args.pretrained_model_name_or_path)
     else:
         index = {}
     train_rows, val_rows = read_splits(args)

@@ -151,7 +151,7 @@ def read_model_index(model: str) -> dict:
     return index
 
 
-def register_modalities_of(model: str) -> dict:
+def register_modalities(model: str) -> dict:
     """Registers the modalities that a pipeline defines, so that rows of them are read; returns its index.
 
     Args, errors: as `read_model_index`.
