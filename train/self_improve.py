@@ -42,7 +42,7 @@ from minim_pipeline.evaluation.sampling import draw_latents
 from minim_pipeline.evaluation.stand_in import RATER, StandIn
 from minim_pipeline.files import write_csv, write_json
 from minim_pipeline.finite import check_weights
-from minim_pipeline.generate.command import generate, model_identity, plan_file, read_model_index
+from minim_pipeline.generate.command import generate, model_identity, plan_file, register_modalities
 from minim_pipeline.locking import locked
 from minim_pipeline.minim_filter.funnel import combine
 from minim_pipeline.ratings import image_digest
@@ -145,7 +145,7 @@ def check_taken(args: argparse.Namespace, folder: Path) -> None:
 
 def write_prompts(args: argparse.Namespace, folder: Path) -> None:
     """`prompts.csv`: the given ones, or all training phrasings of the findings that the pipeline has learned."""
-    index = read_model_index(args.pretrained_model_name_or_path)
+    index = register_modalities(args.pretrained_model_name_or_path)
     if args.prompts:
 
         def check(row: dict) -> None:
@@ -384,7 +384,7 @@ def main(argv=None) -> dict:
 def improve(args: argparse.Namespace) -> dict:
     """Runs the stages of a round that `--output_dir` lacks, and returns the report."""
     folder = Path(args.output_dir)
-    index = read_model_index(args.pretrained_model_name_or_path)
+    index = register_modalities(args.pretrained_model_name_or_path)
     if (index.get("filter_head") or [None])[0] is None:
         raise ValueError(f"{args.pretrained_model_name_or_path} has no filter head: train_filter.py makes one.")
     check_arguments(args, folder)
