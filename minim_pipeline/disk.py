@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from .files import FULL
 from .finite import check_weights
-from .provenance import FULL
 
 
 def save_model(model, folder: str | Path) -> None:

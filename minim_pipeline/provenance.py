@@ -5,13 +5,9 @@ how image archives and search engines recognise generated pictures, and IPTC's p
 https://iptc.org/std/photometadata/specification/IPTC-PhotoMetadata
 """
 
-import errno
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -19,13 +15,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from . import __version__
+from .files import atomic_path
 
 
 SOFTWARE = "minim-pipeline"
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-
-# Of the system's errors those for want of room: a full disk, a quota, a limit on the size of files.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _TYPES = {"seed": int, "steps": int, "guidance": float, "guidance_rescale": float, "guidance_interval": json.loads}
 _TYPES |= {"height": int, "width": int}
@@ -47,27 +41,6 @@ _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <?xpacket end="r"?>"""
 # Characters that neither XML nor a PNG text chunk may hold.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, which takes its place at the end, or is removed if anything fails.
-
-    Raises:
-        OSError: the disk is full; the message says where, and how much is free.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException as error:  # Ctrl-C too
-        if isinstance(error, OSError) and error.errno in FULL:
-            free = shutil.disk_usage(path.parent).free / 1e6
-            temporary.unlink(missing_ok=True)
-            raise OSError(error.errno, f"No room on the disk: {free:.1f} MB free", str(path.absolute())) from error
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object]) -> None:

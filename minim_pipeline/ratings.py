@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
 from .data.sources import read_csv, resolve_path
+from .files import atomic_path
 from .modalities import resolve_modality
-from .provenance import atomic_path
 
 
 # How much of an image's name, its sentence or a rater's name is kept: nobody needs more, and nobody fills the disk.

@@ -12,9 +12,9 @@ from . import EMBEDDED_CHECKPOINT
 from .data.image_reader import Reading, tell
 from .data.sources import resolve_path
 from .data.splits import read_split
+from .files import atomic_path
 from .generate.command import load_pipeline, read_model_index
 from .modalities import resolve_modality
-from .provenance import atomic_path
 
 
 def score_csv(

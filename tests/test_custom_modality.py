@@ -130,8 +130,10 @@ def test_classifiers_of_it(model, data, tmp_path):
 
 
 def test_an_autoencoder_trained_on_for_it(model, data, tmp_path):
-    import train_autoencoder
+    from minim_pipeline.training.autoencoder import AutoencoderConfig
+    from minim_pipeline.training.common import read_splits
+    from minim_pipeline.training.config import parse
 
     call = ["--train_data", str(data), "--output_dir", str(tmp_path), "--pretrained_model_name_or_path", str(model)]
-    args = train_autoencoder.parse_args(call)
-    assert [len(rows) for rows in train_autoencoder.read_splits(args)] == [8, 4]
+    args = parse(AutoencoderConfig, call)
+    assert [len(rows) for rows in read_splits(args)] == [8, 4]

@@ -169,7 +169,8 @@ SCRIPTS = (
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_that_reads_images_can_be_told_how(script, capsys):
     with pytest.raises(SystemExit):
-        importlib.import_module(script).parse_args(["--help"])
+        module = importlib.import_module(script)
+        getattr(module, "parse_args", module.main)(["--help"])
     text = capsys.readouterr().out
     assert "--fit {stretch,crop,pad}" in text and "--window LOW HIGH" in text
 

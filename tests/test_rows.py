@@ -104,10 +104,9 @@ def test_minims_prefix_is_learned_as_the_pipeline_reads_it(shared_pipeline, pref
 
 @pytest.mark.parametrize(("no_mirror", "expected"), [(False, [True, False]), (True, [False, False])])
 def test_no_mirror_reaches_the_images(shared_pipeline, tmp_path, monkeypatch, capsys, no_mirror, expected):
-    import train_autoencoder
     from accelerate import Accelerator
 
-    from minim_pipeline.training import latents
+    from minim_pipeline.training import autoencoder, latents
 
     for i in range(2):
         noise(tmp_path / f"{i}.png", i)
@@ -122,7 +121,7 @@ def test_no_mirror_reaches_the_images(shared_pipeline, tmp_path, monkeypatch, ca
 
     slope = torch.arange(32).expand(1, 3, 32, 32).to(torch.uint8)
     drawn = [
-        train_autoencoder.draw_batch(slope, torch.zeros(1).long(), 32, torch.Generator().manual_seed(i), "cpu", mirror)
+        autoencoder.draw_batch(slope, torch.zeros(1).long(), 32, torch.Generator().manual_seed(i), "cpu", mirror)
         for mirror in (not no_mirror,)
         for i in range(12)
     ]

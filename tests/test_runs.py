@@ -21,7 +21,7 @@ from minim_pipeline.disk import save_model
 from minim_pipeline.finite import FiniteLoss, check_weights
 from minim_pipeline.locking import locked
 from minim_pipeline.provenance import save_png
-from minim_pipeline.training import checkpoints, common
+from minim_pipeline.training import autoencoder, checkpoints, common
 
 
 torch.set_num_threads(1)
@@ -165,9 +165,9 @@ def test_sigterm_ends_the_step_and_leaves_a_checkpoint(whole, decoder_run, tmp_p
         calls.append(os.kill(os.getpid(), signal.SIGTERM) if len(calls) == 2 else None)
         return draw_batch(*arguments)
 
-    draw_batch = train_autoencoder.draw_batch
+    draw_batch = autoencoder.draw_batch
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(train_autoencoder, "draw_batch", signalled)
+        patch.setattr(autoencoder, "draw_batch", signalled)
         run(train_autoencoder, *decoder_run, "--output_dir", tmp_path)
     assert ended.value.code == 143 and len(calls) == 3, "the step is finished, and no other begins"
     assert "Stopped by SIGTERM after step 3" in capsys.readouterr().err

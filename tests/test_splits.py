@@ -76,11 +76,12 @@ def test_the_scripts_do_without_the_column_and_hold_out_the_same_rows(tmp_path):
 
     import add_modality
     import compare_models
-    import train_autoencoder
     import train_classifier
     from PIL import Image
 
     from minim_pipeline import MODALITIES
+    from minim_pipeline.training.autoencoder import AutoencoderConfig
+    from minim_pipeline.training.common import read_splits
 
     for i in range(20):
         Image.effect_noise((32, 32), 20 + 4 * i).save(tmp_path / f"{i}.png")
@@ -88,8 +89,8 @@ def test_the_scripts_do_without_the_column_and_hold_out_the_same_rows(tmp_path):
     _, val, _ = read(path)
     assert len(val) == 2
 
-    args = train_autoencoder.parse_args(["--train_data", str(path), "--output_dir", str(tmp_path / "out")])
-    assert [row["path"] for row in train_autoencoder.read_splits(args)[1]] == val
+    config = AutoencoderConfig(train_data=str(path), output_dir=str(tmp_path / "out"))
+    assert [row["path"] for row in read_splits(config)[1]] == val
     new, _ = add_modality.read_new(Namespace(train_data=path, image_root=None), MODALITIES["oct"])
     assert [row["path"] for row in new if row["split"] == "val"] == val
     assert compare_models.modalities_of(Namespace(data=path, skip_memorisation=False)) == {"oct"}

@@ -14,7 +14,10 @@ import train_text_to_image
 from PIL import Image
 from safetensors.torch import load_file
 
+from minim_pipeline.data.image_loading import load_images
 from minim_pipeline.training import latents
+from minim_pipeline.training.autoencoder import AutoencoderConfig
+from minim_pipeline.training.common import read_splits
 
 
 def run(module, *arguments) -> None:
@@ -111,10 +114,8 @@ def test_autoencoder_learns_and_gives_unit_latents(autoencoder, data):
 
     vae = AutoencoderKL.from_pretrained(autoencoder / "vae")
     assert vae.config.scaling_factor == 1.0
-    rows, _ = train_autoencoder.read_splits(
-        train_autoencoder.parse_args(["--train_data", str(data), "--output_dir", ""])
-    )
-    images = train_autoencoder.load_images(rows, data, 64, trim=False).float() / 127.5 - 1
+    rows, _ = read_splits(AutoencoderConfig(train_data=str(data), output_dir=""))
+    images = load_images(rows, data, 64, trim=False).float() / 127.5 - 1
     with torch.no_grad():
         drawn = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(0))  # [N, 4, 8, 8]
     assert drawn.mean((0, 2, 3)).abs().max() < 0.2
@@ -289,7 +290,7 @@ def test_memorised_share_finds_copies():
 )
 def test_bad_arguments_are_told_before_any_work(module, arguments, message):
     with pytest.raises(ValueError, match=message):
-        module.parse_args(["--train_data", "none.csv", "--output_dir", "none", *arguments])
+        module.main(["--train_data", "none.csv", "--output_dir", "none", *arguments])
 
 
 def test_missing_images_are_told_before_training(data, tmp_path):
@@ -301,13 +302,13 @@ def test_missing_images_are_told_before_training(data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_earlier_run_is_not_overwritten(autoencoder, autoencoder_arguments, tmp_path):
-    with pytest.raises(ValueError, match="holds an earlier run .checkpoints: checkpoint-8"):
-        run(train_autoencoder, *autoencoder_arguments, "--output_dir", autoencoder)
-    (tmp_path / "log.jsonl").write_text((autoencoder / "log.jsonl").read_text())  # finished, without checkpoints
-    with pytest.raises(ValueError, match="holds an earlier run .checkpoints: none"):
-        run(train_autoencoder, *autoencoder_arguments, "--output_dir", tmp_path)
-    assert records(tmp_path, "final")
+def test_the_same_command_goes_on_and_another_overwrites_nothing(autoencoder, autoencoder_arguments, capsys):
+    before = {path: path.stat().st_mtime_ns for path in autoencoder.rglob("*") if path.is_file()}
+    run(train_autoencoder, *autoencoder_arguments, "--output_dir", autoencoder)
+    assert "there is nothing left to do" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--learning_rate was .*, now 0.5"):
+        run(train_autoencoder, *autoencoder_arguments, "--output_dir", autoencoder, "--learning_rate", "0.5")
+    assert before == {path: path.stat().st_mtime_ns for path in autoencoder.rglob("*") if path.is_file()}
 
 
 def test_log_normal_noise_levels_are_those_asked_for():

@@ -54,10 +54,10 @@ from minim_pipeline.data.sources import read_csv, resolve_path
 from minim_pipeline.data.splits import assign_splits
 from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.judges import claimed_classes
+from minim_pipeline.files import write_csv, write_json
 from minim_pipeline.generate.command import model_identity
 from minim_pipeline.modalities import BUILT_IN, MODALITIES
 from minim_pipeline.training.arguments import check_numbers, check_shares
-from minim_pipeline.training.common import write_csv, write_json
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_pipeline
 from minim_pipeline.training.rows import add_mirror_argument
 

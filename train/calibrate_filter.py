@@ -30,9 +30,9 @@ from minim_pipeline.data.sources import read_csv
 from minim_pipeline.data.splits import assign_splits
 from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.judges import Judges, claimed_classes, class_of, load_judges, read
+from minim_pipeline.files import write_json
 from minim_pipeline.generate.command import read_model_index
 from minim_pipeline.training.arguments import check_numbers, check_shares
-from minim_pipeline.training.common import write_json
 from minim_pipeline.training.filter.candidates import Candidates, draw_candidates, follow
 from minim_pipeline.training.filter.copies import (
     fingerprints,

@@ -34,11 +34,10 @@ from minim_pipeline.evaluation.judges import class_of, load_judges, read
 from minim_pipeline.evaluation.memorisation import latent_features, memorisation_report, pixel_features
 from minim_pipeline.evaluation.metrics import bootstrap_interval, frechet_distance, inception_score, kernel_distance
 from minim_pipeline.evaluation.sampling import draw_images, kept
+from minim_pipeline.files import atomic_path, write_json
 from minim_pipeline.generate.command import model_identity
-from minim_pipeline.provenance import atomic_path
 from minim_pipeline.training.arguments import check_numbers
 from minim_pipeline.training.captions import CAPTIONS
-from minim_pipeline.training.common import write_json
 
 
 PHRASINGS = ("train", "new")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from evaluate_filter import compare
 
-from minim_pipeline.training.common import write_json
+from minim_pipeline.files import write_json
 
 
 SETTLED = "comparisons that rules were settled on"

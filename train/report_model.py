@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from train_autoencoder import validate
 from train_classifier import format_report
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
@@ -41,6 +40,7 @@ from minim_pipeline.evaluation.sampling import draw_images, kept
 from minim_pipeline.generate.command import model_identity
 from minim_pipeline.training.arguments import check_numbers
 from minim_pipeline.training.captions import CAPTIONS, load_captions
+from minim_pipeline.training.reconstruction import reconstruction_figures
 
 
 # The call's arguments that the report may be asked to change.
@@ -241,7 +241,7 @@ def main(argv=None) -> dict:
 
     if not args.skip_autoencoder:
         delivered = load_images(val_rows, args.data, size, trim=False, reading=reading_of(args))
-        figures = validate(pipe.vae, delivered, val_names)
+        figures = reconstruction_figures(pipe.vae, delivered, val_names)
         report["autoencoder"] = {**figures, "n": len(val_rows)}
         print("autoencoder on val:", json.dumps(figures))
 

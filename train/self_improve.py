@@ -39,6 +39,7 @@ from minim_pipeline.data.image_loading import load_images
 from minim_pipeline.data.image_reader import reading_of, reading_options
 from minim_pipeline.data.sources import read_csv, resolve_path
 from minim_pipeline.disk import whole_folder
+from minim_pipeline.files import write_csv, write_json
 from minim_pipeline.finite import check_weights
 from minim_pipeline.generate.command import generate, model_identity, plan_file, read_model_index
 from minim_pipeline.locking import locked
@@ -46,7 +47,6 @@ from minim_pipeline.minim_filter.funnel import combine
 from minim_pipeline.ratings import image_digest
 from minim_pipeline.training.arguments import check_numbers
 from minim_pipeline.training.captions import load_captions
-from minim_pipeline.training.common import write_csv, write_json
 from minim_pipeline.training.filter.raters import read_ratings
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_pipeline
 from minim_pipeline.training.preference.rewards import rate

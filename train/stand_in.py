@@ -31,9 +31,9 @@ from minim_pipeline.evaluation.classifier import Recipe, make_resnet
 from minim_pipeline.evaluation.classifier import train_classifier as fit
 from minim_pipeline.evaluation.judges import LOOK_ALIKE, Judges, class_of, load_judges, read
 from minim_pipeline.evaluation.sampling import draw_images
+from minim_pipeline.files import write_json
 from minim_pipeline.generate.command import read_model_index
 from minim_pipeline.training.arguments import check_numbers
-from minim_pipeline.training.common import write_json
 from minim_pipeline.training.filter.report import auroc
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_parts
 from minim_pipeline.training.rows import add_csv_arguments, add_mirror_argument, csv_options

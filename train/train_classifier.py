@@ -18,9 +18,10 @@ from minim_pipeline.data.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.data.splits import read_splits
 from minim_pipeline.evaluation.classifier import ARCHITECTURES, Recipe, train_classifier
 from minim_pipeline.evaluation.judges import Judges, accuracy_report, claimed_classes, load_judges
+from minim_pipeline.files import write_json
 from minim_pipeline.modalities import resolve_modality
 from minim_pipeline.training.arguments import check_numbers, check_shares
-from minim_pipeline.training.common import add_modalities_argument, know_modalities, write_json
+from minim_pipeline.training.common import add_modalities_argument, know_modalities
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_parts
 from minim_pipeline.training.rows import (
     add_csv_arguments,

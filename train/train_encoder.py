@@ -37,11 +37,12 @@ from minim_pipeline.data.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.data.splits import read_splits
 from minim_pipeline.evaluation.classifier import augment, prepare_training
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
+from minim_pipeline.files import write_json
 from minim_pipeline.finite import FiniteLoss, check_weights
 from minim_pipeline.modalities import resolve_modality
 from minim_pipeline.training.arguments import check_numbers, check_shares
 from minim_pipeline.training.captions import load_captions, phrase
-from minim_pipeline.training.common import add_modalities_argument, know_modalities, write_json
+from minim_pipeline.training.common import add_modalities_argument, know_modalities
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_parts
 from minim_pipeline.training.rows import add_csv_arguments, csv_options, image_paths, tell_repeats
 

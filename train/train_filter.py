@@ -32,6 +32,7 @@ from minim_pipeline.data.image_loading import key_of, load_images
 from minim_pipeline.data.image_reader import files_key, reading_of, reading_of_other
 from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.judges import claimed_classes, class_of, load_judges
+from minim_pipeline.files import write_json
 from minim_pipeline.finite import FiniteLoss
 from minim_pipeline.generate.command import model_identity, read_model_index
 from minim_pipeline.minim_filter import FilterHead
@@ -50,15 +51,14 @@ from minim_pipeline.training.common import (
     read_splits,
     start_trackers,
     step_generator,
-    write_json,
 )
 from minim_pipeline.training.filter.data import Captions, Drawn, Pool, build_pool, draw, encode, kept, versions
 from minim_pipeline.training.filter.raters import Raters, learned_from, raters_report, read_ratings
 from minim_pipeline.training.filter.report import cross_validate, finding_report, other_findings, quality_report
 from minim_pipeline.training.filter.trajectories import Trajectories
 from minim_pipeline.training.hub import push_parts
+from minim_pipeline.training.loop import Run
 from minim_pipeline.training.rows import mirrored, tell_mirrored
-from minim_pipeline.training.run import Run
 
 
 def parse_args(argv=None) -> argparse.Namespace:

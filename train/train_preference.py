@@ -50,6 +50,7 @@ from minim_pipeline.data.image_loading import key_of, load_images
 from minim_pipeline.data.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.data.sources import read_csv
 from minim_pipeline.disk import save_model, whole_folder
+from minim_pipeline.files import write_json
 from minim_pipeline.finite import check_loss, check_weights
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 from minim_pipeline.ratings import image_digest
@@ -64,16 +65,15 @@ from minim_pipeline.training.common import (
     own_folder,
     start_trackers,
     step_generator,
-    write_json,
 )
 from minim_pipeline.training.filter.data import encode
 from minim_pipeline.training.filter.raters import read_ratings
 from minim_pipeline.training.hub import push_pipeline
+from minim_pipeline.training.loop import Run
 from minim_pipeline.training.preference.replay import Replay
 from minim_pipeline.training.preference.rewards import are_copies, finding_reward, rate, spread
 from minim_pipeline.training.preference.watch import Watch
 from minim_pipeline.training.rows import add_mirror_argument
-from minim_pipeline.training.run import Run
 
 
 def parse_args(argv=None) -> argparse.Namespace:

@@ -28,11 +28,12 @@ from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from minim_pipeline.data.sources import read_csv
 from minim_pipeline.disk import save_model
+from minim_pipeline.files import write_json
 from minim_pipeline.finite import FiniteLoss
 from minim_pipeline.modalities import MODALITIES, resolve_modality
 from minim_pipeline.training.arguments import check_numbers
 from minim_pipeline.training.captions import load_captions, never_trained_on, normalize, vary_caption
-from minim_pipeline.training.common import add_modalities_argument, know_modalities, write_json
+from minim_pipeline.training.common import add_modalities_argument, know_modalities
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_parts
 from minim_pipeline.training.rows import tell_cut
 from minim_pipeline.training.text.corpus import SYNONYMS, abbreviate, decorate, expand, generate

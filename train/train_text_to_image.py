@@ -66,8 +66,8 @@ from minim_pipeline.training.common import (
 from minim_pipeline.training.filter.keep import kept_filter
 from minim_pipeline.training.hub import push_parts, push_pipeline
 from minim_pipeline.training.latents import Latents, memorised_share
+from minim_pipeline.training.loop import Run
 from minim_pipeline.training.rows import image_paths, tell_overlap
-from minim_pipeline.training.run import Run
 
 
 # The text reaches the U-Net by cross-attention and, pooled, by the time embedding (`addition_embed_type`): at this

@@ -33,12 +33,13 @@ from minim_pipeline.data.image_loading import load_images
 from minim_pipeline.data.image_reader import add_reading_arguments, reading_of
 from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.agreement import weighted_kappa
+from minim_pipeline.files import write_json
 from minim_pipeline.finite import FiniteLoss
 from minim_pipeline.minim_filter import FilterHead, FilterHeadOutput
 from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 from minim_pipeline.tokens import tokenize
 from minim_pipeline.training.arguments import check_numbers
-from minim_pipeline.training.common import step_generator, write_json
+from minim_pipeline.training.common import step_generator
 from minim_pipeline.training.filter.data import encode
 from minim_pipeline.training.filter.raters import Raters, read_ratings
 from minim_pipeline.training.filter.report import auroc

@@ -17,8 +17,9 @@ from pathlib import Path
 from PIL import Image
 
 from ..captions import check_caption
+from ..files import atomic_path
 from ..modalities import AMBIGUOUS, resolve_modality, split_prefix
-from ..provenance import atomic_path, save_png
+from ..provenance import save_png
 from .image_reader import image_problem
 from .table import guess, mend_commas, read_table
 

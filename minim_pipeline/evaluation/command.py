@@ -24,8 +24,8 @@ from ..data.image_reader import Reading, add_reading_arguments, reading_of, tell
 from ..data.sources import image_name, name_digits, read_csv, resolve_path
 from ..data.splits import read_split
 from ..data.table import read_table
+from ..files import atomic_path
 from ..generate.command import read_model_index
-from ..provenance import atomic_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from ..disk import save_model
+from ..files import atomic_path
 from ..modalities import resolve_modality
-from ..provenance import atomic_path
 from .images import to_input
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..provenance import atomic_path
+from ..files import atomic_path
 
 
 @torch.no_grad()

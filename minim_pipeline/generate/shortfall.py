@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..provenance import atomic_path
+from ..files import atomic_path
 
 
 FILE = "fell_short.jsonl"

@@ -13,8 +13,8 @@ from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 
 from minim_pipeline.disk import count_bytes, enough_room
+from minim_pipeline.files import atomic_path
 from minim_pipeline.finite import check_weights
-from minim_pipeline.provenance import atomic_path
 
 
 # Writing

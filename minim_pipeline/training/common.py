@@ -1,10 +1,7 @@
 """What the training scripts share: arguments, rows, randomness that does not depend on history, the log."""
 
 import argparse
-import csv
 import json
-import math
-import time
 import warnings
 from collections import Counter
 from contextlib import AbstractContextManager
@@ -13,19 +10,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, parse_flag_from_env
-from tqdm.auto import tqdm
+from accelerate.utils import parse_flag_from_env
 
 from minim_pipeline.data import splits
 from minim_pipeline.data.image_loading import check_values
 from minim_pipeline.data.image_reader import add_reading_arguments, reading_of
+from minim_pipeline.files import atomic_path, write_json
 from minim_pipeline.locking import locked
 from minim_pipeline.modalities import resolve_modality
-from minim_pipeline.provenance import atomic_path
 from minim_pipeline.training.arguments import check_shares, check_tracker
 from minim_pipeline.training.checkpoints import FINISHED, step_of
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments
 from minim_pipeline.training.rows import add_csv_arguments, add_mirror_argument, csv_options, image_paths, tell_repeats
+
+from .log import Log  # noqa: F401
+from .schedule import Schedule  # noqa: F401
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -198,21 +197,6 @@ def note_arguments(args: argparse.Namespace, checkpoint: Path | None) -> None:
             temporary.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if stays(line)))
 
 
-def write_json(path: Path, content) -> None:
-    """Writes the file whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Writes rows, which need not have the same columns, whole or not at all."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def step_generator(seed: int, step: int, rank: int, device: torch.device | str) -> torch.Generator:
     """The source of everything random in one step on one process.
 
@@ -227,84 +211,3 @@ def hold_images(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
         return images.to(device)
     return images
-
-
-class Schedule:
-    """How far a run is, from 0 to 1: by steps, or by time where that is further (`--max_train_minutes`)."""
-
-    def __init__(self, max_steps: int, max_minutes: float | None = None, look_every: int = 16):
-        self.max_steps, self.max_seconds = max_steps, 60 * max_minutes if max_minutes else math.inf
-        self.look_every = look_every  # steps from one look at the clock to the next
-        self.step, self.spent, self.by_time, self._last = 0, 0.0, 0.0, None
-
-    def advance(self, accelerator) -> None:
-        now = time.monotonic()
-        # The clock starts with the second step, so that compiling does not count.
-        self.spent += now - self._last if self._last is not None else 0.0
-        self._last = now
-        self.step += 1
-        if self.step % self.look_every == 0 and self.max_seconds < math.inf:
-            # All processes go by the main process's clock; asking it makes them wait, so it is asked now and then.
-            clock = torch.tensor([self.spent / self.max_seconds], device=accelerator.device, dtype=torch.float32)
-            self.by_time = broadcast(clock).item()
-
-    @property
-    def progress(self) -> float:
-        return min(1.0, max(self.step / self.max_steps, self.by_time))
-
-    @property
-    def done(self) -> bool:
-        return self.progress >= 1.0
-
-    def learning_rate(self, peak: float, warmup_steps: int) -> float:
-        """A linear rise over `warmup_steps`, then half a cosine down to 0."""
-        return peak * min(1.0, (self.step + 1) / max(1, warmup_steps)) * 0.5 * (1 + math.cos(math.pi * self.progress))
-
-    def state_dict(self) -> dict:
-        return {"step": self.step, "spent": self.spent, "by_time": self.by_time, "max_seconds": self.max_seconds}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.step, self.spent, self.by_time = state["step"], state["spent"], state["by_time"]
-        if state.get("max_seconds", self.max_seconds) != self.max_seconds:  # it goes on with more time
-            self.by_time = self.spent / self.max_seconds
-
-
-class Log:
-    """A progress bar with images/s and time left, and a line of JSON for every record in `log.jsonl`."""
-
-    def __init__(self, accelerator, output_dir: str, schedule: Schedule, images_a_step: int):
-        self.accelerator, self.schedule, self.images_a_step = accelerator, schedule, images_a_step
-        self.path = Path(output_dir) / "log.jsonl"
-        self.bar = tqdm(
-            total=1000,
-            initial=int(1000 * schedule.progress),
-            disable=not accelerator.is_local_main_process,
-            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}",
-        )
-        self.rate, self._since = 0.0, (time.monotonic(), schedule.step)
-
-    def tick(self, **shown) -> None:
-        now, (then, step) = time.monotonic(), self._since
-        if now - then > 2:
-            self.rate = (self.schedule.step - step) * self.images_a_step / (now - then)
-            self._since = (now, self.schedule.step)
-            self.bar.set_description(f"step {self.schedule.step}")
-            self.bar.set_postfix_str(f"{self.rate:.0f} images/s " + " ".join(f"{k} {v:.3g}" for k, v in shown.items()))
-            self.bar.n = int(1000 * self.schedule.progress)
-            self.bar.refresh()
-
-    def write(self, kind: str, **values) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        record = {
-            "kind": kind,
-            "step": self.schedule.step,
-            "minutes": round(self.schedule.spent / 60, 2),
-            "images_per_second": round(self.rate),
-            **values,
-        }
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        flat = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-        self.accelerator.log(flat, step=self.schedule.step)
-        self.bar.write(f"[{kind}] " + json.dumps({k: v for k, v in record.items() if k != "kind"}))

@@ -8,6 +8,7 @@ from pathlib import Path
 from minim_pipeline import MinimPipeline
 from minim_pipeline.licenses import license_of
 from minim_pipeline.publishing import check_folder, check_target, connect, license_note, publish, told, upload
+from minim_pipeline.training.config import HubOptions
 
 
 CARD = """---
@@ -40,6 +41,12 @@ def check_hub_arguments(args: argparse.Namespace) -> None:
         check_target(connect(), target(args), "model")
     elif args.hub_model_id:
         raise ValueError(f"--hub_model_id {args.hub_model_id} is of no use without --push_to_hub.")
+
+
+def check_hub(config: HubOptions) -> None:
+    """Raises ValueError if the result could not be published, before any time is spent on making it."""
+    if config.push_to_hub:
+        check_target(connect(), config.hub_target, "model")
 
 
 def target(args: argparse.Namespace) -> str:

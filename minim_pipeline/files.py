@@ -1,0 +1,51 @@
+"""Files that appear whole or not at all."""
+
+import csv
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+# Of the system's errors those for want of room: a full disk, a quota, a limit on the size of files.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, which takes its place at the end, or is removed if anything fails.
+
+    Raises:
+        OSError: the disk is full; the message says where, and how much is free.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException as error:  # Ctrl-C too
+        if isinstance(error, OSError) and error.errno in FULL:
+            free = shutil.disk_usage(path.parent).free / 1e6
+            temporary.unlink(missing_ok=True)
+            raise OSError(error.errno, f"No room on the disk: {free:.1f} MB free", str(path.absolute())) from error
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes the file whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Writes rows, which need not have the same columns, whole or not at all."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,280 @@
+"""Options of the training commands: dataclasses whose fields say what they mean, their default and their range.
+
+`transformers.HfArgumentParser` turns them into a command line, `parse` also reads them from YAML, and in Python they
+are made as they stand. Wherever they come from, what no run can have is refused before any work is done:
+
+    @dataclass(kw_only=True)
+    class MyConfig(DataOptions, RunOptions):
+        weight: Weight = option(0.5, "Of what.")
+
+    train(parse(MyConfig, description=__doc__))         # python train/my.py runs/my.yaml --output_dir out --weight 1
+    train(MyConfig(train_data="data.csv", output_dir="out", weight=1.0))
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from transformers import HfArgumentParser
+
+from ..data.image_reader import Reading
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may have: from `least` to `most`; `open` if neither of them itself."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    open: bool = False
+
+    def check(self, name: str, value: float) -> None:
+        """Raises ValueError, in the words of the command line, for a value that is not in the range."""
+        if self.open and not self.least < value < self.most:
+            top = "" if math.isinf(self.most) else f" and below {self.most:g}"
+            raise ValueError(f"--{name} has to be above {self.least:g}{top}, got {value}.")
+        if not math.isinf(self.most) and not self.least <= value <= self.most:
+            raise ValueError(f"--{name} has to be between {self.least:g} and {self.most:g}, got {value}.")
+        if value < self.least:
+            raise ValueError(f"--{name} has to be at least {self.least:g}, got {value}.")
+        if not math.isfinite(value):
+            raise ValueError(f"--{name} has to be a finite number, got {value}.")
+
+
+Count = Annotated[int, Range(1)]  # sizes and numbers of things
+Whole = Annotated[int, Range(0)]  # 0 means none, or the first
+Weight = Annotated[float, Range(0)]  # rates, weights, costs
+Positive = Annotated[float, Range(0, open=True)]
+Share = Annotated[float, Range(0, 1)]
+
+Precision = Literal["no", "bf16"]
+Fit = Literal["stretch", "crop", "pad"]
+
+
+def option(default: Any = MISSING, help: str = "", **keywords: Any) -> Any:
+    """A field with its default and the line that `--help` shows; without a default it has to be given.
+
+    Args:
+        keywords: further ones of `ArgumentParser.add_argument`, such as `nargs` or `metavar`.
+    """
+    metadata = {"help": help.replace("%", "%%"), **keywords}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What all options have: ranges, by the types of their fields. A group adds checks in its `__post_init__`."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
+            for limits in ranges(hint):
+                for number in value if isinstance(value, list | tuple) else [value]:
+                    if number is not None:
+                        limits.check(name, number)
+
+
+def ranges(hint: Any) -> list[Range]:
+    """The ranges in a type, as of `Count | None` or `list[Share]`."""
+    if get_origin(hint) is Annotated:
+        return [part for part in hint.__metadata__ if isinstance(part, Range)]
+    return [found for part in get_args(hint) for found in ranges(part)]
+
+
+@dataclass(kw_only=True)
+class ReadingOptions(Options):
+    """How images are read."""
+
+    fit: Fit = option("stretch", "What becomes of images that are not square.")
+    window: list[float] | None = option(
+        None,
+        "Values that become black and white, in images of more than 8 bits (default: by the bits in use; a lung "
+        "window for chest CT in Hounsfield units; a DICOM file's own window).",
+        metavar="VALUE",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.reading_elsewhere()  # raises for a window that is none
+
+    def reading_elsewhere(self) -> Reading:
+        """How the images of a CSV are read that `--modality` and `--image_root` are not of."""
+        window = tuple(self.window) if self.window else None
+        return Reading(self.fit, window)
+
+
+@dataclass(kw_only=True)
+class CsvOptions(ReadingOptions):
+    """A data set, in a CSV of which not everything need be as MINIM has it."""
+
+    train_data: str = option(help="CSV in MINIM's format: path,Text,modality[,finding,split,part].")
+    modality: str | None = option(None, "Of all rows of --train_data, where it has no such column.")
+    image_root: str | None = option(
+        None,
+        "Look for the images of --train_data here: by their whole path, or what is left of it without its first "
+        "folders.",
+    )
+    modalities_from: str | None = option(None, "Know the modalities that this pipeline has defined, too.")
+    no_mirror: bool = option(
+        False,
+        "Mirror no image. Without it, those of modalities that look the same mirrored are, unless the caption names "
+        "a side.",
+    )
+
+    @property
+    def csv_options(self) -> dict[str, str | None]:
+        """What `read_csv` needs to know of `--train_data`."""
+        return {"modality": self.modality, "image_root": self.image_root}
+
+    @property
+    def reading(self) -> Reading:
+        """How the images of `--train_data` are read."""
+        return dataclasses.replace(self.reading_elsewhere(), **self.csv_options)
+
+
+@dataclass(kw_only=True)
+class DataOptions(CsvOptions):
+    """Which rows and images a trainer learns from, named as in diffusers' examples."""
+
+    split: str = option(
+        "train",
+        "Rows of this `split` are trained on; 'all' takes every row. Without a column `split` all are, but for a "
+        "tenth by group that is held out to validate on.",
+    )
+    val_split: str = option("val", "Rows of this `split` are validated on; 'none' for none.")
+    resolution: Count = option(256, "Side of the images in pixels, a multiple of 8.")
+    skip_bad_rows: bool = option(False, "Leave out missing or broken images and rows.")
+    max_train_samples: Count | None = option(None, "Train on the first so many rows only (for debugging).")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.split == self.val_split:
+            raise ValueError(
+                f"--split and --val_split are both {self.split!r}; --val_split none validates on nothing."
+            )
+        if self.resolution % 8:
+            raise ValueError(f"--resolution has to be a positive multiple of 8, got {self.resolution}.")
+
+
+@dataclass(kw_only=True)
+class HubOptions(Options):
+    """Publishing what was made."""
+
+    output_dir: str = option(help="Where everything is written; the same command goes on with what it finds there.")
+    push_to_hub: bool = option(False, "Publish the result; needs `hf auth login`.")
+    hub_model_id: str | None = option(None, "Where to, owner/name; default: the name of --output_dir, one's own.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hub_model_id and not self.push_to_hub:
+            raise ValueError(f"--hub_model_id {self.hub_model_id} is of no use without --push_to_hub.")
+
+    @property
+    def output(self) -> Path:
+        return Path(self.output_dir)
+
+    @property
+    def hub_target(self) -> str:
+        return self.hub_model_id or self.output.resolve().name
+
+
+@dataclass(kw_only=True)
+class RunOptions(HubOptions):
+    """A run: how long, how fast it learns, and what it leaves on its way."""
+
+    seed: Whole = 0
+    train_batch_size: Count = option(64, "Images a step and a process.")
+    max_train_steps: Count = 10_000
+    max_train_minutes: Positive | None = option(
+        None,
+        "Run the whole schedule in this time if it ends sooner than --max_train_steps. The steps then depend on the "
+        "machine's speed; runs that have to be repeated exactly are given by --max_train_steps alone.",
+    )
+    learning_rate: Weight = 4e-4
+    lr_warmup_steps: Whole = 200
+    adam_weight_decay: Weight = 1e-2
+    max_grad_norm: Weight = 1.0
+    ema_decay: Share = 0.999
+    mixed_precision: Precision = "no"
+    compile: bool = option(False, "torch.compile the networks.")
+    gradient_checkpointing: bool = option(False, "Less memory, a quarter slower.")
+    validation_steps: Count = 1000
+    checkpointing_steps: Count = option(1000, "Also after the last step, and at SIGTERM.")
+    checkpoints_total_limit: Count = 2
+    resume_from_checkpoint: str = option(
+        "latest", "A checkpoint's folder; by default the newest in --output_dir that is whole, if there is one."
+    )
+    report_to: str | None = option(None, "A tracker of accelerate: tensorboard, wandb, … ; none by default.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tracker(self.report_to)
+
+    @property
+    def bf16(self) -> bool:
+        return self.mixed_precision == "bf16"
+
+
+def check_tracker(name: str | None) -> None:
+    """Raises ValueError for a tracker (`--report_to`) that accelerate does not know, or that is not installed.
+
+    accelerate leaves out what is not installed, and says nothing.
+    """
+    if name is None:
+        return
+    installed = [tracker.value for tracker in get_available_trackers()]
+    known = [str(tracker) for tracker in LOGGER_TYPE_TO_CLASS]
+    if name not in (*known, "all"):
+        raise ValueError(f"--report_to has to be one of {', '.join(known)} or all, got {name!r}.")
+    if not installed or name not in (*installed, "all"):
+        raise ValueError(f"--report_to {name} is not installed here; installed: {', '.join(installed) or 'none'}.")
+
+
+Config = TypeVar("Config", bound=Options)
+
+
+def parse(config: type[Config], argv: Sequence[str] | None = None, description: str | None = None) -> Config:
+    """Options from a command line, whose first argument may be a YAML file with more of them.
+
+    What stands on the command line replaces what the file says.
+
+    Args:
+        argv: default: that of the process.
+        description: the script's docstring, for `--help`.
+
+    Raises:
+        ValueError: an option has a value that is not possible.
+        SystemExit: after `--help`, or an option that there is not.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = HfArgumentParser(config, description=description, formatter_class=raw, allow_abbrev=False)
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        arguments = [*yaml_arguments(arguments[0]), *arguments[1:]]
+    found, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return found
+
+
+def yaml_arguments(path: str | Path) -> list[str]:
+    """The options of a YAML file as a command line has them; raises ValueError if it is no table of options."""
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} has to be a table of options, `name: value` in each line, got {content!r}.")
+    arguments = []
+    for name, value in content.items():
+        if value is not None:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments

@@ -1,0 +1,80 @@
+"""What an autoencoder keeps of an image, and latents of unit variance."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+
+def highest_octave(images: torch.Tensor) -> torch.Tensor:
+    """Power of the grey values of images [B, 3, S, S] in the highest octave, a pixel: [B].
+
+    By the cosine transform, which knows no jump from one border to the other as the Fourier transform does: the
+    coefficients of which at least one index is in the upper half, a quarter of a cycle a pixel and above.
+    """
+    grey = images.float().mean(1)  # [B, S, S]
+    size = grey.shape[-1]
+    n = torch.arange(size, device=grey.device)
+    basis = torch.cos(math.pi / size * (n + 0.5) * n[:, None]) * math.sqrt(2 / size)  # [S, S], DCT-II
+    basis[0] /= math.sqrt(2)
+    power = (basis @ grey @ basis.T).square()  # [B, S, S]
+    return (power * (torch.maximum(n, n[:, None]) >= size // 2)).sum((-2, -1)) / size**2
+
+
+@torch.no_grad()
+def reconstruction_figures(
+    vae: AutoencoderKL, images: torch.Tensor, modalities: list[str], batch_size: int = 32
+) -> dict[str, float]:
+    """Mean PSNR in dB and ratio of the energy in the highest octave, of all images and per modality."""
+    device = next(vae.parameters()).device
+    psnr, energy = [], []
+    for part in images.split(batch_size):
+        x = part.to(device).float() / 127.5 - 1
+        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+        psnr += (-10 * torch.log10(((y - x) / 2).square().mean((1, 2, 3)))).tolist()
+        energy += torch.stack([highest_octave(y), highest_octave(x)], 1).tolist()
+    psnr, energy, modalities = np.array(psnr), np.array(energy), np.array(modalities)
+    figures = {"psnr": round(float(psnr.mean()), 3)}
+    for name in dict.fromkeys(modalities):
+        mine = modalities == name
+        figures[f"psnr_{name}"] = round(float(psnr[mine].mean()), 3)
+        figures[f"energy_{name}"] = round(float(energy[mine, 0].sum() / energy[mine, 1].sum()), 3)
+    return figures
+
+
+def save_pairs(vae: AutoencoderKL, images: torch.Tensor, path: Path) -> None:
+    """A sheet with originals above reconstructions. It shows real images: for looking at, not for publishing."""
+    device = next(vae.parameters()).device
+    with torch.no_grad():
+        x = images.to(device).float() / 127.5 - 1
+        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+    sheet = torch.cat([torch.cat(list(x), 2), torch.cat(list(y), 2)], 1)  # [3, 2H, nW]
+    Image.fromarray(((sheet + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()).save(path)
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64) -> None:
+    """Makes the latents of `images` zero-mean and of unit variance in every channel, without changing the images.
+
+    The affine map is folded into the 1 x 1 convolutions on both sides of the latents, so that `scaling_factor` is 1
+    and no code that uses the autoencoder has to know of it.
+    """
+    device = next(vae.parameters()).device
+    means, variances = [], []
+    for part in images.split(batch_size):
+        posterior = vae.encode(part.to(device).float() / 127.5 - 1).latent_dist
+        means.append(posterior.mean.double().transpose(0, 1).flatten(1))
+        variances.append(posterior.var.double().transpose(0, 1).flatten(1))
+    means, variances = torch.cat(means, 1), torch.cat(variances, 1)  # [C, pixels]
+    mean = means.mean(1).float()
+    std = (means.var(1) + variances.mean(1)).sqrt().float()
+    channels = len(mean)
+    out, back = vae.quant_conv, vae.post_quant_conv  # [2C, 2C, 1, 1] and [C, C, 1, 1]
+    out.weight[:channels] /= std[:, None, None, None]
+    out.bias[:channels] = (out.bias[:channels] - mean) / std
+    out.bias[channels:] -= 2 * std.log()  # the log variance
+    back.bias += back.weight[:, :, 0, 0] @ mean
+    back.weight *= std[None, :, None, None]
