@@ -41,6 +41,13 @@ def blocks(page: Path) -> list[Block]:
     return [Block(page, text.count("\n", 0, m.start()) + 1, m[1], m[2]) for m in found]
 
 
+def write_options(page: Path) -> None:
+    """Writes what a page says of a file of options, a block of YAML, into the working directory."""
+    for block in blocks(page):
+        if block.language == "yaml":
+            Path("options.yaml").write_text(block.text)
+
+
 def script_of(name: str) -> Path:
     """The file of a script; what made a release's reports lies in research/, or still in train/."""
     for path in (ROOT / name, ROOT / name.replace("research/", "train/")):

@@ -8,14 +8,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from pages import FOREIGN, PAGES, ROOT, blocks, parse, understand
+from pages import FOREIGN, PAGES, ROOT, blocks, parse, understand, write_options
 
 
 PROSE = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "space/README.md", ROOT / "train/README.md"]
 )
 COMMANDS = [
-    pytest.param(words, id=f"{page.name}:{line}")
+    pytest.param(page, words, id=f"{page.name}:{line}")
     for page in PAGES
     for block in blocks(page)
     if block.language == "sh"
@@ -31,8 +31,10 @@ def check_pip(arguments: list[str]) -> None:
         assert flag != "-r" or (ROOT / value).is_file()
 
 
-@pytest.mark.parametrize("words", COMMANDS)
-def test_a_command_names_only_what_there_is(words, monkeypatch):
+@pytest.mark.parametrize(("page", "words"), COMMANDS)
+def test_a_command_names_only_what_there_is(page, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_options(page)
     program, arguments = understand(words)
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from pages import FOREIGN, PAGES, ROOT, blocks, run_script, understand
+from pages import FOREIGN, PAGES, ROOT, blocks, run_script, understand, write_options
 
 
 EMBEDDED = "minim_pipeline/checkpoints/minim-256"
@@ -227,6 +227,7 @@ def follow(words: list[str], monkeypatch) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_a_page_can_be_followed_from_top_to_bottom(page, reader, monkeypatch):
+    write_options(page)
     for block in blocks(page):
         if block.language == "python":
             with own_process():
