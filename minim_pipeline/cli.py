@@ -39,7 +39,7 @@ def number(kind: type, least: float, multiple: int = 1) -> Callable[[str], float
         except ValueError:
             value = None
         # Written so that nan fails too.
-        if value is None or not least <= value < 2**63 or value % multiple:
+        if value is None or not least <= value < 2**63 or (multiple > 1 and value % multiple):
             what = "a whole number" if kind is int else "a number"
             of = f", a multiple of {multiple}" if multiple > 1 else ""
             raise argparse.ArgumentTypeError(f"has to be {what} from {least} on{of}, got {text!r}")

@@ -308,7 +308,8 @@ def generate(
                 )
             # An accepted image is the same whatever the bound, which may be raised to go on.
             del settings["max_rounds"]
-        choice = defaults | choice | {"reject_copies": not choice.pop("keep_copies", False)}
+        reject_copies = not choice.pop("keep_copies", False)
+        choice = defaults | choice | {"reject_copies": reject_copies}
     columns = dict.fromkeys(
         [
             *COLUMNS,
