@@ -3,7 +3,7 @@
 python research/make_card.py
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -11,10 +11,22 @@ import jinja2
 from minim_pipeline import EMBEDDED_CHECKPOINT, MODALITIES
 from minim_pipeline.minim_filter.funnel import plan_stages
 from minim_pipeline.publishing import gather_reports
+from minim_pipeline.training.config import Options, option, parse
 
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = Path(__file__).with_name("pipeline_card.md.jinja")
+
+
+@dataclass(kw_only=True)
+class CardConfig(Options):
+    """Options of the card."""
+
+    model: str = option(str(EMBEDDED_CHECKPOINT), "Folder of the pipeline.")
+    docs: str = option(str(ROOT / "docs"), "Folder of its reports.")
+    output: str = option(str(ROOT / "pipeline_card.md"), "The card.")
+
+
 WORDS = "no one two three four five six seven eight nine ten".split()
 
 
@@ -74,13 +86,10 @@ def render(report: dict, template: str | None = None) -> str:
     return environment.from_string(template or TEMPLATE.read_text(encoding="utf-8")).render(report=report)
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMBEDDED_CHECKPOINT, type=Path, help="Folder of the pipeline.")
-    parser.add_argument("--docs", default=ROOT / "docs", type=Path, help="Folder of its reports.")
-    parser.add_argument("--output", default=ROOT / "pipeline_card.md", type=Path)
-    args = parser.parse_args(argv)
-    args.output.write_text(render(gather_reports(args.docs, args.model)), encoding="utf-8")
+def main(argv: list[str] | None = None) -> None:
+    config = parse(CardConfig, argv, __doc__)
+    report = gather_reports(config.docs, config.model)
+    Path(config.output).write_text(render(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

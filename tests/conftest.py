@@ -164,3 +164,21 @@ def pipeline_dir(make_pipeline, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "minim-tiny"
     make_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> Path:
+    """A tiny sentence encoder with random weights, which reads letters."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    folder = tmp_path_factory.mktemp("sentences") / "teacher"
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789-,.:;/"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters)]
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    BertModel(config).save_pretrained(folder)
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    return folder

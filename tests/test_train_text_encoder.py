@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from minim_pipeline.modalities import MODALITIES
 from minim_pipeline.training.captions import load_captions, normalize
@@ -28,17 +28,10 @@ CSV = "path,Text,modality,finding,split\na.png,Macular edema.,OCT,edema,train\nb
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny teacher with random weights, phrasings, and a table."""
+def folder(tmp_path_factory, teacher):
+    """Phrasings, a table, and the teacher."""
     folder = tmp_path_factory.mktemp("text_encoder")
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789-,.:;/"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters)]
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
-    BertModel(config).save_pretrained(folder / "teacher")
-    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder / "teacher")
+    (folder / "teacher").symlink_to(teacher)
     (folder / "captions.json").write_text(json.dumps(CAPTIONS))
     (folder / "captions_test.json").write_text(json.dumps(TEST_CAPTIONS))
     (folder / "data.csv").write_text(CSV)

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -166,11 +167,8 @@ def run(args: argparse.Namespace) -> dict:
 
     from accelerate import PartialState
 
-    from ..data.image_loading import check_values, load_images
-    from .extractors import load_extractor
+    from ..data.image_loading import check_values
     from .judges import load_judges
-    from .pictures import collect
-    from .report import ImageSet, evaluate
 
     # Real images are scaled alike, whichever file names them; the synthetic ones have their own range.
     reading = reading_of(args)
@@ -185,21 +183,11 @@ def run(args: argparse.Namespace) -> dict:
     # The main process measures alone, which may take longer than the others wait by default.
     state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=1))
     device = state.device
-    own = load_extractor(args.encoder, device)
-    if own.encoder is None:
-        raise ValueError(f"--encoder has to be an image-text encoder of train_encoder.py, got {args.encoder}.")
-    extractors = [own, *(load_extractor(model, device) for model in args.extractor)]
-    names = [extractor.name for extractor in extractors]
-    if len(set(names)) < len(names):
-        raise ValueError(f"every extractor needs a name of its own, got {', '.join(names)}: rename a folder.")
+    extractors = load_extractors(args, device)
+    own = extractors[0]
     judges = load_judges(args.judges, device) if args.judges else None
 
-    def load(rows: list[dict], path: Path, reading: Reading, found: dict[str, Found] | None) -> ImageSet:
-        changes = Counter()
-        images = load_images(rows, path, args.resolution, changes=changes, reading=reading, found=found)
-        tell(changes, len(rows), path, reading)
-        return ImageSet(rows, images, changes)
-
+    load = partial(load_set, resolution=args.resolution)
     synthetic_csv = args.synthetic
     if args.pipeline:
         synthetic_csv, synthetic_rows = draw_synthetic(args, real_rows)
@@ -209,26 +197,11 @@ def run(args: argparse.Namespace) -> dict:
 
     report = {"made": None, "sets": describe(args, real, synthetic, train), "conversions": []}
     for name, images in (("real", real), ("synthetic", synthetic), ("train", train)):
-        if images:
-            report["conversions"] += told(images.changes.items(), len(images.rows), f"{name} images")
-        cut = own.encoder.cut(images.rows) if images else []
-        if cut:
-            loses = f"longer than the encoder reads, such as {cut[0][0]!r}, which loses {cut[0][1]!r}"
-            report["conversions"].append(f"{len(cut)} of {len(images.rows)} {name} captions: {loses}")
+        report["conversions"] += conversions(name, images, own.encoder) if images else []
     report["extractors"] = [{"name": extractor.name, "digest": extractor.digest} for extractor in extractors]
     if state.is_main_process:  # the others go ahead to the classifiers
-        measured, copies, readings = evaluate(
-            real, synthetic, train, own.encoder, extractors, judges, args.label_column
-        )
+        measured, shown = measure(args, (real, synthetic, train), extractors, judges)
         report |= measured
-        if args.extraction_captions:
-            from .extraction import extract_training_images
-
-            drawn = args.extraction_captions, args.extraction_images, batch_size(args)
-            settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-            pipe = pipeline(args, args.pipeline)
-            report["extraction"] = extract_training_images(pipe, train, own.encoder, copies, *drawn, **settings)
-        shown = collect(synthetic, train, copies, readings, args.sheet_images, 6, args.no_real_images)
         report["made"] = made(device, time.monotonic() - start)
         # Already now: training classifiers takes long, and may fail.
         write(report, *shown, args.output_dir)
@@ -239,6 +212,57 @@ def run(args: argparse.Namespace) -> dict:
             write(report, *shown, args.output_dir)
     state.wait_for_everyone()
     return report
+
+
+def load_extractors(args: argparse.Namespace, device) -> list:
+    """The image-text encoder, and the others whose features are measured in; raises ValueError for two of one name."""
+    from .extractors import load_extractor
+
+    extractors = [load_extractor(model, device) for model in (args.encoder, *args.extractor)]
+    if extractors[0].encoder is None:
+        raise ValueError(f"--encoder has to be an image-text encoder of train_encoder.py, got {args.encoder}.")
+    names = [extractor.name for extractor in extractors]
+    if len(set(names)) < len(names):
+        raise ValueError(f"every extractor needs a name of its own, got {', '.join(names)}: rename a folder.")
+    return extractors
+
+
+def conversions(name: str, images, encoder) -> list[str]:
+    """What was changed of a set's images when they were read, and which of its captions the encoder cuts, in words."""
+    found = told(images.changes.items(), len(images.rows), f"{name} images")
+    cut = encoder.cut(images.rows)
+    if cut:
+        loses = f"longer than the encoder reads, such as {cut[0][0]!r}, which loses {cut[0][1]!r}"
+        found.append(f"{len(cut)} of {len(images.rows)} {name} captions: {loses}")
+    return found
+
+
+def load_set(rows: list[dict], path: Path, reading: Reading, found: dict[str, Found] | None, resolution: int):
+    """The `ImageSet` of rows of a CSV; how its images were changed is said."""
+    from ..data.image_loading import load_images
+    from .report import ImageSet
+
+    changes = Counter()
+    images = load_images(rows, path, resolution, changes=changes, reading=reading, found=found)
+    tell(changes, len(rows), path, reading)
+    return ImageSet(rows, images, changes)
+
+
+def measure(args: argparse.Namespace, sets: tuple, extractors: list, judges) -> tuple[dict, tuple[dict, dict]]:
+    """What `evaluate` and, if asked for, extraction find of the real, synthetic and train images; and pictures."""
+    from .extraction import extract_training_images
+    from .pictures import collect
+    from .report import evaluate
+
+    _, synthetic, train = sets
+    encoder = extractors[0].encoder
+    report, copies, readings = evaluate(*sets, encoder, extractors, judges, args.label_column)
+    if args.extraction_captions:
+        drawn = args.extraction_captions, args.extraction_images, batch_size(args)
+        settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+        pipe = pipeline(args, args.pipeline)
+        report["extraction"] = extract_training_images(pipe, train, encoder, copies, *drawn, **settings)
+    return report, collect(synthetic, train, copies, readings, args.sheet_images, 6, args.no_real_images)
 
 
 def check_overlap(real_rows: list[dict], real: Path, train_rows: list[dict], train: Path) -> None:

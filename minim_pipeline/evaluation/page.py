@@ -7,7 +7,7 @@ Whatever lacks a figure says why: a dict with `left_out` in place of a figure, o
 becomes a dash with a footnote; what is not in the report at all is "not computed".
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .page_parts import (
@@ -395,49 +395,44 @@ def _memorisation(report: Mapping, neighbours: Mapping, curves: Mapping) -> dict
         )
         parts.append({"kind": "plots", "title": "Distances", "plots": plots, "reading": reading})
 
-    for name, pairs in neighbours.items():
-        if pairs:
-            parts.append(
-                {
-                    "kind": "pairs",
-                    "title": f"Nearest training images: {name_of(name)}",
-                    "pairs": [
-                        {
-                            "synthetic": thumbnail(pair["synthetic"]),
-                            "train": None if pair["train"] is None else thumbnail(pair["train"]),
-                            "names": pair["names"],
-                            "distance": written(pair["distance"]),
-                            "copied": pair["copy"],
-                        }
-                        for pair in pairs
-                    ],
-                    "reading": "Left the synthetic image, right the training image nearest to it by the encoder.",
-                }
-            )
-
-    for space in spaces:
-        rows = []
-        for name, part in found.items():
-            measured = reach(part, space)
-            copied = {(pair["synthetic"], pair["train"]) for pair in measured.get("copied", [])}
-            pairs = {(pair["synthetic"], pair["train"]): pair["distance"] for pair in measured.get("copied", [])}
-            pairs |= {(pair["synthetic"], pair["train"]): pair["distance"] for pair in measured.get("nearest", [])}
-            rows += [
-                [
-                    head_cell(name_of(name)),
-                    *map(text_cell, pair),
-                    text_cell(written(distance)),
-                    text_cell("yes" * (pair in copied)),
-                ]
-                for pair, distance in sorted(pairs.items(), key=lambda item: item[1])
-            ]
-        if rows:
-            head = ["Modality", "Synthetic", "Training image", "Distance", "Copy"]
-            title = f"Nearest pairs in {SPACES.get(space, space)}"
-            reading = "All copies, and the nearest of the rest."
-            parts.append(make_table(title, head, rows, reading, folded=True))
+    parts += [_neighbour_part(name, pairs) for name, pairs in neighbours.items() if pairs]
+    parts += filter(None, (_pair_table(found, space) for space in spaces))
     title = "Memorisation: whether training images are repeated"
     return {"id": "memorisation", "title": title, "parts": parts}
+
+
+def _neighbour_part(name: str, pairs: Sequence[Mapping]) -> dict:
+    """Synthetic images of a modality beside the training images nearest to them."""
+    return {
+        "kind": "pairs",
+        "title": f"Nearest training images: {name_of(name)}",
+        "pairs": [
+            {
+                "synthetic": thumbnail(pair["synthetic"]),
+                "train": None if pair["train"] is None else thumbnail(pair["train"]),
+                "names": pair["names"],
+                "distance": written(pair["distance"]),
+                "copied": pair["copy"],
+            }
+            for pair in pairs
+        ],
+        "reading": "Left the synthetic image, right the training image nearest to it by the encoder.",
+    }
+
+
+def _pair_table(found: Mapping[str, Mapping], space: str) -> dict | None:
+    """The nearest pairs of all modalities by name, in one space; None where there are none."""
+    rows = []
+    for name, part in found.items():
+        measured = reach(part, space)
+        copied = {(pair["synthetic"], pair["train"]): pair["distance"] for pair in measured.get("copied", [])}
+        nearest = {(pair["synthetic"], pair["train"]): pair["distance"] for pair in measured.get("nearest", [])}
+        for pair, distance in sorted((copied | nearest).items(), key=lambda item: item[1]):
+            cells = [*pair, written(distance), "yes" * (pair in copied)]
+            rows.append([head_cell(name_of(name)), *map(text_cell, cells)])
+    head = ["Modality", "Synthetic", "Training image", "Distance", "Copy"]
+    title, reading = f"Nearest pairs in {SPACES.get(space, space)}", "All copies, and the nearest of the rest."
+    return make_table(title, head, rows, reading, folded=True) if rows else None
 
 
 def _extraction(report: Mapping) -> dict | None:

@@ -266,57 +266,39 @@ def evaluate(
         raise ValueError(f"real and synthetic images share no modality: {only}")
 
     features, embeddings, said = look(sets, encoder, extractors, judges)
-    texts = {}
-    for name in ("real", "synthetic"):
-        rows = sets[name].rows
-        texts[name] = encoder.encode_texts([row["Text"] for row in rows], [row["modality"] for row in rows])
+    texts = {
+        name: encoder.encode_texts([row["Text"] for row in images.rows], [row["modality"] for row in images.rows])
+        for name, images in (("real", real), ("synthetic", synthetic))
+    }
     probabilities = {name: torch.stack(list(each.values())).mean(0) for name, each in said.items()}
 
     report["modalities"], copies = {}, {}
     for modality in tqdm(shared, "comparing"):
-        grey = resolve_modality(modality).grey
         index = {name: images.of(modality) for name, images in sets.items()}
-
-        def mine(values, name, index=index):
-            return values[name][index[name]] if name in index and len(index[name]) else None
-
         part = {"n": {name: len(numbers) for name, numbers in index.items()}, "fidelity": {}}
         for extractor in extractors:
-            each = [mine({name: features[extractor.name, name]}, name) for name in sets]
-            part["fidelity"][extractor.name] = fidelity(*each, *[None] * (3 - len(each)))
-
+            each = {name: features[extractor.name, name][index[name]] for name in sets if len(index[name])}
+            part["fidelity"][extractor.name] = fidelity(*(each.get(name) for name in ("real", "synthetic", "train")))
         part["diversity"], part["retrieval"] = {}, {}
+        columns = [i for i, (m, _) in enumerate(judges.classes) if m == modality] if judges else []
         for name, suffix in (("synthetic", ""), ("real", "_real")):
-            columns = [i for i, (m, _) in enumerate(judges.classes) if m == modality] if judges else []
-            p = probabilities[name][index[name]][:, columns] if columns else None
+            numbers, captions = index[name], sets[name].column("Text", index[name])
+            p = probabilities[name][numbers][:, columns] if columns else None
             p = p / p.sum(1, keepdim=True) if columns else None
-            captions = sets[name].column("Text", index[name])
-            found = diversity(sets[name].images[index[name]], captions, grey, p)
+            found = diversity(sets[name].images[numbers], captions, resolve_modality(modality).grey, p)
             part["diversity"] |= {key + suffix: value for key, value in found.items()}
+            pair = embeddings[name][numbers], texts[name][numbers]
             part["retrieval"]["image_text" + suffix] = retrieval_figure(
-                lambda name=name, captions=captions: image_text_retrieval(
-                    mine(embeddings, name), mine(texts, name), captions
-                )
+                lambda pair=pair, captions=captions: image_text_retrieval(*pair, captions)
             )
         part["retrieval"] |= _image_retrieval(
             *(features[OWN, name][index[name]] for name in ("synthetic", "real")),
             *(sets[name].column(label_column, index[name]) for name in ("synthetic", "real")),
             report["labels"].get("left_out"),
         )
-
-        if train is None:
-            part["memorisation"] = dict.fromkeys(("encoder", "pixels"), {"left_out": "no training images were given"})
-        elif not len(index["train"]):
-            reason = "there are no training images of this modality"
-            part["memorisation"] = dict.fromkeys(("encoder", "pixels"), {"left_out": reason})
-        else:
-            order = ("synthetic", "real", "train")
-            copies[modality] = {
-                "encoder": copies_by_features(*(features[OWN, name][index[name]] for name in order)),
-                "pixels": copies_by_pixels(*(sets[name].images[index[name]] for name in order)),
-            }
-            names = synthetic.names(index["synthetic"]), train.names(index["train"])
-            part["memorisation"] = {key: found.report(*names) for key, found in copies[modality].items()}
+        part["memorisation"], found = _memorisation(sets, index, features)
+        if found:
+            copies[modality] = found
         report["modalities"][modality] = part
 
     report["modalities_left_out"] = only
@@ -326,6 +308,24 @@ def evaluate(
         report["memorisation"] = {key: total(part[key] for part in found) for key in ("encoder", "pixels")}
     report["judges"] = _judged(judges, sets, said, label_column, report["labels"].get("left_out"))
     return report, copies, _readings(judges, synthetic, probabilities)
+
+
+def _memorisation(
+    sets: dict[str, ImageSet], index: dict[str, np.ndarray], features: dict[tuple[str, str], torch.Tensor]
+) -> tuple[dict, dict[str, Copies]]:
+    """Of one modality, whose images `index` has: the report of copies, and the distances if there are any."""
+    if "train" not in sets:
+        return dict.fromkeys(("encoder", "pixels"), {"left_out": "no training images were given"}), {}
+    if not len(index["train"]):
+        reason = "there are no training images of this modality"
+        return dict.fromkeys(("encoder", "pixels"), {"left_out": reason}), {}
+    order = ("synthetic", "real", "train")
+    copies = {
+        "encoder": copies_by_features(*(features[OWN, name][index[name]] for name in order)),
+        "pixels": copies_by_pixels(*(sets[name].images[index[name]] for name in order)),
+    }
+    names = [sets[name].names(index[name]) for name in ("synthetic", "train")]
+    return {key: found.report(*names) for key, found in copies.items()}, copies
 
 
 def look(
