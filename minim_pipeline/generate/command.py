@@ -148,7 +148,15 @@ def read_model_index(model: str) -> dict:
     index = read_json(file)
     if isinstance(index.get("modalities"), str):
         index["modalities"] = index["modalities"].split()
-    # What the model has learned beyond the table is known from here on.
+    return index
+
+
+def register_modalities(model: str) -> dict:
+    """Registers the modalities that a pipeline defines, so that rows of them are read; returns its index.
+
+    Args, errors: as `read_model_index`.
+    """
+    index = read_model_index(model)
     register_definitions(index.get("custom_modalities") or {})
     return index
 
