@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ... import MinimPipeline
-from ...evaluation.sampling import draw_batch
+from ...evaluation.sampling import batches, draw_batch
 from .config import PreferenceConfig
 from .rewards import are_copies, finding_reward, rate, spread
 
@@ -44,11 +44,11 @@ def sample(pipe: MinimPipeline, prompts: list[dict], config: PreferenceConfig, g
     chosen = [i for i in order for _ in range(config.images_per_prompt)]
     seeds = torch.randint(2**62, (len(chosen),), device=generator.device, generator=generator).tolist()
     texts, modalities = ([prompts[i][column] for i in chosen] for column in ("Text", "modality"))
-    settings = {"bf16": config.bf16, "num_inference_steps": config.num_inference_steps}
-    latents = []
-    for start in range(0, len(chosen), config.sampling_batch_size):
-        batch = slice(start, start + config.sampling_batch_size)
-        latents.append(draw_batch(pipe, texts[batch], modalities[batch], seeds[batch], **settings).float())
+    steps = {"num_inference_steps": config.num_inference_steps}
+    latents = [
+        draw_batch(pipe, texts[batch], modalities[batch], seeds[batch], config.bf16, **steps).float()
+        for batch in batches(len(chosen), config.sampling_batch_size)
+    ]
     return Samples(torch.cat(latents), torch.tensor(chosen, device=pipe.device))
 
 
