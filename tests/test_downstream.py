@@ -6,7 +6,7 @@ import torch
 from accelerate import PartialState
 
 from minim_pipeline.evaluation.classifier import Recipe
-from minim_pipeline.evaluation.downstream import Score, downstream, drawn_by, take_share, taken_from
+from minim_pipeline.evaluation.downstream import Design, Score, downstream, drawn_by, take_share, taken_from
 
 
 torch.set_num_threads(1)
@@ -40,8 +40,7 @@ def run(folder, synthetic: torch.Tensor, synthetic_rows: list[dict], **arguments
         {"data sharing": taken_from(synthetic, synthetic_rows)},
         folder,
         PartialState(cpu=True),
-        RECIPE,
-        **{**defaults, **arguments},
+        Design(recipe=RECIPE, **{**defaults, **arguments}),
     )
 
 

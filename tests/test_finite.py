@@ -72,7 +72,7 @@ def test_a_classifier_that_diverges_is_told():
     flags, labels = torch.zeros(4, dtype=torch.bool), torch.tensor([0, 1, 0, 1])
     recipe = Recipe(max_train_steps=8, train_batch_size=2, learning_rate=1e30, resolution=32)
     with pytest.raises(ValueError, match="The loss is .* at step .: the training has diverged"):
-        train_classifier(make_resnet(2, 8), images, labels, flags, flags, 2, recipe)
+        train_classifier(make_resnet(2, 8), images, labels, flags, flags, recipe)
 
 
 def test_a_filter_head_that_diverges_is_told(make_pipeline):

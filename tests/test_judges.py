@@ -176,5 +176,5 @@ def test_each_origin_is_drawn_equally_often(monkeypatch):
     recipe = classifier.Recipe(max_train_steps=10, train_batch_size=64, resolution=32, mix=0.0)
     flags = torch.zeros(102, dtype=torch.bool)
     model = classifier.make_resnet(2, 8)
-    classifier.train_classifier(model, images, labels, flags, flags, 2, recipe, origin=origin)
+    classifier.train_classifier(model, images, labels, flags, flags, recipe, origin=origin)
     assert 0.4 < torch.cat(seen).mean().item() < 0.6

@@ -175,7 +175,6 @@ def train_classifier(
     labels: torch.Tensor,
     may_mirror: torch.Tensor,
     grey: torch.Tensor,
-    num_classes: int,
     recipe: Recipe,
     name: str = "",
     origin: torch.Tensor | None = None,
@@ -183,7 +182,7 @@ def train_classifier(
     """Trains for a fixed number of steps where the images lie; gives the running average of the weights.
 
     Args:
-        model: a classifier of transformers over `num_classes`.
+        model: a classifier of transformers.
         images: uint8 [N, 3, H, W].
         labels: int64 [N]; every class that occurs is drawn equally often, since what is measured is balanced.
         may_mirror, grey: bool [N], see `augment`.
@@ -193,7 +192,7 @@ def train_classifier(
     Raises:
         ValueError: the loss, or a weight in the end, is not finite.
     """
-    device = images.device
+    device, num_classes = images.device, model.config.num_labels
     model.to(device).train()
     average, optimizer, schedule = prepare_training(
         model, recipe.max_train_steps, recipe.learning_rate, recipe.adam_weight_decay, recipe.ema_decay

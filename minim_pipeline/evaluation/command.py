@@ -381,7 +381,7 @@ def run_downstream(args: argparse.Namespace, state, real, synthetic, train) -> d
     """`downstream` with the images of the sets and, with `--pipeline`, with as many drawn ones as it needs."""
     from ..generate.command import model_identity
     from .classifier import Recipe
-    from .downstream import downstream, drawn_by, take_share, taken_from
+    from .downstream import Design, downstream, drawn_by, take_share, taken_from
 
     needed = {"real": real, "train": train} | ({} if args.pipeline else {"synthetic": synthetic})
     missing = [name for name, images in needed.items() if not images.has(args.label_column)]
@@ -411,18 +411,11 @@ def run_downstream(args: argparse.Namespace, state, real, synthetic, train) -> d
         resolution=args.classifier_resolution,
         bf16=state.device.type == "cuda",
     )
-    return downstream(
-        (train.rows, _shrink(train.images, size)),
-        (real.rows, real.images),
-        low_rows,
-        sources,
-        folder,
-        state,
-        recipe,
-        seeds=range(args.classifier_seeds),
-        percents=args.percents,
-        column=args.label_column,
+    design = Design(
+        recipe=recipe, percents=args.percents, seeds=range(args.classifier_seeds), column=args.label_column
     )
+    images = _shrink(train.images, size)
+    return downstream((train.rows, images), (real.rows, real.images), low_rows, sources, folder, state, design)
 
 
 def _shrink(images, size: int):

@@ -15,7 +15,7 @@ classifiers tell all findings of all modalities apart, and are judged within the
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -116,62 +116,82 @@ def taken_from(images: torch.Tensor, rows: list[dict], column: str = "finding") 
     return take
 
 
-def downstream(
-    train: tuple[list[dict], torch.Tensor],
-    val: tuple[list[dict], torch.Tensor],
-    low_rows: list[dict],
-    sources: dict[str, Source],
-    folder: Path,
-    state,
-    recipe: Recipe,
-    percents: Iterable[int],
-    seeds: Sequence[int] = (0, 1, 2),
-    column: str = "finding",
-    architecture: str = "resnet",
-    width: int = 32,
-    min_train: int = 20,
-    min_val: int = 9,
-) -> dict:
-    """Trains every classifier and compares what they read right on real val images.
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """How classifiers are trained and compared.
 
     Args:
-        train, val: rows and their images, uint8 [N, 3, S, S].
-        low_rows: the rows of `train` that the low-data settings have.
-        sources: "data sharing" and, if there is one, "honest low data": where their synthetic images come from.
-        folder: keeps what each classifier said on the val images; a run that was stopped goes on from there.
-        state: accelerate's PartialState; its processes share the classifiers.
         recipe: how each is trained; its seed is replaced.
-        percents: synthetic images added to those of `low_rows`, per cent of them; multiples of 100.
+        percents: synthetic images added to those of the low-data settings, per cent of them; multiples of 100.
+        column: of the finding.
         min_train, min_val: findings with fewer images are left out.
-
-    Returns:
-        `real`, `synthetic`: accuracy (mean over modalities and seeds), a 95 % interval over seeds and val images,
-            accuracies of the seeds, and the same per modality;
-        `cas_ratio`: synthetic over real, with an interval of paired draws;
-        `low_data`: for each setting `real`, `points` (accuracy and gain over real for each per cent), `gain` at the
-            largest per cent; `settings`. What could not be had has `left_out` with the reason.
     """
-    classes = claimed_classes(train[0], val[0], min_train, min_val, column)
-    number = {key: i for i, key in enumerate(classes)}
 
-    def labelled(rows: list[dict], images: torch.Tensor) -> Labelled:
-        known = [i for i, row in enumerate(rows) if class_of(row, column) in number]
-        labels = torch.tensor([number[class_of(rows[i], column)] for i in known])
-        return Labelled(images[known], labels)
+    recipe: Recipe
+    percents: Sequence[int]
+    seeds: Sequence[int] = (0, 1, 2)
+    column: str = "finding"
+    architecture: str = "resnet"
+    width: int = 32
+    min_train: int = 20
+    min_val: int = 9
 
-    if not classes:
-        return {"left_out": f"no finding has {min_train} train and {min_val} val images"}
-    known_rows = [row for row in train[0] if class_of(row, column) in number]
-    low_rows = [row for row in low_rows if class_of(row, column) in number]
-    all_real, val_set = labelled(*train), labelled(*val)
-    position = {id(row): i for i, row in enumerate(known_rows)}
-    low = all_real[[position[id(row)] for row in low_rows]]
 
-    # What each classifier learns from, put together when its turn comes; or why it cannot be had.
-    conditions: dict[str, list[Labelled] | str] = {"real": [all_real], "low": [low]}
-    sharing = next(iter(sources))
+class Classifiers:
+    """The classifiers of all conditions and seeds; what each says of the val images is cached in `folder`."""
+
+    def __init__(
+        self, design: Design, classes: list[tuple[str, str]], val: Labelled, folder: Path, device: torch.device
+    ):
+        self.design, self.classes, self.val, self.folder, self.device = design, classes, val, folder, device
+        modalities = [resolve_modality(modality) for modality, _ in classes]
+        # The caption is not learned: only a finding with a side forbids it.
+        flip = [may_mirror(m, finding) for m, (_, finding) in zip(modalities, classes, strict=True)]
+        self.flip = torch.tensor(flip, device=device)
+        self.grey = torch.tensor([m.grey for m in modalities], device=device)
+
+    def say(self, name: str, parts: list[Labelled], seed: int) -> torch.Tensor:
+        """Probabilities [n, classes] on the val images of a classifier that was trained on `parts`."""
+        design, digest = self.design, hashlib.sha256()
+        for tensor in [self.val.images, *(tensor for part in parts for tensor in (part.images, part.labels))]:
+            digest.update(tensor.contiguous().numpy())
+        key = json.dumps([digest.hexdigest(), self.classes, design.architecture, design.width, asdict(design.recipe)])
+        file = self.folder / f"{name.replace(' ', '-')}-{seed}.safetensors"
+        return cached_tensor(file, key, lambda: self.train(name, parts, seed))
+
+    def train(self, name: str, parts: list[Labelled], seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        model = ARCHITECTURES[self.design.architecture](len(self.classes), self.design.width)
+        images = torch.cat([part.images for part in parts]).to(self.device)
+        labels = torch.cat([part.labels for part in parts]).to(self.device)
+        origin = torch.cat([torch.full_like(part.labels, i) for i, part in enumerate(parts)]).to(self.device)
+        recipe = replace(self.design.recipe, seed=seed)
+        flags = self.flip[labels], self.grey[labels]
+        model = train_classifier(model, images, labels, *flags, recipe, f"{name}, seed {seed}", origin)
+        return Judges({"cnn": model}, self.classes, recipe.resolution).judge(self.val.images)
+
+    def score(self, name: str, parts: list[Labelled]) -> "Score":
+        modalities, findings = zip(*(self.classes[i] for i in self.val.labels.tolist()), strict=True)
+        said = [self.say(name, parts, seed) for seed in self.design.seeds]
+        right = np.stack([finds_asked(each, self.classes, modalities, findings) for each in said])
+        return Score(right, modalities, findings, sum(len(part.labels) for part in parts))
+
+
+Conditions = dict[str, list[Labelled] | str]
+
+
+def conditions_of(
+    rows: list[dict],
+    real: Labelled,
+    low_rows: list[dict],
+    low: Labelled,
+    sources: dict[str, Source],
+    percents: Sequence[int],
+) -> Conditions:
+    """By name what classifiers learn from, put together when their turn comes; or why it cannot be had."""
+    conditions: Conditions = {"real": [real], "low": [low]}
     try:
-        conditions["synthetic"] = [Labelled(sources[sharing](known_rows, 1), all_real.labels)]
+        conditions["synthetic"] = [Labelled(next(iter(sources.values()))(rows, 1), real.labels)]
     except TooFewImages as error:
         conditions["synthetic"] = str(error)
     for setting, source in sources.items():
@@ -185,76 +205,90 @@ def downstream(
                 conditions[name] = [low, most[: len(low_rows) * copies]]
             except TooFewImages as error:
                 conditions[name] = str(error)
+    return conditions
 
-    flags = [resolve_modality(modality) for modality, _ in classes]
-    # The caption is not learned: only a finding with a side forbids it.
-    flip = torch.tensor([may_mirror(m, finding) for m, (_, finding) in zip(flags, classes, strict=True)])
-    grey = torch.tensor([m.grey for m in flags])
-    device = state.device
 
-    def said(name: str, parts: list[Labelled], seed: int) -> torch.Tensor:
-        """Probabilities [n, classes] on the val images of a classifier that was trained on `parts`."""
+def downstream(
+    train: tuple[list[dict], torch.Tensor],
+    val: tuple[list[dict], torch.Tensor],
+    low_rows: list[dict],
+    sources: dict[str, Source],
+    folder: Path,
+    state,
+    design: Design,
+) -> dict:
+    """Trains every classifier and compares what they read right on real val images.
 
-        def make() -> torch.Tensor:
-            torch.manual_seed(seed)
-            model = ARCHITECTURES[architecture](len(classes), width)
-            images = torch.cat([part.images for part in parts]).to(device)
-            labels = torch.cat([part.labels for part in parts]).to(device)
-            origin = torch.cat([torch.full_like(part.labels, i) for i, part in enumerate(parts)]).to(device)
-            mine = flip.to(device)[labels], grey.to(device)[labels]
-            plan = replace(recipe, seed=seed)
-            title = f"{name}, seed {seed}"
-            model = train_classifier(model, images, labels, *mine, len(classes), plan, title, origin)
-            return Judges({"cnn": model}, classes, recipe.resolution).judge(val_set.images)
+    Args:
+        train, val: rows and their images, uint8 [N, 3, S, S].
+        low_rows: the rows of `train` that the low-data settings have.
+        sources: "data sharing" and, if there is one, "honest low data": where their synthetic images come from.
+        folder: holds what each classifier said on the val images; a run that was stopped goes on from there.
+        state: accelerate's PartialState; its processes share the classifiers.
 
-        digest = hashlib.sha256()
-        for tensor in [val_set.images, *(tensor for part in parts for tensor in (part.images, part.labels))]:
-            digest.update(tensor.contiguous().numpy())
-        key = json.dumps([digest.hexdigest(), classes, architecture, width, asdict(recipe)])
-        return cached_tensor(folder / f"{name.replace(' ', '-')}-{seed}.safetensors", key, make)
+    Returns:
+        `real`, `synthetic`: accuracy (mean over modalities and seeds), a 95 % interval over seeds and val images,
+            accuracies of the seeds, and the same per modality;
+        `cas_ratio`: synthetic over real, with an interval of paired draws;
+        `low_data`: for each setting `real`, `points` (accuracy and gain over real for each per cent), `gain` at the
+            largest per cent; `settings`. What could not be had has `left_out` with the reason.
+    """
+    column = design.column
+    classes = claimed_classes(train[0], val[0], design.min_train, design.min_val, column)
+    if not classes:
+        return {"left_out": f"no finding has {design.min_train} train and {design.min_val} val images"}
 
+    def labelled(rows: list[dict], images: torch.Tensor) -> Labelled:
+        known = [i for i, row in enumerate(rows) if class_of(row, column) in classes]
+        return Labelled(images[known], torch.tensor([classes.index(class_of(rows[i], column)) for i in known]))
+
+    rows, low_rows = ([row for row in some if class_of(row, column) in classes] for some in (train[0], low_rows))
+    real, val_set = labelled(*train), labelled(*val)
+    position = {id(row): i for i, row in enumerate(rows)}
+    low = real[[position[id(row)] for row in low_rows]]
+    conditions = conditions_of(rows, real, low_rows, low, sources, design.percents)
     possible = {name: parts for name, parts in conditions.items() if not isinstance(parts, str)}
-    jobs = [(name, parts, seed) for name, parts in possible.items() for seed in seeds]
-    for name, parts, seed in tqdm(jobs[state.process_index :: state.num_processes], "classifiers"):
-        said(name, parts, seed)
-    state.wait_for_everyone()
 
-    modalities, findings = zip(*(classes[i] for i in val_set.labels.tolist()))
-    scores = {}
-    for name, parts in possible.items():
-        right = [finds_asked(said(name, parts, seed), classes, modalities, findings) for seed in seeds]
-        scores[name] = Score(np.stack(right), modalities, findings, sum(len(part.labels) for part in parts))
+    classifiers = Classifiers(design, classes, val_set, folder, state.device)
+    jobs = [(name, parts, seed) for name, parts in possible.items() for seed in design.seeds]
+    for job in tqdm(jobs[state.process_index :: state.num_processes], "classifiers"):
+        classifiers.say(*job)
+    state.wait_for_everyone()
+    scores = {name: classifiers.score(name, parts) for name, parts in possible.items()}
+    settings = {name: value for name, value in asdict(design.recipe).items() if name != "seed"} | {
+        "architecture": design.architecture,
+        "width": design.width,
+        "seeds": list(design.seeds),
+        "findings": len(classes),
+        "share_of_real_images": round(len(low.labels) / len(real.labels), 3),
+        "n_val": len(val_set.labels),
+    }
+    return {"settings": settings, **_report(scores, conditions, list(sources), sorted(design.percents))}
+
+
+def _report(scores: dict[str, "Score"], conditions: Conditions, settings: list[str], percents: list[int]) -> dict:
+    """What the conditions reached, beside each other."""
 
     def result(name: str) -> dict:
         return scores[name].report() if name in scores else {"left_out": conditions[name]}
 
-    report = {
-        "settings": {
-            **asdict(recipe),
-            "architecture": architecture,
-            "width": width,
-            "seeds": list(seeds),
-            "findings": len(classes),
-            "share_of_real_images": round(len(low.labels) / len(all_real.labels), 3),
-            "n_val": len(val_set.labels),
-        },
-        "real": result("real"),
-        "synthetic": result("synthetic"),
-        "cas_ratio": _compare(scores, "synthetic", "real", conditions, lambda a, b: a / b),
-        "low_data": {},
-    }
-    report["settings"].pop("seed")
-    for setting in sources:
-        names = {percent: f"{setting} {percent}" for percent in sorted(percents)}
+    low_data = {}
+    for setting in settings:
+        names = {percent: f"{setting} {percent}" for percent in percents}
         gains = {p: _compare(scores, name, "low", conditions, lambda a, b: a - b) for p, name in names.items()}
-        report["low_data"][setting] = {
+        low_data[setting] = {
             "meaning": MEANING.get(setting, ""),
             "real": result("low"),
             "points": [{"percent": p, **result(name), "gain": gains[p]} for p, name in names.items()],
             "gain": gains[max(names)],
             "gain_at": max(names),
         }
-    return report
+    return {
+        "real": result("real"),
+        "synthetic": result("synthetic"),
+        "cas_ratio": _compare(scores, "synthetic", "real", conditions, lambda a, b: a / b),
+        "low_data": low_data,
+    }
 
 
 class Score:

@@ -101,7 +101,7 @@ def train_all(
         model = ARCHITECTURES[name](len(classes), config.width)
         model.config.id2label = {i: f"{modality}: {finding}" for i, (modality, finding) in enumerate(classes)}
         model.config.label2id = {label: i for i, label in model.config.id2label.items()}
-        models[name] = train_classifier(model, images, labels, *flags, len(classes), config.recipe, name)
+        models[name] = train_classifier(model, images, labels, *flags, config.recipe, name)
         seconds[name] = round(time.monotonic() - start)
     return models, seconds
 

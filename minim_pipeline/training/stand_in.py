@@ -117,7 +117,6 @@ def train_realism(
             label[part].to(device),
             flip[part],
             grey[part],
-            2,
             recipe,
             f"realism {k + 1} of {FOLDS}",
             origin=origin[part],
