@@ -59,7 +59,7 @@ class TooFewImages(ValueError):
 
 def take_share(rows: list[dict], share: float, column: str = "finding", seed: int = 0) -> list[dict]:
     """A share of `rows`, the same of every finding of every modality and at least one of each; in their order."""
-    groups = {}
+    groups: dict[tuple[str, str], list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(class_of(row, column), []).append(i)
     generator = random.Random(seed)
@@ -100,7 +100,7 @@ def drawn_by(pipe, state, folder: Path, resolution: int, batch_size: int, identi
 
 def taken_from(images: torch.Tensor, rows: list[dict], column: str = "finding") -> Source:
     """Takes synthetic images that are there already, each at most once, by the finding of the rows."""
-    stock = {}
+    stock: dict[tuple[str, str], list[int]] = {}
     for i, row in enumerate(rows):
         stock.setdefault(class_of(row, column), []).append(i)
 
@@ -154,7 +154,7 @@ class Classifiers:
         """Probabilities [n, classes] on the val images of a classifier that was trained on `parts`."""
         design, digest = self.design, hashlib.sha256()
         for tensor in [self.val.images, *(tensor for part in parts for tensor in (part.images, part.labels))]:
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().data)
         key = json.dumps([digest.hexdigest(), self.classes, design.architecture, design.width, asdict(design.recipe)])
         file = self.folder / f"{name.replace(' ', '-')}-{seed}.safetensors"
         return cached_tensor(file, key, lambda: self.train(name, parts, seed))
@@ -171,7 +171,8 @@ class Classifiers:
         return Judges({"cnn": model}, self.classes, recipe.resolution).judge(self.val.images)
 
     def score(self, name: str, parts: list[Labelled]) -> "Score":
-        modalities, findings = zip(*(self.classes[i] for i in self.val.labels.tolist()), strict=True)
+        classes = [self.classes[i] for i in self.val.labels.tolist()]
+        modalities, findings = [modality for modality, _ in classes], [finding for _, finding in classes]
         said = [self.say(name, parts, seed) for seed in self.design.seeds]
         right = np.stack([finds_asked(each, self.classes, modalities, findings) for each in said])
         return Score(right, modalities, findings, sum(len(part.labels) for part in parts))
@@ -320,7 +321,7 @@ class Score:
     def report(self) -> dict:
         def each_seed(right) -> float:
             labels, names = np.array(self.findings), np.array(self.modalities)
-            return np.mean([balanced_accuracy(right[names == n], list(labels[names == n])) for n in self.names])
+            return float(np.mean([balanced_accuracy(right[names == n], list(labels[names == n])) for n in self.names]))
 
         return {
             "accuracy": round(float(self.total()[0]), 4),

@@ -8,6 +8,7 @@ import base64
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -212,7 +213,7 @@ def keys_of(*parts: Mapping) -> list[str]:
     return [key for key in dict.fromkeys(key for part in parts for key in part) if key != "left_out"]
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 

@@ -108,8 +108,7 @@ class ReadingOptions(Options):
 
     def reading_elsewhere(self) -> Reading:
         """How the images of a CSV are read that `--modality` and `--image_root` are not of."""
-        window = tuple(self.window) if self.window else None
-        return Reading(self.fit, window)
+        return Reading(self.fit, (self.window[0], self.window[1]) if self.window else None)
 
 
 @dataclass(kw_only=True)
@@ -131,7 +130,7 @@ class CsvOptions(ReadingOptions):
     )
 
     @property
-    def csv_options(self) -> dict[str, str | None]:
+    def csv_options(self) -> dict[str, Any]:
         """What `read_csv` needs to know of `--train_data`."""
         return {"modality": self.modality, "image_root": self.image_root}
 

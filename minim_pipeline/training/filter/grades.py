@@ -23,7 +23,7 @@ Graded = Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor, torch.Tenso
 def load_graded(ratings: list[dict], config: FilterConfig, pipe: MinimPipeline) -> Graded:
     """Reads and encodes the images of ratings, in `latent_variants` versions of each."""
     device = pipe.device
-    images = load_images(ratings, config.ratings, config.resolution, reading=config.reading_elsewhere())
+    images = load_images(ratings, str(config.ratings), config.resolution, reading=config.reading_elsewhere())
     pictures = versions(ratings, images, config.latent_variants, config.seed, device, config.no_mirror)
     latents = encode(pipe.vae, pictures, config.bf16).unflatten(0, (len(ratings), -1)).to(device)
     grades = torch.tensor([int(row["rating"]) for row in ratings], device=device)

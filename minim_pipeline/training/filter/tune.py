@@ -21,6 +21,7 @@ import argparse
 import copy
 import json
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -182,7 +183,8 @@ def tune(
     head = copy.deepcopy(old)
     learn(head, pipe, rated[(~held_out).to(device)], raters, options)
 
-    report = {"n": len(rows), "images": len({row["path"] for row in rows}), "kept out": int(held_out.sum())}
+    report: dict[str, Any] = {"n": len(rows), "images": len({row["path"] for row in rows})}
+    report["kept out"] = int(held_out.sum())
     report["raters"] = dict(zip(raters.names, [round(b, 4) for b in raters.bias.tolist()], strict=True))
     for name, some in (("before", old), ("after", head)):
         report[name] = prediction_figures(some, rated[held_out.to(device)])
@@ -198,7 +200,7 @@ def prediction_figures(head: FilterHead, rated: Rated) -> dict:
     probabilities = torch.cat([overall(output) for output in outputs]).cpu()
     loss = torch.cat([negative_log_likelihood(*pair) for pair in zip(outputs, [part.grades for part in parts])])
     grades = rated.grades.cpu()
-    figures = {"log_loss": round(loss.cpu().mean().item(), 4)}
+    figures: dict[str, float | None] = {"log_loss": round(loss.cpu().mean().item(), 4)}
     figures["kappa"] = weighted_kappa((probabilities.argmax(1) + 1).tolist(), grades.tolist())
     for name, truth, value in (
         ("good", grades == 3, probabilities[:, 2]),
