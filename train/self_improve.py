@@ -29,7 +29,6 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-import train_preference
 from transformers import HfArgumentParser
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
@@ -56,6 +55,7 @@ from minim_pipeline.training.filter.tune import add_tuning_arguments, check_tuni
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_pipeline
 from minim_pipeline.training.preference.config import PreferenceConfig
 from minim_pipeline.training.preference.rewards import rate
+from minim_pipeline.training.preference.trainer import train
 
 
 # What may differ when a round goes on: where ratings come from, how it is run, and what it is judged by.
@@ -271,14 +271,14 @@ def save_whole(folder: Path, model, name: str, report: dict) -> None:
 
 def train_on_preferences(args: argparse.Namespace, folder: Path) -> None:
     """`preference/`: the U-Net, trained on the head's reward."""
-    resume = ["--resume_from_checkpoint", "latest"] if (folder / "preference" / "log.jsonl").is_file() else []
-    call = [*preference_arguments(args), *resume]
+    call = preference_arguments(args)
     if args.num_processes == 1:
-        train_preference.main(call)
+        train(parse(PreferenceConfig, call))
     else:
         launch = ("-m", "accelerate.commands.launch", "--num_processes", str(args.num_processes))
         kind = "--multi_gpu" if torch.cuda.is_available() else "--cpu"
-        launched = subprocess.Popen([sys.executable, *launch, kind, train_preference.__file__, *call])
+        script = str(Path(__file__).with_name("train_preference.py"))
+        launched = subprocess.Popen([sys.executable, *launch, kind, script, *call])
         # Else the processes would go on when this one is ended; they write a checkpoint.
         before = signal.signal(signal.SIGTERM, lambda *_: launched.terminate())
         try:
