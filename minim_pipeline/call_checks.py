@@ -1,4 +1,5 @@
-"""What the pipeline's arguments may be: each check says what was given and what is allowed, before any work."""
+"""What the pipeline's arguments may be, and what its networks and callbacks may give back: each check says what was
+given and what is allowed."""
 
 import inspect
 import math
@@ -7,6 +8,9 @@ from numbers import Integral, Real
 import numpy as np
 import PIL.Image
 import torch
+
+from .captions import check_caption
+from .minim_filter.funnel import Batch
 
 
 def is_whole(value) -> bool:
@@ -19,7 +23,7 @@ def is_number(value) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def shown(value) -> str:
+def quoted(value) -> str:
     """An argument for an error message: tensors and arrays by their shape, what is long cut."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return f"{type(value).__name__} {value.dtype} of shape {tuple(value.shape)}"
@@ -35,7 +39,7 @@ def check_kinds(arguments: dict[str, tuple[object, bool, str]]) -> None:
     """
     for name, (value, right, allowed) in arguments.items():
         if not right:
-            raise ValueError(f"`{name}` has to be {allowed}, got {shown(value)}.")
+            raise ValueError(f"`{name}` has to be {allowed}, got {quoted(value)}.")
 
 
 def check_flags(**flags) -> None:
@@ -56,7 +60,7 @@ def check_threshold(filter_threshold) -> None:
     check_kinds({"filter_threshold": (filter_threshold, right, "a score from 1 to 3")})
 
 
-def check_numbers(guidance_scale, guidance_rescale, guidance_interval, eta, clip_skip, most_skipped: int) -> None:
+def check_guidance(guidance_scale, guidance_rescale, guidance_interval, eta, clip_skip, most_skipped: int) -> None:
     """Raises ValueError for a number of the call that is none, or out of its range.
 
     Args:
@@ -81,6 +85,33 @@ def check_numbers(guidance_scale, guidance_rescale, guidance_interval, eta, clip
     )
 
 
+def check_size(height, width, factor: int) -> None:
+    """Raises ValueError for a height or width that is no positive multiple of `factor`."""
+    allowed = f"a positive multiple of {factor}"
+    sizes = {"height": height, "width": width}
+    check_kinds({n: (v, is_whole(v) and v >= 1 and v % factor == 0, allowed) for n, v in sizes.items()})
+
+
+def prompt_list(prompt: str | list[str]) -> list[str]:
+    """The prompts as a list; ValueError if they are not text."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"`prompt` has to be a string or a list of strings, got {quoted(prompt)}.")
+    return prompts
+
+
+def check_negative_prompt(negative_prompt, batch_size: int) -> None:
+    """Raises ValueError if it is neither None nor one text for all prompts, nor one for each."""
+    each = isinstance(negative_prompt, (list, tuple))
+    texts = negative_prompt if each else [negative_prompt]
+    if negative_prompt is not None and not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"`negative_prompt` has to be a string or a list of strings, got {quoted(negative_prompt)}.")
+    if each and len(texts) != batch_size:
+        raise ValueError(f"`negative_prompt` has {len(texts)} entries for {batch_size} prompts: {negative_prompt!r}.")
+    for text in texts if negative_prompt is not None else []:
+        check_caption(text)
+
+
 def check_steps(scheduler, timesteps, sigmas) -> None:
     """Raises ValueError for timesteps or noise levels of the caller's that `scheduler` cannot take."""
     if timesteps is not None and sigmas is not None:
@@ -102,7 +133,7 @@ def check_tensor(name: str, value, shape: tuple[int | None, ...]) -> None:
     """Raises ValueError if `value` is no tensor of finite floats of this shape, in which None is any size."""
     wanted = f"({', '.join('N' if size is None else str(size) for size in shape)})"
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        raise ValueError(f"`{name}` has to be a tensor of floats of shape {wanted}, got {shown(value)}.")
+        raise ValueError(f"`{name}` has to be a tensor of floats of shape {wanted}, got {quoted(value)}.")
     if value.ndim != len(shape) or any(size not in (None, given) for size, given in zip(shape, value.shape)):
         raise ValueError(f"`{name}` has shape {tuple(value.shape)}, but {wanted} is needed.")
     if not value.isfinite().all():
@@ -113,7 +144,7 @@ def check_seeds(seeds, num_images: int) -> None:
     """Raises ValueError if `seeds` is no list of one int64 for each image."""
     if not isinstance(seeds, (list, tuple, range, np.ndarray)) or len(seeds) != num_images:
         raise ValueError(
-            f"`seeds` has to be a list with one seed for each of {num_images} images, got {shown(seeds)}."
+            f"`seeds` has to be a list with one seed for each of {num_images} images, got {quoted(seeds)}."
         )
     for seed in seeds:
         if not is_whole(seed) or not -(2**63) <= seed < 2**63:
@@ -124,24 +155,51 @@ def check_generator(generator, num_images: int) -> None:
     """Raises ValueError if `generator` is neither one of torch's nor a list of one for each image."""
     each = generator if isinstance(generator, list) else [generator]
     if generator is not None and not all(isinstance(one, torch.Generator) for one in each):
-        raise ValueError(f"`generator` has to be a torch.Generator or a list of them, got {shown(generator)}.")
+        raise ValueError(f"`generator` has to be a torch.Generator or a list of them, got {quoted(generator)}.")
     if isinstance(generator, list) and len(generator) != num_images:
         raise ValueError(f"`generator` has {len(generator)} entries for {num_images} images.")
 
 
-def check_wishes(wishes: dict, why: str | None, told: dict) -> None:
+def check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, hidden: int | None) -> int:
+    """The number of prompts; ValueError if they are no text, or embeddings (N, L, hidden) of another form."""
+    if (prompt is None) == (prompt_embeds is None):
+        raise ValueError("Pass exactly one of `prompt` and `prompt_embeds`.")
+    if negative_prompt is not None and negative_prompt_embeds is not None:
+        raise ValueError("Pass `negative_prompt` or `negative_prompt_embeds`, not both.")
+    if prompt is None:
+        check_tensor("prompt_embeds", prompt_embeds, (None, None, hidden))
+    batch_size = len(prompt_list(prompt) if prompt is not None else prompt_embeds)
+    if negative_prompt_embeds is not None:
+        length = None if prompt_embeds is None else prompt_embeds.shape[1]
+        check_tensor("negative_prompt_embeds", negative_prompt_embeds, (batch_size, length, hidden))
+    check_negative_prompt(negative_prompt, batch_size)
+    return batch_size
+
+
+def check_noise(generator, seeds, latents, shape: tuple[int, int, int, int]) -> None:
+    """Raises ValueError for a source of noise that is none of latents of this shape (N, C, h, w)."""
+    if seeds is not None:
+        if generator is not None or latents is not None:
+            raise ValueError("`seeds` replaces `generator` and `latents`; pass only one of the three.")
+        check_seeds(seeds, shape[0])
+    check_generator(generator, shape[0])
+    if latents is not None:
+        check_tensor("latents", latents, shape)
+
+
+def check_wishes(wishes: dict, why: str | None, sources: dict) -> None:
     """Raises ValueError for what only a filter can do where none runs, and for candidates where the noise is given.
 
     Args:
         wishes: `num_candidates`, `max_rounds`, `filter_threshold` and `use_filter`, None where nothing is asked for.
         why: no filter runs; None if one does.
-        told: `seeds` and `latents`, which say what to draw.
+        sources: `seeds` and `latents`, which say what to draw.
     """
     redraws = [name for name in ("num_candidates", "max_rounds") if wishes[name] is not None and wishes[name] > 1]
     asked = [*redraws, *(name for name in ("filter_threshold", "use_filter") if wishes[name] is not None)]
     if asked and why is not None:
         raise ValueError(f"`{asked[0]}={wishes[asked[0]]}` needs a filter, {why}.")
-    for name, value in told.items():
+    for name, value in sources.items():
         if redraws and value is not None:
             raise ValueError(
                 f"`{redraws[0]}={wishes[redraws[0]]}` draws images that the filter chooses from, but `{name}` says"
@@ -164,13 +222,29 @@ def check_callback(callback, tensor_inputs, allowed: list[str]) -> None:
             raise ValueError(f"`{name}_tensor_inputs` may name {allowed}, got {entry!r}.")
 
 
-def same_shape(name: str, given: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """What a callback gave in the place of `before`; ValueError if its shape is another."""
-    if given.shape != before.shape:
-        raise ValueError(
-            f"`callback_on_step_end` gave `{name}` of shape {tuple(given.shape)}, {tuple(before.shape)} is needed."
-        )
-    return given
+def replace_tensors(batch: Batch, given, guided: bool) -> None:
+    """Puts what a callback gave back in the place of the batch's tensors.
+
+    Args:
+        given: dict with any of `latents`, `prompt_embeds` and `negative_prompt_embeds`.
+        guided: whether guidance is still on.
+
+    Raises:
+        ValueError: it is no dict, or a tensor has another shape than the one before.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"`callback_on_step_end` has to return a dict, got {given!r}.")
+    for name in ("latents", "negative_prompt_embeds"):
+        before = getattr(batch, name)
+        tensor = given.get(name, before)
+        if before is not None and tensor.shape != before.shape:
+            raise ValueError(
+                f"`callback_on_step_end` gave `{name}` of shape {tuple(tensor.shape)}, {tuple(before.shape)} is"
+                " needed."
+            )
+        setattr(batch, name, tensor if before is not None else None)
+    embeds, count = given.get("prompt_embeds", batch.prompt_embeds), len(batch.latents)
+    batch.prompt_embeds = callback_embeds(embeds, batch.prompt_embeds, count, guided)
 
 
 def callback_embeds(given: torch.Tensor, before: torch.Tensor, count: int, guided: bool) -> torch.Tensor:
@@ -222,7 +296,7 @@ def to_pictures(images) -> list[PIL.Image.Image]:
             array = entry.detach().float().cpu().movedim(-3, -1).numpy()
         right = isinstance(array, np.ndarray) and array.ndim in (3, 4) and array.shape[-1] in (1, 3) and array.size
         if not right or not (entry.is_floating_point() if array is not entry else array.dtype.kind == "f"):
-            raise ValueError(f"`images` have to be {allowed}, got {shown(entry)}.")
+            raise ValueError(f"`images` have to be {allowed}, got {quoted(entry)}.")
         # Written so that nan fails too.
         if not (array.min() >= 0 and array.max() <= 1):
             raise ValueError(f"`images` have to be in [0, 1], got {array.min():g} to {array.max():g}.")
@@ -230,5 +304,28 @@ def to_pictures(images) -> list[PIL.Image.Image]:
         levels = np.broadcast_to(levels, (*levels.shape[:-1], 3))
         pictures += [PIL.Image.fromarray(np.ascontiguousarray(one)) for one in levels.reshape(-1, *levels.shape[-3:])]
     if not pictures:
-        raise ValueError(f"`images` have to be {allowed}, got {shown(images)}.")
+        raise ValueError(f"`images` have to be {allowed}, got {quoted(images)}.")
     return pictures
+
+
+def check_finite(values: torch.Tensor, what: str, networks: dict[str, torch.nn.Module | None]) -> None:
+    """Raises ValueError if latents or pixels (N, ...) are not finite: no picture is made of them.
+
+    Args:
+        what: they are.
+        networks: by name, those that made them, or None; the first whose weights are not finite is told.
+    """
+    networks = {name: network for name, network in networks.items() if network is not None}
+    broken = int((~values.isfinite()).flatten(1).any(1).sum())
+    if not broken:
+        return
+    why = ""
+    if networks:
+        dtypes = " and ".join(dict.fromkeys(str(network.dtype) for network in networks.values()))
+        why = f": numbers grew too large for {dtypes}; `dtype=torch.float32`, or less guidance, may help"
+    for name, network in networks.items():
+        weights = [p for p in network.parameters() if p.is_floating_point() and p.device.type != "meta"]
+        if not all(p.isfinite().all() for p in weights):
+            why = f": the weights of `{name}` are not finite, as of a training that has diverged"
+            break
+    raise ValueError(f"{what} are not finite for {broken} of {len(values)} images{why}.")

@@ -13,7 +13,7 @@ from .data.image_reader import add_reading_arguments
 from .data.sources import image_name, name_digits, read_csv
 from .evaluation.command import add_arguments as add_evaluate_arguments
 from .evaluation.command import run as evaluate
-from .generate.command import DTYPES, REASONS, SCHEDULERS, Item, generate, plan_file, plan_prompt, read_model_index
+from .generate.command import DTYPES, REASONS, SCHEDULERS, Item, generate, plan_file, plan_prompt, register_modalities
 from .generate.shortfall import MAX_ROUNDS, Shortfall
 from .modalities import MODALITIES, resolve_modality, split_prefix
 from .ratings import RatingStore, counts, read_ratings
@@ -39,7 +39,7 @@ def number(kind: type, least: float, multiple: int = 1) -> Callable[[str], float
         except ValueError:
             value = None
         # Written so that nan fails too.
-        if value is None or not least <= value < 2**63 or value % multiple:
+        if value is None or not least <= value < 2**63 or (multiple > 1 and value % multiple):
             what = "a whole number" if kind is int else "a number"
             of = f", a multiple of {multiple}" if multiple > 1 else ""
             raise argparse.ArgumentTypeError(f"has to be {what} from {least} on{of}, got {text!r}")
@@ -232,7 +232,7 @@ def complete(args: argparse.Namespace, trained: list[str] | None) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    trained = read_model_index(args.model).get("modalities") or None
+    trained = register_modalities(args.model).get("modalities") or None
     complete(args, trained)
     if args.prompts_file is not None:
         with warnings.catch_warnings(record=True) as caught:
@@ -320,7 +320,7 @@ def run_ratings(args: argparse.Namespace) -> None:
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder.")
     if args.modalities_from:
-        read_model_index(args.modalities_from)
+        register_modalities(args.modalities_from)
     if args.input is not None and not args.store.exists():
         read_ratings(args.input, folders)  # what is wrong is told before there is a store
     store = RatingStore(args.store)
@@ -333,7 +333,7 @@ def run_ratings(args: argparse.Namespace) -> None:
 
 
 def run_modalities(args: argparse.Namespace) -> None:
-    index = read_model_index(args.model)
+    index = register_modalities(args.model)
     trained = index.get("modalities") or []
     findings = index.get("findings") or {}
     for modality in MODALITIES.values():

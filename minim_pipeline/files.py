@@ -42,10 +42,10 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
+def write_csv(path: Path, rows: list[dict], lineterminator: str = "\r\n") -> None:
     """Writes rows, which need not have the same columns, whole or not at all."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
+        writer = csv.DictWriter(file, columns, restval="", lineterminator=lineterminator)
         writer.writeheader()
         writer.writerows(rows)

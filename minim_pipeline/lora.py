@@ -70,12 +70,17 @@ def from_peft(state_dict: dict[str, torch.Tensor], config: dict) -> tuple[dict[s
 
 def modules_of(part: str, state_dict: dict[str, torch.Tensor]) -> list[str]:
     """The modules that the weights of `unet` or `text_encoder` in a LoRA belong to, one for each weight."""
-    mine = {key.removeprefix(f"{part}."): value for key, value in state_dict.items() if key.startswith(f"{part}.")}
-    if mine and part == "unet" and "lora_A" not in next(iter(mine)) and not any(".lokr_" in key for key in mine):
-        mine = convert_unet_state_dict_to_peft(mine)
-    elif mine and part == "text_encoder":
-        mine = convert_state_dict_to_peft(convert_state_dict_to_diffusers(mine))
-    return [re.split(r"\.(?:lora|lokr)_", key)[0] for key in mine]
+    weights = {key.removeprefix(f"{part}."): value for key, value in state_dict.items() if key.startswith(f"{part}.")}
+    if (
+        weights
+        and part == "unet"
+        and "lora_A" not in next(iter(weights))
+        and not any(".lokr_" in key for key in weights)
+    ):
+        weights = convert_unet_state_dict_to_peft(weights)
+    elif weights and part == "text_encoder":
+        weights = convert_state_dict_to_peft(convert_state_dict_to_diffusers(weights))
+    return [re.split(r"\.(?:lora|lokr)_", key)[0] for key in weights]
 
 
 class LoraLoading(StableDiffusionLoraLoaderMixin):
@@ -89,14 +94,14 @@ class LoraLoading(StableDiffusionLoraLoaderMixin):
             ValueError: there are PEFT's weights without the `adapter_config.json` that says how to weigh them, or an
                 adapter of another kind.
         """
-        source, options, told = pretrained_model_name_or_path_or_dict, dict(kwargs), kwargs.get("return_lora_metadata")
+        source, options = pretrained_model_name_or_path_or_dict, dict(kwargs)
         state_dict, alphas, metadata = super().lora_state_dict(source, **{**kwargs, "return_lora_metadata": True})
         if any(key.startswith(PEFT_PREFIX) for key in state_dict):
             path = None if isinstance(source, dict) else find_file(source, PEFT_CONFIG, options)
             if path is None:
                 raise ValueError(f"PEFT's adapters need the {PEFT_CONFIG} that was saved beside {PEFT_WEIGHTS}.")
             state_dict, metadata = from_peft(state_dict, json.loads(path.read_text(encoding="utf-8")))
-        return (state_dict, alphas, metadata) if told else (state_dict, alphas)
+        return (state_dict, alphas, metadata) if kwargs.get("return_lora_metadata") else (state_dict, alphas)
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, **kwargs):
         """As [`StableDiffusionLoraLoaderMixin.load_lora_weights`], from PEFT's adapters too.

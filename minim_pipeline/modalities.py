@@ -73,13 +73,19 @@ def _key(name: str) -> str:
     return re.sub(r"[\s_\-]+", "", name).lower()
 
 
-_BY_KEY = {_key(spelling): m for m in MODALITIES.values() for spelling in (m.id, m.name, *m.aliases)}
+def _spellings(*modalities: Modality) -> dict[str, Modality]:
+    """By the key of each of their spellings."""
+    return {_key(spelling): m for m in modalities for spelling in (m.id, m.name, *m.aliases)}
+
+
+_BY_KEY = _spellings(*MODALITIES.values())
 
 
 def register_modality(modality: Modality) -> Modality:
     """Adds a modality to the table, for as long as the process lasts.
 
-    A pipeline with this modality among its `modalities` saves the definition, and registers it when it is loaded.
+    A pipeline with this modality among its `modalities` saves the definition, and `MinimPipeline.from_pretrained`
+    registers it again.
 
     Returns:
         `modality`. To register the very same again changes nothing.
@@ -88,15 +94,22 @@ def register_modality(modality: Modality) -> Modality:
         ValueError: the id is no lower-case word of letters, digits and underscores; name, words or an alias is empty;
             the id belongs to another definition; or a spelling belongs to another modality, or fits several.
     """
+    if MODALITIES.get(modality.id) != modality:
+        _check_new(modality)
+        MODALITIES[modality.id] = modality
+        _BY_KEY.update(_spellings(modality))
+    return MODALITIES[modality.id]
+
+
+def _check_new(modality: Modality) -> None:
+    """Raises as `register_modality` for a modality that the table has not, or has with another definition."""
     known = MODALITIES.get(modality.id)
-    if known == modality:
-        return known
     if known is not None:
         now, before = asdict(modality), asdict(known)
-        told = "; ".join(
+        changed = "; ".join(
             f"{field} is {before[field]!r}, now {now[field]!r}" for field in now if now[field] != before[field]
         )
-        raise ValueError(f"modality {modality.id!r} is in the table already, with another definition: {told}.")
+        raise ValueError(f"modality {modality.id!r} is in the table already, with another definition: {changed}.")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", modality.id):
         raise ValueError(
             f"The id of a modality has to begin with a letter a-z and go on with a-z, 0-9 and _, got {modality.id!r}."
@@ -113,13 +126,10 @@ def register_modality(modality: Modality) -> Modality:
             raise ValueError(
                 f"modality {modality.id!r} cannot be called {spelling!r}: that is modality {_BY_KEY[key].id!r}."
             )
-    MODALITIES[modality.id] = modality
-    _BY_KEY.update({_key(spelling): modality for spelling in spellings})
-    return modality
 
 
-def register_definitions(definitions: dict[str, dict]) -> None:
-    """Registers what `custom_definitions` gave, also after JSON made lists of its tuples.
+def read_definitions(definitions: dict[str, dict]) -> tuple[Modality, ...]:
+    """The modalities that `custom_definitions` gave, also after JSON made lists of its tuples; registers nothing.
 
     Where the table has the modality already, its own names and words stay, or a model could not be loaded any more
     once the table has grown, nor beside another model; only what images are has to agree.
@@ -128,40 +138,52 @@ def register_definitions(definitions: dict[str, dict]) -> None:
         ValueError: as `register_modality`; for a modality of the table if it is grey or may be mirrored there and here
             not, or the other way round.
     """
+    modalities = []
     for name, definition in definitions.items():
         modality = Modality(**{**definition, "id": name, "aliases": tuple(definition.get("aliases", ()))})
         known = MODALITIES.get(name)
         if known is None or (known.grey, known.flip) != (modality.grey, modality.flip):
-            register_modality(modality)
+            _check_new(modality)
+        modalities.append(known or modality)
+    return tuple(modalities)
+
+
+def register_definitions(definitions: dict[str, dict]) -> None:
+    """Registers what `read_definitions` reads; raises as it does, and as `register_modality`."""
+    for modality in read_definitions(definitions):
+        register_modality(modality)
 
 
 def custom_definitions(ids: list[str]) -> dict[str, dict]:
     """By id what defines those of the modalities `ids` that only this process knows: `name`, `words`, ..."""
-    mine = [asdict(MODALITIES[name]) for name in ids if name in MODALITIES and name not in BUILT_IN]
-    return {definition.pop("id"): definition for definition in mine}
+    custom = [asdict(MODALITIES[name]) for name in ids if name in MODALITIES and name not in BUILT_IN]
+    return {definition.pop("id"): definition for definition in custom}
 
 
-def resolve_modality(name: str, trained: list[str] | tuple[str, ...] | None = None) -> Modality:
+def resolve_modality(
+    name: str, trained: list[str] | tuple[str, ...] | None = None, own: tuple[Modality, ...] = ()
+) -> Modality:
     """The modality that `name` stands for.
 
     Args:
         name: an id, a name of MINIM's, or an alias, in any case and with any spaces, hyphens or underscores.
         trained: ids that the model at hand has learned; `None` allows all of the table.
+        own: modalities that the model at hand defines, in the table or not.
 
     Raises:
         ValueError: `name` is unknown, fits several modalities, or is not among `trained`.
     """
     if not isinstance(name, str):
         raise ValueError(f"`modality` has to be a string, got {name!r} of type {type(name).__name__}.")
-    key = _key(name)
+    key, known = _key(name), _BY_KEY | _spellings(*own)
     if key in AMBIGUOUS:
         raise ValueError(f"modality {name!r} is ambiguous: it may be {' or '.join(map(repr, AMBIGUOUS[key]))}.")
-    allowed = list(MODALITIES if trained is None else trained)
-    if key not in _BY_KEY:
-        nearest = difflib.get_close_matches(key, _BY_KEY, n=1, cutoff=0.5)
-        hint = f" Did you mean {_BY_KEY[nearest[0]].id!r}?" if nearest else ""
-        raise ValueError(f"Unknown modality {name!r}; known: {', '.join(map(repr, MODALITIES))}.{hint}")
-    modality = _BY_KEY[key]
+    ids = list(dict.fromkeys([*MODALITIES, *(modality.id for modality in own)]))
+    if key not in known:
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f" Did you mean {known[nearest[0]].id!r}?" if nearest else ""
+        raise ValueError(f"Unknown modality {name!r}; known: {', '.join(map(repr, ids))}.{hint}")
+    modality, allowed = known[key], ids if trained is None else trained
     if modality.id not in allowed:
         raise ValueError(
             f"modality {modality.id!r} is known, but this model has not been trained on it; "
@@ -170,14 +192,17 @@ def resolve_modality(name: str, trained: list[str] | tuple[str, ...] | None = No
     return modality
 
 
-def split_prefix(text: str, trained: list[str] | tuple[str, ...] | None = None) -> tuple[str | None, str]:
+def split_prefix(
+    text: str, trained: list[str] | tuple[str, ...] | None = None, own: tuple[Modality, ...] = ()
+) -> tuple[str | None, str]:
     """Splits MINIM's `"OCT: macular edema"` into `("OCT", "macular edema")`; without such a prefix, `(None, text)`.
 
     The prefix counts only if it is a known or an ambiguous name, so that a colon inside a sentence stays there. With
-    `trained`, the ids that a model has learned, what only other models have defined is not known.
+    `trained`, the ids that a model has learned, what only other models have defined is not known; `own` as for
+    `resolve_modality`.
     """
     head, colon, rest = text.partition(":")
-    modality = _BY_KEY.get(_key(head))
+    modality = (_BY_KEY | _spellings(*own)).get(_key(head))
     # What another model of this process has defined is a word like others here.
     known = modality is not None and (trained is None or modality.id in BUILT_IN or modality.id in trained)
     if colon and (known or _key(head) in AMBIGUOUS):

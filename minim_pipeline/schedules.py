@@ -1,5 +1,6 @@
-"""Which schedulers sample a model as it was trained, and with which settings."""
+"""Which schedulers sample a model as it was trained, with which settings, and at which timesteps."""
 
+import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -77,12 +78,42 @@ def check_scheduler(scheduler, zero_terminal_snr: bool) -> None:
                 f" `{name}.from_config(pipe.scheduler.config, {setting}=False)`."
             )
     if zero_terminal_snr:
-        told = [f"{setting}=True" for setting in SPACINGS if config.get(setting)]
+        unfit = [f"{setting}=True" for setting in SPACINGS if config.get(setting)]
         if config.get("timestep_spacing") == "leading":
-            told.append("timestep_spacing='leading'")
-        if told:
+            unfit.append("timestep_spacing='leading'")
+        if unfit:
             warn_once(
-                f"{name} has {' and '.join(told)}, but this model's noise schedule ends in pure noise (zero terminal"
+                f"{name} has {' and '.join(unfit)}, but this model's noise schedule ends in pure noise (zero terminal"
                 " SNR), and other noise levels than its own lower the scores: make it with timestep_spacing='trailing'"
                 " and none of these."
             )
+
+
+def retrieve_timesteps(
+    scheduler,
+    num_inference_steps: int,
+    device: torch.device,
+    timesteps: list[int] | None = None,
+    sigmas: list[float] | None = None,
+) -> tuple[torch.Tensor, int]:
+    """The timesteps of `scheduler` and their number; `timesteps` or `sigmas` take the place of its own spacing."""
+    if timesteps is None and sigmas is None:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        return scheduler.timesteps, num_inference_steps
+    asked = {"timesteps": timesteps} if timesteps is not None else {"sigmas": sigmas}
+    scheduler.set_timesteps(**asked, device=device)
+    return scheduler.timesteps, len(scheduler.timesteps)
+
+
+# Copied from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion, whose import warns of torchvision
+def rescale_noise_cfg(noise_cfg, noise_pred_text, guidance_rescale=0.0):
+    """Guided predictions (N, C, h, w), brought to the deviation of the text's by a share of `guidance_rescale`.
+
+    Against overexposure: section 3.4 of arXiv 2305.08891.
+    """
+    std_text = noise_pred_text.std(dim=list(range(1, noise_pred_text.ndim)), keepdim=True)
+    std_cfg = noise_cfg.std(dim=list(range(1, noise_cfg.ndim)), keepdim=True)
+    # rescale the results from guidance (fixes overexposure)
+    noise_pred_rescaled = noise_cfg * (std_text / std_cfg)
+    # mix with the original results from guidance by factor guidance_rescale to avoid "plain looking" images
+    return guidance_rescale * noise_pred_rescaled + (1 - guidance_rescale) * noise_cfg

@@ -1,7 +1,5 @@
 """What `minim score` does: the filter's ratings of any images, real ones too, into a CSV."""
 
-import csv
-import io
 import os
 from collections import Counter
 from pathlib import Path
@@ -12,13 +10,14 @@ from . import EMBEDDED_CHECKPOINT
 from .data.image_reader import Reading, tell
 from .data.sources import resolve_path
 from .data.splits import read_split
-from .files import atomic_path
-from .generate.command import load_pipeline, read_model_index
+from .files import write_csv
+from .generate.command import load_pipeline, register_modalities
 from .modalities import resolve_modality
 
 
 def score_csv(
     data: str | Path,
+    *,
     output: str | Path | None = None,
     model: str = str(EMBEDDED_CHECKPOINT),
     split: str | None = None,
@@ -58,7 +57,7 @@ def score_csv(
     root = image_root and str(image_root)
     data, reading = Path(data), Reading(fit, tuple(window) if window else None, modality, root)
     output = Path(output) if output is not None else data.with_name(f"{data.stem}-scored.csv")
-    index = read_model_index(model)
+    index = register_modalities(model)
     if not (index.get("filter_head") or [None])[0]:
         raise ValueError(f"{model} has no filter to score with.")
     trained = index.get("modalities") or None
@@ -77,24 +76,22 @@ def score_csv(
     scored = []
     with tqdm(total=len(rows), disable=quiet, unit=" images") as bar:
         for start in range(0, len(rows), batch_size):
-            mine = rows[start : start + batch_size]
-            images = load_images(mine, data, resolution, changes=changes, reading=reading, found=found).float() / 255
-            rated = pipe.score(
-                images, [row["Text"] for row in mine], [row["modality"] for row in mine], not keep_copies
-            )
-            parts = {"score": rated.scores, "quality": rated.quality, "finding": rated.finding}
-            for i, row in enumerate(mine):
+            batch = rows[start : start + batch_size]
+            images = load_images(batch, data, resolution, changes=changes, reading=reading, found=found).float() / 255
+            prompts, modalities = ([row[column] for row in batch] for column in ("Text", "modality"))
+            rated = pipe.score(images, prompts, modalities, reject_copies=not keep_copies)
+            for i, row in enumerate(batch):
                 place = os.path.relpath(resolve_path(row, data).resolve(), output.parent.resolve())
-                ratings = {name: f"{values[i]:.4f}" for name, values in parts.items()}
-                ratings |= {"accepted": str(rated.accepted[i]).lower(), "reason": rated.reasons[i] or ""}
-                scored.append(row | {"path": Path(place).as_posix()} | ratings)
-            bar.update(len(mine))
+                scored.append(row | {"path": Path(place).as_posix()} | columns_of(rated, i))
+            bar.update(len(batch))
     tell(changes, len(rows), data, reading)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, scored[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(scored)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(output) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+    write_csv(output, scored, lineterminator="\n")
     return output, scored
+
+
+def columns_of(rated, i: int) -> dict[str, str]:
+    """The columns that the ratings of image `i` of a `MinimScores` become."""
+    parts = {"score": rated.scores, "quality": rated.quality, "finding": rated.finding}
+    ratings = {name: f"{values[i]:.4f}" for name, values in parts.items()}
+    return ratings | {"accepted": str(rated.accepted[i]).lower(), "reason": rated.reasons[i] or ""}

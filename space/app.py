@@ -36,7 +36,7 @@ from starlette.staticfiles import StaticFiles  # noqa: E402
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, __version__  # noqa: E402
 from minim_pipeline.data.image_reader import add_reading_arguments, reading_of  # noqa: E402
-from minim_pipeline.generate.command import load_pipeline, model_identity, read_model_index  # noqa: E402
+from minim_pipeline.generate.command import load_pipeline, model_identity, register_modalities  # noqa: E402
 from minim_pipeline.ratings import RatingStore  # noqa: E402
 
 
@@ -90,7 +90,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
     """The pages, and the addresses beside them; the model is loaded, and everything that is named is read."""
-    read_model_index(args.model)  # before any row: it may be of a modality that only the model knows
+    register_modalities(args.model)  # before any row: it may be of a modality that only the model knows
     reading = reading_of(args)
     images = read_folder(args.images, "generated", reading)
     if args.real:

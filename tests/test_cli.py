@@ -535,6 +535,18 @@ def test_the_filter_chooses_and_says_so(filtered_dir, tmp_path, capsys):
     assert "accepted" not in read_csv(tmp_path / "off/data.csv")[0]
 
 
+def test_numbers_that_may_be_broken_are_taken_so(no_drawing, tmp_path):
+    options = ["--guidance-scale", "2.5", "--filter-threshold", "2.25"]
+    assert main(["generate", *ONE_PROMPT[:4], *options, "--output-dir", str(tmp_path / "out"), "--quiet"]) in (0, 2)
+    assert (no_drawing[0][1]["guidance_scale"], no_drawing[0][1]["filter_threshold"]) == (2.5, 2.25)
+
+
+def test_copies_may_be_accepted(filtered_dir, tmp_path):
+    assert run(filtered_dir, tmp_path / "out", *ONE_PROMPT, "--keep-copies") == 0
+    assert len(read_csv(tmp_path / "out/data.csv")) == 3
+    assert read_provenance(tmp_path / "out/0000.png")["keep_copies"] == "True"
+
+
 def test_options_of_a_filter_that_is_not_there_are_told(pipeline_dir, filtered_dir, tmp_path, capsys):
     for model, option, message in (
         (pipeline_dir, ["--num-candidates", "2"], "has no filter to choose with"),

@@ -181,3 +181,30 @@ def test_a_model_s_definition_gives_way_to_the_table(table):
 def test_a_pipeline_of_the_table_says_nothing_of_others(make_pipeline, tmp_path):
     make_pipeline().save_config(tmp_path)
     assert "custom_modalities" not in json.loads((tmp_path / "model_index.json").read_text())
+
+
+def test_a_pipeline_knows_its_own_modalities_without_a_registry(make_pipeline, table):
+    """Built from parts, beside another one that means something else by the same word."""
+    skin = {"name": "Dermoscopy", "words": "photograph of the skin", "aliases": ["lesion"], "grey": False}
+    one = make_pipeline(modalities=["oct", "skin"], custom_modalities={"skin": skin})
+    two = make_pipeline(modalities=["oct", "liver"], custom_modalities={"liver": skin | {"name": "CT of the liver"}})
+    assert "skin" not in MODALITIES and "liver" not in MODALITIES
+    for pipe, own in ((one, "skin"), (two, "liver")):
+        prompts, (modality,) = pipe.resolve_prompts("Lesion: dark", None, 1)
+        assert prompts == ["dark"] and modality.id == own and not modality.grey
+        assert pipe("dark", modality="lesion", seeds=[0]).images[0].size == (64, 64)
+    with pytest.raises(ValueError, match="Unknown modality 'skin'; known: .*'liver'. Did you mean"):
+        two("dark", modality="skin")
+    with pytest.raises(ValueError, match="'skin' cannot be called 'OCT': that is modality 'oct'"):
+        make_pipeline(custom_modalities={"skin": skin | {"aliases": ["OCT"]}})
+
+
+def test_reading_an_index_registers_nothing(tmp_path, table):
+    from minim_pipeline.generate.command import read_model_index, register_modalities
+
+    definition = {"name": "Dermoscopy", "words": "photograph of the skin"}
+    index = {"modalities": "oct skin", "custom_modalities": {"skin": definition}}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert read_model_index(str(tmp_path))["modalities"] == ["oct", "skin"] and "skin" not in MODALITIES
+    assert register_modalities(str(tmp_path)) == read_model_index(str(tmp_path))
+    assert resolve_modality("Dermoscopy").id == "skin"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 
-from minim_pipeline import MinimPipelineOutput
+from minim_pipeline import MinimPipeline, MinimPipelineOutput
 from minim_pipeline.notices import warn_once
 
 
@@ -355,3 +355,13 @@ def test_scheduler_of_another_schedule(pipeline):
     pipeline.scheduler = diffusers.DDIMScheduler()
     with pytest.raises(ValueError, match="rescale_betas_zero_snr=False and prediction_type='epsilon'; make it with"):
         pipeline(**CALL)
+
+
+def test_a_prompt_is_resolved_once_in_a_call(shared_pipeline, monkeypatch):
+    """Or what a first look took for the modality's name, and cut, would be looked for again in the rest."""
+    seen, resolve = [], MinimPipeline.resolve_prompts
+    monkeypatch.setattr(
+        MinimPipeline, "resolve_prompts", lambda self, *given: (seen.append(given), resolve(self, *given))[1]
+    )
+    shared_pipeline("OCT: CXR: seen on both", seeds=[0], output_type="latent")
+    assert seen == [("OCT: CXR: seen on both", None, 1)]

@@ -25,7 +25,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -42,15 +42,16 @@ from minim_pipeline.evaluation.sampling import draw_latents
 from minim_pipeline.evaluation.stand_in import RATER, StandIn
 from minim_pipeline.files import write_csv, write_json
 from minim_pipeline.finite import check_weights
-from minim_pipeline.generate.command import generate, model_identity, plan_file, read_model_index
+from minim_pipeline.generate.command import generate, model_identity, plan_file, register_modalities
 from minim_pipeline.locking import locked
 from minim_pipeline.minim_filter.funnel import combine
+from minim_pipeline.minim_filter.selection import Thresholds
 from minim_pipeline.ratings import image_digest
 from minim_pipeline.training.arguments import check_numbers
 from minim_pipeline.training.captions import load_captions
 from minim_pipeline.training.config import parse
 from minim_pipeline.training.filter.raters import read_ratings
-from minim_pipeline.training.filter.thresholds import saved_thresholds, threshold
+from minim_pipeline.training.filter.thresholds import threshold
 from minim_pipeline.training.filter.tune import add_tuning_arguments, check_tuning_arguments, tune
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_pipeline
 from minim_pipeline.training.preference.config import PreferenceConfig
@@ -145,7 +146,7 @@ def check_taken(args: argparse.Namespace, folder: Path) -> None:
 
 def write_prompts(args: argparse.Namespace, folder: Path) -> None:
     """`prompts.csv`: the given ones, or all training phrasings of the findings that the pipeline has learned."""
-    index = read_model_index(args.pretrained_model_name_or_path)
+    index = register_modalities(args.pretrained_model_name_or_path)
     if args.prompts:
 
         def check(row: dict) -> None:
@@ -298,7 +299,7 @@ def write_pipeline(args: argparse.Namespace, folder: Path) -> None:
         rated = [row for row in read_ratings(folder / "ratings.csv") if row["rater"] != RATER]
         images = {row["path"]: resolve_modality(row["modality"]).id for row in rated}
         people.update(images.values())
-    calibration = {name: dict(values) for name, values in (pipe.filter_head.config.calibration or {}).items()}
+    thresholds = Thresholds.read(pipe.filter_head.config.calibration)
     figures = {}
     for name in dict.fromkeys(resolve_modality(row["modality"]).id for row in prompts):
         mine = spread_over([row for row in prompts if resolve_modality(row["modality"]).id == name])
@@ -307,15 +308,14 @@ def write_pipeline(args: argparse.Namespace, folder: Path) -> None:
         latents = draw_latents(pipe, asked, [name] * len(asked), seeds, args.batch_size)
         rated = rate(pipe, latents, asked, [name] * len(asked))
         score, finding = combine(rated.quality, rated.finding).cpu(), rated.finding.cpu()
-        floor = calibration.get(name, {}).get("finding", 2.0)
+        before = thresholds.get(name, Thresholds())
+        floor = before.finding
         least = min(threshold(score, finding, floor, args.acceptance), pipe.filter_head.config.enough[1])
         accepted = ((score >= least) & (finding >= floor)).double().mean().item()
-        before = calibration.get(name, {})
-        ratings = before.get("ratings", 0) + people[name]
-        calibration[name] = saved_thresholds(least, floor, before.get("copy", -1), ratings)
+        thresholds[name] = replace(before, score=round(least, 4), ratings=before.ratings + people[name])
         figures[name] = {"threshold": round(least, 4), "accepted": round(accepted, 4), "n": len(asked)}
     made = MinimPipeline.from_pretrained(folder / "preference" / "pipeline")
-    made.filter_head.register_to_config(calibration=calibration)
+    made.filter_head.register_to_config(calibration={name: asdict(found) for name, found in thresholds.items()})
     save_whole(folder / "pipeline", made, "", figures)
     (folder / "pipeline" / "report.json").replace(folder / "thresholds.json")
 
@@ -384,7 +384,7 @@ def main(argv=None) -> dict:
 def improve(args: argparse.Namespace) -> dict:
     """Runs the stages of a round that `--output_dir` lacks, and returns the report."""
     folder = Path(args.output_dir)
-    index = read_model_index(args.pretrained_model_name_or_path)
+    index = register_modalities(args.pretrained_model_name_or_path)
     if (index.get("filter_head") or [None])[0] is None:
         raise ValueError(f"{args.pretrained_model_name_or_path} has no filter head: train_filter.py makes one.")
     check_arguments(args, folder)

@@ -26,7 +26,7 @@ from ..data.sources import image_name, name_digits, read_csv, resolve_path
 from ..data.splits import read_split
 from ..data.table import read_table
 from ..files import atomic_path
-from ..generate.command import read_model_index
+from ..generate.command import read_model_index, register_modalities
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> dict:
 
     # Before any row is read: it may be of a modality that only a model knows.
     for model in filter(None, (args.pipeline, args.low_data_pipeline, args.modalities_from)):
-        read_model_index(model)
+        register_modalities(model)
     real_rows = rows_of(args.real, args.real_split, args.image_root, args.modality)
     train_rows = rows_of(args.train, args.train_split, args.image_root, args.modality) if args.train else None
     # The synthetic images may be of more modalities than the real ones, if their CSV says so.
@@ -329,7 +329,7 @@ def draw_synthetic(args: argparse.Namespace, real_rows: list[dict]) -> tuple[Pat
     from ..generate.command import Item, generate
     from ..modalities import resolve_modality
 
-    trained = read_model_index(args.pipeline).get("modalities") or None
+    trained = register_modalities(args.pipeline).get("modalities") or None
     items, unknown = [], Counter()
     for row in real_rows:
         modality = resolve_modality(row["modality"])

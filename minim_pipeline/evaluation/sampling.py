@@ -49,9 +49,9 @@ def draw_images(
     return torch.cat(images)
 
 
-def batches(count: int, size: int, name: str) -> Iterator[slice]:
-    """`count` things in turn, at most `size` of them together; with a progress bar of that name."""
-    for start in tqdm(range(0, count, size), name, mininterval=2):
+def batches(count: int, size: int, name: str | None = None) -> Iterator[slice]:
+    """`count` things in turn, at most `size` of them together; with a progress bar, if that has a name."""
+    for start in tqdm(range(0, count, size), name, mininterval=2, disable=name is None):
         yield slice(start, min(start + size, count))
 
 

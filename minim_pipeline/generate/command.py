@@ -148,7 +148,15 @@ def read_model_index(model: str) -> dict:
     index = read_json(file)
     if isinstance(index.get("modalities"), str):
         index["modalities"] = index["modalities"].split()
-    # What the model has learned beyond the table is known from here on.
+    return index
+
+
+def register_modalities(model: str) -> dict:
+    """Registers the modalities that a pipeline defines, so that rows of them are read; returns its index.
+
+    Args, errors: as `read_model_index`.
+    """
+    index = read_model_index(model)
     register_definitions(index.get("custom_modalities") or {})
     return index
 
@@ -300,7 +308,8 @@ def generate(
                 )
             # An accepted image is the same whatever the bound, which may be raised to go on.
             del settings["max_rounds"]
-        choice = defaults | choice | {"reject_copies": not choice.pop("keep_copies", False)}
+        reject_copies = not choice.pop("keep_copies", False)
+        choice = defaults | choice | {"reject_copies": reject_copies}
     columns = dict.fromkeys(
         [
             *COLUMNS,

@@ -94,8 +94,7 @@ class FilterHead(ModelMixin, ConfigMixin):
         norm_num_groups: of the group norms.
         dropout: in training.
         num_fingerprints: training images whose fingerprints are saved along, so that copies of them are known.
-        calibration: by modality id the thresholds `score` and `finding` from which an image is accepted; `copy`, by
-            how many bits the fingerprint of a copy differs at most; and `ratings`, how many of people's were learned.
+        calibration: by modality id the fields of `selection.Thresholds`, from which on an image is accepted.
         enough: ratings of quality and of the finding from which on more does not count when candidates are chosen.
             Always to take the best rated would give back the most typical images, and lose diversity.
         guidance_weight: of the logarithm of what guidance did to a candidate so far, added to its ratings when

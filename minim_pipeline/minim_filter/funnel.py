@@ -40,9 +40,9 @@ def rank(
     return ratings + guidance_weight * guidance.clamp(min=1e-12).log()
 
 
-def guidance_strength(told: torch.Tensor, untold: torch.Tensor) -> torch.Tensor:
+def guidance_strength(cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
     """Mean square (N,) of what guidance adds: predictions (N, C, h, w) for the prompt less the negative side's."""
-    return (told.float() - untold.float()).square().mean((1, 2, 3))
+    return (cond.float() - uncond.float()).square().mean((1, 2, 3))
 
 
 def weaker(rated: FilterHeadOutput) -> torch.Tensor:
@@ -73,6 +73,33 @@ def select_state(scheduler, keep: torch.Tensor, shape: torch.Size) -> None:
 
 
 @dataclass
+class Batch:
+    """What is denoised together, and cut together when candidates are dropped.
+
+    Args:
+        latents: (M, C, h, w).
+        prompt_embeds: (M, L, hidden); with guidance (2 M, L, hidden), the negative side first.
+        negative_prompt_embeds: (M, L, hidden), None without guidance.
+        generator: of the noise that some schedulers add: one for all, one for each, or None.
+    """
+
+    latents: torch.Tensor
+    prompt_embeds: torch.Tensor
+    negative_prompt_embeds: torch.Tensor | None
+    generator: torch.Generator | list[torch.Generator] | None
+
+    def select(self, keep: torch.Tensor) -> None:
+        """Cuts it down to the indices `keep`, int64 (K,)."""
+        halves = self.prompt_embeds.split(len(self.latents))
+        self.prompt_embeds = torch.cat([half[keep] for half in halves])
+        self.latents = self.latents[keep]
+        if self.negative_prompt_embeds is not None:
+            self.negative_prompt_embeds = self.negative_prompt_embeds[keep]
+        if isinstance(self.generator, list):
+            self.generator = [self.generator[k] for k in keep.tolist()]
+
+
+@dataclass
 class Funnel:
     """Which candidates are still on their way, and when the next are dropped.
 
@@ -87,6 +114,20 @@ class Funnel:
     text: torch.Tensor
     image: torch.Tensor
     stages: list[tuple[float, int]]
+
+    @classmethod
+    def prepare(
+        cls, head: FilterHead, tokenizer, texts: list[str], candidates: int, device: torch.device | str
+    ) -> "Funnel":
+        """The funnel of `candidates` for each of the images of `texts`, which are as `prompt_text` gives them."""
+        config = head.config
+        ids = tokenizer(
+            texts, padding="max_length", max_length=config.max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        # What was added to the tokenizer since, as by a textual inversion, says nothing to the head.
+        ids = torch.where(ids < config.vocab_size, ids, config.pad_token_id).to(device)
+        image = torch.arange(len(texts), device=device).repeat_interleave(candidates)
+        return cls(head, head.encode_text(ids)[image], image, plan_stages(config.stages, candidates))
 
     def __post_init__(self):
         self.alive = torch.arange(len(self.image), device=self.image.device)
@@ -107,9 +148,9 @@ class Funnel:
     def angle(scheduler, t: torch.Tensor) -> torch.Tensor:
         return noise_angles(scheduler.alphas_cumprod.cpu(), torch.as_tensor(t).cpu().reshape(1))
 
-    def add_guidance(self, told: torch.Tensor, untold: torch.Tensor) -> None:
+    def add_guidance(self, cond: torch.Tensor, uncond: torch.Tensor) -> None:
         """Takes note of a step's predictions for the prompt and for the negative side, (m, C, h, w) each."""
-        self.guidance[self.alive] += guidance_strength(told, untold)
+        self.guidance[self.alive] += guidance_strength(cond, uncond)
 
     def prune(self, count: int, noisy: torch.Tensor, prediction: torch.Tensor, scheduler, t) -> torch.Tensor:
         """Drops all but the best `count` of each image; returns the indices of those left into the batch given.
@@ -124,10 +165,10 @@ class Funnel:
         clean = estimate_clean(noisy, prediction, angle, scheduler.config.prediction_type)
         rated = self.head(noisy, clean, angle, text=self.text[self.alive])
         before, reasons = self.alive, weaker(rated)
-        kept = self.keep(self.rank(rated), count)
+        left = self.keep(self.rank(rated), count)
         gone = torch.isin(before, self.alive, invert=True)
         self.dropped += zip(self.image[before[gone]].tolist(), [REASONS[r] for r in reasons[gone].tolist()])
-        return kept
+        return left
 
     def rate(self, latents: torch.Tensor) -> FilterHeadOutput:
         """The ratings of finished latents (m, C, h, w)."""
@@ -146,9 +187,9 @@ class Funnel:
         order = order[torch.argsort(image[order], stable=True)]
         first = torch.searchsorted(image[order].contiguous(), image[order].contiguous())
         place = torch.arange(len(order), device=order.device) - first
-        kept = order[place < count].sort().values
-        self.alive = self.alive[kept]
-        return kept
+        best = order[place < count].sort().values
+        self.alive = self.alive[best]
+        return best
 
 
 def plan_stages(stages: list, candidates: int) -> list[tuple[float, int]]:

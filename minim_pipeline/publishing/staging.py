@@ -9,7 +9,6 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .. import MODALITIES
 from ..provenance import save_png
 from .card import Sample, complete
 from .reports import count_parts
@@ -57,7 +56,7 @@ def draw_samples(pipe, folder: Path, repo_id: str, count: int) -> list[Sample]:
     """Draws `count` pictures of each trained modality, of its findings in turn; a base model has none to show."""
     samples = []
     for name in (pipe.config.modalities or []) if count else []:
-        findings = (pipe.config.findings or {}).get(name) or [MODALITIES[name].words]
+        findings = (pipe.config.findings or {}).get(name) or [pipe.resolve_prompts(None, name, 1)[1][0].words]
         prompts = [findings[i % len(findings)] for i in range(count)]
         generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
         output = pipe(prompts, modality=name, generator=generators)

@@ -26,13 +26,13 @@ def add_modalities_argument(group) -> None:
 
 def know_modalities(args: argparse.Namespace) -> None:
     """Registers what the pipelines of the arguments define; before any row is read."""
-    from minim_pipeline.generate.command import read_model_index
+    from minim_pipeline.generate.command import register_modalities
 
     base = getattr(args, "pretrained_model_name_or_path", None)
     if base and Path(base).is_dir() and not (Path(base) / "model_index.json").is_file():
         base = None  # parts of a pipeline
     for model in filter(None, (base, args.modalities_from)):
-        read_model_index(model)
+        register_modalities(model)
 
 
 def read_splits(data: DataOptions) -> tuple[list[dict], list[dict]]:

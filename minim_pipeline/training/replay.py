@@ -4,7 +4,7 @@ import warnings
 from dataclasses import dataclass
 
 from .. import MODALITIES, resolve_modality
-from ..generate.command import read_model_index
+from ..generate.command import register_modalities
 from .common import check_processes, judgeable, read_splits
 from .config import DataOptions
 from .rows import image_paths, tell_overlap
@@ -31,7 +31,7 @@ class Rows:
             ValueError: rows that cannot be trained on, or to replay that the base has not learned.
         """
         # Before any row is read: it may be of a modality that only the base knows.
-        index = read_model_index(base) if base else {}
+        index = register_modalities(base) if base else {}
         source = data.train_data
         train, val = read_splits(data)
         old_train, old_val = read_splits(replay) if replay else ([], [])

@@ -23,10 +23,11 @@ from typing import Literal
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 from transformers import CLIPTextModel
 
 from .. import MinimPipeline, resolve_modality
+from ..contact_sheet import contact_sheet
+from ..evaluation.sampling import bytes_of, decode_latents
 from ..finite import check_loss
 from ..tokens import tokenize
 from .captions import load_captions, phrase
@@ -348,9 +349,8 @@ def draw_samples(
             output_type="latent",
         ).images.float()
         drawn[name] = latents
-        images = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
-        grid = make_image_grid(pipe.image_processor.postprocess(images, output_type="pil"), 1, count)
-        grid.save(folder / f"{name}.png")
+        images = bytes_of(decode_latents(pipe, latents, [name] * count))
+        contact_sheet(images, columns=count).save(folder / f"{name}.png")
     return drawn
 
 

@@ -24,6 +24,7 @@ from ...disk import save_model
 from ...evaluation.judges import claimed_classes, class_of, finds_asked, load_judges
 from ...files import write_json
 from ...locking import locked
+from ...minim_filter.selection import Thresholds
 from ..common import know_modalities
 from ..config import Count, CsvOptions, HubOptions, Precision, Range, Share, Whole, option
 from ..hub import check_hub, push_parts
@@ -34,7 +35,7 @@ from .curves import acceptance_curves, noise_curves
 from .data import versions
 from .raters import learned_from
 from .stages import choose_stages, foretelling
-from .thresholds import saved_thresholds, threshold
+from .thresholds import threshold
 
 
 @dataclass(kw_only=True)
@@ -208,7 +209,7 @@ class Calibration:
         table = foretelling(self.drawn, self.right, self.known)
         limits, copies = self.learn_copies()
         calibration = {
-            name: saved_thresholds(least, config.finding_floor, limits.get(name, -1), self.people[name])
+            name: asdict(Thresholds(round(least, 4), config.finding_floor, limits.get(name, -1), self.people[name]))
             for name, least in thresholds.items()
         }
         self.head.register_to_config(calibration=calibration, stages=stages)

@@ -1,10 +1,10 @@
 """What a sampler would have in hand at any noise level: the filter head is asked there, and so learns from it."""
 
 import torch
-from diffusers import DDPMScheduler
 
 from ... import MinimPipeline
 from ...minim_filter.estimate import estimate_clean, noise_angles
+from ..denoising import noise_scheduler
 
 
 class NoisedEstimates:
@@ -13,7 +13,7 @@ class NoisedEstimates:
     def __init__(self, pipe: MinimPipeline, bf16: bool):
         self.unet, self.text_encoder, self.bf16 = pipe.unet, pipe.text_encoder, bf16
         self.prediction_type = pipe.scheduler.config.prediction_type
-        self.alphas_cumprod = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.to(pipe.device)
+        self.alphas_cumprod = noise_scheduler(pipe.scheduler.config, pipe.device).alphas_cumprod
 
     def timesteps(self, count: int, g: torch.Generator) -> torch.Tensor:
         """int64 [count], each as probable as another."""

@@ -1,9 +1,12 @@
 """The head that a training starts with: from scratch, or from another that was trained before."""
 
+from dataclasses import asdict, replace
+
 import torch
 
 from ... import MinimPipeline
 from ...minim_filter import FilterHead
+from ...minim_filter.selection import Thresholds
 from ...modalities import MODALITIES
 
 
@@ -39,7 +42,8 @@ def extend_head(base: FilterHead, pipe: MinimPipeline) -> FilterHead:
             raise ValueError(f"The head was trained for {name} {base.config[name]}, the pipeline has {value}.")
     if len(tokenizer) < old:
         raise ValueError(f"The head was trained for {old} tokens, the pipeline has only {len(tokenizer)}.")
-    calibration = {m: {**found, "copy": -1} for m, found in (base.config.calibration or {}).items()} or None
+    thresholds = Thresholds.read(base.config.calibration)
+    calibration = {name: asdict(replace(found, copy=-1)) for name, found in thresholds.items()} or None
     changed = {"vocab_size": len(tokenizer), "num_fingerprints": 0, "calibration": calibration}
     head = FilterHead.from_config({**base.config, **changed})
     fresh = {name: value for name, value in head.state_dict().items() if name.startswith("code.")}

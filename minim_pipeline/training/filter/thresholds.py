@@ -34,8 +34,3 @@ def threshold(
         best = share[19:].max().item() if len(share) >= 20 else math.nan
         raise ValueError(f"No threshold reaches a precision of {precision} with 20 images; the most is {best:.3f}.")
     return score[reached][order][enough[-1]].item()
-
-
-def saved_thresholds(score: float, finding: float, copy: int, ratings: int) -> dict[str, float | int]:
-    """A modality's entry in `FilterHead.config.calibration`, which says what they mean."""
-    return {"score": round(score, 4), "finding": finding, "copy": copy, "ratings": ratings}

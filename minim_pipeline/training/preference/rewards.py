@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from ... import MinimPipeline, resolve_modality
-from ...minim_filter import FilterHeadOutput
-from ...minim_filter.fingerprints import distances
+from ...minim_filter import FilterHeadOutput, selection
+from ...minim_filter.selection import Thresholds
 
 
 @torch.no_grad()
@@ -44,9 +44,8 @@ def finding_reward(rated: FilterHeadOutput, limit: float = 6.0) -> torch.Tensor:
 
 def are_copies(pipe: MinimPipeline, rated: FilterHeadOutput, modalities: list[str]) -> torch.Tensor:
     """Which images are copies of training images, as the filter head's fingerprints know them: bool [N]."""
-    calibration = pipe.filter_head.config.calibration or {}
-    near = [calibration.get(resolve_modality(name).id, {}).get("copy", -1) for name in modalities]
-    return distances(rated.code, pipe.filter_head.fingerprints) <= torch.tensor(near, device=rated.code.device)
+    thresholds = [Thresholds.of(pipe.filter_head.config, resolve_modality(name).id) for name in modalities]
+    return selection.are_copies(pipe.filter_head, rated, thresholds)
 
 
 def spread(latents: torch.Tensor, group: torch.Tensor, pooled: int = 4) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ... import MinimPipeline
+from ...evaluation.sampling import batches, draw_batch
 from .config import PreferenceConfig
 from .rewards import are_copies, finding_reward, rate, spread
 
@@ -42,18 +43,12 @@ def sample(pipe: MinimPipeline, prompts: list[dict], config: PreferenceConfig, g
     order = [next(queue) for queue in itertools.islice(turns, config.prompts_per_step)]
     chosen = [i for i in order for _ in range(config.images_per_prompt)]
     seeds = torch.randint(2**62, (len(chosen),), device=generator.device, generator=generator).tolist()
-    latents = []
-    for start in range(0, len(chosen), config.sampling_batch_size):
-        batch = slice(start, start + config.sampling_batch_size)
-        with torch.autocast(pipe.device.type, torch.bfloat16, enabled=config.bf16):
-            drawn = pipe(
-                [prompts[i]["Text"] for i in chosen[batch]],
-                modality=[prompts[i]["modality"] for i in chosen[batch]],
-                seeds=seeds[batch],
-                num_inference_steps=config.num_inference_steps,
-                output_type="latent",
-            ).images
-        latents.append(drawn.float())
+    texts, modalities = ([prompts[i][column] for i in chosen] for column in ("Text", "modality"))
+    steps = {"num_inference_steps": config.num_inference_steps}
+    latents = [
+        draw_batch(pipe, texts[batch], modalities[batch], seeds[batch], config.bf16, **steps).float()
+        for batch in batches(len(chosen), config.sampling_batch_size)
+    ]
     return Samples(torch.cat(latents), torch.tensor(chosen, device=pipe.device))
 
 

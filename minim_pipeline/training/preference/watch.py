@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from diffusers.utils import make_image_grid
-from PIL import Image
 
 from ... import MinimPipeline
+from ...contact_sheet import contact_sheet
 from ...evaluation.encoder import ImageTextEncoder
 from ...evaluation.sampling import draw_images
 
@@ -75,7 +74,5 @@ class Watch:
         folder.mkdir(parents=True, exist_ok=True)
         for modality in dict.fromkeys(name for name, _ in self.labels):
             findings = [k for k, (name, _) in enumerate(self.labels) if name == modality]
-            chosen = torch.cat([images[self.label == k][:columns] for k in findings]).permute(0, 2, 3, 1)
-            pictures = [Image.fromarray(picture) for picture in chosen.numpy()]
-            grid = make_image_grid(pictures, len(findings), len(pictures) // len(findings))
-            grid.save(folder / f"{modality}.png")
+            chosen = torch.cat([images[self.label == k][:columns] for k in findings])
+            contact_sheet(chosen, len(chosen) // len(findings)).save(folder / f"{modality}.png")

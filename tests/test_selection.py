@@ -1,0 +1,85 @@
+"""Thresholds, and which candidate of each image comes back, and what is drawn again."""
+
+import json
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minim_pipeline import EMBEDDED_CHECKPOINT
+from minim_pipeline.minim_filter.funnel import Batch
+from minim_pipeline.minim_filter.seeds import draw_seeds, prepare_generators, redrawing_seed
+from minim_pipeline.minim_filter.selection import RoundResult, Selection, Thresholds
+
+
+def test_thresholds_of_the_embedded_model_are_read_as_they_were_saved():
+    config = json.loads((EMBEDDED_CHECKPOINT / "filter_head" / "config.json").read_text())
+    thresholds = Thresholds.read(config["calibration"])
+    assert thresholds["fundus"] == Thresholds(score=2.4345, finding=2.0, copy=39, ratings=281)
+    assert {name: asdict(entry) for name, entry in thresholds.items()} == config["calibration"]
+    assert Thresholds.of(SimpleNamespace(**config), "cxr").copy == 58
+
+
+@pytest.mark.parametrize("calibration", [None, {}, {"oct": {"score": 2.5, "finding": 2.0}}])
+def test_a_modality_without_thresholds_has_those_of_the_middle(calibration):
+    config = SimpleNamespace(calibration=calibration)
+    assert Thresholds.of(config, "cxr") == Thresholds(score=2.0, finding=2.0, copy=-1, ratings=0)
+    if calibration:
+        assert Thresholds.of(config, "oct") == Thresholds(2.5, 2.0, copy=-1, ratings=0), "as older heads have them"
+
+
+def result(scores: list[float | None], accepted: list[bool | None], rejected=()) -> RoundResult:
+    count = len(scores)
+    return RoundResult(torch.rand(count, 3, 2, 2), [2 * i for i in range(count)], scores, accepted, list(rejected))
+
+
+def test_of_the_rounds_the_better_image_stays():
+    selection = Selection(3, filtering=True)
+    assert selection.wanted == [0, 1, 2]
+    selection.add(result([2.0, 1.5, 1.8], [True, False, False], [(1, "finding"), (2, None)]), list(range(6)), 2)
+    assert selection.wanted == [1, 2] and selection.seeds == [0, 2, 4]
+    # The second round is of images 1 and 2, filled up with image 2 again.
+    second = result([1.4, 1.2], [False, True], [(0, "quality"), (2, "quality")])
+    selection.add(second, [10, 11, 12, 13, 14, 15], 2)
+    assert selection.wanted == [1] and selection.candidates == [2, 4, 4]
+    assert selection.scores == [2.0, 1.5, 1.2], "one that is accepted goes before a better one that is not"
+    assert selection.seeds == [0, 2, 12] and torch.equal(selection.images[2], second.images[1])
+    assert [sum(counts.values()) for counts in selection.rejected] == [0, 2, 0]
+
+
+def test_without_a_filter_one_round_is_enough():
+    selection = Selection(2, filtering=False)
+    selection.add(result([None, None], [None, None]), [7, 8, 9], 1)
+    assert not selection.wanted and selection.seeds == [7, 9] and selection.rejected == [None, None]
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_batch_is_cut_with_all_that_belongs_to_it(guided):
+    latents, embeds, negative = torch.rand(4, 8, 2, 2), torch.rand(4, 5, 6), torch.rand(4, 5, 6)
+    generators = [torch.Generator().manual_seed(i) for i in range(4)]
+    both = torch.cat([negative, embeds]) if guided else embeds
+    batch = Batch(latents, both, negative if guided else None, list(generators))
+    batch.select(torch.tensor([1, 3]))
+    assert torch.equal(batch.latents, latents[[1, 3]]) and batch.generator == generators[1::2]
+    assert torch.equal(batch.prompt_embeds[-2:], embeds[[1, 3]]) and len(batch.prompt_embeds) == 2 + 2 * guided
+    assert batch.negative_prompt_embeds is None or torch.equal(batch.prompt_embeds[:2], negative[[1, 3]])
+
+
+def test_a_seed_is_told_only_if_it_draws_the_noise_again():
+    fresh, used = torch.Generator().manual_seed(-1), torch.Generator().manual_seed(3)
+    torch.rand(1, generator=used)
+    assert redrawing_seed(fresh) == -1 and redrawing_seed(used) is None
+    assert prepare_generators(2, [fresh, used])[1] == [-1, None]
+    assert prepare_generators(2, fresh)[1] == [None, None], "one generator for two images"
+    assert prepare_generators(1, fresh, latents=torch.zeros(1))[1] == [None]
+    made, seeds = prepare_generators(2, seeds=[5, 6])
+    assert seeds == [5, 6] and [g.initial_seed() for g in made] == [5, 6]
+
+
+def test_seeds_of_candidates_come_from_the_generator_of_their_image():
+    def generators():
+        return [torch.Generator().manual_seed(i) for i in range(3)]
+
+    both = draw_seeds([0, 2], 2, generators())
+    assert both[2:] == draw_seeds([2], 2, generators()) and len(set(both)) == 4
