@@ -2,6 +2,7 @@
 given and what is allowed."""
 
 import inspect
+import itertools
 import math
 from numbers import Integral, Real
 
@@ -124,7 +125,7 @@ def check_steps(scheduler, timesteps, sigmas) -> None:
             raise ValueError(f"{type(scheduler).__name__} takes no `{name}` of the caller's.")
         right = isinstance(values, (list, tuple, np.ndarray)) and len(values) > 0 and all(map(is_number, values))
         right = right and all(0 <= value <= most for value in values)
-        right = right and all(first > second for first, second in zip(values, values[1:]))
+        right = right and all(first > second for first, second in itertools.pairwise(values))
         limit = f"from 0 to {most}" if most < math.inf else "from 0 on"
         check_kinds({name: (values, right, f"a list of numbers {limit} in descending order")})
 

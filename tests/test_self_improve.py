@@ -133,7 +133,7 @@ def test_killed_at_any_point_a_round_goes_on_to_the_same_end(arguments, rater, t
 
         return [(name, dies if name == victim else stage, made) for name, stage, made in STAGES]
 
-    STAGES = self_improve.STAGES  # noqa: N806
+    STAGES = self_improve.STAGES
     for victim in ("ratings", "head", "pipeline", "comparison"):
         monkeypatch.setattr(self_improve, "STAGES", dying(victim))
         with pytest.raises(Killed):

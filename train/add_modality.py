@@ -164,7 +164,7 @@ def define(args: argparse.Namespace, trained: list[str]) -> Modality:
         words = args.words or args.modality.replace("_", " ")
         name = args.name or args.modality
         return register_modality(Modality(args.modality, name, words, tuple(args.aliases), args.grey, args.flip))
-    if args.grey and not known.grey or args.color and known.grey:
+    if (args.grey and not known.grey) or (args.color and known.grey):
         is_so, said = ("grey", "--color") if known.grey else ("in colour", "--grey")
         raise ValueError(f"modality {known.id!r} is in the table, and {is_so} there: leave {said} out.")
     given = [f"--{name}" for name in ("flip", "name", "aliases", "words") if getattr(args, name)]

@@ -375,10 +375,10 @@ def summary(report: dict) -> str:
             for kind in ("phrasings", "modalities"):
                 each = r[kind].items()
                 lines.append("  " + "; ".join(f"{k} {v['before']:.3f} -> {v['after']:.3f}" for k, v in each))
-    for name in ("kid", "frechet", "inception score"):
-        lines.append(f"{name}: {report[name]['before']} -> {report[name]['after']}")
+    plain = {name: report[name] for name in ("kid", "frechet", "inception score")}
     for name in ("MS-SSIM", "recall"):
-        lines.append(f"{name}: {report['diversity']['before'][name]} -> {report['diversity']['after'][name]}")
+        plain[name] = {when: report["diversity"][when][name] for when in ("before", "after")}
     for space, r in report.get("copies", {}).items():
-        lines.append(f"copies, {space}: {r['before']['share']} -> {r['after']['share']}")
+        plain[f"copies, {space}"] = {when: r[when]["share"] for when in ("before", "after")}
+    lines += [f"{name}: {r['before']} -> {r['after']}" for name, r in plain.items()]
     return "\n".join(lines)

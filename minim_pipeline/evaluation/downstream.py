@@ -17,6 +17,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -350,13 +351,9 @@ def _compare(scores: dict, first: str, second: str, conditions: dict, how: Calla
         return {"left_out": conditions[first]}
     a, b = scores[first], scores[second]
 
-    def figure(get: Callable[[Score, int], np.ndarray]) -> dict:
-        value = how(get(a, 0), get(b, 0))[0]
-        return {"value": round(float(value), 4), "interval": interval(how(get(a, 1000), get(b, 1000)))}
+    def figure(of_a: Callable[[int], np.ndarray], of_b: Callable[[int], np.ndarray]) -> dict:
+        value = how(of_a(0), of_b(0))[0]
+        return {"value": round(float(value), 4), "interval": interval(how(of_a(1000), of_b(1000)))}
 
-    return {
-        **figure(lambda score, draws: score.total(draws)),
-        "modalities": {
-            name: figure(lambda score, draws, name=name: score.of(name, draws)) for name in scores[first].names
-        },
-    }
+    each = {name: figure(partial(a.of, name), partial(b.of, name)) for name in a.names}
+    return {**figure(a.total, b.total), "modalities": each}

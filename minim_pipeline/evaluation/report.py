@@ -142,7 +142,7 @@ def fidelity(real: torch.Tensor, synthetic: torch.Tensor, train: torch.Tensor | 
     try:
         values = precision_recall_density_coverage(real, synthetic)
     except ValueError as error:
-        return report | dict.fromkeys(bounds, {"left_out": str(error)})
+        return report | {name: {"left_out": str(error)} for name in bounds}
     each = interval(precision_recall_density_coverage, real, synthetic, draws=draws, bounds=bounds).get("interval")
     for name, value in values.items():
         found = {"value": value, "n": len(synthetic)} | ({"interval": each[name]} if each else {})
@@ -320,10 +320,10 @@ def _memorisation(
 ) -> tuple[dict, dict[str, Copies]]:
     """Of one modality, whose images `index` has: the report of copies, and the distances if there are any."""
     if "train" not in sets:
-        return dict.fromkeys(("encoder", "pixels"), {"left_out": "no training images were given"}), {}
+        return {key: {"left_out": "no training images were given"} for key in ("encoder", "pixels")}, {}
     if not len(index["train"]):
         reason = "there are no training images of this modality"
-        return dict.fromkeys(("encoder", "pixels"), {"left_out": reason}), {}
+        return {key: {"left_out": reason} for key in ("encoder", "pixels")}, {}
     order = ("synthetic", "real", "train")
     copies = {
         "encoder": copies_by_features(*(features[OWN, name][index[name]] for name in order)),
@@ -366,7 +366,7 @@ def look(
 def _image_retrieval(synthetic, real, labels, real_labels, left_out: str | None) -> dict:
     """IIR of synthetic images, and of real ones among the others of their kind, as what could be reached."""
     if left_out:
-        return dict.fromkeys(("image_image", "image_image_real"), {"left_out": left_out})
+        return {key: {"left_out": left_out} for key in ("image_image", "image_image_real")}
 
     def halves() -> dict:
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
