@@ -36,7 +36,7 @@ from starlette.staticfiles import StaticFiles  # noqa: E402
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, __version__  # noqa: E402
 from minim_pipeline.data.image_reader import add_reading_arguments, reading_of  # noqa: E402
-from minim_pipeline.generate.command import load_pipeline, model_identity, register_modalities  # noqa: E402
+from minim_pipeline.loading import load_pipeline, model_identity, register_modalities  # noqa: E402
 from minim_pipeline.ratings import RatingStore  # noqa: E402
 
 

@@ -53,7 +53,7 @@ from minim_pipeline.data.splits import assign_splits
 from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.judges import claimed_classes
 from minim_pipeline.files import write_csv, write_json
-from minim_pipeline.generate.command import model_identity
+from minim_pipeline.loading import model_identity
 from minim_pipeline.modalities import BUILT_IN, MODALITIES
 from minim_pipeline.training.arguments import check_numbers, check_shares
 from minim_pipeline.training.filter.calibration import CalibrationConfig, calibrate

@@ -42,7 +42,10 @@ from minim_pipeline.evaluation.sampling import draw_latents
 from minim_pipeline.evaluation.stand_in import RATER, StandIn
 from minim_pipeline.files import write_csv, write_json
 from minim_pipeline.finite import check_weights
-from minim_pipeline.generate.command import generate, model_identity, plan_file, register_modalities
+from minim_pipeline.generate.options import GenerateOptions
+from minim_pipeline.generate.plan import plan_file
+from minim_pipeline.generate.write import generate
+from minim_pipeline.loading import model_identity, register_modalities
 from minim_pipeline.locking import locked
 from minim_pipeline.minim_filter.funnel import combine
 from minim_pipeline.minim_filter.selection import Thresholds
@@ -173,8 +176,9 @@ def draw_candidates(args: argparse.Namespace, folder: Path) -> None:
     first = (args.seed + 1) * 10**9
     items = plan_file(folder / "prompts.csv", args.candidates, first)
     dtype = "bfloat16" if args.mixed_precision == "bf16" else "float32"
-    where = folder / "candidates", str(args.pretrained_model_name_or_path)
-    generate(items, *where, dtype=dtype, batch_size=args.batch_size, no_filter=True)
+    model = str(args.pretrained_model_name_or_path)
+    drawing = GenerateOptions(model=model, dtype=dtype, batch_size=args.batch_size, no_filter=True)
+    generate(items, folder / "candidates", drawing)
 
 
 def take_ratings(args: argparse.Namespace, folder: Path) -> None:
