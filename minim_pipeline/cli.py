@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import EMBEDDED_CHECKPOINT, __version__
+from . import __version__
 from .captions import check_caption
 from .data.sources import image_name, name_digits, read_csv
 from .evaluation.command import run as evaluate
 from .evaluation.options import EvaluateOptions
-from .generate.options import GenerateOptions
+from .generate.options import GenerateOptions, ModelOptions
 from .generate.plan import Item, plan_file, plan_prompt
 from .generate.shortfall import Shortfall
 from .generate.write import REASONS, generate
@@ -47,15 +47,13 @@ class PromptOptions(Options):
     )
     prompt: str | None = option(None, "What the image shows, e.g. 'diabetic macular edema'.")
     prompts_file: Path | None = option(
-        None,
-        "Many prompts: columns Text,modality, optional num_images,seed; others are carried through to data.csv.",
-        metavar="CSV",
+        None, "Many prompts: columns Text,modality, optional num_images,seed; others are carried through to data.csv."
     )
     num_images: Count | None = option(None, "Images of the prompt (default 4), or of each row (1).")
     seed: Whole = option(
         0, "Image i uses seed + i; of a row with a seed of its own, image i uses that one + i (default 0)."
     )
-    output_dir: Path | None = option(None, metavar="FOLDER")
+    output_dir: Path | None = option(None, "Their folder.")
     skip_bad_rows: bool = option(False, "Leave bad rows of the CSV out instead of stopping.")
 
 
@@ -70,30 +68,17 @@ class RatingsCommand(Options):
 
     separator = "-"
 
-    store: Path = option(help="ratings.sqlite of the rating page.", metavar="SQLITE")
-    output: Path | None = option(None, "Write all ratings there; or --input.", metavar="CSV")
-    input: Path | None = option(None, "Add these ratings to the store; or --output.", metavar="CSV")
-    images: Path = option(help="Of the generated images rated.", metavar="FOLDER")
-    real: Path | None = option(None, "Of the real images rated.", metavar="FOLDER")
-    modalities_from: str | None = option(
-        None, "Know the modalities that this model has defined, too.", metavar="PATH_OR_HUB_ID"
-    )
+    store: Path = option(help="ratings.sqlite of the rating page.")
+    output: Path | None = option(None, "Write all ratings there; or --input.")
+    input: Path | None = option(None, "Add these ratings to the store; or --output.")
+    images: Path = option(help="Of the generated images rated.")
+    real: Path | None = option(None, "Of the real images rated.")
+    modalities_from: str | None = option(None, "Know the modalities that this model has defined, too.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.output) == bool(self.input):
             raise ValueError("give either --output, to write the ratings, or --input, to add to them.")
-
-
-@dataclass(kw_only=True)
-class ModalitiesCommand(Options):
-    """Whose modalities are listed."""
-
-    model: str = option(
-        str(EMBEDDED_CHECKPOINT),
-        "A folder or a model on the Hub (default: the embedded model).",
-        metavar="PATH_OR_HUB_ID",
-    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -300,7 +285,7 @@ def run_ratings(options: RatingsCommand) -> None:
     say(f"{number} ratings in {options.output}{f' ({table})' if table else ''}.")
 
 
-def run_modalities(options: ModalitiesCommand) -> None:
+def run_modalities(options: ModelOptions) -> None:
     """Lists the modalities, their aliases, and the findings that a model has learned."""
     index = register_modalities(options.model)
     trained = index.get("modalities") or []
@@ -326,7 +311,7 @@ COMMANDS: dict[str, tuple[Callable, type[Options], str]] = {
     "score": (run_score, ScoreOptions, "rate images with the filter"),
     "ratings": (run_ratings, RatingsCommand, "people's ratings: out of the rating page's store as a CSV, or into it"),
     "evaluate": (run_evaluate, EvaluateOptions, "measure synthetic images against real ones"),
-    "modalities": (run_modalities, ModalitiesCommand, "list modalities, their aliases, and a model's findings"),
+    "modalities": (run_modalities, ModelOptions, "list modalities, their aliases, and a model's findings"),
 }
 
 

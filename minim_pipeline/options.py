@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from inspect import get_annotations
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -183,6 +184,8 @@ def _add_option(parser: argparse._ArgumentGroup, f: dataclasses.Field, hint: Any
         keywords["choices"] = get_args(kind)
     else:
         keywords["type"] = number(kind, limits[0]) if strict and limits else kind
+        if "choices" not in keywords:
+            keywords.setdefault("metavar", {Path: "PATH", int: "N", float: "X"}.get(kind))
     parser.add_argument(f"--{f.name.replace('_', '-')}", **keywords)
 
 

@@ -7,30 +7,23 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import EMBEDDED_CHECKPOINT
 from .data.image_reader import tell
 from .data.sources import resolve_path
 from .data.splits import read_split
 from .files import write_csv
+from .generate.options import ModelOptions
 from .loading import load_pipeline, register_modalities
 from .modalities import resolve_modality
 from .options import Count, TableOptions, option
 
 
 @dataclass(kw_only=True)
-class ScoreOptions(TableOptions):
+class ScoreOptions(ModelOptions, TableOptions):
     """Which images are rated, by which model, and into which file."""
 
-    separator = "-"
-
-    data: Path = option(help="Columns path,Text,modality; others are carried through.", metavar="CSV")
-    output: Path | None = option(None, "Default: NAME-scored.csv beside the data.", metavar="CSV")
+    data: Path = option(help="Columns path,Text,modality; others are carried through.")
+    output: Path | None = option(None, "Default: NAME-scored.csv beside the data.")
     split: str | None = option(None, "Only its rows of this split.")
-    model: str = option(
-        str(EMBEDDED_CHECKPOINT),
-        "With a filter; a folder or a model on the Hub (default: the embedded model).",
-        metavar="PATH_OR_HUB_ID",
-    )
     device: str | None = option(None, "E.g. cpu, cuda (default: a GPU if there is one).")
     batch_size: Count = option(16, "Images rated together.")
     keep_copies: bool = option(False, "Do not reject the model's training images and copies.")

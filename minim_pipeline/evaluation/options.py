@@ -5,31 +5,24 @@ from pathlib import Path
 from typing import Annotated
 
 from .. import EMBEDDED_ENCODER
-from ..loading import DTYPES
-from ..options import Count, Options, Range, TableOptions, Weight, Whole, option
+from ..generate.options import SamplingOptions
+from ..options import Count, Options, Range, TableOptions, Whole, option
 
 
 @dataclass(kw_only=True)
 class SetOptions(TableOptions):
     """Sets of images, CSV files in MINIM's format: path,Text,modality[,finding,...]."""
 
-    real: Path = option(help="Real images that the generator has not seen.", metavar="CSV")
+    real: Path = option(help="Real images that the generator has not seen.")
     real_split: str | None = option(None, "Take only its rows of this `split`.")
-    synthetic: Path | None = option(None, "The images to measure; or --pipeline.", metavar="CSV")
-    pipeline: str | None = option(
-        None, "Draw them from the captions of --real with this model.", metavar="PATH_OR_HUB_ID"
-    )
-    train: Path | None = option(None, "What the generator learned from; without: no audit of copies.", metavar="CSV")
+    synthetic: Path | None = option(None, "The images to measure; or --pipeline.")
+    pipeline: str | None = option(None, "Draw them from the captions of --real with this model.")
+    train: Path | None = option(None, "What the generator learned from; without: no audit of copies.")
     train_split: str | None = option(None, "Take only its rows of this `split`.")
-    image_root: str | None = option(
-        None,
-        "Look for the images of --real and --train here: by their whole path, or what is left of it without its "
-        "first folders.",
-        metavar="FOLDER",
-    )
+    image_root: str | None = option(None, "Look for the images of --real and --train here.")
     label_column: str = option("finding", "Column of the finding (default: finding).")
     modalities_from: str | None = option(
-        None, "Know the modalities that this model has defined, too, as --pipeline's are.", metavar="PATH_OR_HUB_ID"
+        None, "Know the modalities that this model has defined, too, as --pipeline's are."
     )
     skip_bad_rows: bool = option(False, "Leave bad rows out instead of stopping.")
     resolution: Count = option(256, "Side in pixels to which all are brought (default 256).")
@@ -39,38 +32,31 @@ class SetOptions(TableOptions):
 class ExtractorOptions(Options):
     """What looks at them."""
 
-    encoder: str = option(str(EMBEDDED_ENCODER), "Image-text encoder (default: ours).", metavar="FOLDER")
+    encoder: str = option(str(EMBEDDED_ENCODER), "Image-text encoder (default: ours).")
     extractor: list[str] = option(
         [],
         "Also measure distances through this vision model of transformers, or TorchScript Inception (.pt); may be "
         "given several times.",
         action="append",
-        metavar="PATH_OR_HUB_ID",
     )
-    judges: str | None = option(None, "Classifiers of the finding, of train/train_classifier.py.", metavar="FOLDER")
+    judges: str | None = option(None, "Classifiers of the finding, of train/train_classifier.py.")
 
 
 @dataclass(kw_only=True)
 class ReportOptions(Options):
     """Output."""
 
-    output_dir: Path = option(help="For report.json and report.html.", metavar="FOLDER")
+    output_dir: Path = option(help="For report.json and report.html.")
     no_real_images: bool = option(False, "No picture of a real image in report.html.")
     sheet_images: Whole = option(24, "Images of a modality in report.html (default 24).")
 
 
 @dataclass(kw_only=True)
-class SamplingOptions(Options):
+class DrawingOptions(SamplingOptions):
     """Drawing, with --pipeline."""
 
     num_images: Count = option(1, "Images of each caption of --real (default 1).")
     seed: Whole = option(0, "Image i has seed + i (default 0).")
-    num_inference_steps: Count | None = option(None, "Default: the model's own.")
-    guidance_scale: Weight | None = option(None, "Default: the model's own.")
-    no_filter: bool = option(False, "Leave the model's filter out: the generator alone is measured.")
-    batch_size: Count | None = option(None, "Images drawn together (default 4 on a CPU, else 64).")
-    dtype: str = option("float32", "To draw in.", choices=DTYPES)
-    device: str | None = option(None, "E.g. cpu, cuda (default: a GPU if there is one).")
     compile: bool = option(False, "torch.compile the model, where --extraction-captions and --downstream draw.")
     extraction_captions: Whole = option(
         0,
@@ -88,9 +74,7 @@ class DownstreamOptions(Options):
     low_data_share: Annotated[float, Range(0, 1, open=True)] = option(
         0.1, "Share of --train for low data (default 0.1)."
     )
-    low_data_pipeline: str | None = option(
-        None, "A model trained on OUTPUT/low_data.csv: honest low data.", metavar="PATH"
-    )
+    low_data_pipeline: str | None = option(None, "A model trained on OUTPUT/low_data.csv: honest low data.")
     percents: list[Annotated[int, Range(100, multiple=100)]] = option(
         [100, 200, 500, 1000, 2000], "Synthetic images, % of the real ones."
     )
@@ -100,7 +84,7 @@ class DownstreamOptions(Options):
 
 
 @dataclass(kw_only=True)
-class EvaluateOptions(SetOptions, ExtractorOptions, ReportOptions, SamplingOptions, DownstreamOptions):
+class EvaluateOptions(SetOptions, ExtractorOptions, ReportOptions, DrawingOptions, DownstreamOptions):
     """An evaluation; raises ValueError for what cannot be done, before anything is."""
 
     separator = "-"

@@ -11,36 +11,45 @@ from .shortfall import MAX_ROUNDS
 
 
 Side = Annotated[int, Range(8, multiple=8)]
+Score = Annotated[float, Range(1)]
 SIDE_HELP = "Pixels, a multiple of 8 (default: the model's own; it has learned no other)."
 
 
 @dataclass(kw_only=True)
-class DrawingOptions(Options):
-    """The model, and how it draws. Where nothing is said it is as `MinimPipeline` has it."""
+class ModelOptions(Options):
+    """The model."""
 
     separator = "-"
 
-    model: str = option(
-        str(EMBEDDED_CHECKPOINT),
-        "A folder or a model on the Hub (default: the embedded model).",
-        metavar="PATH_OR_HUB_ID",
-    )
+    model: str = option(str(EMBEDDED_CHECKPOINT), "A folder or a model on the Hub (default: the embedded model).")
+
+
+@dataclass(kw_only=True)
+class SamplingOptions(Options):
+    """How images are drawn."""
+
+    num_inference_steps: Count | None = option(None, "Default: the model's own.")
+    guidance_scale: Weight | None = option(None, "Default: the model's own.")
+    no_filter: bool = option(False, "Leave the model's filter out: what the generator draws comes back.")
+    batch_size: Count | None = option(None, "Images drawn together (default 4 on a CPU, else as many as are fast).")
+    dtype: str = option("float32", "To draw in.", choices=DTYPES)
+    device: str | None = option(None, "E.g. cpu, cuda, cuda:1 (default: a GPU if there is one).")
+
+
+@dataclass(kw_only=True)
+class DrawingOptions(ModelOptions, SamplingOptions):
+    """What is drawn with. Where nothing is said it is as `MinimPipeline` has it."""
+
     unet: Path | None = option(
         None,
         "Draw with this U-Net, such as MINIM's checkpoint/unet; --model is what it was trained from. If that is "
         "Stable Diffusion, the prompt is read as it stands, as in MINIM's training.",
-        metavar="FOLDER",
     )
-    num_inference_steps: Count | None = option(None, "Default: the model's own.")
-    guidance_scale: Weight | None = option(None, "Default: the model's own.")
     negative_prompt: str | None = option(None, "What the image shall not show.")
     height: Side | None = option(None, SIDE_HELP)
     width: Side | None = option(None, SIDE_HELP)
     scheduler: str | None = option(None, "Default: the model's own.", choices=tuple(SCHEDULERS))
-    lora: str | None = option(None, "LoRA weights to add, of diffusers, kohya or PEFT.", metavar="PATH_OR_HUB_ID")
-    device: str | None = option(None, "E.g. cpu, cuda, cuda:1 (default: a GPU if there is one).")
-    dtype: str = option("float32", "To draw in.", choices=DTYPES)
-    batch_size: Count | None = option(None, "Images drawn together (default 4 on a CPU, else 8).")
+    lora: str | None = option(None, "LoRA weights to add, of diffusers, kohya or PEFT: a file, a folder or a Hub id.")
     quiet: bool = option(False, "No progress bar, and nothing said at the end.")
 
 
@@ -53,14 +62,9 @@ class GenerateOptions(DrawingOptions):
     is larger than it was.
     """
 
-    no_filter: bool = option(False, "Leave the model's filter out.")
     num_candidates: Count | None = option(None, "Of which the filter chooses (default: the model's).")
-    filter_threshold: Annotated[float, Range(1)] | None = option(
-        None, "Score from 1 to 3 to accept (default: the model's)."
-    )
-    max_rounds: Count | None = option(
-        None, f"Draw what falls short again (default 1: never; with --accepted-only {MAX_ROUNDS})."
-    )
+    filter_threshold: Score | None = option(None, "Score from 1 to 3 to accept (default: the model's).")
+    max_rounds: Count | None = option(None, f"Draw what falls short again (default 1; --accepted-only: {MAX_ROUNDS}).")
     accepted_only: bool = option(
         False,
         "Write accepted images alone, drawn on until there are as many as asked for, at most --max-rounds times; "
