@@ -48,16 +48,9 @@ def write_options(page: Path) -> None:
             Path("options.yaml").write_text(block.text)
 
 
-def script_of(name: str) -> Path:
-    """The file of a script; what made a release's reports lies in research/, or still in train/."""
-    for path in (ROOT / name, ROOT / name.replace("research/", "train/")):
-        if path.is_file():
-            return path
-    raise AssertionError(f"there is no {name}")
-
-
 def understand(words: list[str]) -> tuple[str, list[str]]:
     """The program that a command runs, e.g. "minim score", "train_filter" or "bench/bench_space", and its options."""
+    words = [str(ROOT / word) if word.startswith("runs/") and (ROOT / word).is_file() else word for word in words]
     if words[:2] == ["accelerate", "launch"]:
         from accelerate.commands.launch import launch_command_parser
 
@@ -108,7 +101,7 @@ def parse(program: str, arguments: list[str], monkeypatch) -> argparse.Namespace
 
 
 def run_script(program: str, arguments: list[str], monkeypatch) -> None:
-    script = script_of(f"{program}.py" if "/" in program else f"train/{program}.py")
+    script = ROOT / (f"{program}.py" if "/" in program else f"train/{program}.py")
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
     monkeypatch.syspath_prepend(str(script.parent))
     runpy.run_path(str(script), run_name="__main__")

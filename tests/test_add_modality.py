@@ -137,8 +137,8 @@ def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, 
     os.utime(image, ns=(was.st_atime_ns, was.st_mtime_ns))
 
     with monkeypatch.context() as patch:
-        for module in (train_text_to_image, add_modality.train_classifier):
-            patch.setattr(module, "main", killed)
+        patch.setattr(add_modality, "train_text_to_image", killed)
+        patch.setattr(add_modality.train_classifier, "main", killed)
         report = add_modality.main(call)
     rows = list(csv.DictReader(open(tmp_path / "all.csv")))
     assert len(rows) == 24 and all((tmp_path / row["path"]).is_file() for row in rows)
@@ -161,8 +161,7 @@ def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, 
     assert out.images[0].size == (64, 64) and out.scores[0] is not None
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_text_to_image, "main", killed)
-        for name in ("train_filter", "calibrate"):
+        for name in ("train_text_to_image", "train_filter", "calibrate"):
             patch.setattr(add_modality, name, killed)
         assert add_modality.main(call) == report, "all is done already"
     with pytest.raises(ValueError, match="has learned modality 'breast_us' already; it knows: oct, cxr, breast_us"):

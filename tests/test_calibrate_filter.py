@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 from minim_pipeline import FilterHead
+from minim_pipeline.evaluation.classifier import make_resnet
+from minim_pipeline.evaluation.judges import Judges
 from minim_pipeline.minim_filter.funnel import plan_stages
 from minim_pipeline.training.filter.calibration import plan_prompts
 from minim_pipeline.training.filter.candidates import Candidates, draw_candidates, follow
@@ -152,5 +154,10 @@ def test_a_calibrated_head_knows_thresholds_and_training_images(make_pipeline, d
     assert json.loads((tmp_path / "out/report.json").read_text())["stages"]
     for name in ("acceptance.png", "noise.png"):
         assert (tmp_path / "out" / name).stat().st_size > 5000
+    torch.manual_seed(0)
+    Judges({"cnn": make_resnet(2, 8)}, [("oct", "a"), ("oct", "b")], 32).save_pretrained(tmp_path / "teacher")
+    report = calibrate_filter.main([*map(str, options), "--teacher", str(tmp_path / "teacher")])
+    assert 0 <= report["generated"]["oct"]["right of accepted"] <= 1
+    assert "right" not in report["generated"]["cxr"], "of which these classifiers know nothing"
     with pytest.raises(ValueError, match="--precision needs --teacher"):
         calibrate_filter.main([*map(str, options), "--precision", "0.9"])

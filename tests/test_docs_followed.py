@@ -184,6 +184,8 @@ def in_miniature(program: str, arguments: list[str]) -> list[str]:
     for i, argument in enumerate(found):
         if argument == "--num-images":
             found[i + 1] = str(min(int(found[i + 1]), MOST_IMAGES))
+    if any("runs/sd14" in argument for argument in found):  # the options of a published run
+        found += ["--pretrained_model_name_or_path", "miniature/sd"]
     if program in MODEL and MODEL[program] not in found:
         found += [MODEL[program], "miniature/embedded"]
     found += shlex.split(SMALL.get(program, ""))

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 from conftest import write_csv
 from PIL import Image
 
+from minim_pipeline import resolve_modality
 from minim_pipeline.evaluation.judges import load_judges
 from minim_pipeline.evaluation.stand_in import StandIn
 from minim_pipeline.training.config import yaml_arguments
@@ -140,7 +142,8 @@ def test_every_run_is_listed():
     assert names == {script for script, _, _ in SCRIPTS}
 
 
-# The embedded model in miniature: what each script is given beside. Stages that only choose among images are left out.
+# The embedded model in miniature: what each script is given beside. The rounds, the evaluation and the card, whose
+# template tells of six modalities, have tests of their own.
 TINY = {
     "train_autoencoder": "--preset tiny --resolution 64 --crop 32 --train_batch_size 2 --max_train_steps 1",
     "train_text_encoder": "--corpus_size 20 --vocab_size 700 --hidden_size 32 --num_layers 1 --max_train_steps 1",
@@ -156,6 +159,11 @@ TINY = {
     "--draw_batch_size 4 --trajectory_steps 2 --train_batch_size 4 --block_out_channels 8 16 --max_train_steps 2 "
     "--rating_steps 1 --folds 2",
     "stand_in": "--classifier_steps 1 --realism_steps 1 --width 16 --min_train 1 --min_val 1 --images_per_caption 1",
+    "calibrate_filter": "--prompts_per_modality 4 --candidates 2 --code_bits 16 --code_versions 2 --min_train 1 "
+    "--min_val 1 --finding_floor 1 --most_cost 2 --copy_false_alarms 0.5 --batch_size 8",
+    "evaluate_filter": "--images_per_finding 3 --pairs 4 --batch_size 16",
+    "gather_filter": "",
+    "compare_models": "--images_per_finding 3 --pairs 4 --batch_size 16",
     "report_model": "--images_per_finding 1 --batch_size 4 --num_inference_steps 1 --dtype float32 --threads 1",
 }
 KINDS = [("OCT", "normal"), ("OCT", "diabetic macular edema"), ("CXR", "normal"), ("CXR", "COVID-19")]
@@ -163,9 +171,9 @@ KINDS += [("BreastUS", "benign"), ("BreastUS", "malignant")]
 
 
 def write_images(folder: Path) -> None:
-    """Six train images and two val images of each finding, in the CSV files of the run, and grades of some."""
+    """Six train images and three val images of each finding, in the CSV files of the run, and grades of some."""
     generator, rows = torch.Generator().manual_seed(0), []
-    for i in range(8 * len(KINDS)):
+    for i in range(9 * len(KINDS)):
         modality, finding = KINDS[i % len(KINDS)]
         image = (torch.rand(8, 8, 3, generator=generator) * 255).byte().numpy()
         Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
@@ -188,15 +196,25 @@ def test_the_embedded_model_is_made_from_images_to_its_report(tmp_path, teacher,
     names = {"FIVE": "data", "NEW": "new_domain", "ALL": "all", "JUDGED": "judged", "RATINGS": "ratings"}
     variables = {name: str(tmp_path / f"{file}.csv") for name, file in {**names, "REPLAY": "replay"}.items()}
     out = tmp_path / "out"
-    special = {"train_text_encoder": ["--teacher", str(teacher)], "report_model": ["--model", str(out / "six")]}
+    texts: dict[str, dict] = {}
+    for modality, finding in KINDS:
+        phrasings = {"train": [finding], "new": [f"Shows {finding}"]}
+        texts.setdefault(resolve_modality(modality).id, {})[finding] = phrasings
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    captions = ["--captions", str(tmp_path / "texts.json")]
+    special = {"train_text_encoder": ["--teacher", str(teacher)], "report_model": captions, "gather_filter": []}
+    special |= dict.fromkeys(("evaluate_filter", "compare_models"), [*captions, "--mixed_precision", "no"])
     for call in commands(RUNS / "embedded" / "run.sh", tmp_path, **variables):
         if call[0] == "-c":
-            if Path(call[2]).is_dir() and Path(call[3]).is_dir():
-                monkeypatch.setattr("sys.argv", call[1:])
-                exec(call[1], {})
+            monkeypatch.setattr("sys.argv", call[1:])
+            exec(call[1], {})
             continue
         script, *arguments = call
         name = Path(script).stem
+        if name == "self_improve":
+            options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+            model = options["--pretrained_model_name_or_path"]
+            shutil.copytree(model, Path(options["--output_dir"]) / "pipeline", dirs_exist_ok=True)
         if name not in TINY:
             continue
         module = importlib.import_module(name)
@@ -210,6 +228,9 @@ def test_the_embedded_model_is_made_from_images_to_its_report(tmp_path, teacher,
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         module.main(arguments)
+    filtered = json.loads((out / "docs" / "filter" / "report.json").read_text())
+    compared = json.loads((out / "comparison" / "report.json").read_text())
+    assert filtered["comparisons"] and compared["n"] == 36 and "rated 3 by the stand-in" in compared
     report = json.loads((out / "docs" / "report.json").read_text())
     assert set(report["generated"]["new"]["modalities"]) == {"oct", "cxr", "breast_us"}
     assert StandIn.from_pretrained(out / "stand_in").findings.classes == load_judges(out / "judges").classes

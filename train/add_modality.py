@@ -33,7 +33,6 @@ from pathlib import Path
 
 import torch
 import train_classifier
-import train_text_to_image
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 
@@ -62,6 +61,8 @@ from minim_pipeline.training.filter.train import train as train_filter
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_pipeline
 from minim_pipeline.training.replay import check_known
 from minim_pipeline.training.rows import add_mirror_argument
+from minim_pipeline.training.text_to_image import TextToImageConfig
+from minim_pipeline.training.text_to_image import train as train_text_to_image
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -289,24 +290,23 @@ def mirror(args: argparse.Namespace) -> list[str]:
 
 
 def train_unet(args, output: Path, new: Path, resolution: int) -> None:
-    call = [
-        "--pretrained_model_name_or_path",
-        args.pretrained_model_name_or_path,
-        "--train_data",
-        new,
-        "--output_dir",
-        output / "unet",
-    ]
-    call += ["--resolution", resolution, "--resume_from_checkpoint", "latest"]
-    call += options(args, "max_train_steps", "max_train_minutes", "train_batch_size", "learning_rate")
-    call += options(args, "text_encoder_learning_rate", "lr_warmup_steps", "ema_decay", "caption_variants")
-    call += options(args, "latent_variants", "captions", "validation_steps", "validation_samples")
-    call += options(args, "checkpointing_steps", "mixed_precision", "seed", "replay")
+    same = ("max_train_steps", "max_train_minutes", "train_batch_size", "learning_rate", "text_encoder_learning_rate")
+    same += ("lr_warmup_steps", "ema_decay", "caption_variants", "latent_variants", "captions", "validation_steps")
+    same += ("validation_samples", "checkpointing_steps", "mixed_precision", "seed", "fit", "window", "compile")
+    replay = {}
     if args.replay:
-        weights = (0.0, 0.0) if args.no_replay else (args.replay_share, args.anchor_weight)
-        call += ["--replay_share", weights[0], "--anchor_weight", weights[1]]
-    call += [*reading_options(args), *(["--compile"] if args.compile else []), *mirror(args)]
-    train_text_to_image.main([*map(str, call)])
+        share, weight = (0.0, 0.0) if args.no_replay else (args.replay_share, args.anchor_weight)
+        replay = {"replay": args.replay, "replay_share": share, "anchor_weight": weight}
+    config = TextToImageConfig(
+        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
+        train_data=str(new),
+        output_dir=str(output / "unet"),
+        resolution=resolution,
+        no_mirror=args.no_mirror,
+        **{name: getattr(args, name) for name in same},
+        **replay,
+    )
+    train_text_to_image(config)
 
 
 def train_teacher(args, output: Path, every: Path, part: str) -> None:

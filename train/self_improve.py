@@ -29,7 +29,6 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-import train_preference
 from transformers import HfArgumentParser
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
@@ -52,13 +51,14 @@ from minim_pipeline.minim_filter.selection import Thresholds
 from minim_pipeline.ratings import image_digest
 from minim_pipeline.training.arguments import check_numbers
 from minim_pipeline.training.captions import load_captions
-from minim_pipeline.training.config import parse
+from minim_pipeline.training.config import Config, parse
 from minim_pipeline.training.filter.raters import read_ratings
 from minim_pipeline.training.filter.thresholds import threshold
-from minim_pipeline.training.filter.tune import add_tuning_arguments, check_tuning_arguments, tune
+from minim_pipeline.training.filter.tune import TuningOptions, tune
 from minim_pipeline.training.hub import add_hub_arguments, check_hub_arguments, push_pipeline
 from minim_pipeline.training.preference.config import PreferenceConfig
 from minim_pipeline.training.preference.rewards import rate
+from minim_pipeline.training.preference.trainer import train
 
 
 # What may differ when a round goes on: where ratings come from, how it is run, and what it is judged by.
@@ -71,7 +71,10 @@ MAY_CHANGE = {
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = HfArgumentParser(
-        ComparisonOptions, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        [ComparisonOptions, TuningOptions],
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        conflict_handler="resolve",
     )
     parser.set_defaults(batch_size=128)
     add = parser.add_argument
@@ -85,10 +88,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--acceptance", type=float, default=0.7, help="Share of generated images that the new thresholds accept.")
     add("--calibration_images", type=int, default=200, help="Of each modality, to set the thresholds by.")
     add("--seed", type=int, default=0, help="Another one for every round: no image is to be drawn twice.")
-    add_tuning_arguments(parser)
     add_hub_arguments(parser)
     args = parser.parse_args(argv)
-    check_tuning_arguments(args)
+    options_of(args, TuningOptions)  # raises for what they cannot be
     check_numbers(parser, args, from_zero=("seed", "comparison_seed"))
     if not 0 < args.acceptance <= 1:
         raise ValueError(f"--acceptance has to be above 0 and at most 1, got {args.acceptance}.")
@@ -105,6 +107,11 @@ def parse_args(argv=None) -> argparse.Namespace:
             raise ValueError(f"--{name} has to be a folder, and {path!r} is none.")
     check_hub_arguments(args)
     return args
+
+
+def options_of(args: argparse.Namespace, config: type[Config]) -> Config:
+    """The options of one part of a round."""
+    return config(**{field.name: getattr(args, field.name) for field in fields(config)})
 
 
 def preference_arguments(args: argparse.Namespace) -> list[str]:
@@ -261,7 +268,7 @@ def tune_head(args: argparse.Namespace, folder: Path) -> None:
     place = {path: i for i, path in enumerate(first)}
     latents = drawn[torch.tensor([place[row["path"]] for row in rows])]
     pipe = MinimPipeline.from_pretrained(args.pretrained_model_name_or_path).to(device)
-    head, report = tune(pipe, rows, latents, args)
+    head, report = tune(pipe, rows, latents, options_of(args, TuningOptions))
     save_whole(folder / "head", head.half(), "filter_head", report)
 
 
@@ -275,14 +282,14 @@ def save_whole(folder: Path, model, name: str, report: dict) -> None:
 
 def train_on_preferences(args: argparse.Namespace, folder: Path) -> None:
     """`preference/`: the U-Net, trained on the head's reward."""
-    resume = ["--resume_from_checkpoint", "latest"] if (folder / "preference" / "log.jsonl").is_file() else []
-    call = [*preference_arguments(args), *resume]
+    call = preference_arguments(args)
     if args.num_processes == 1:
-        train_preference.main(call)
+        train(parse(PreferenceConfig, call))
     else:
         launch = ("-m", "accelerate.commands.launch", "--num_processes", str(args.num_processes))
         kind = "--multi_gpu" if torch.cuda.is_available() else "--cpu"
-        launched = subprocess.Popen([sys.executable, *launch, kind, train_preference.__file__, *call])
+        script = str(Path(__file__).with_name("train_preference.py"))
+        launched = subprocess.Popen([sys.executable, *launch, kind, script, *call])
         # Else the processes would go on when this one is ended; they write a checkpoint.
         before = signal.signal(signal.SIGTERM, lambda *_: launched.terminate())
         try:
@@ -333,7 +340,7 @@ def spread_over(prompts: list[dict]) -> list[dict]:
 
 def evaluate(args: argparse.Namespace, folder: Path) -> None:
     """`comparison/report.json`: before against after."""
-    options = ComparisonOptions(**{field.name: getattr(args, field.name) for field in fields(ComparisonOptions)})
+    options = options_of(args, ComparisonOptions)
     compare(options, str(args.pretrained_model_name_or_path), str(folder / "pipeline"), folder / "comparison")
 
 

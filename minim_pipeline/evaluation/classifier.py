@@ -77,7 +77,9 @@ def stored_side(resolution: int) -> int:
     return min(256, resolution * 5 // 4 // 8 * 8)
 
 
-def augment(x: torch.Tensor, size: int, may_mirror: torch.Tensor, grey: torch.Tensor, g: torch.Generator):
+def augment(
+    x: torch.Tensor, size: int, may_mirror: torch.Tensor, grey: torch.Tensor, g: torch.Generator
+) -> torch.Tensor:
     """Varies place, colour, contrast, sharpness and noise of images [B, 3, H, W] in [0, 1]: [B, 3, size, size].
 
     Args:
@@ -86,10 +88,10 @@ def augment(x: torch.Tensor, size: int, may_mirror: torch.Tensor, grey: torch.Te
     """
     batch, device = len(x), x.device
 
-    def uniform(low, high, *shape):
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return torch.rand(batch, *shape, device=device, generator=g) * (high - low) + low
 
-    def some(share):
+    def some(share: float) -> torch.Tensor:
         return (uniform(0, 1) < share)[:, None, None, None]
 
     # Position: turn by up to 12 degrees, zoom 0.8 to 1.15, aspect, shift, mirror.

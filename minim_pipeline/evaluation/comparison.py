@@ -299,7 +299,9 @@ def save_sheet(
         contact_sheet(halves, 2).save(temporary, format="PNG", optimize=True)
 
 
-def rated(options: ComparisonOptions, images: dict[str, torch.Tensor], planned: list[dict], device) -> dict:
+def rated(
+    options: ComparisonOptions, images: dict[str, torch.Tensor], planned: list[dict], device: torch.device
+) -> dict:
     """Shares that the stand-in rates 3 and 1, of the findings that it has learned."""
     rater = StandIn.from_pretrained(options.stand_in, device)
     known = [i for i, p in enumerate(planned) if (p["modality"], p["finding"]) in rater.findings.classes]

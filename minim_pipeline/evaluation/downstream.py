@@ -18,14 +18,17 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..cache import cached_tensor
 from ..captions import may_mirror
 from ..modalities import resolve_modality
+from ..pipeline_minim import MinimPipeline
 from .classifier import ARCHITECTURES, Recipe, train_classifier
 from .judges import Judges, balanced_accuracy, claimed_classes, class_of, finds_asked
 from .resampling import drawn_within, interval
@@ -45,7 +48,7 @@ class Labelled:
     images: torch.Tensor
     labels: torch.Tensor
 
-    def __getitem__(self, index) -> "Labelled":
+    def __getitem__(self, index: slice | list[int]) -> "Labelled":
         return Labelled(self.images[index], self.labels[index])
 
 
@@ -63,17 +66,23 @@ def take_share(rows: list[dict], share: float, column: str = "finding", seed: in
     for i, row in enumerate(rows):
         groups.setdefault(class_of(row, column), []).append(i)
     generator = random.Random(seed)
-    chosen = [i for mine in groups.values() for i in generator.sample(mine, max(1, round(share * len(mine))))]
+    chosen = [i for index in groups.values() for i in generator.sample(index, max(1, round(share * len(index))))]
     return [rows[i] for i in sorted(chosen)]
 
 
-def drawn_by(pipe, state, folder: Path, resolution: int, batch_size: int, identity: str, **settings) -> Source:
+def drawn_by(
+    pipe: MinimPipeline,
+    state: PartialState,
+    folder: Path,
+    resolution: int,
+    batch_size: int,
+    identity: str,
+    **settings: Any,
+) -> Source:
     """Draws from the captions of the rows; image i has seed i. Processes share the work, and files keep it.
 
     Args:
-        pipe: a MinimPipeline.
-        state: accelerate's PartialState.
-        folder: where the images are kept, so that a run that was stopped goes on from there.
+        folder: where the images are cached, so that a run that was stopped goes on from there.
         identity: of the model, so that images of another one are not taken for its own.
         settings: of the pipeline's call.
     """
@@ -84,8 +93,8 @@ def drawn_by(pipe, state, folder: Path, resolution: int, batch_size: int, identi
         parts = np.array_split(np.arange(total), max(1, total // 128))
 
         def part(i: int) -> torch.Tensor:
-            mine = parts[i]
-            asked = [prompts[j] for j in mine], [modalities[j] for j in mine], mine.tolist()
+            seeds = parts[i].tolist()
+            asked = [prompts[j] for j in seeds], [modalities[j] for j in seeds], seeds
             key = hashlib.sha256(json.dumps([identity, resolution, settings, asked]).encode()).hexdigest()
             file = folder / f"{total:06d}-{i:03d}.safetensors"
             return cached_tensor(file, key, lambda: draw_images(pipe, *asked, batch_size, resolution, **settings))
@@ -105,7 +114,7 @@ def taken_from(images: torch.Tensor, rows: list[dict], column: str = "finding") 
         stock.setdefault(class_of(row, column), []).append(i)
 
     def take(wanted: list[dict], copies: int) -> torch.Tensor:
-        left = {key: iter(mine) for key, mine in stock.items()}
+        left = {key: iter(index) for key, index in stock.items()}
         chosen = [next(left.get(class_of(row, column), iter(())), None) for row in wanted * copies]
         if None in chosen:
             short = class_of((wanted * copies)[chosen.index(None)], column)
@@ -214,7 +223,7 @@ def downstream(
     low_rows: list[dict],
     sources: dict[str, Source],
     folder: Path,
-    state,
+    state: PartialState,
     design: Design,
 ) -> dict:
     """Trains every classifier and compares what they read right on real val images.
@@ -224,7 +233,7 @@ def downstream(
         low_rows: the rows of `train` that the low-data settings have.
         sources: "data sharing" and, if there is one, "honest low data": where their synthetic images come from.
         folder: holds what each classifier said on the val images; a run that was stopped goes on from there.
-        state: accelerate's PartialState; its processes share the classifiers.
+        state: its processes share the classifiers.
 
     Returns:
         `real`, `synthetic`: accuracy (mean over modalities and seeds), a 95 % interval over seeds and val images,
@@ -318,7 +327,7 @@ class Score:
         return np.mean([self.of(name, draws) for name in self.names], 0)
 
     def report(self) -> dict:
-        def each_seed(right) -> float:
+        def each_seed(right: np.ndarray) -> float:
             labels, names = np.array(self.findings), np.array(self.modalities)
             return np.mean([balanced_accuracy(right[names == n], list(labels[names == n])) for n in self.names])
 
@@ -340,7 +349,7 @@ def _compare(scores: dict, first: str, second: str, conditions: dict, how: Calla
         return {"left_out": conditions[first]}
     a, b = scores[first], scores[second]
 
-    def figure(get) -> dict:
+    def figure(get: Callable[[Score, int], np.ndarray]) -> dict:
         value = how(get(a, 0), get(b, 0))[0]
         return {"value": round(float(value), 4), "interval": interval(how(get(a, 1000), get(b, 1000)))}
 

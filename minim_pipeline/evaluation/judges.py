@@ -209,7 +209,12 @@ def accuracy_report(
 
 
 def _within_source(
-    probabilities, classes, modality: str, asked: list[str], sources: list[str], least: int = 5
+    probabilities: torch.Tensor,
+    classes: list[tuple[str, str]],
+    modality: str,
+    asked: list[str],
+    sources: list[str],
+    least: int = 5,
 ) -> dict:
     """Balanced accuracy among the findings that a source has, so that telling sources apart does not help."""
     report = {}

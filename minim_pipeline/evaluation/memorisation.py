@@ -139,10 +139,10 @@ def memorisation_report(
             views = [features(images), features(images.flip(-1))] if mirror else [features(images)]
             return nearest_in_any_view(views, references, mean)
 
-        mine, which = distances(images)
+        found, nearest = distances(images)
         modalities[name] = {
-            **copy_figures(mine, distances(val[name])[0]),
-            "nearest": [[int(i), int(which[i]), round(mine[i].item(), 5)] for i in mine.argsort()[:5]],
+            **copy_figures(found, distances(val[name])[0]),
+            "nearest": [[int(i), int(nearest[i]), round(found[i].item(), 5)] for i in found.argsort()[:5]],
         }
     return {**total(modalities.values()), "modalities": modalities}
 

@@ -58,8 +58,8 @@ class ImageSet:
 
     def only(self, modalities: Sequence[str]) -> "ImageSet":
         """The images of these modalities."""
-        kept = np.flatnonzero(np.isin(self.modalities, list(modalities)))
-        return ImageSet([self.rows[i] for i in kept], self.images[kept], self.changes)
+        index = np.flatnonzero(np.isin(self.modalities, list(modalities)))
+        return ImageSet([self.rows[i] for i in index], self.images[index], self.changes)
 
     def column(self, name: str, numbers) -> list[str]:
         return [self.rows[i].get(name, "") for i in numbers]

@@ -1,7 +1,8 @@
 """Draws many images for an evaluation, in memory: a list of captions in, one tensor out."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,15 @@ from tqdm.auto import tqdm
 
 from ..modalities import resolve_modality
 from ..pipeline_minim import MinimPipeline
+
+
+Parts = TypeVar("Parts")
+
+
+def joined(parts: list[Parts]) -> Parts:
+    """One dataclass of tensors out of many, as batches bring them."""
+    names = [field.name for field in fields(parts[0])]
+    return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 @torch.no_grad()

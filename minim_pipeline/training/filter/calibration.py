@@ -167,8 +167,7 @@ class Calibration:
             passed = (score >= least) & (finding >= config.finding_floor)
             thresholds[name] = least
             figures[name] = {"n": int(own.sum()), "accepted": round(passed[own].double().mean().item(), 4)}
-            if right is not None:
-                own &= known
+            if right is not None and (own := own & known).any():
                 figures[name] |= {"right": round(right[own].double().mean().item(), 4)}
                 figures[name] |= {"right of accepted": round(right[own & passed].double().mean().item(), 4)}
         return thresholds, figures

@@ -5,13 +5,13 @@ would give back can be read from ratings of candidates that were all drawn to th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ... import MinimPipeline, resolve_modality
-from ...evaluation.sampling import batches, bytes_of, decode_latents, draw_batch
+from ...evaluation.sampling import batches, bytes_of, decode_latents, draw_batch, joined
 from ...minim_filter import FilterHead
 from ...minim_filter.estimate import estimate_clean
 from ...minim_filter.funnel import Funnel, combine, guidance_strength, rank
@@ -104,8 +104,7 @@ def draw_candidates(
             )
     finally:
         hook.remove()
-    joined = {field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Candidates)}
-    return Candidates(**joined | {"levels": parts[0].levels})
+    return replace(joined(parts), levels=parts[0].levels)
 
 
 def follow(

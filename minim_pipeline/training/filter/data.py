@@ -1,7 +1,7 @@
 """What the filter head learns from: latents with grades, real and generated, whole and damaged, and trajectories."""
 
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from ...cache import cached_tensors
 from ...data.image_loading import key_of, load_images
 from ...data.image_reader import files_key
 from ...evaluation.judges import Judges, class_of, load_judges
+from ...evaluation.sampling import joined
 from ...loading import model_identity
 from ..common import step_generator
 from ..latents import augment
@@ -44,10 +45,6 @@ class Pool:
     readable: torch.Tensor
     kind: torch.Tensor
     modality: torch.Tensor
-
-    @classmethod
-    def cat(cls, parts: "list[Pool]") -> "Pool":
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     def weights(self) -> torch.Tensor:
         """How often each is drawn: every kind of every modality alike, damaged ones as the rubric says."""
@@ -118,7 +115,7 @@ def draw(
         parts.append(draw_trajectories(pipe, asked, sampler, seeds, *sizes, config.bf16))
         quality += [sampler.quality] * total
         chosen += index
-    drawn = Trajectories.cat(parts)
+    drawn = joined(parts)
     shows = restrict(teacher.judge(drawn.images), teacher.classes, classes, [class_of(rows[j])[0] for j in chosen])
     return Drawn(drawn, torch.tensor(quality), shows, torch.tensor(chosen))
 
@@ -187,7 +184,7 @@ def build_pool(
             # Through strong damage nobody sees the finding; through mild damage one does.
             readable = torch.full((len(latents),), grade == 2)
             parts.append(pool(kind, latents, torch.full((len(latents),), grade), shows, readable, place))
-    return Pool.cat(parts)
+    return joined(parts)
 
 
 def load_materials(

@@ -1,9 +1,9 @@
 """People's grades of quality: further steps of the filter head with them, and how well it then foretells others."""
 
 import copy
-from collections.abc import Callable, Sequence
 
 import torch
+from torch.utils.data import TensorDataset
 
 from ... import MinimPipeline
 from ...data.image_loading import load_images
@@ -16,20 +16,15 @@ from .raters import Raters, learn_from_raters, learned_from, raters_report
 from .report import cross_validate, quality_report
 
 
-# Latents [n, versions, C, h, w], grades int64 [n] and raters int64 [n] of some ratings, by their indices.
-Graded = Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-
-
-def load_graded(ratings: list[dict], config: FilterConfig, pipe: MinimPipeline) -> Graded:
-    """Reads and encodes the images of ratings, in `latent_variants` versions of each."""
+def load_graded(ratings: list[dict], config: FilterConfig, pipe: MinimPipeline) -> TensorDataset:
+    """Of each rating the image's latents [versions, C, h, w], the grade, and the number of the rater."""
     device = pipe.device
     images = load_images(ratings, config.ratings, config.resolution, reading=config.reading_elsewhere())
     pictures = versions(ratings, images, config.latent_variants, config.seed, device, config.no_mirror)
     latents = encode(pipe.vae, pictures, config.bf16).unflatten(0, (len(ratings), -1)).to(device)
     grades = torch.tensor([int(row["rating"]) for row in ratings], device=device)
     names = [row["rater"] for row in ratings]
-    rater = Raters(names).index(names).to(device)
-    return lambda index: (latents[index], grades[index], rater[index])
+    return TensorDataset(latents, grades, Raters(names).index(names).to(device))
 
 
 def learn_grades(
@@ -38,7 +33,7 @@ def learn_grades(
     """A copy of the head after `rating_steps` more, half of them with people's grades; and what biases they have.
 
     Args:
-        graded: latents, grades and raters, as `Graded` gives them.
+        graded: items of `load_graded`, together.
         names: of all raters.
     """
     config = lessons.config
@@ -70,10 +65,10 @@ def learn_all_grades(
             ratings,
             config.folds,
             config.seed,
-            lambda index, fold: learn_grades(head, lessons, graded(index), names, fold)[0],
-            graded,
+            lambda index, fold: learn_grades(head, lessons, graded[index], names, fold)[0],
+            graded.tensors[0][:, 0],
         )
         report["quality, cross-validated"] = quality_report(ratings, guesses)
     own = [i for i, row in enumerate(ratings) if learned_from(row, config.part)]
-    head, raters = learn_grades(head, lessons, graded(own), names, config.folds)
+    head, raters = learn_grades(head, lessons, graded[own], names, config.folds)
     return head, report | raters_report(ratings, raters, guesses)

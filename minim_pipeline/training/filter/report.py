@@ -102,14 +102,25 @@ def rate(head: FilterHead, latents: torch.Tensor) -> torch.Tensor:
     return torch.cat(rated)
 
 
-def cross_validate(ratings: list[dict], folds: int, seed: int, train: Callable, graded: Callable) -> torch.Tensor:
-    """The quality [N] that a head gives each rated image which has not learned from the image's fold."""
+def cross_validate(
+    ratings: list[dict],
+    folds: int,
+    seed: int,
+    train: Callable[[list[int], int], FilterHead],
+    latents: torch.Tensor,
+) -> torch.Tensor:
+    """The quality [N] that a head gives each rated image which has not learned from the image's fold.
+
+    Args:
+        train: (indices of ratings, fold) -> a head that has learned from them.
+        latents: of the images, [N, C, h, w].
+    """
     fold = folds_by_group(ratings, folds, seed)
     guesses = torch.zeros(len(ratings))
     for i in range(folds):
         tested = [j for j, f in enumerate(fold) if f == i]
         head = train([j for j, f in enumerate(fold) if f != i], i)
-        guesses[tested] = rate(head, graded(tested)[0][:, 0])
+        guesses[tested] = rate(head, latents[tested])
     return guesses
 
 

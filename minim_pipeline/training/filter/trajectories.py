@@ -1,12 +1,12 @@
 """What a sampler holds in hand on its way: the head learns from it, since it will be asked there."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ... import MinimPipeline
-from ...evaluation.sampling import batches, bytes_of, decode_latents, draw_batch
+from ...evaluation.sampling import batches, bytes_of, decode_latents, draw_batch, joined
 from ...minim_filter.estimate import estimate_clean, noise_angles
 from .rubric import Sampler
 
@@ -27,10 +27,6 @@ class Trajectories:
     angle: torch.Tensor
     final: torch.Tensor
     images: torch.Tensor
-
-    @classmethod
-    def cat(cls, parts: "list[Trajectories]") -> "Trajectories":
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 @torch.no_grad()
@@ -75,4 +71,4 @@ def draw_trajectories(
             )
     finally:
         hook.remove()
-    return Trajectories.cat(parts)
+    return joined(parts)

@@ -17,12 +17,12 @@ either, since fingerprints of training images are read from that.
 A part of the images is kept out; if the head is not better at their ratings, the old one stays.
 """
 
-import argparse
 import copy
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
+from torch.utils.data import TensorDataset
 
 from ... import EMBEDDED_CHECKPOINT, MinimPipeline, prompt_text, resolve_modality
 from ...data.image_loading import load_images
@@ -72,42 +72,6 @@ class TuneConfig(TuningOptions, ReadingOptions, HubOptions):
     ratings: str = option(help="CSV with path,Text,modality,rating[,rater].")
 
 
-def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `TuningOptions` that are its alone, for a parser that has the others."""
-    tuning = parser.add_argument_group("the filter head's further training")
-    for field in fields(TuningOptions):
-        if field.name not in ("seed", "mixed_precision"):
-            help = field.metadata.get("help")
-            tuning.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=help)
-
-
-def check_tuning_arguments(args: argparse.Namespace) -> None:
-    TuningOptions(**{field.name: getattr(args, field.name) for field in fields(TuningOptions)})
-
-
-@dataclass
-class Rated:
-    """Ratings of images, all on the head's device.
-
-    Args:
-        latents: of the image of each rating, fp32 [N, C, h, w].
-        ids: token ids [N, L] of its prompt.
-        grades: int64 [N], 1 to 3.
-        rater: int64 [N], index into `Raters.names`.
-    """
-
-    latents: torch.Tensor
-    ids: torch.Tensor
-    grades: torch.Tensor
-    rater: torch.Tensor
-
-    def __getitem__(self, index: torch.Tensor) -> "Rated":
-        return Rated(self.latents[index], self.ids[index], self.grades[index], self.rater[index])
-
-    def __len__(self) -> int:
-        return len(self.grades)
-
-
 def hold_out(rows: list[dict], share: float, seed: int) -> torch.Tensor:
     """Which ratings are of images that are tested on, bool [N]; raises as `tune`."""
     paths = list(dict.fromkeys(row["path"] for row in rows))
@@ -126,13 +90,18 @@ def divergence(before: FilterHeadOutput, after: FilterHeadOutput) -> torch.Tenso
     return (p * (p.log() - q.log())).sum(1)
 
 
-def negative_log_likelihood(rated: FilterHeadOutput, grades: torch.Tensor) -> torch.Tensor:
-    """Of one rating for both quality and finding, int64 [N]: [N]."""
-    return -overall(rated).gather(1, grades[:, None] - 1)[:, 0].clamp(min=1e-6).log()
+def log_loss(probabilities: torch.Tensor, grades: torch.Tensor) -> torch.Tensor:
+    """[N], of probabilities [N, 3] of the grades 1 to 3, int64 [N]."""
+    return -probabilities.gather(1, grades[:, None] - 1)[:, 0].clamp(min=1e-6).log()
 
 
-def learn(head: FilterHead, pipe: MinimPipeline, rated: Rated, raters: Raters, options: TuningOptions) -> None:
-    """Trains the parts of `head` that are `LEARNING`, and the biases of raters; the pipeline's own head anchors it."""
+def learn(head: FilterHead, pipe: MinimPipeline, rated: TensorDataset, raters: Raters, options: TuningOptions) -> None:
+    """Trains the parts of `head` that are `LEARNING`, and the biases of raters; the pipeline's own head anchors it.
+
+    Args:
+        rated: of each rating the image's latents, fp32 [C, h, w], the token ids [L] of its prompt, the grade, 1 to 3,
+            and the number of the rater.
+    """
     device, anchor_head = pipe.filter_head.device, pipe.filter_head
     learning = [p for name, p in head.named_parameters() if name.split(".")[0] in LEARNING]
     for parameter in learning:
@@ -142,15 +111,15 @@ def learn(head: FilterHead, pipe: MinimPipeline, rated: Rated, raters: Raters, o
 
     def loss(step: int) -> torch.Tensor:
         g = step_generator(options.seed, step, 11, device)
-        batch = rated[torch.randint(len(rated), (count,), device=device, generator=g)]
-        latents = estimates.of_half(batch.latents, batch.ids, count // 2, g)
-        output = head(*latents, batch.ids, quality_bias=raters(batch.rater))
-        other = rated.ids[torch.randint(len(rated), (count,), device=device, generator=g)]
+        latents, ids, grades, rater = rated[torch.randint(len(rated), (count,), device=device, generator=g)]
+        held = estimates.of_half(latents, ids, count // 2, g)
+        output = head(*held, ids, quality_bias=raters(rater))
+        other = rated[torch.randint(len(rated), (count,), device=device, generator=g)][1]
         with torch.no_grad():
-            before = [anchor_head(*latents, asked) for asked in (batch.ids, other)]
-        after = output, head(*latents, other)
+            before = [anchor_head(*held, asked) for asked in (ids, other)]
+        after = output, head(*held, other)
         anchor = sum(divergence(*pair).mean() for pair in zip(before, after, strict=True))
-        likelihood = negative_log_likelihood(output, batch.grades).mean()
+        likelihood = log_loss(overall(output), grades).mean()
         return likelihood + options.tuning_anchor * anchor + raters.penalty(len(rated))
 
     learn_from_raters(learning, raters, loss, options.tuning_steps, options.tuning_learning_rate, 1.0)
@@ -177,28 +146,26 @@ def tune(
     grades = torch.tensor([int(row["rating"]) for row in rows], device=device)
     names = [row["rater"] for row in rows]
     raters = Raters(names).to(device)
-    rated = Rated(latents.to(device), ids, grades, raters.index(names).to(device))
+    rated = TensorDataset(latents.to(device), ids, grades, raters.index(names).to(device))
     old = pipe.filter_head.float().eval().requires_grad_(False)
     head = copy.deepcopy(old)
-    learn(head, pipe, rated[(~held_out).to(device)], raters, options)
+    learn(head, pipe, TensorDataset(*rated[(~held_out).to(device)]), raters, options)
 
     report = {"n": len(rows), "images": len({row["path"] for row in rows}), "kept out": int(held_out.sum())}
     report["raters"] = dict(zip(raters.names, [round(b, 4) for b in raters.bias.tolist()], strict=True))
     for name, some in (("before", old), ("after", head)):
-        report[name] = prediction_figures(some, rated[held_out.to(device)])
+        report[name] = prediction_figures(some, *rated[held_out.to(device)][:3])
     report["taken"] = report["after"]["log_loss"] < report["before"]["log_loss"]
     return (head if report["taken"] else old), report
 
 
 @torch.no_grad()
-def prediction_figures(head: FilterHead, rated: Rated) -> dict:
+def prediction_figures(head: FilterHead, latents: torch.Tensor, ids: torch.Tensor, grades: torch.Tensor) -> dict:
     """How well the head foretells ratings of finished images: log loss, kappa, and AUROC of 3 and of 1."""
-    parts = [rated[index] for index in torch.arange(len(rated), device=rated.grades.device).split(256)]
-    outputs = [head(part.latents, part.latents, part.latents.new_zeros(len(part)), part.ids) for part in parts]
-    probabilities = torch.cat([overall(output) for output in outputs]).cpu()
-    loss = torch.cat([negative_log_likelihood(*pair) for pair in zip(outputs, [part.grades for part in parts])])
-    grades = rated.grades.cpu()
-    figures = {"log_loss": round(loss.cpu().mean().item(), 4)}
+    parts = zip(latents.split(256), ids.split(256), strict=True)
+    probabilities = torch.cat([overall(head(x, x, x.new_zeros(len(x)), asked)) for x, asked in parts]).cpu()
+    grades = grades.cpu()
+    figures = {"log_loss": round(log_loss(probabilities, grades).mean().item(), 4)}
     figures["kappa"] = weighted_kappa((probabilities.argmax(1) + 1).tolist(), grades.tolist())
     for name, truth, value in (
         ("good", grades == 3, probabilities[:, 2]),

@@ -28,7 +28,7 @@ def linear_probe(x: torch.Tensor, y: torch.Tensor, x_new: torch.Tensor) -> torch
     torch.nn.init.zeros_(probe.bias)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=100)
 
-    def closure():
+    def closure() -> torch.Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(probe(x), y) + 1e-3 * probe.weight.square().sum()
         loss.backward()

@@ -94,7 +94,7 @@ def losses(z: torch.Tensor, batch: dict, embeddings: torch.Tensor, heads: Heads)
         heads.embedding(z[:, known]), embeddings[batch["target"][known]], dim=-1
     )  # [3, known]
 
-    def cross_entropy(logits, labels):
+    def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         labels = labels.expand(len(z), -1)
         count = (labels != IGNORE).sum().clamp(min=1)
         return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="sum") / count
