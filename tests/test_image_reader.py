@@ -14,9 +14,10 @@ from PIL import Image, ImageOps
 
 from minim_pipeline.data.image_loading import check_values, key_of, load_images
 from minim_pipeline.data.image_pixels import convert_pictures
-from minim_pipeline.data.image_reader import Reading, add_reading_arguments, read_image
+from minim_pipeline.data.image_reader import Reading, read_image
 from minim_pipeline.data.sources import read_csv
 from minim_pipeline.modalities import MODALITIES
+from minim_pipeline.options import ReadingOptions, add_options, options_from
 
 
 SIDE = 64
@@ -236,13 +237,12 @@ def test_images_that_are_not_square(tmp_path, capsys):
         Reading("squeeze")
 
 
-def test_windows_that_are_none_are_told_at_once(capsys):
+def test_windows_that_are_none_are_told_at_once():
     parser = argparse.ArgumentParser()
-    add_reading_arguments(parser)
+    add_options(parser, ReadingOptions)
     for window in (("5", "1"), ("nan", "1"), ("0", "inf")):
-        with pytest.raises(SystemExit):
-            parser.parse_args(["--window", *window])
-        assert "two finite numbers, the lower first" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="two finite numbers, the lower first"):
+            options_from(ReadingOptions, parser.parse_args(["--window", *window]))
     assert parser.parse_args(["--window", "-1350", "150"]).window == [-1350, 150]
 
 
