@@ -33,7 +33,7 @@ from transformers import HfArgumentParser
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
 from minim_pipeline.data.image_loading import load_images
-from minim_pipeline.data.image_reader import reading_of, reading_options
+from minim_pipeline.data.image_reader import Reading
 from minim_pipeline.data.sources import read_csv, resolve_path
 from minim_pipeline.disk import whole_folder
 from minim_pipeline.evaluation.comparison import ComparisonOptions, compare, summary
@@ -122,7 +122,9 @@ def preference_arguments(args: argparse.Namespace) -> list[str]:
         *("--prompts", str(folder / "prompts.csv")),
         *("--output_dir", str(folder / "preference")),
         *("--mixed_precision", args.mixed_precision, "--seed", str(args.seed), "--encoder", args.encoder),
-        *reading_options(args),
+        "--fit",
+        args.fit,
+        *(["--window", *map(str, args.window)] if args.window else []),
         *shlex.split(args.preference),
     ]
 
@@ -206,7 +208,8 @@ def take_ratings(args: argparse.Namespace, folder: Path) -> None:
         named = [row for row in named if (row["modality"], row["finding"]) in rater.findings.classes]
         if not named:
             raise ValueError(f"The stand-in in {args.stand_in} has learned none of the findings in prompts.csv.")
-        source, reading = folder / "candidates" / "data.csv", reading_of(args)
+        source = folder / "candidates" / "data.csv"
+        reading = Reading(args.fit, tuple(args.window) if args.window else None)
         images = load_images(named, source, image_side(args), trim=False, reading=reading)
         given = rater.rate(images, [row["modality"] for row in named], [row["finding"] for row in named])
         rows = [row | {"rating": rating, "rater": RATER} for row, rating in zip(named, given, strict=True)]
