@@ -46,14 +46,14 @@ from minim_pipeline import (
     split_prefix,
 )
 from minim_pipeline.data.image_loading import key_of
-from minim_pipeline.data.image_reader import add_reading_arguments, reading_of, reading_of_other, reading_options
 from minim_pipeline.data.sources import read_csv, resolve_path
 from minim_pipeline.data.splits import assign_splits
 from minim_pipeline.disk import save_model
 from minim_pipeline.evaluation.judges import claimed_classes
 from minim_pipeline.files import write_csv, write_json
-from minim_pipeline.generate.command import model_identity
+from minim_pipeline.loading import model_identity
 from minim_pipeline.modalities import BUILT_IN, MODALITIES
+from minim_pipeline.options import ReadingOptions, TableOptions, add_options, options_from
 from minim_pipeline.training.arguments import check_numbers, check_shares
 from minim_pipeline.training.filter.calibration import CalibrationConfig, calibrate
 from minim_pipeline.training.filter.train import FilterConfig
@@ -79,7 +79,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="Train on new rows alone, to see what that costs: the model forgets what it knew. With --replay its old "
         "rows are only validated on.",
     )
-    add_reading_arguments(parser)
+    add_options(parser, ReadingOptions)
     kind = parser.add_argument_group("the modality")
     kind.add_argument("--modality", required=True, help="Its id; all below is for one that is not in the table.")
     channels = kind.add_mutually_exclusive_group()
@@ -312,7 +312,14 @@ def train_unet(args, output: Path, new: Path, resolution: int) -> None:
 def train_teacher(args, output: Path, every: Path, part: str) -> None:
     call = ["--train_data", every, "--output_dir", output / "teacher", "--part", part, "--architectures", "resnet"]
     call += ["--max_train_steps", args.teacher_steps, "--width", args.teacher_width]
-    call += ["--resolution", args.teacher_resolution, *mirror(args), *reading_options(args)]
+    call += [
+        "--resolution",
+        args.teacher_resolution,
+        *mirror(args),
+        "--fit",
+        args.fit,
+        *(["--window", *map(str, args.window)] if args.window else []),
+    ]
     train_classifier.main([*map(str, call), *options(args, "min_train", "min_val", "mixed_precision", "seed")])
 
 
@@ -403,7 +410,8 @@ def main(argv=None) -> dict:
         old_rows = assign_splits(read_csv(args.replay, check_images=False), args.replay)
         check_known(old_rows, args.replay, base.config, args.pretrained_model_name_or_path)
         sources.append((old_rows, args.replay))
-    readings = [reading_of(args), reading_of_other(args)][: len(sources)]
+    reading = options_from(TableOptions, args)
+    readings = [reading.reading, reading.reading_elsewhere()][: len(sources)]
     if filtered:
         check_filter(args, modality, sources)
     progress = Progress(args, [key_of(rows, source, reading) for (rows, source), reading in zip(sources, readings)])

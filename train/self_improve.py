@@ -33,7 +33,7 @@ from transformers import HfArgumentParser
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
 from minim_pipeline.data.image_loading import load_images
-from minim_pipeline.data.image_reader import reading_of, reading_options
+from minim_pipeline.data.image_reader import Reading
 from minim_pipeline.data.sources import read_csv, resolve_path
 from minim_pipeline.disk import whole_folder
 from minim_pipeline.evaluation.comparison import ComparisonOptions, compare, summary
@@ -41,7 +41,10 @@ from minim_pipeline.evaluation.sampling import draw_latents
 from minim_pipeline.evaluation.stand_in import RATER, StandIn
 from minim_pipeline.files import write_csv, write_json
 from minim_pipeline.finite import check_weights
-from minim_pipeline.generate.command import generate, model_identity, plan_file, register_modalities
+from minim_pipeline.generate.options import GenerateOptions
+from minim_pipeline.generate.plan import plan_file
+from minim_pipeline.generate.write import generate
+from minim_pipeline.loading import model_identity, register_modalities
 from minim_pipeline.locking import locked
 from minim_pipeline.minim_filter.funnel import combine
 from minim_pipeline.minim_filter.selection import Thresholds
@@ -119,7 +122,9 @@ def preference_arguments(args: argparse.Namespace) -> list[str]:
         *("--prompts", str(folder / "prompts.csv")),
         *("--output_dir", str(folder / "preference")),
         *("--mixed_precision", args.mixed_precision, "--seed", str(args.seed), "--encoder", args.encoder),
-        *reading_options(args),
+        "--fit",
+        args.fit,
+        *(["--window", *map(str, args.window)] if args.window else []),
         *shlex.split(args.preference),
     ]
 
@@ -180,8 +185,9 @@ def draw_candidates(args: argparse.Namespace, folder: Path) -> None:
     first = (args.seed + 1) * 10**9
     items = plan_file(folder / "prompts.csv", args.candidates, first)
     dtype = "bfloat16" if args.mixed_precision == "bf16" else "float32"
-    where = folder / "candidates", str(args.pretrained_model_name_or_path)
-    generate(items, *where, dtype=dtype, batch_size=args.batch_size, no_filter=True)
+    model = str(args.pretrained_model_name_or_path)
+    drawing = GenerateOptions(model=model, dtype=dtype, batch_size=args.batch_size, no_filter=True)
+    generate(items, folder / "candidates", drawing)
 
 
 def take_ratings(args: argparse.Namespace, folder: Path) -> None:
@@ -202,7 +208,8 @@ def take_ratings(args: argparse.Namespace, folder: Path) -> None:
         named = [row for row in named if (row["modality"], row["finding"]) in rater.findings.classes]
         if not named:
             raise ValueError(f"The stand-in in {args.stand_in} has learned none of the findings in prompts.csv.")
-        source, reading = folder / "candidates" / "data.csv", reading_of(args)
+        source = folder / "candidates" / "data.csv"
+        reading = Reading(args.fit, tuple(args.window) if args.window else None)
         images = load_images(named, source, image_side(args), trim=False, reading=reading)
         given = rater.rate(images, [row["modality"] for row in named], [row["finding"] for row in named])
         rows = [row | {"rating": rating, "rater": RATER} for row, rating in zip(named, given, strict=True)]

@@ -26,7 +26,7 @@ def add_modalities_argument(group) -> None:
 
 def know_modalities(args: argparse.Namespace) -> None:
     """Registers what the pipelines of the arguments define; before any row is read."""
-    from minim_pipeline.generate.command import register_modalities
+    from minim_pipeline.loading import register_modalities
 
     base = getattr(args, "pretrained_model_name_or_path", None)
     if base and Path(base).is_dir() and not (Path(base) / "model_index.json").is_file():

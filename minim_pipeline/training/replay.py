@@ -4,7 +4,7 @@ import warnings
 from dataclasses import dataclass
 
 from .. import MODALITIES, resolve_modality
-from ..generate.command import register_modalities
+from ..loading import register_modalities
 from .common import check_processes, judgeable, read_splits
 from .config import DataOptions
 from .rows import image_paths, tell_overlap
