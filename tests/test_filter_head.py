@@ -51,6 +51,8 @@ def test_a_rating_is_the_same_in_any_batch_and_whatever_stands_in_the_padding(he
     torch.testing.assert_close(one.quality, whole.quality[3:4])
     text = head.encode_text(inputs()["input_ids"])
     torch.testing.assert_close(head(**{**inputs(), "input_ids": None}, text=text).finding, whole.finding)
+    with pytest.raises(ValueError, match="input_ids"):
+        head(**{**inputs(), "input_ids": None})
     shorter = head.encode_text(torch.tensor([[1, 20, 21, 2]]))
     torch.testing.assert_close(shorter, text[:1])
     assert not torch.allclose(head.encode_text(torch.tensor([[1, 20, 22, 2, 9, 9]])), text[:1])
