@@ -76,8 +76,8 @@ def read_image(
         raise
     except Exception as error:  # decoders raise many types: OSError, SyntaxError, ValueError, struct.error, ...
         raise ValueError(f"broken image {path} ({error})") from error
-    if found is None and isinstance(pixels, np.ndarray):
-        found = found_in(pixels)
+    if found is None:
+        found = found_in(pixels) if isinstance(pixels, np.ndarray) else Found()
     return to_8_bits(pixels, notes, found, modality, window)
 
 
@@ -119,7 +119,8 @@ def survey(files: Iterable[tuple[Path, str]]) -> dict[str, Found]:
         except Exception:
             return Found()
 
-    files, found = list(files), {}
+    files = list(files)
+    found: dict[str, Found] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for (_, modality), mine in zip(files, pool.map(look, files)):
             found[modality] = found.get(modality, Found()) | mine
