@@ -5,17 +5,19 @@ import json
 import os
 from pathlib import Path
 
-import add_modality
 import pytest
 import torch
 import train_text_to_image
-from conftest import write_csv
+from conftest import run_script, write_csv
 from PIL import Image
 from safetensors.torch import load_file
 
 from minim_pipeline import FilterHead, MinimPipeline, modalities, resolve_modality
+from minim_pipeline.data.sources import read_csv
 from minim_pipeline.evaluation.classifier import make_resnet
 from minim_pipeline.evaluation.judges import Judges
+from minim_pipeline.training import add_modality
+from minim_pipeline.training.add_modality import AddModalityConfig
 from minim_pipeline.training.config import parse
 from minim_pipeline.training.filter.heads import extend_head
 from minim_pipeline.training.text_to_image import TextToImageConfig
@@ -97,18 +99,12 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def arguments(base, data, output, *more) -> list[str]:
-    call = [
-        "--pretrained_model_name_or_path",
-        base,
-        "--replay",
-        data / "old.csv",
-        "--output_dir",
-        output,
-        *COMMON,
-        *FILTER,
-        *more,
-    ]
-    return [str(part) for part in call]
+    call = ["--pretrained_model_name_or_path", base, "--replay", data / "old.csv", "--output_dir", output]
+    return [str(part) for part in (*call, *COMMON, *FILTER, *more)]
+
+
+def add(call: list[str]) -> dict:
+    return add_modality.train(parse(AddModalityConfig, call))
 
 
 def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, data, tmp_path, monkeypatch, capsys):
@@ -116,30 +112,30 @@ def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, 
     call = arguments(base, data, tmp_path, *new, "--teacher_steps", 1, "--teacher_width", 8)
     call += ["--teacher_resolution", "32"]
 
-    def killed(argv):
+    def killed(config):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(add_modality, "train_filter", killed)
         with pytest.raises(KeyboardInterrupt):
-            add_modality.main(call)
+            add(call)
     assert "left out of" in (out := capsys.readouterr().out) and "4 BreastMRI" in out
     assert not (tmp_path / "pipeline").exists()
     assert set(json.loads((tmp_path / "stages.json").read_text())["minutes"]) == {"unet", "teacher"}
     with pytest.raises(ValueError, match="holds a run with other arguments: --seed was 0, now 1"):
-        add_modality.main([*call, "--seed", "1"])
-    rows = add_modality.read_csv(data / "new.csv", check_images=False)
+        add([*call, "--seed", "1"])
+    rows = read_csv(data / "new.csv", check_images=False)
     image = data / next(row["path"] for row in rows if row["modality"] != "BreastMRI")
     was = image.stat()
     os.utime(image, (was.st_atime, was.st_mtime + 9))
     with pytest.raises(ValueError, match="Images or rows of .* have changed since the run"):
-        add_modality.main(call)
+        add(call)
     os.utime(image, ns=(was.st_atime_ns, was.st_mtime_ns))
 
     with monkeypatch.context() as patch:
-        for module in (train_text_to_image, add_modality.train_classifier):
-            patch.setattr(module, "main", killed)
-        report = add_modality.main(call)
+        for name in ("train_text_to_image", "train_classifier"):
+            patch.setattr(add_modality, name, killed)
+        report = add(call)
     rows = list(csv.DictReader(open(tmp_path / "all.csv")))
     assert len(rows) == 24 and all((tmp_path / row["path"]).is_file() for row in rows)
     assert not list(tmp_path.rglob("*-?.png")), "images stay where they are"
@@ -161,17 +157,16 @@ def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, 
     assert out.images[0].size == (64, 64) and out.scores[0] is not None
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_text_to_image, "main", killed)
-        for name in ("train_filter", "calibrate"):
+        for name in ("train_text_to_image", "train_filter", "calibrate"):
             patch.setattr(add_modality, name, killed)
-        assert add_modality.main(call) == report, "all is done already"
+        assert add(call) == report, "all is done already"
     with pytest.raises(ValueError, match="has learned modality 'breast_us' already; it knows: oct, cxr, breast_us"):
-        add_modality.main([*call, "--pretrained_model_name_or_path", str(tmp_path / "pipeline")])
+        add([*call, "--pretrained_model_name_or_path", str(tmp_path / "pipeline")])
 
 
 def test_a_modality_that_nobody_knew_comes_along_with_its_definition(base, data, tmp_path):
     skin = ["--modality", "skin", "--color", "--aliases", "dermoscopy", "skin lesion", "--words", "photo of skin"]
-    add_modality.main(arguments(base, data, tmp_path, *skin, "--train_data", data / "skin.csv", "--skip_filter"))
+    add(arguments(base, data, tmp_path, *skin, "--train_data", data / "skin.csv", "--skip_filter"))
     for table in (modalities.MODALITIES, modalities._BY_KEY):
         for key in [key for key, value in table.items() if value.id == "skin"]:
             del table[key]
@@ -201,13 +196,9 @@ def predictions(folder: Path) -> torch.Tensor:
 
 
 def train_unet(base, data, output, *more) -> list[dict]:
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
     call = ["--pretrained_model_name_or_path", base, "--train_data", data / "breast.csv", "--output_dir", output]
     call += ["--resolution", 64, *COMMON, "--max_train_steps", 12, "--validation_steps", 12, "--learning_rate", 3e-3]
-    train_text_to_image.main([*map(str, call), "--ema_decay", "0", *map(str, more)])
+    run_script(train_text_to_image, *call, "--ema_decay", 0, *more)
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
@@ -245,7 +236,7 @@ def test_a_run_with_replay_goes_on_as_if_unbroken(base, breast, tmp_path):
 def test_without_replay_old_rows_may_still_be_validated_on(base, data, tmp_path, replay):
     call = arguments(base, data, tmp_path, "--modality", "breast_us", "--train_data", data / "new.csv")
     call = call if replay else [*call[:2], *call[4:]]
-    report = add_modality.main([*call, "--no_replay", "--skip_filter"])
+    report = add([*call, "--no_replay", "--skip_filter"])
     log = [json.loads(line) for line in (tmp_path / "unet" / "log.jsonl").read_text().splitlines()]
     val = next(r for r in log if r["kind"] == "val")
     assert val["loss"] == (val["loss_new"] if replay else val["loss_breast_us"])
@@ -259,7 +250,7 @@ def test_what_is_wrong_is_told_in_a_line_before_any_work(base, data, tmp_path, t
         call = arguments(base, data, tmp_path / "out", *more)
         call = call if replay else [*call[:2], *call[4:]]
         with pytest.raises(ValueError, match=message) as error:
-            add_modality.main(call)
+            add(call)
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
     new, breast = ["--train_data", data / "new.csv"], ["--modality", "breast_us"]

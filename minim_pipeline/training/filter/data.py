@@ -14,8 +14,8 @@ from ...data.image_loading import key_of, load_images
 from ...data.image_reader import files_key
 from ...evaluation.judges import Judges, class_of, load_judges
 from ...generate.command import model_identity
-from ..common import step_generator
 from ..latents import augment
+from ..randomness import step_generator
 from ..rows import mirrored, tell_mirrored
 from . import rubric
 from .config import FilterConfig

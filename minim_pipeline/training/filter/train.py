@@ -23,8 +23,8 @@ from ...evaluation.judges import claimed_classes, class_of
 from ...files import write_json
 from ...minim_filter import FilterHead
 from ..captions import load_captions
-from ..common import read_splits
 from ..hub import push_parts
+from ..rows import read_splits
 from ..run import Run
 from .class_captions import Captions
 from .config import FilterConfig
@@ -159,8 +159,7 @@ def train(config: FilterConfig) -> dict:
     Raises:
         ValueError: there are several processes, no rows or ratings to learn from, or as `Run.open`.
     """
-    # The head's own arithmetic is fp32, always.
-    with Run.open(config, "minim-filter", mixed_precision="no") as run:
+    with Run.open(config, "minim-filter") as run:
         if run.accelerator.num_processes > 1:
             raise ValueError(f"train_filter.py is run by one process, got {run.accelerator.num_processes}.")
         if run.finished:

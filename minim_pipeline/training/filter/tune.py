@@ -17,10 +17,9 @@ either, since fingerprints of training images are read from that.
 A part of the images is kept out; if the head is not better at their ratings, the old one stays.
 """
 
-import argparse
 import copy
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -32,10 +31,10 @@ from ...files import write_json
 from ...locking import locked
 from ...minim_filter import FilterHead, FilterHeadOutput
 from ...tokens import tokenize
-from ..common import step_generator
 from ..config import Count, HubOptions, Options, Precision, ReadingOptions, Share, Weight, Whole, option
 from ..hub import check_hub, push_parts
 from ..preference.rewards import overall
+from ..randomness import step_generator
 from .data import encode
 from .estimates import NoisedEstimates
 from .raters import Raters, learn_from_raters, read_ratings
@@ -70,19 +69,6 @@ class TuneConfig(TuningOptions, ReadingOptions, HubOptions):
 
     pretrained_model_name_or_path: str = option(str(EMBEDDED_CHECKPOINT), "With a filter head.")
     ratings: str = option(help="CSV with path,Text,modality,rating[,rater].")
-
-
-def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `TuningOptions` that are its alone, for a parser that has the others."""
-    tuning = parser.add_argument_group("the filter head's further training")
-    for field in fields(TuningOptions):
-        if field.name not in ("seed", "mixed_precision"):
-            help = field.metadata.get("help")
-            tuning.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=help)
-
-
-def check_tuning_arguments(args: argparse.Namespace) -> None:
-    TuningOptions(**{field.name: getattr(args, field.name) for field in fields(TuningOptions)})
 
 
 @dataclass
