@@ -1,6 +1,7 @@
 """A new modality in miniature: taken up in stages, kept beside the old ones, and told what cannot be."""
 
 import csv
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_text_to_image
-from conftest import run_script, write_csv
+from conftest import forget_accelerator, run_script, write_csv
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,7 +20,10 @@ from minim_pipeline.evaluation.judges import Judges
 from minim_pipeline.training import add_modality
 from minim_pipeline.training.add_modality import AddModalityConfig
 from minim_pipeline.training.config import parse
+from minim_pipeline.training.filter.config import FilterConfig
 from minim_pipeline.training.filter.heads import extend_head
+from minim_pipeline.training.filter.train import train as train_filter
+from minim_pipeline.training.log import read_log
 from minim_pipeline.training.text_to_image import TextToImageConfig
 
 
@@ -110,7 +114,7 @@ def add(call: list[str]) -> dict:
 def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, data, tmp_path, monkeypatch, capsys):
     new = ["--modality", "breast_us", "--train_data", data / "new.csv"]
     call = arguments(base, data, tmp_path, *new, "--teacher_steps", 1, "--teacher_width", 8)
-    call += ["--teacher_resolution", "32"]
+    call += ["--teacher_resolution", "32", "--mixed_precision", "bf16"]
 
     def killed(config):
         raise KeyboardInterrupt
@@ -195,11 +199,15 @@ def predictions(folder: Path) -> torch.Tensor:
         return pipe.unet(noise, torch.tensor([900, 500, 100]), text).sample
 
 
-def train_unet(base, data, output, *more) -> list[dict]:
+def unet_call(base, data, output, *more) -> list[str]:
     call = ["--pretrained_model_name_or_path", base, "--train_data", data / "breast.csv", "--output_dir", output]
     call += ["--resolution", 64, *COMMON, "--max_train_steps", 12, "--validation_steps", 12, "--learning_rate", 3e-3]
-    run_script(train_text_to_image, *call, "--ema_decay", 0, *more)
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [*map(str, (*call, "--ema_decay", 0, *more))]
+
+
+def train_unet(base, data, output, *more) -> list[dict]:
+    run_script(train_text_to_image, *unet_call(base, data, output, *more))
+    return read_log(output)
 
 
 @pytest.fixture(scope="module")
@@ -232,12 +240,47 @@ def test_a_run_with_replay_goes_on_as_if_unbroken(base, breast, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_trainers_in_one_process_give_what_each_gives_alone(base, breast, tmp_path, teacher):
+    """A filter head and a U-Net as in processes of their own, and after a U-Net that accumulates gradients."""
+    bf16 = ["--mixed_precision", "bf16", "--max_train_steps", 2, "--validation_steps", 2]
+    head = FilterConfig(
+        pretrained_model_name_or_path=str(base),
+        pretrained_filter_head=str(base / "filter_head"),
+        teacher=str(teacher),
+        train_data=str(breast / "old.csv"),
+        output_dir=str(tmp_path / "head"),
+        resolution=64,
+        min_train=1,
+        drawn_images=8,
+        draw_batch_size=8,
+        train_batch_size=6,
+        max_train_steps=2,
+        lr_warmup_steps=1,
+        caption_variants=2,
+        latent_variants=2,
+        mixed_precision="bf16",
+    )
+    forget_accelerator()
+    train_filter(head)
+    train_unet(base, breast, tmp_path / "unet", *bf16)
+    train_unet(base, breast, tmp_path / "other", *bf16, "--gradient_accumulation_steps", 2)
+    train_filter(dataclasses.replace(head, output_dir=str(tmp_path / "later" / "head")))
+    call = unet_call(base, breast, tmp_path / "later" / "unet", *bf16)
+    train_text_to_image.main(call)
+    for part in ("head/filter_head", "unet/pipeline/unet"):
+        alone, later = (
+            load_file(folder / part / "diffusion_pytorch_model.safetensors")
+            for folder in (tmp_path, tmp_path / "later")
+        )
+        assert all(torch.equal(alone[name], later[name]) for name in alone), part
+
+
 @pytest.mark.parametrize("replay", [True, False])
 def test_without_replay_old_rows_may_still_be_validated_on(base, data, tmp_path, replay):
     call = arguments(base, data, tmp_path, "--modality", "breast_us", "--train_data", data / "new.csv")
     call = call if replay else [*call[:2], *call[4:]]
     report = add([*call, "--no_replay", "--skip_filter"])
-    log = [json.loads(line) for line in (tmp_path / "unet" / "log.jsonl").read_text().splitlines()]
+    log = read_log(tmp_path / "unet")
     val = next(r for r in log if r["kind"] == "val")
     assert val["loss"] == (val["loss_new"] if replay else val["loss_breast_us"])
     assert ("old" in report["validation loss"]) == replay

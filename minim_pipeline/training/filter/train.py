@@ -64,7 +64,9 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             head.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=config.adam_weight_decay
         )
-        self.head, self.optimizer = run.accelerator.prepare(head, optimizer)
+        head, self.optimizer = run.accelerator.prepare(head, optimizer)
+        # As it was: its own arithmetic is fp32, always.
+        self.head = run.accelerator.unwrap_model(head, keep_fp32_wrapper=False)
         run.images_a_step *= 2  # as many from trajectories as from the pool
         run.begin(self.ema)
         if self.val_rows:
