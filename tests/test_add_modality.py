@@ -108,6 +108,7 @@ def arguments(base, data, output, *more) -> list[str]:
 
 
 def add(call: list[str]) -> dict:
+    forget_accelerator()
     return add_modality.train(parse(AddModalityConfig, call))
 
 

@@ -245,95 +245,82 @@ class Addition:
 
     def run(self) -> dict:
         """Does the stages that are left, and returns the report."""
+        config, output, stages = self.config, self.output, self.stages
         if self.left_out:
             names = ", ".join(f"{count} {name}" for name, count in self.left_out.items())
-            print(f"left out of {self.config.train_data}: {names}")
-        self.stages.save()
-        self.stages.run("unet", self.train_unet)
+            print(f"left out of {config.train_data}: {names}")
+        stages.save()
+        stages.run("unet", train_text_to_image, self.unet_config(write_rows(output / "new.csv", self.sources[:1])))
         if self.filtered:
-            self.every = write_rows(self.output / "all.csv", self.sources)
+            self.every = write_rows(output / "all.csv", self.sources)
             # Without parts of their own, teacher, filter and thresholds have to share all rows.
             parted = all({"A", "C"} <= {row.get("part") for row in rows} for rows, _ in self.sources)
             self.parts = ("A", "C") if parted else ("all", "all")
-            self.teacher = self.config.teacher or str(self.output / "teacher")
-            save_model(self.base.filter_head, self.output / "base_filter_head")
-            if not self.config.teacher:
-                self.stages.run("teacher", self.train_teacher)
-            self.stages.run("filter", self.train_filter)
-            self.stages.run("calibrate", self.calibrate)
-        self.stages.run("pipeline", self.write_pipeline)
+            save_model(self.base.filter_head, output / "base_filter_head")
+            if not config.teacher:
+                stages.run("teacher", train_classifier, self.teacher_config())
+            stages.run("filter", train_filter, self.filter_config())
+            stages.run("calibrate", calibrate, self.calibration_config())
+        stages.run("pipeline", self.write_pipeline)
         report = self.report()
-        write_json(self.output / "report.json", report)
+        write_json(output / "report.json", report)
         return report
 
-    def train_unet(self) -> None:
-        config = self.config
-        weights = {}
+    def unet_config(self, rows: str) -> TextToImageConfig:
+        config, weights = self.config, {}
         if config.replay:
-            weights = {"replay_share": config.replay_share, "anchor_weight": config.anchor_weight}
+            weights = config.values("replay_share", "anchor_weight")
             weights = dict.fromkeys(weights, 0.0) if config.no_replay else weights
-        train_text_to_image(
-            TextToImageConfig(
-                train_data=write_rows(self.output / "new.csv", self.sources[:1]),
-                output_dir=str(self.output / "unet"),
-                resolution=self.resolution,
-                **weights,
-                **config.values(*UNET, *EVERY),
-            )
+        return TextToImageConfig(
+            train_data=rows,
+            output_dir=str(self.output / "unet"),
+            resolution=self.resolution,
+            **weights,
+            **config.values(*UNET, *EVERY),
         )
 
-    def train_teacher(self) -> None:
-        train_classifier(
-            ClassifierConfig(
-                train_data=self.every,
-                output_dir=str(self.output / "teacher"),
-                part=[self.parts[0]],
-                architectures=["resnet"],
-                max_train_steps=self.config.teacher_steps,
-                width=self.config.teacher_width,
-                resolution=self.config.teacher_resolution,
-                **self.config.values("min_train", "min_val", *EVERY),
-            )
+    def shared(self, folder: str, *names: str) -> dict:
+        """Where a part of the filter learns from and writes to, and options that it has under the same names."""
+        options = {"train_data": self.every, "output_dir": str(self.output / folder)}
+        if folder != "teacher":
+            options["pretrained_model_name_or_path"] = str(self.output / "unet" / "pipeline")
+            options["teacher"] = self.config.teacher or str(self.output / "teacher")
+        return options | self.config.values("min_train", *names, *EVERY)
+
+    def teacher_config(self) -> ClassifierConfig:
+        return ClassifierConfig(
+            part=[self.parts[0]],
+            architectures=["resnet"],
+            max_train_steps=self.config.teacher_steps,
+            width=self.config.teacher_width,
+            resolution=self.config.teacher_resolution,
+            **self.shared("teacher", "min_val"),
         )
 
-    def train_filter(self) -> None:
-        config = self.config
+    def filter_config(self) -> FilterConfig:
         same = ("ratings", "captions", "caption_variants", "latent_variants", "drawn_images", "draw_batch_size")
-        train_filter(
-            FilterConfig(
-                pretrained_model_name_or_path=str(self.output / "unet" / "pipeline"),
-                pretrained_filter_head=str(self.output / "base_filter_head"),
-                teacher=self.teacher,
-                train_data=self.every,
-                output_dir=str(self.output / "filter"),
-                part=self.parts[0],
-                resolution=self.resolution,
-                max_train_steps=config.filter_steps,
-                max_train_minutes=config.filter_minutes,
-                train_batch_size=config.filter_batch_size,
-                learning_rate=config.filter_learning_rate,
-                # No cross-validation of people's grades: the head that this one starts from has learned from them all.
-                folds=0,
-                **config.values(*same, "min_train", "checkpointing_steps", *EVERY),
-            )
+        return FilterConfig(
+            pretrained_filter_head=str(self.output / "base_filter_head"),
+            part=self.parts[0],
+            resolution=self.resolution,
+            max_train_steps=self.config.filter_steps,
+            max_train_minutes=self.config.filter_minutes,
+            train_batch_size=self.config.filter_batch_size,
+            learning_rate=self.config.filter_learning_rate,
+            # No cross-validation of people's grades: the head that this one starts from has learned from them all.
+            folds=0,
+            **self.shared("filter", *same, "checkpointing_steps"),
         )
 
-    def calibrate(self) -> None:
-        config, base = self.config, self.base
-        calibrate(
-            CalibrationConfig(
-                filter_head=str(self.output / "filter" / "filter_head"),
-                pretrained_model_name_or_path=str(self.output / "unet" / "pipeline"),
-                teacher=self.teacher,
-                train_data=self.every,
-                output_dir=str(self.output / "calibrated"),
-                part=self.parts[1],
-                ratings_part=self.parts[0],
-                batch_size=config.draw_batch_size,
-                candidates=max(2, base.config.num_candidates),
-                code_bits=base.filter_head.config.code_size,
-                **config.values("ratings", "min_train", "min_val", "prompts_per_modality", "most_cost", *EVERY),
-            )
+    def calibration_config(self) -> CalibrationConfig:
+        return CalibrationConfig(
+            filter_head=str(self.output / "filter" / "filter_head"),
+            part=self.parts[1],
+            ratings_part=self.parts[0],
+            batch_size=self.config.draw_batch_size,
+            candidates=max(2, self.base.config.num_candidates),
+            code_bits=self.base.filter_head.config.code_size,
+            **self.shared("calibrated", "ratings", "min_val", "prompts_per_modality", "most_cost"),
         )
 
     def write_pipeline(self) -> None:
