@@ -6,8 +6,10 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
@@ -15,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ..disk import count_bytes, enough_room
 from ..files import atomic_path, write_json
 from ..finite import check_weights
-from .config import RunOptions
+from .config import Options, RunOptions
 
 
 FINISHED = "finished.json"
@@ -83,7 +85,7 @@ def broken_part(checkpoint: Path) -> str | None:
 
 
 # What may differ between a run and its continuation: where it lies, and how long and how closely it is watched.
-_MAY_CHANGE = {
+MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "max_train_steps", "max_train_minutes", "validation_steps"),
     *("checkpointing_steps", "checkpoints_total_limit", "report_to", "compile", "gradient_checkpointing"),
     *("push_to_hub", "hub_model_id"),
@@ -94,12 +96,16 @@ def check_arguments(config: RunOptions, folder: Path, what: str | Path) -> None:
     """Raises ValueError if the run in `folder`, of which `what` is to go on, had other arguments."""
     if not (folder / "arguments.json").is_file():
         return
-    before = json.loads((folder / "arguments.json").read_text())
+    check_unchanged(json.loads((folder / "arguments.json").read_text()), config, MAY_CHANGE, f"{what} is of a run")
+
+
+def check_unchanged(before: Mapping[str, Any], config: Options, may_change: Collection[str], what: str) -> None:
+    """Raises ValueError if an option that is not of `may_change` is another than it was `before`, in `what`."""
     now = json.loads(json.dumps(asdict(config)))
-    other = [k for k in now if k not in _MAY_CHANGE and k in before and before[k] != now[k]]
-    if other:
-        told = "; ".join(f"--{k} was {before[k]!r}, now {now[k]!r}" for k in other)
-        raise ValueError(f"{what} is of a run with other arguments: {told}.")
+    changed = [name for name in now if name not in may_change and name in before and before[name] != now[name]]
+    if changed:
+        changes = "; ".join(f"--{name} was {before[name]!r}, now {now[name]!r}" for name in changed)
+        raise ValueError(f"{what} with other arguments: {changes}.")
 
 
 def find_checkpoint(config: RunOptions) -> Path | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..files import write_json
+from .checkpoints import check_unchanged
 from .config import HubOptions
 
 
@@ -19,7 +20,7 @@ class Stages:
     A stage is written whole or not at all by whoever does it, so one that was stopped can be begun again.
 
     Args:
-        config: of the run.
+        config: of the run, which has its folder locked.
         may_change: options that may differ when it goes on.
 
     Attributes:
@@ -32,17 +33,10 @@ class Stages:
     def __init__(self, config: HubOptions, may_change: Collection[str]):
         self.path = config.output / "stages.json"
         arguments = {name: value for name, value in asdict(config).items() if name not in may_change}
-        arguments = json.loads(json.dumps(arguments))
         self.state: dict[str, Any] = {"arguments": arguments, "minutes": {}, "unfinished": {}}
         if self.path.is_file():
             self.state |= json.loads(self.path.read_text())
-            before = self.state["arguments"]
-            changes = [f"--{k} was {before.get(k)!r}, now {v!r}" for k, v in arguments.items() if before.get(k) != v]
-            if changes:
-                raise ValueError(
-                    f"{config.output_dir} holds a run with other arguments: {'; '.join(changes)}. Choose another"
-                    " --output_dir."
-                )
+            check_unchanged(self.state["arguments"], config, may_change, f"{config.output_dir} holds a run")
         self.minutes: dict[str, float] = self.state["minutes"]
 
     def require(self, name: str, value: Any, change: str) -> None:
@@ -68,5 +62,4 @@ class Stages:
             self.save()
 
     def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.state)
