@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -84,16 +84,6 @@ def reading_of(args: argparse.Namespace) -> Reading:
     root = getattr(args, "image_root", None)
     window = tuple(args.window) if args.window else None
     return Reading(args.fit, window, getattr(args, "modality", None), root and str(root))
-
-
-def reading_of_other(args: argparse.Namespace) -> Reading:
-    """As `reading_of`, for a CSV that `--modality` and `--image_root` are not of."""
-    return replace(reading_of(args), modality=None, image_root=None)
-
-
-def reading_options(args: argparse.Namespace) -> list[str]:
-    """The same options again, for a script that runs another."""
-    return ["--fit", args.fit] + (["--window", *map(str, args.window)] if args.window else [])
 
 
 def read_image(

@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -81,6 +81,10 @@ class Options:
                 for number in value if isinstance(value, list | tuple) else [value]:
                     if number is not None:
                         limits.check(name, number)
+
+    def values(self, *names: str) -> dict[str, Any]:
+        """Some of the options, for another dataclass that has them, too."""
+        return {name: getattr(self, name) for name in names}
 
 
 def ranges(hint: Any) -> list[Range]:
@@ -242,7 +246,12 @@ def check_tracker(name: str | None) -> None:
 Config = TypeVar("Config", bound=Options)
 
 
-def parse(config: type[Config], argv: Sequence[str] | None = None, description: str | None = None) -> Config:
+def parse(
+    config: type[Config],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Config:
     """Options from a command line, whose first argument may be a YAML file with more of them.
 
     What stands on the command line replaces what the file says.
@@ -250,6 +259,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, description: 
     Args:
         argv: default: that of the process.
         description: the script's docstring, for `--help`.
+        defaults: of options for which the command line may have others.
 
     Raises:
         ValueError: an option has a value that is not possible.
@@ -260,6 +270,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, description: 
     parser = HfArgumentParser(config, description=description, formatter_class=raw, allow_abbrev=False)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments = [*yaml_arguments(arguments[0]), *arguments[1:]]
+    arguments = [*as_arguments(defaults or {}), *arguments]
     found, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
@@ -273,8 +284,13 @@ def yaml_arguments(path: str | Path) -> list[str]:
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{path} has to be a table of options, `name: value` in each line, got {content!r}.")
+    return as_arguments(content)
+
+
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options as a command line has them, without those that are None."""
     arguments = []
-    for name, value in content.items():
+    for name, value in options.items():
         if value is not None:
             arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return arguments
