@@ -76,6 +76,10 @@ class Options:
                     if number is not None:
                         limits.check(name.replace("_", self.separator), number)
 
+    def values(self, *names: str) -> dict[str, Any]:
+        """Some of the options, for another dataclass that has them, too."""
+        return {name: getattr(self, name) for name in names}
+
 
 def ranges(hint: Any) -> list[Range]:
     """The ranges in a type, as of `Count | None` or `list[Share]`."""
