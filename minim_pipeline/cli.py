@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from . import __version__
 from .captions import check_caption
@@ -99,7 +100,10 @@ def prompt(text: str) -> str:
     return text
 
 
-def ask(question: str, parse: Callable[[str], object], default: str | None = None) -> object:
+Answer = TypeVar("Answer")
+
+
+def ask(question: str, parse: Callable[[str], Answer], default: str | None = None) -> Answer:
     """Asks at the terminal until `parse` takes the answer."""
     while True:
         answer = input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
@@ -110,67 +114,50 @@ def ask(question: str, parse: Callable[[str], object], default: str | None = Non
             print(error)
 
 
-def complete(options: GenerateCommand, trained: list[str] | None) -> None:
-    """Fills in what `options` lacks by asking for it, or raises ValueError where nobody can be asked."""
-    if options.prompts_file is not None:
-        if options.prompt is not None:
-            raise ValueError("--prompts-file names the prompts itself: leave --prompt out.")
-        needed = ["output_dir"]
-    else:
-        if options.prompt is not None and options.modality is None:
-            # MINIM's own "OCT: macular edema"
-            options.modality, options.prompt = split_prefix(options.prompt, trained)
-        needed = ["modality", "prompt", "output_dir"]
-    check(options, trained)
-    missing = [name for name in needed if getattr(options, name) is None]
+def check_text(name: str, text: str | None) -> None:
+    """Raises ValueError for a text that is none; `name`: of the option."""
+    if text is not None and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"--{name} is not UTF-8: {text!r}.")
+    check_caption(text or "")
+
+
+def plan(options: GenerateCommand, trained: list[str] | None) -> tuple[list[Item], Path]:
+    """The images that are asked for, and their folder. What is missing is asked for at the terminal.
+
+    Raises:
+        ValueError: something is missing, and nobody can be asked; or what is given is not possible.
+    """
+    modality, text, folder, file = options.modality, options.prompt, options.output_dir, options.prompts_file
+    if file is not None and text is not None:
+        raise ValueError("--prompts-file names the prompts itself: leave --prompt out.")
+    if text is not None and modality is None:
+        modality, text = split_prefix(text, trained)  # MINIM's own "OCT: macular edema"
+    kind = resolve_modality(modality, trained) if modality is not None else None
+    if text is not None and not text.strip():
+        raise ValueError(f"--prompt has to say what the image shows, got {text!r}.")
+    check_text("prompt", text)
+    check_text("negative-prompt", options.negative_prompt)
+    needed: dict[str, object] = {"modality": modality, "prompt": text} if file is None else {}
+    needed["output_dir"] = folder
+    missing = ["--" + name.replace("_", "-") for name, value in needed.items() if value is None]
     if missing and not sys.stdin.isatty():
-        names = ", ".join("--" + name.replace("_", "-") for name in missing)
-        raise ValueError(f"{names} missing (they are asked for at a terminal only).")
+        raise ValueError(f"{', '.join(missing)} missing (they are asked for at a terminal only).")
 
-    if "modality" in missing:
-        names = ", ".join(MODALITIES[id].name for id in trained or MODALITIES)
-        options.modality = ask(f"Modality ({names})", lambda answer: resolve_modality(answer, trained).id)
-    if "prompt" in missing:
-        options.prompt = ask("Prompt, e.g. diabetic macular edema", prompt)
-    if options.num_images is None:
-        if missing and options.prompts_file is None:
-            options.num_images = ask("Number of images", number(int, Range(1)), "4")
-        else:
-            options.num_images = 4 if options.prompts_file is None else 1
-    if "output_dir" in missing:
-        options.output_dir = ask("Output folder", Path, "out")
-
-
-def check(options: GenerateCommand, trained: list[str] | None) -> None:
-    """Raises ValueError for a modality that is not known, or a text that is none."""
-    if options.modality is not None:
-        options.modality = resolve_modality(options.modality, trained).id
-    if options.prompt is not None and not options.prompt.strip():
-        raise ValueError(f"--prompt has to say what the image shows, got {options.prompt!r}.")
-    for name in ("prompt", "negative_prompt"):
-        text = getattr(options, name)
-        if text is not None and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"--{name.replace('_', '-')} is not UTF-8: {text!r}.")
-        check_caption(text or "")
-
-
-def plan(options: PromptOptions, trained: list[str] | None) -> list[Item]:
-    """The images asked for; what is left out of a file of prompts is said."""
-    if options.prompts_file is None:
-        modality = resolve_modality(options.modality)
-        return plan_prompt(options.prompt.strip(), modality, options.num_images, options.seed)
-    with warnings.catch_warnings(record=True) as caught:
-        items = plan_file(
-            options.prompts_file,
-            options.num_images,
-            options.seed,
-            trained,
-            options.skip_bad_rows,
-            options.modality,
-        )
-    for warning in caught:
-        say(f"minim generate: warning: {warning.message}")
-    return items
+    if file is not None:
+        with warnings.catch_warnings(record=True) as caught:
+            of_all = None if kind is None else kind.id
+            count = options.num_images or 1
+            items = plan_file(file, count, options.seed, trained, options.skip_bad_rows, of_all)
+        for warning in caught:
+            say(f"minim generate: warning: {warning.message}")
+    else:
+        if kind is None:
+            names = ", ".join(MODALITIES[id].name for id in trained or MODALITIES)
+            kind = ask(f"Modality ({names})", lambda answer: resolve_modality(answer, trained))
+        text = text or ask("Prompt, e.g. diabetic macular edema", prompt)
+        count = options.num_images or (ask("Number of images", number(int, Range(1)), "4") if missing else 4)
+        items = plan_prompt(text.strip(), kind, count, options.seed)
+    return items, folder or ask("Output folder", Path, "out")
 
 
 def run_generate(options: GenerateCommand) -> int:
@@ -181,8 +168,7 @@ def run_generate(options: GenerateCommand) -> int:
     generate ...
     """
     trained = register_modalities(options.model).get("modalities") or None
-    complete(options, trained)
-    items, folder = plan(options, trained), options.output_dir
+    items, folder = plan(options, trained)
     try:
         generate(items, folder, options)
     except KeyboardInterrupt:
@@ -279,10 +265,10 @@ def run_ratings(options: RatingsCommand) -> None:
     store = RatingStore(options.store)
     if options.input is not None:
         say(f"{store.read_csv(options.input, folders)} ratings of {options.input} are in {options.store} now.")
-        return
-    number = store.write_csv(options.output, folders)
-    table = ", ".join(f"{MODALITIES[name].name} {row['ratings']}" for name, row in counts(store.ratings()).items())
-    say(f"{number} ratings in {options.output}{f' ({table})' if table else ''}.")
+    if options.output is not None:
+        written = store.write_csv(options.output, folders)
+        table = ", ".join(f"{MODALITIES[name].name} {row['ratings']}" for name, row in counts(store.ratings()).items())
+        say(f"{written} ratings in {options.output}{f' ({table})' if table else ''}.")
 
 
 def run_modalities(options: ModelOptions) -> None:

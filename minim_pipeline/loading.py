@@ -80,7 +80,7 @@ def model_identity(model: str) -> tuple[str, str]:
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
-        return model, Path(try_to_load_from_cache(model, "model_index.json")).parent.name
+        return model, Path(str(try_to_load_from_cache(model, "model_index.json"))).parent.name
     components = [name for name, value in read_model_index(model).items() if isinstance(value, list)]
     files = [folder / "model_index.json", *(file for name in components for file in (folder / name).glob("*"))]
     return folder.resolve().name, _digest(file for file in files if file.is_file())
@@ -88,7 +88,7 @@ def model_identity(model: str) -> tuple[str, str]:
 
 def unet_identity(path: str | Path) -> str:
     """The name of the folder, and a digest of its files: what provenance says of a U-Net."""
-    folder = unet_folder(path)
+    folder = _need_unet(path)
     files = (file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
     return f"{folder.resolve().name} {_digest(files)}"
 
@@ -122,6 +122,13 @@ def unet_folder(path: str | Path) -> Path | None:
         if config.get("_class_name") == "UNet2DConditionModel":
             return folder
     return None
+
+
+def _need_unet(path: str | Path) -> Path:
+    folder = unet_folder(path)
+    if folder is None:
+        raise ValueError(f"--unet {str(path)!r} is no folder of a U-Net: it has no config.json of one.")
+    return folder
 
 
 def load_pipeline(
@@ -169,7 +176,7 @@ def load_pipeline(
     if scheduler is not None:
         scheduler = names[scheduler]
         # DDIM and DDPM clip to [-1, 1] unless told otherwise, which is right for pixels and wrong for latents.
-        options = {"ddim": {"clip_sample": False}, "ddpm": {"clip_sample": False}}
+        options: dict[str, dict] = {"ddim": {"clip_sample": False}, "ddpm": {"clip_sample": False}}
         options["dpmsolver++"] = {"algorithm_type": "dpmsolver++"}
         scheduler_class = getattr(diffusers, SCHEDULERS[scheduler])
         pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **options.get(scheduler, {}))
@@ -200,9 +207,7 @@ def load_with_unet(model: str, path: str | Path, bare: bool, dtype=None):
 
     from . import MinimPipeline
 
-    folder = unet_folder(path)
-    if folder is None:
-        raise ValueError(f"--unet {str(path)!r} is no folder of a U-Net: it has no config.json of one.")
+    folder = _need_unet(path)
     dtype = dtype or torch.float32
     try:
         unet = UNet2DConditionModel.from_pretrained(folder, dtype=dtype)

@@ -76,6 +76,10 @@ class Options:
                     if number is not None:
                         limits.check(name.replace("_", self.separator), number)
 
+    def values(self, *names: str) -> dict[str, Any]:
+        """Some of the options, for another dataclass that has them, too."""
+        return {name: getattr(self, name) for name in names}
+
 
 def ranges(hint: Any) -> list[Range]:
     """The ranges in a type, as of `Count | None` or `list[Share]`."""
@@ -102,8 +106,7 @@ class ReadingOptions(Options):
 
     def reading_elsewhere(self) -> Reading:
         """How the images of a CSV are read that `--modality` and `--image_root` are not of."""
-        window = tuple(self.window) if self.window else None
-        return Reading(self.fit, window)
+        return Reading(self.fit, (self.window[0], self.window[1]) if self.window else None)
 
 
 @dataclass(kw_only=True)
@@ -116,7 +119,7 @@ class TableOptions(ReadingOptions):
     )
 
     @property
-    def csv_options(self) -> dict[str, str | None]:
+    def csv_options(self) -> dict[str, Any]:
         """What `read_csv` needs to know of the CSV."""
         return {"modality": self.modality, "image_root": self.image_root}
 
@@ -127,18 +130,19 @@ class TableOptions(ReadingOptions):
 
 
 Config = TypeVar("Config", bound=Options)
+Number = TypeVar("Number", int, float)
 
 
-def number(kind: type, limits: Range) -> Callable[[str], float]:
+def number(kind: type[Number], limits: Range) -> Callable[[str], Number]:
     """A type for argparse: a number of `kind`, int or float, within `limits`."""
 
-    def parse(text: str) -> float:
+    def parse(text: str) -> Number:
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
+            value = None
         # Written so that nan fails too.
-        if not limits.least <= value < 2**63 or (limits.multiple and value % limits.multiple):
+        if value is None or not limits.least <= value < 2**63 or (limits.multiple and value % limits.multiple):
             what = "a whole number" if kind is int else "a number"
             of = f", a multiple of {limits.multiple}" if limits.multiple else ""
             raise argparse.ArgumentTypeError(f"has to be {what} from {limits.least} on{of}, got {text!r}")

@@ -55,7 +55,8 @@ def score_csv(options: ScoreOptions) -> tuple[Path, list[dict[str, str]]]:
     from .data.image_loading import check_values, load_images
 
     # Of all images, so that those of every batch are scaled alike.
-    found, changes = check_values([(rows, data)], reading), Counter()
+    found = check_values([(rows, data)], reading)
+    changes: Counter[str] = Counter()
     pipe = load_pipeline(options.model, device=options.device)
     resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
     scored = []

@@ -26,6 +26,20 @@ def write_csv(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def forget_accelerator() -> None:
+    """The next Accelerator is made as in a process of its own, of any precision."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def run_script(module, *arguments):
+    """What the `main` of a script gives for these arguments, called as in a process of its own."""
+    forget_accelerator()
+    return module.main([str(argument) for argument in arguments])
+
+
 def _tokenizer(folder: Path, max_length: int):
     """CLIP's tokenizer over single bytes, without merges of its own: a token a letter."""
     from tokenizers.pre_tokenizers import ByteLevel

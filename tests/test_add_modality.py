@@ -1,23 +1,29 @@
 """A new modality in miniature: taken up in stages, kept beside the old ones, and told what cannot be."""
 
 import csv
+import dataclasses
 import json
 import os
 from pathlib import Path
 
-import add_modality
 import pytest
 import torch
 import train_text_to_image
-from conftest import write_csv
+from conftest import forget_accelerator, run_script, write_csv
 from PIL import Image
 from safetensors.torch import load_file
 
 from minim_pipeline import FilterHead, MinimPipeline, modalities, resolve_modality
+from minim_pipeline.data.sources import read_csv
 from minim_pipeline.evaluation.classifier import make_resnet
 from minim_pipeline.evaluation.judges import Judges
+from minim_pipeline.training import add_modality
+from minim_pipeline.training.add_modality import AddModalityConfig
 from minim_pipeline.training.config import parse
+from minim_pipeline.training.filter.config import FilterConfig
 from minim_pipeline.training.filter.heads import extend_head
+from minim_pipeline.training.filter.train import train as train_filter
+from minim_pipeline.training.log import read_log
 from minim_pipeline.training.text_to_image import TextToImageConfig
 
 
@@ -97,49 +103,44 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def arguments(base, data, output, *more) -> list[str]:
-    call = [
-        "--pretrained_model_name_or_path",
-        base,
-        "--replay",
-        data / "old.csv",
-        "--output_dir",
-        output,
-        *COMMON,
-        *FILTER,
-        *more,
-    ]
-    return [str(part) for part in call]
+    call = ["--pretrained_model_name_or_path", base, "--replay", data / "old.csv", "--output_dir", output]
+    return [str(part) for part in (*call, *COMMON, *FILTER, *more)]
+
+
+def add(call: list[str]) -> dict:
+    forget_accelerator()
+    return add_modality.train(parse(AddModalityConfig, call))
 
 
 def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, data, tmp_path, monkeypatch, capsys):
     new = ["--modality", "breast_us", "--train_data", data / "new.csv"]
     call = arguments(base, data, tmp_path, *new, "--teacher_steps", 1, "--teacher_width", 8)
-    call += ["--teacher_resolution", "32"]
+    call += ["--teacher_resolution", "32", "--mixed_precision", "bf16"]
 
-    def killed(argv):
+    def killed(config):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(add_modality, "train_filter", killed)
         with pytest.raises(KeyboardInterrupt):
-            add_modality.main(call)
+            add(call)
     assert "left out of" in (out := capsys.readouterr().out) and "4 BreastMRI" in out
     assert not (tmp_path / "pipeline").exists()
     assert set(json.loads((tmp_path / "stages.json").read_text())["minutes"]) == {"unet", "teacher"}
     with pytest.raises(ValueError, match="holds a run with other arguments: --seed was 0, now 1"):
-        add_modality.main([*call, "--seed", "1"])
-    rows = add_modality.read_csv(data / "new.csv", check_images=False)
+        add([*call, "--seed", "1"])
+    rows = read_csv(data / "new.csv", check_images=False)
     image = data / next(row["path"] for row in rows if row["modality"] != "BreastMRI")
     was = image.stat()
     os.utime(image, (was.st_atime, was.st_mtime + 9))
     with pytest.raises(ValueError, match="Images or rows of .* have changed since the run"):
-        add_modality.main(call)
+        add(call)
     os.utime(image, ns=(was.st_atime_ns, was.st_mtime_ns))
 
     with monkeypatch.context() as patch:
-        patch.setattr(add_modality, "train_text_to_image", killed)
-        patch.setattr(add_modality.train_classifier, "main", killed)
-        report = add_modality.main(call)
+        for name in ("train_text_to_image", "train_classifier"):
+            patch.setattr(add_modality, name, killed)
+        report = add(call)
     rows = list(csv.DictReader(open(tmp_path / "all.csv")))
     assert len(rows) == 24 and all((tmp_path / row["path"]).is_file() for row in rows)
     assert not list(tmp_path.rglob("*-?.png")), "images stay where they are"
@@ -163,14 +164,14 @@ def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, 
     with monkeypatch.context() as patch:
         for name in ("train_text_to_image", "train_filter", "calibrate"):
             patch.setattr(add_modality, name, killed)
-        assert add_modality.main(call) == report, "all is done already"
+        assert add(call) == report, "all is done already"
     with pytest.raises(ValueError, match="has learned modality 'breast_us' already; it knows: oct, cxr, breast_us"):
-        add_modality.main([*call, "--pretrained_model_name_or_path", str(tmp_path / "pipeline")])
+        add([*call, "--pretrained_model_name_or_path", str(tmp_path / "pipeline")])
 
 
 def test_a_modality_that_nobody_knew_comes_along_with_its_definition(base, data, tmp_path):
     skin = ["--modality", "skin", "--color", "--aliases", "dermoscopy", "skin lesion", "--words", "photo of skin"]
-    add_modality.main(arguments(base, data, tmp_path, *skin, "--train_data", data / "skin.csv", "--skip_filter"))
+    add(arguments(base, data, tmp_path, *skin, "--train_data", data / "skin.csv", "--skip_filter"))
     for table in (modalities.MODALITIES, modalities._BY_KEY):
         for key in [key for key, value in table.items() if value.id == "skin"]:
             del table[key]
@@ -199,15 +200,15 @@ def predictions(folder: Path) -> torch.Tensor:
         return pipe.unet(noise, torch.tensor([900, 500, 100]), text).sample
 
 
-def train_unet(base, data, output, *more) -> list[dict]:
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+def unet_call(base, data, output, *more) -> list[str]:
     call = ["--pretrained_model_name_or_path", base, "--train_data", data / "breast.csv", "--output_dir", output]
     call += ["--resolution", 64, *COMMON, "--max_train_steps", 12, "--validation_steps", 12, "--learning_rate", 3e-3]
-    train_text_to_image.main([*map(str, call), "--ema_decay", "0", *map(str, more)])
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [*map(str, (*call, "--ema_decay", 0, *more))]
+
+
+def train_unet(base, data, output, *more) -> list[dict]:
+    run_script(train_text_to_image, *unet_call(base, data, output, *more))
+    return read_log(output)
 
 
 @pytest.fixture(scope="module")
@@ -240,12 +241,47 @@ def test_a_run_with_replay_goes_on_as_if_unbroken(base, breast, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_trainers_in_one_process_give_what_each_gives_alone(base, breast, tmp_path, teacher):
+    """A filter head and a U-Net as in processes of their own, and after a U-Net that accumulates gradients."""
+    bf16 = ["--mixed_precision", "bf16", "--max_train_steps", 2, "--validation_steps", 2]
+    head = FilterConfig(
+        pretrained_model_name_or_path=str(base),
+        pretrained_filter_head=str(base / "filter_head"),
+        teacher=str(teacher),
+        train_data=str(breast / "old.csv"),
+        output_dir=str(tmp_path / "head"),
+        resolution=64,
+        min_train=1,
+        drawn_images=8,
+        draw_batch_size=8,
+        train_batch_size=6,
+        max_train_steps=2,
+        lr_warmup_steps=1,
+        caption_variants=2,
+        latent_variants=2,
+        mixed_precision="bf16",
+    )
+    forget_accelerator()
+    train_filter(head)
+    train_unet(base, breast, tmp_path / "unet", *bf16)
+    train_unet(base, breast, tmp_path / "other", *bf16, "--gradient_accumulation_steps", 2)
+    train_filter(dataclasses.replace(head, output_dir=str(tmp_path / "later" / "head")))
+    call = unet_call(base, breast, tmp_path / "later" / "unet", *bf16)
+    train_text_to_image.main(call)
+    for part in ("head/filter_head", "unet/pipeline/unet"):
+        alone, later = (
+            load_file(folder / part / "diffusion_pytorch_model.safetensors")
+            for folder in (tmp_path, tmp_path / "later")
+        )
+        assert all(torch.equal(alone[name], later[name]) for name in alone), part
+
+
 @pytest.mark.parametrize("replay", [True, False])
 def test_without_replay_old_rows_may_still_be_validated_on(base, data, tmp_path, replay):
     call = arguments(base, data, tmp_path, "--modality", "breast_us", "--train_data", data / "new.csv")
     call = call if replay else [*call[:2], *call[4:]]
-    report = add_modality.main([*call, "--no_replay", "--skip_filter"])
-    log = [json.loads(line) for line in (tmp_path / "unet" / "log.jsonl").read_text().splitlines()]
+    report = add([*call, "--no_replay", "--skip_filter"])
+    log = read_log(tmp_path / "unet")
     val = next(r for r in log if r["kind"] == "val")
     assert val["loss"] == (val["loss_new"] if replay else val["loss_breast_us"])
     assert ("old" in report["validation loss"]) == replay
@@ -258,7 +294,7 @@ def test_what_is_wrong_is_told_in_a_line_before_any_work(base, data, tmp_path, t
         call = arguments(base, data, tmp_path / "out", *more)
         call = call if replay else [*call[:2], *call[4:]]
         with pytest.raises(ValueError, match=message) as error:
-            add_modality.main(call)
+            add(call)
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
     new, breast = ["--train_data", data / "new.csv"], ["--modality", "breast_us"]

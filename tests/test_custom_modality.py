@@ -131,8 +131,8 @@ def test_classifiers_of_it(model, data, tmp_path):
 
 def test_an_autoencoder_trained_on_for_it(model, data, tmp_path):
     from minim_pipeline.training.autoencoder import AutoencoderConfig
-    from minim_pipeline.training.common import read_splits
     from minim_pipeline.training.config import parse
+    from minim_pipeline.training.rows import read_splits
 
     call = ["--train_data", str(data), "--output_dir", str(tmp_path), "--pretrained_model_name_or_path", str(model)]
     args = parse(AutoencoderConfig, call)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import forget_accelerator
 from pages import FOREIGN, PAGES, ROOT, blocks, run_script, understand, write_options
 
 
@@ -146,12 +147,9 @@ def world(make_pipeline, tmp_path_factory) -> Path:
 @contextmanager
 def own_process() -> Iterator[None]:
     """What a command or a block leaves in this process, the next one does not find, as in a process of its own."""
-    from accelerate.state import AcceleratorState, GradientState
-
     from minim_pipeline import modalities
 
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    forget_accelerator()
     tables = (modalities.MODALITIES, modalities._BY_KEY)
     before = [dict(table) for table in tables]
     try:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import train_text_to_image
-from conftest import write_csv
+from conftest import run_script, write_csv
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -56,14 +56,10 @@ def rows_of(folder: Path, modality: str) -> Path:
 
 
 def train(base, data, output, *more) -> MinimPipeline:
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
     sizes = "--resolution 64 --train_batch_size 4 --lr_warmup_steps 1 --caption_variants 2 --latent_variants 2"
     sizes += " --validation_samples 1 --max_train_steps 2 --num_inference_steps 2"
     call = ["--pretrained_model_name_or_path", base, "--train_data", data, "--output_dir", output, *sizes.split()]
-    train_text_to_image.main([*map(str, call), *map(str, more)])
+    run_script(train_text_to_image, *call, *more)
     return MinimPipeline.from_pretrained(output / "pipeline")
 
 

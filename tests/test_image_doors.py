@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import write_csv
+from conftest import run_script, write_csv
 from PIL import Image, ImageOps
 from rating_images import read_folder
 
@@ -147,15 +147,12 @@ def test_latents_are_not_those_of_images_that_have_changed(tmp_path, make_pipeli
 
 def test_a_trainer_refuses_what_nobody_can_know_before_it_begins(tmp_path):
     import train_autoencoder
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
     Image.fromarray(xray().astype(np.int32) - 1000).save(tmp_path / "a.tif")
     csv = write_csv(tmp_path / "data.csv", [{"path": "a.tif", "Text": "normal", "modality": "CXR", "split": "train"}])
     options = ["--train_data", str(csv), "--output_dir", str(tmp_path / "run"), "--val_split", "none"]
     with pytest.raises(ValueError, match="data.csv: cxr images hold values from -1000 to"):
-        train_autoencoder.main([*options, "--preset", "tiny", "--resolution", "64", "--crop", "32"])
+        run_script(train_autoencoder, *options, *"--preset tiny --resolution 64 --crop 32".split())
     assert not (tmp_path / "run").exists()
 
 
@@ -170,7 +167,7 @@ SCRIPTS = (
 def test_every_script_that_reads_images_can_be_told_how(script, capsys):
     with pytest.raises(SystemExit):
         module = importlib.import_module(script)
-        getattr(module, "parse_args", module.main)(["--help"])
+        module.main(["--help"])
     text = capsys.readouterr().out
     assert "--fit {stretch,crop,pad}" in text and ("--window LOW HIGH" in text or "--window LOW [HIGH ...]" in text)
 

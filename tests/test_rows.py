@@ -8,9 +8,8 @@ from PIL import Image
 
 from minim_pipeline.evaluation.command import check_overlap
 from minim_pipeline.training.captions import phrase
-from minim_pipeline.training.common import read_splits
 from minim_pipeline.training.config import DataOptions, RunOptions
-from minim_pipeline.training.rows import mirrored, tell_cut, tell_mirrored
+from minim_pipeline.training.rows import mirrored, read_splits, tell_cut, tell_mirrored
 from minim_pipeline.training.run import Run
 
 

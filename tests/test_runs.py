@@ -14,6 +14,7 @@ import pytest
 import torch
 import train_autoencoder
 import train_text_to_image
+from conftest import run_script as run
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,19 +22,11 @@ from minim_pipeline.disk import save_model
 from minim_pipeline.finite import FiniteLoss, check_weights
 from minim_pipeline.locking import locked
 from minim_pipeline.provenance import save_png
-from minim_pipeline.training import autoencoder, checkpoints, common, text_to_image
+from minim_pipeline.training import autoencoder, checkpoints, rows, text_to_image
 from minim_pipeline.training.schedule import Schedule
 
 
 torch.set_num_threads(1)
-
-
-def run(module, *arguments):
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    return module.main([str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +290,7 @@ ROWS = [(9, "--split train of .*data.csv has 8"), (4, "the validation has 3")]
 @pytest.mark.parametrize(("processes", "told"), ROWS)
 def test_fewer_rows_than_processes_are_refused(unet_run, tmp_path, monkeypatch, processes, told):
     state = argparse.Namespace(num_processes=processes, is_main_process=True)
-    monkeypatch.setattr(common, "PartialState", lambda **_: state)
+    monkeypatch.setattr(rows, "PartialState", lambda **_: state)
     with pytest.raises(ValueError, match=f"{told} rows for {processes} processes"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run(train_text_to_image, *unet_run, "--output_dir", tmp_path / "out")

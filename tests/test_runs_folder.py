@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from conftest import write_csv
+from conftest import run_script, write_csv
 from PIL import Image
 
 from minim_pipeline import resolve_modality
@@ -67,22 +66,16 @@ def understood(call: list[str], monkeypatch) -> None:
         options_from(EvaluateOptions, build_parser().parse_args(["evaluate", *arguments]))
         return
     module = importlib.import_module(Path(script).stem)
-    if hasattr(module, "parse_args"):  # as long as its options are no dataclass
-        if arguments[0].endswith(".yaml"):
-            switches = [part for part in yaml_arguments(ROOT / arguments[0]) if part != "True"]
-            arguments = [*switches, *arguments[1:]]
-        module.parse_args(arguments)
-    else:
-        parse = module.parse
+    parse = module.parse
 
-        def only_parse(config, argv=None, description=None):
-            parse(config, argv, description)
-            raise Parsed
+    def only_parse(config, argv=None, description=None):
+        parse(config, argv, description)
+        raise Parsed
 
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "parse", only_parse)
-            with pytest.raises(Parsed):
-                module.main(arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "parse", only_parse)
+        with pytest.raises(Parsed):
+            module.main(arguments)
 
 
 def make_files(call: list[str], folder: Path) -> None:
@@ -221,13 +214,9 @@ def test_the_embedded_model_is_made_from_images_to_its_report(tmp_path, teacher,
         if arguments[0].endswith(".yaml"):
             arguments = [*yaml_arguments(ROOT / arguments[0]), *arguments[1:]]
         arguments += [*TINY[name].split(), *special.get(name, ["--mixed_precision", "no"])]
-        if hasattr(module, "parse_args"):
-            arguments = [part for part in arguments if part not in ("--compile", "True")]
-        elif "--compile" in arguments:
+        if "--compile" in arguments:
             arguments += ["--compile", "False"]
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        module.main(arguments)
+        run_script(module, *arguments)
     filtered = json.loads((out / "docs" / "filter" / "report.json").read_text())
     compared = json.loads((out / "comparison" / "report.json").read_text())
     assert filtered["comparisons"] and compared["n"] == 36 and "rated 3 by the stand-in" in compared

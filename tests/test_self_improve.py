@@ -5,7 +5,6 @@ import csv
 import json
 
 import pytest
-import self_improve
 import stand_in
 import torch
 from conftest import write_csv
@@ -17,8 +16,11 @@ from minim_pipeline.evaluation.judges import Judges
 from minim_pipeline.minim_filter import FilterHeadOutput
 from minim_pipeline.ratings import Rating, RatingStore, image_digest
 from minim_pipeline.tokens import tokenize
+from minim_pipeline.training.config import parse
 from minim_pipeline.training.filter.tune import TuningOptions, tune
 from minim_pipeline.training.preference.rewards import overall
+from minim_pipeline.training.self_improvement import rounds
+from minim_pipeline.training.self_improvement.config import SelfImproveConfig
 
 
 torch.set_num_threads(1)
@@ -69,10 +71,14 @@ def arguments(world):
     return [*named, *SIZES.split(), "--preference", PREFERENCE]
 
 
+def improve(call: list[str]) -> dict:
+    return rounds.train(parse(SelfImproveConfig, call))
+
+
 def test_a_round_waits_for_people_and_takes_each_of_their_ratings_once(arguments, tmp_path):
     folder = tmp_path / "round"
     run = [*arguments, "--output_dir", str(folder)]
-    assert self_improve.main(run) == {"waiting for": "ratings"}
+    assert improve(run) == {"waiting for": "ratings"}
     images = folder / "candidates"
     candidates = list(csv.DictReader(open(images / "data.csv")))
     assert len(candidates) == 16 and {row["finding"] for row in candidates} == set(FINDINGS)
@@ -94,7 +100,7 @@ def test_a_round_waits_for_people_and_takes_each_of_their_ratings_once(arguments
     ]
     given = write_csv(tmp_path / "given.csv", rows)
 
-    report = self_improve.main([*run, "--ratings", str(given)])
+    report = improve([*run, "--ratings", str(given)])
     taken = list(csv.DictReader(open(folder / "ratings.csv")))
     assert len(taken) == 32 and len({(row["rater"], row["path"]) for row in taken}) == 32
     assert next(row for row in taken if row["rater"] == rows[0]["rater"])["rating"] == "3", "the later word counts"
@@ -111,16 +117,16 @@ def test_a_round_waits_for_people_and_takes_each_of_their_ratings_once(arguments
     assert report["minutes"]["all"] >= 0 and set(report["minutes"]) >= {"candidates", "preference", "comparison"}
     other = write_csv(tmp_path / "more.csv", rows[:1])
     with pytest.raises(ValueError, match="has taken its ratings from another file already"):
-        self_improve.main([*run, "--ratings", str(other)])
-    with pytest.raises(ValueError, match="round of other arguments: seed was 0, now 7"):
-        self_improve.main([*run, "--ratings", str(given), "--seed", "7"])
+        improve([*run, "--ratings", str(other)])
+    with pytest.raises(ValueError, match="holds a run with other arguments: --seed was 0, now 7"):
+        improve([*run, "--ratings", str(given), "--seed", "7"])
 
 
 def test_killed_at_any_point_a_round_goes_on_to_the_same_end(arguments, rater, tmp_path, monkeypatch):
     def arguments_of(name):
         return [*arguments, "--skip_memorisation", "--stand_in", str(rater), "--output_dir", str(tmp_path / name)]
 
-    whole = self_improve.main(arguments_of("whole"))
+    whole = improve(arguments_of("whole"))
     assert whole["ratings"]["raters"] == {"stand-in": 16}
     assert whole["comparison"]["rated 3 by the stand-in"]["n"] == 16
 
@@ -131,21 +137,19 @@ def test_killed_at_any_point_a_round_goes_on_to_the_same_end(arguments, rater, t
         def dies(*_):
             raise Killed
 
-        return [(name, dies if name == victim else stage, made) for name, stage, made in STAGES]
+        return {**rounds.STAGES, victim: dies}
 
-    STAGES = self_improve.STAGES
     for victim in ("ratings", "head", "pipeline", "comparison"):
-        monkeypatch.setattr(self_improve, "STAGES", dying(victim))
-        with pytest.raises(Killed):
-            self_improve.main(arguments_of("cut"))
-    monkeypatch.undo()
-    again = self_improve.main(arguments_of("cut"))
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(rounds, "STAGES", dying(victim))
+            improve(arguments_of("cut"))
+    again = improve(arguments_of("cut"))
     for name in ("ratings", "head", "thresholds"):
         assert again[name] == whole[name], name
     assert again["preference"]["best"]["score"] == whole["preference"]["best"]["score"]
     assert again["comparison"]["accuracy"] == whole["comparison"]["accuracy"]
     # A finished round is not done again.
-    assert self_improve.main(arguments_of("cut")) == again
+    assert improve(arguments_of("cut")) == again
 
 
 def test_overall_is_the_worse_of_both_grades():
@@ -204,15 +208,15 @@ def test_a_head_learns_what_raters_say_of_the_picture_and_keeps_the_finding(make
 )
 def test_bad_arguments_are_told_before_any_work(arguments, change, told, tmp_path):
     with pytest.raises(ValueError, match=told):
-        self_improve.main([*arguments, *change, "--output_dir", str(tmp_path / "round")])
+        improve([*arguments, *change, "--output_dir", str(tmp_path / "round")])
     assert not (tmp_path / "round").exists()
 
 
 def test_ratings_of_other_images_only_are_refused(arguments, tmp_path):
     folder = tmp_path / "round"
-    self_improve.main([*arguments, "--output_dir", str(folder)])
+    improve([*arguments, "--output_dir", str(folder)])
     Image.new("RGB", (64, 64)).save(tmp_path / "other.png")
     given = write_csv(tmp_path / "x.csv", [{"path": "other.png", "Text": "a", "modality": "OCT", "rating": 2}])
     with pytest.raises(ValueError, match="none of 1 ratings is of an image in"):
-        self_improve.main([*arguments, "--output_dir", str(folder), "--ratings", str(given)])
+        improve([*arguments, "--output_dir", str(folder), "--ratings", str(given)])
     assert not (folder / "ratings.csv").exists()

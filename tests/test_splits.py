@@ -72,16 +72,14 @@ def test_another_split_than_those_two_cannot_be_guessed(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*has no column 'split'")
 def test_the_scripts_do_without_the_column_and_hold_out_the_same_rows(tmp_path):
-    from argparse import Namespace
-
-    import add_modality
     import train_classifier
     from PIL import Image
 
     from minim_pipeline import MODALITIES
     from minim_pipeline.evaluation.comparison import modalities_of
+    from minim_pipeline.training.add_modality import AddModalityConfig, read_new
     from minim_pipeline.training.autoencoder import AutoencoderConfig
-    from minim_pipeline.training.common import read_splits
+    from minim_pipeline.training.rows import read_splits
 
     for i in range(20):
         Image.effect_noise((32, 32), 20 + 4 * i).save(tmp_path / f"{i}.png")
@@ -91,7 +89,8 @@ def test_the_scripts_do_without_the_column_and_hold_out_the_same_rows(tmp_path):
 
     config = AutoencoderConfig(train_data=str(path), output_dir=str(tmp_path / "out"))
     assert [row["path"] for row in read_splits(config)[1]] == val
-    new, _ = add_modality.read_new(Namespace(train_data=path, image_root=None), MODALITIES["oct"])
+    adding = AddModalityConfig(train_data=str(path), output_dir="none", modality="oct", no_replay=True)
+    new, _ = read_new(adding, MODALITIES["oct"])
     assert [row["path"] for row in new if row["split"] == "val"] == val
     assert modalities_of(path) == {"oct"}
     call = ["--train_data", path, "--output_dir", tmp_path / "judges", "--part", "all", "--architectures", "resnet"]

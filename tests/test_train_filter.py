@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import train_filter
-from conftest import MODALITIES, write_csv
+from conftest import MODALITIES, run_script, write_csv
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -58,7 +58,7 @@ def arguments(data, make_pipeline, tmp_path_factory):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_run_writes_a_head_and_says_how_well_it_rates(arguments, data, tmp_path, precision):
     graded = ["--ratings", str(data.with_name("ratings.csv")), "--mixed_precision", precision]
-    report = train_filter.main([*arguments, *graded, "--output_dir", str(tmp_path)])
+    report = run_script(train_filter, *arguments, *graded, "--output_dir", str(tmp_path))
     assert report["n"] == 16, "part B is left to the judges"
     assert set(report["finding, val"]) == {"0.0", "1.0", "2.6", "4.0"}
     assert 0 <= report["finding, val"]["1.0"]["auroc"] <= 1 and report["finding, val"]["1.0"]["n"] == 8
@@ -74,26 +74,26 @@ def test_a_run_writes_a_head_and_says_how_well_it_rates(arguments, data, tmp_pat
 
 def test_a_run_goes_on_as_if_unbroken(arguments, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    report = train_filter.main([*arguments, "--output_dir", str(whole)])
+    report = run_script(train_filter, *arguments, "--output_dir", str(whole))
     resumed = ["--resume_from_checkpoint", str(whole / "checkpoint-2")]
-    train_filter.main([*arguments, "--output_dir", str(broken), *resumed])
+    run_script(train_filter, *arguments, "--output_dir", str(broken), *resumed)
     first, second = (
         load_file(folder / "filter_head" / "diffusion_pytorch_model.safetensors") for folder in (whole, broken)
     )
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
     (whole / "materials.safetensors").unlink()
-    assert train_filter.main([*arguments, "--output_dir", str(whole)]) == report, "there is nothing left to do"
+    assert run_script(train_filter, *arguments, "--output_dir", str(whole)) == report, "there is nothing left to do"
     assert not (whole / "materials.safetensors").exists()
 
 
 def test_a_head_has_two_widths(arguments):
     with pytest.raises(ValueError, match=r"--block_out_channels has to be two numbers, got \[8\]"):
-        train_filter.main([*arguments, "--block_out_channels", "8", "--output_dir", "none"])
+        run_script(train_filter, *arguments, "--block_out_channels", "8", "--output_dir", "none")
 
 
 def test_a_run_that_diverges_writes_no_head(arguments, tmp_path):
     with pytest.raises(ValueError, match="the training has diverged"):
-        train_filter.main([*arguments, "--learning_rate", "1e30", "--output_dir", str(tmp_path)])
+        run_script(train_filter, *arguments, "--learning_rate", "1e30", "--output_dir", str(tmp_path))
     assert not (tmp_path / "filter_head").exists() and not (tmp_path / "report.json").exists()
 
 
@@ -101,7 +101,7 @@ def test_grades_that_make_it_diverge_write_no_head(arguments, data, tmp_path):
     """The further steps with people's grades are looked at, too."""
     graded = ["--ratings", str(data.with_name("ratings.csv")), "--rating_steps", "4", "--val_split", "none"]
     with pytest.raises(ValueError, match="the training has diverged"):
-        train_filter.main([*arguments, *graded, "--rating_learning_rate", "1e30", "--output_dir", str(tmp_path)])
+        run_script(train_filter, *arguments, *graded, "--rating_learning_rate", "1e30", "--output_dir", str(tmp_path))
     assert not (tmp_path / "filter_head").exists()
 
 
@@ -111,7 +111,7 @@ def test_val_rows_that_tell_nothing_apart_are_said(arguments, data, tmp_path):
     rows = [row for row in rows if row["split"] == "train" or row["finding"] == "glaucoma"]
     few = write_csv(data.with_name("few.csv"), rows)
     with pytest.warns(UserWarning, match="val rows of one finding a modality only"):
-        report = train_filter.main([*arguments, "--train_data", str(few), "--output_dir", str(tmp_path)])
+        report = run_script(train_filter, *arguments, "--train_data", str(few), "--output_dir", str(tmp_path))
     assert report["steps"] == 4 and "finding, val" not in report
 
 
@@ -120,7 +120,7 @@ def test_bad_ratings_are_told_before_any_work(arguments, data, tmp_path):
     rows[3]["rating"] = "4"
     bad = write_csv(data.with_name("bad.csv"), rows)
     with pytest.raises(ValueError, match="row 4 .*rating has to be 1, 2 or 3, got '4'"):
-        train_filter.main([*arguments, "--ratings", str(bad), "--output_dir", str(tmp_path / "out")])
+        run_script(train_filter, *arguments, "--ratings", str(bad), "--output_dir", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -128,7 +128,7 @@ def test_ratings_of_other_parts_alone_are_told_before_any_work(arguments, data, 
     rows = [row | {"part": "C"} for row in csv.DictReader(open(data.with_name("ratings.csv")))]
     other = write_csv(data.with_name("other.csv"), rows)
     with pytest.raises(ValueError, match="no ratings of part 'A' to learn from; its parts are 'C'"):
-        train_filter.main([*arguments, "--ratings", str(other), "--output_dir", str(tmp_path / "out")])
+        run_script(train_filter, *arguments, "--ratings", str(other), "--output_dir", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

@@ -12,21 +12,14 @@ import pytest
 import torch
 import train_autoencoder
 import train_text_to_image
+from conftest import run_script as run
 from PIL import Image
 from safetensors.torch import load_file
 
 from minim_pipeline.data.image_loading import load_images
 from minim_pipeline.training import denoising, latents
 from minim_pipeline.training.autoencoder import AutoencoderConfig
-from minim_pipeline.training.common import read_splits
-
-
-def run(module, *arguments) -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    module.main([str(a) for a in arguments])
+from minim_pipeline.training.rows import read_splits
 
 
 @pytest.fixture(scope="module")

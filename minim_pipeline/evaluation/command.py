@@ -12,6 +12,7 @@ from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..data.duplicates import file_keys
@@ -39,7 +40,7 @@ def run(options: EvaluateOptions) -> dict:
     missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ValueError(f"the page needs {' and '.join(missing)}: pip install 'minim-pipeline[evaluate]'.")
-    rows, readings = read_rows(options)
+    files, rows, readings = read_rows(options)
     from accelerate import PartialState
 
     from ..data.image_loading import check_values
@@ -48,10 +49,9 @@ def run(options: EvaluateOptions) -> dict:
     from .training_value import run_downstream
 
     # Real images are scaled alike, whichever file names them; the synthetic ones have their own range.
-    files = {"real": options.real, "synthetic": options.synthetic, "train": options.train}
     found = check_values([(rows[name], files[name]) for name in ("real", "train") if name in rows], options.reading)
     if "synthetic" in rows:
-        check_values([(rows["synthetic"], options.synthetic)], readings["synthetic"])
+        check_values([(rows["synthetic"], files["synthetic"])], readings["synthetic"])
 
     # Whatever may be wrong with them shows before images are drawn, which takes long.
     # The main process measures alone, which may take longer than the others wait by default.
@@ -59,15 +59,15 @@ def run(options: EvaluateOptions) -> dict:
     extractors = load_extractors(options, state.device)
     judges = load_judges(options.judges, state.device) if options.judges else None
     if options.pipeline:
-        files["synthetic"], rows["synthetic"] = draw_synthetic(options, rows["real"])
+        files["synthetic"], rows["synthetic"] = draw_synthetic(options, options.pipeline, rows["real"])
     real, synthetic, train = (
         load_set(rows[name], files[name], readings[name], found if name != "synthetic" else None, options.resolution)
         if name in rows
         else None
-        for name in files
+        for name in ("real", "synthetic", "train")
     )
 
-    report = {"made": None, "sets": describe(options, real, synthetic, train), "conversions": []}
+    report: dict[str, Any] = {"made": None, "sets": describe(options, real, synthetic, train), "conversions": []}
     for name, images in (("real", real), ("synthetic", synthetic), ("train", train)):
         report["conversions"] += conversions(name, images, extractors[0].encoder) if images else []
     report["extractors"] = [{"name": extractor.name, "digest": extractor.digest} for extractor in extractors]
@@ -77,8 +77,8 @@ def run(options: EvaluateOptions) -> dict:
         report["made"] = made(state.device, time.monotonic() - start)
         # Already now: training classifiers takes long, and may fail.
         write(report, *shown, options.output_dir)
-    if options.downstream:
-        report["downstream"] = run_downstream(options, state, real, synthetic, train)
+    if options.downstream and options.train:
+        report["downstream"] = run_downstream(options, options.train, state, (real, synthetic, train))
         if state.is_main_process:
             report["made"] = made(state.device, time.monotonic() - start)
             write(report, *shown, options.output_dir)
@@ -86,8 +86,8 @@ def run(options: EvaluateOptions) -> dict:
     return report
 
 
-def read_rows(options: EvaluateOptions) -> tuple[dict[str, list[dict]], dict[str, Reading]]:
-    """By the name of a set, real, train or synthetic: the rows of its CSV, if there is one, and how they are read."""
+def read_rows(options: EvaluateOptions) -> tuple[dict[str, Path], dict[str, list[dict]], dict[str, Reading]]:
+    """By the name of a set, real, train or synthetic: its CSV, if there is one, its rows, and how they are read."""
     # Before any row is read: it may be of a modality that only a model knows.
     for model in filter(None, (options.pipeline, options.low_data_pipeline, options.modalities_from)):
         register_modalities(model)
@@ -95,15 +95,16 @@ def read_rows(options: EvaluateOptions) -> tuple[dict[str, list[dict]], dict[str
     named = options.synthetic is None or "modality" in read_table(options.synthetic)[0]
     own = replace(options.reading, modality=None if named else options.modality, image_root=None)
     readings = {"real": options.reading, "train": options.reading, "synthetic": own}
-    files = {"real": (options.real, options.real_split), "train": (options.train, options.train_split)}
+    given = {"real": options.real, "train": options.train, "synthetic": options.synthetic}
+    files = {name: path for name, path in given.items() if path}
+    splits = {"real": options.real_split, "train": options.train_split, "synthetic": None}
     rows = {}
-    for name, (path, split) in (files | {"synthetic": (options.synthetic, None)}).items():
-        if path:
-            where = {"image_root": readings[name].image_root, "modality": readings[name].modality}
-            rows[name] = read_split(path, split, skip_bad_rows=options.skip_bad_rows, **where)
-    if "train" in rows:
-        check_overlap(rows["real"], options.real, rows["train"], options.train)
-    return rows, readings
+    for name, path in files.items():
+        where: dict[str, Any] = {"image_root": readings[name].image_root, "modality": readings[name].modality}
+        rows[name] = read_split(path, splits[name], skip_bad_rows=options.skip_bad_rows, **where)
+    if "train" in files:
+        check_overlap(rows["real"], files["real"], rows["train"], files["train"])
+    return files, rows, readings
 
 
 def load_extractors(options: ExtractorOptions, device) -> list:
@@ -134,7 +135,7 @@ def load_set(rows: list[dict], path: Path, reading: Reading, found: dict[str, Fo
     from ..data.image_loading import load_images
     from .report import ImageSet
 
-    changes = Counter()
+    changes: Counter[str] = Counter()
     images = load_images(rows, path, resolution, changes=changes, reading=reading, found=found)
     tell(changes, len(rows), path, reading)
     return ImageSet(rows, images, changes)
@@ -147,12 +148,15 @@ def measure(options: EvaluateOptions, sets: tuple, extractors: list, judges) -> 
     from .pictures import collect
     from .report import evaluate
 
-    _, synthetic, train = sets
+    real, synthetic, train = sets
     encoder = extractors[0].encoder
-    report, copies, readings = evaluate(*sets, encoder, extractors, judges, options.label_column)
-    if options.extraction_captions:
+    report, copies, readings = evaluate(real, synthetic, train, encoder, extractors, judges, options.label_column)
+    if options.extraction_captions and options.pipeline:
         drawn = options.extraction_captions, options.extraction_images, batch_size(options)
-        settings = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
+        settings: dict[str, Any] = {
+            "num_inference_steps": options.num_inference_steps,
+            "guidance_scale": options.guidance_scale,
+        }
         pipe = load_for_drawing(options, options.pipeline)
         report["extraction"] = extract_training_images(pipe, train, encoder, copies, *drawn, **settings)
     return report, collect(synthetic, train, copies, readings, options.sheet_images, 6, options.no_real_images)
@@ -199,7 +203,7 @@ def write(report: dict, pictures: dict, curves: dict, folder: Path) -> None:
 def describe(options: EvaluateOptions, real, synthetic, train) -> dict:
     """What was compared, without saying where it lies."""
     sets = {"real": {"file": options.real.name, "split": options.real_split, "n": len(real.rows)}, "train": None}
-    if train:
+    if train and options.train:
         sets["train"] = {"file": options.train.name, "split": options.train_split, "n": len(train.rows)}
     made = {"file": options.synthetic.name if options.synthetic else "synthetic/data.csv", "n": len(synthetic.rows)}
     settings = {}

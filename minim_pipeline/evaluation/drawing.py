@@ -16,14 +16,15 @@ from ..modalities import resolve_modality
 from .options import DrawingOptions, EvaluateOptions
 
 
-def draw_synthetic(options: EvaluateOptions, real_rows: list[dict]) -> tuple[Path, list[dict]]:
+def draw_synthetic(options: EvaluateOptions, model: str, real_rows: list[dict]) -> tuple[Path, list[dict]]:
     """Draws `--num-images` for every caption of the real images into OUTPUT/synthetic, or goes on with that.
 
     Returns:
         The CSV there, and its rows of the images asked for, with the other columns as the real rows have them now.
     """
-    trained = register_modalities(options.pipeline).get("modalities") or None
-    items, unknown = [], Counter()
+    trained = register_modalities(model).get("modalities") or None
+    items: list[Item] = []
+    unknown: Counter[str] = Counter()
     for row in real_rows:
         modality = resolve_modality(row["modality"])
         if trained is not None and modality.id not in trained:
@@ -33,10 +34,11 @@ def draw_synthetic(options: EvaluateOptions, real_rows: list[dict]) -> tuple[Pat
         for _ in range(options.num_images):
             items.append(Item(len(items), row["Text"], modality, options.seed + len(items), extra))
     if not items:
-        raise ValueError(f"{options.pipeline} has learned no modality of {options.real}: {', '.join(unknown)}.")
+        raise ValueError(f"{model} has learned no modality of {options.real}: {', '.join(unknown)}.")
     folder = options.output_dir / "synthetic"
-    shared = {f.name: getattr(options, f.name) for f in fields(SamplingOptions)} | {"batch_size": batch_size(options)}
-    generate(items, folder, GenerateOptions(model=options.pipeline, **shared))
+    shared = options.values(*(f.name for f in fields(SamplingOptions)))
+    shared["batch_size"] = batch_size(options)
+    generate(items, folder, GenerateOptions(model=model, **shared))
     digits = name_digits(folder, len(items))
     asked = {image_name(item.index, digits): item.extra for item in items}
     rows = read_csv(folder / "data.csv")

@@ -17,8 +17,9 @@ from .drawing import batch_size, load_for_drawing
 from .options import EvaluateOptions
 
 
-def run_downstream(options: EvaluateOptions, state, real, synthetic, train) -> dict:
+def run_downstream(options: EvaluateOptions, train_csv: Path, state, sets: tuple) -> dict:
     """`downstream` with the images of the sets and, with `--pipeline`, with as many drawn ones as it needs."""
+    real, synthetic, train = sets
     needed = {"real": real, "train": train} | ({} if options.pipeline else {"synthetic": synthetic})
     missing = [name for name, images in needed.items() if not images.has(options.label_column)]
     if missing:
@@ -28,7 +29,7 @@ def run_downstream(options: EvaluateOptions, state, real, synthetic, train) -> d
         train, real = train.only(learned), real.only(learned)
     low_rows = take_share(train.rows, options.low_data_share, options.label_column)
     folder = options.output_dir / "downstream"
-    write_low_data(options.output_dir / "low_data.csv", low_rows, options.train, state)
+    write_low_data(options.output_dir / "low_data.csv", low_rows, train_csv, state)
     # A little larger than what the classifiers see, so that zooming in finds detail.
     size = min(options.resolution, options.classifier_resolution * 5 // 4 // 8 * 8)
     sources = {}

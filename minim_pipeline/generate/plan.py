@@ -1,6 +1,5 @@
 """Which images to draw: of one prompt, or of a CSV of them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def plan_file(
     path: str | Path,
     num_images: int,
     seed: int,
-    trained: Sequence[str] | None = None,
+    trained: list[str] | None = None,
     skip_bad_rows: bool = False,
     modality: str | None = None,
 ) -> list[Item]:
@@ -55,9 +54,11 @@ def plan_file(
         resolve_modality(row["modality"], trained)
         _check_seeds(_whole_number("seed", row.get("seed") or seed, 0), number_of(row))
 
-    items = []
-    options = {"require": ("Text", "modality"), "check_images": False, "check": check, "modality": modality}
-    for row in read_csv(path, skip_bad_rows=skip_bad_rows, **options):
+    items: list[Item] = []
+    need = ("Text", "modality")
+    for row in read_csv(
+        path, skip_bad_rows=skip_bad_rows, require=need, check_images=False, check=check, modality=modality
+    ):
         count = number_of(row)
         first = int(row.get("seed") or seed + len(items))
         known = ("Text", "modality", "num_images", "seed", "path")

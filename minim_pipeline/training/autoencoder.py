@@ -31,10 +31,11 @@ from .. import resolve_modality
 from ..cli import say
 from ..data.image_loading import load_images
 from ..disk import save_model
-from .common import hold_images, read_splits
 from .config import Count, DataOptions, RunOptions, Share, Weight, option
 from .hub import push_parts
+from .latents import hold_images
 from .reconstruction import highest_octave, normalise_latents, reconstruction_figures, save_pairs
+from .rows import read_splits
 from .run import Run
 
 

@@ -1,20 +1,26 @@
 """What a run leaves to go on from: checkpoints, each whole or not at all, and the word that it is finished."""
 
-import argparse
 import json
 import math
 import os
 import re
 import shutil
 import zipfile
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 
-from minim_pipeline.disk import count_bytes, enough_room
-from minim_pipeline.files import atomic_path
-from minim_pipeline.finite import check_weights
+from ..disk import count_bytes, enough_room
+from ..files import atomic_path, write_json
+from ..finite import check_weights
+from .config import Options, RunOptions
+
+
+FINISHED = "finished.json"
 
 
 # Writing
@@ -79,50 +85,45 @@ def broken_part(checkpoint: Path) -> str | None:
 
 
 # What may differ between a run and its continuation: where it lies, and how long and how closely it is watched.
-_MAY_CHANGE = {
+MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "max_train_steps", "max_train_minutes", "validation_steps"),
     *("checkpointing_steps", "checkpoints_total_limit", "report_to", "compile", "gradient_checkpointing"),
     *("push_to_hub", "hub_model_id"),
 }
 
 
-def check_arguments(args: argparse.Namespace, folder: Path, what: str | Path) -> None:
+def check_arguments(config: RunOptions, folder: Path, what: str | Path) -> None:
     """Raises ValueError if the run in `folder`, of which `what` is to go on, had other arguments."""
     if not (folder / "arguments.json").is_file():
         return
-    before = json.loads((folder / "arguments.json").read_text())
-    now = json.loads(json.dumps(vars(args), default=str))
-    other = [k for k in now if k not in _MAY_CHANGE and k in before and before[k] != now[k]]
-    if other:
-        told = "; ".join(f"--{k} was {before[k]!r}, now {now[k]!r}" for k in other)
-        raise ValueError(f"{what} is of a run with other arguments: {told}.")
+    check_unchanged(json.loads((folder / "arguments.json").read_text()), config, MAY_CHANGE, f"{what} is of a run")
 
 
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
+def check_unchanged(before: Mapping[str, Any], config: Options, may_change: Collection[str], what: str) -> None:
+    """Raises ValueError if an option that is not of `may_change` is another than it was `before`, in `what`."""
+    now = json.loads(json.dumps(asdict(config)))
+    changed = [name for name in now if name not in may_change and name in before and before[name] != now[name]]
+    if changed:
+        changes = "; ".join(f"--{name} was {before[name]!r}, now {now[name]!r}" for name in changed)
+        raise ValueError(f"{what} with other arguments: {changes}.")
+
+
+def find_checkpoint(config: RunOptions) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` names; None if there is nothing to resume from.
 
     Of `latest` it is the newest that is whole; one that is broken is said, and passed over.
 
     Raises:
-        ValueError: a checkpoint is named that does not exist, or is broken; the folder holds a run and nothing was
-            said of it; or the run had other arguments, or another number of processes, and so could not be continued
-            as if it had never stopped.
+        ValueError: a checkpoint is named that does not exist, or is broken; or the run had other arguments, or
+            another number of processes, and so could not be continued as if it had never stopped.
     """
-    argument, existing = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
-    if argument is None and (existing or (Path(args.output_dir) / "log.jsonl").is_file()):
-        found = ", ".join(p.name for p in existing) or "none"
-        raise ValueError(
-            f"{args.output_dir} holds an earlier run (checkpoints: {found}): give --resume_from_checkpoint latest to "
-            "go on with it, or another --output_dir."
-        )
-    if argument is None:
-        return None
+    argument, existing = config.resume_from_checkpoint, list_checkpoints(config.output_dir)
     if argument == "latest":
         checkpoint = newest_whole(existing)
         if checkpoint is None:
-            if (Path(args.output_dir) / FINISHED).is_file():
+            if (config.output / FINISHED).is_file():
                 raise ValueError(
-                    f"{args.output_dir} holds a finished run and no checkpoint to go on from: choose another"
+                    f"{config.output_dir} holds a finished run and no checkpoint to go on from: choose another"
                     " --output_dir."
                 )
             return None
@@ -136,7 +137,7 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
         if why:
             others = ", ".join(p.name for p in list_checkpoints(checkpoint.parent) if not broken_part(p)) or "none"
             raise ValueError(f"{checkpoint} is broken: {why}. Whole ones beside it: {others}.")
-    check_arguments(args, checkpoint.parent, checkpoint)
+    check_arguments(config, checkpoint.parent, checkpoint)
     before, now = len(list(checkpoint.glob("random_states_*.pkl"))), PartialState().num_processes
     if before != now:
         raise ValueError(f"{checkpoint} is of a run of {before} processes, and now there are {now}.")
@@ -162,19 +163,40 @@ def newest_whole(checkpoints: list[Path]) -> Path | None:
     return None
 
 
+def note_arguments(config: RunOptions, checkpoint: Path | None) -> None:
+    """Writes `arguments.json`; of an earlier log only what is before the checkpoint stays.
+
+    That is without the validation after the same step, which is done again.
+    """
+    output = config.output
+    output.mkdir(parents=True, exist_ok=True)
+    (output / FINISHED).unlink(missing_ok=True)
+    write_json(output / "arguments.json", asdict(config))
+    # Without a checkpoint everything is done again, what comes before the first step too.
+    log, step = output / "log.jsonl", step_of(checkpoint) if checkpoint else -1
+
+    def stays(line: str) -> bool:
+        if not line.endswith("\n"):  # the process was killed while it wrote
+            return False
+        record = json.loads(line)
+        return record["step"] < step or (record["step"] == step and record["kind"] == "train")
+
+    if log.is_file():
+        with atomic_path(log) as temporary:
+            temporary.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if stays(line)))
+
+
 # The end
 
-FINISHED = "finished.json"
 
-
-def note_finished(args: argparse.Namespace, schedule) -> None:
+def note_finished(config: RunOptions, schedule) -> None:
     """Says in `finished.json`, after everything else is written, that the run is over, and how far it was to go."""
-    limits = {"max_train_steps": args.max_train_steps, "max_train_minutes": args.max_train_minutes}
-    with atomic_path(Path(args.output_dir) / FINISHED) as temporary:
+    limits = {"max_train_steps": config.max_train_steps, "max_train_minutes": config.max_train_minutes}
+    with atomic_path(config.output / FINISHED) as temporary:
         temporary.write_text(json.dumps({"step": schedule.step, **limits}, indent=2) + "\n")
 
 
-def is_finished(args: argparse.Namespace) -> bool:
+def is_finished(config: RunOptions) -> bool:
     """Whether `--resume_from_checkpoint latest` finds a run that has nothing left to do, which is then said.
 
     A run of more steps or minutes than the finished one goes on from its last checkpoint.
@@ -182,15 +204,15 @@ def is_finished(args: argparse.Namespace) -> bool:
     Raises:
         ValueError: the run had other arguments.
     """
-    file = Path(args.output_dir) / FINISHED
-    if args.resume_from_checkpoint != "latest" or not file.is_file():
+    file = config.output / FINISHED
+    if config.resume_from_checkpoint != "latest" or not file.is_file():
         return False
-    check_arguments(args, file.parent, file.parent)
+    check_arguments(config, file.parent, file.parent)
     held = json.loads(file.read_text())
-    if args.max_train_steps > held["max_train_steps"]:
+    if config.max_train_steps > held["max_train_steps"]:
         return False
-    if (args.max_train_minutes or math.inf) > (held["max_train_minutes"] or math.inf):
+    if (config.max_train_minutes or math.inf) > (held["max_train_minutes"] or math.inf):
         return False
     if PartialState().is_main_process:
-        print(f"{args.output_dir} holds a finished run of {held['step']} steps: there is nothing left to do.")
+        print(f"{config.output_dir} holds a finished run of {held['step']} steps: there is nothing left to do.")
     return True

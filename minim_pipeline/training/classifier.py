@@ -19,10 +19,9 @@ from ..evaluation.judges import Judges, accuracy_report, claimed_classes, class_
 from ..files import write_json
 from ..locking import locked
 from ..modalities import resolve_modality
-from .common import know_modalities
 from .config import Count, CsvOptions, HubOptions, Precision, Share, Weight, Whole, option
 from .hub import check_hub, push_parts
-from .rows import image_paths, mirrored, tell_mirrored, tell_repeats
+from .rows import image_paths, know_modalities, mirrored, tell_mirrored, tell_repeats
 
 
 # Options that name places of the machine, or its size: a report shows none of them.

@@ -13,10 +13,10 @@ are made as they stand. Wherever they come from, what no run can have is refused
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -151,7 +151,12 @@ def check_tracker(name: str | None) -> None:
         raise ValueError(f"--report_to {name} is not installed here; installed: {', '.join(installed) or 'none'}.")
 
 
-def parse(config: type[Config], argv: Sequence[str] | None = None, description: str | None = None) -> Config:
+def parse(
+    config: type[Config],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Config:
     """Options from a command line, whose first argument may be a YAML file with more of them.
 
     What stands on the command line replaces what the file says.
@@ -159,6 +164,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, description: 
     Args:
         argv: default: that of the process.
         description: the script's docstring, for `--help`.
+        defaults: of options for which the command line may have others.
 
     Raises:
         ValueError: an option has a value that is not possible.
@@ -169,6 +175,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None, description: 
     parser = HfArgumentParser(config, description=description, formatter_class=raw, allow_abbrev=False)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments = [*yaml_arguments(arguments[0]), *arguments[1:]]
+    arguments = [*as_arguments(defaults or {}), *arguments]
     found, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
@@ -182,8 +189,13 @@ def yaml_arguments(path: str | Path) -> list[str]:
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{path} has to be a table of options, `name: value` in each line, got {content!r}.")
+    return as_arguments(content)
+
+
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options as a command line has them, without those that are None."""
     arguments = []
-    for name, value in content.items():
+    for name, value in options.items():
         if value is not None:
             arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return arguments

@@ -1,6 +1,5 @@
 """`--push_to_hub` and `--hub_model_id`, as in diffusers' examples: a training script publishes what it made."""
 
-import argparse
 import shutil
 import tempfile
 from pathlib import Path
@@ -29,41 +28,23 @@ Parts of a `MinimPipeline`, trained by `{script}.py`: {parts}.
 {note}"""
 
 
-def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
-    hub = parser.add_argument_group("Hugging Face Hub")
-    hub.add_argument("--push_to_hub", action="store_true", help="Publish the result; needs `hf auth login`.")
-    hub.add_argument("--hub_model_id", help="Where to, owner/name; default: the name of --output_dir, one's own.")
-
-
-def check_hub_arguments(args: argparse.Namespace) -> None:
-    """Raises ValueError if the result could not be published, before any time is spent on making it."""
-    if args.push_to_hub:
-        check_target(connect(), target(args), "model")
-    elif args.hub_model_id:
-        raise ValueError(f"--hub_model_id {args.hub_model_id} is of no use without --push_to_hub.")
-
-
 def check_hub(config: HubOptions) -> None:
     """Raises ValueError if the result could not be published, before any time is spent on making it."""
     if config.push_to_hub:
         check_target(connect(), config.hub_target, "model")
 
 
-def target(args: argparse.Namespace) -> str:
-    return args.hub_model_id or Path(args.output_dir).resolve().name
-
-
-def push_pipeline(args: argparse.Namespace, folder: str | Path) -> None:
+def push_pipeline(config: HubOptions, folder: str | Path) -> None:
     """Publishes a whole pipeline, if that was asked for."""
-    if args.push_to_hub:
-        print(f"published: {publish(MinimPipeline.from_pretrained(folder), target(args))}")
+    if config.push_to_hub:
+        print(f"published: {publish(MinimPipeline.from_pretrained(folder), config.hub_target)}")
 
 
-def push_parts(args: argparse.Namespace, script: str, *parts: str | Path) -> None:
+def push_parts(config: HubOptions, script: str, *parts: str | Path) -> None:
     """Publishes parts of a pipeline, if that was asked for: a folder under its name, a file at the top."""
-    if not args.push_to_hub:
+    if not config.push_to_hub:
         return
-    api, repo_id = connect(), target(args)
+    api, repo_id = connect(), config.hub_target
     with tempfile.TemporaryDirectory(prefix="minim-") as temporary:
         folder = Path(temporary)
         for part in map(Path, parts):
@@ -75,7 +56,7 @@ def push_parts(args: argparse.Namespace, script: str, *parts: str | Path) -> Non
             known = api.repo_exists(repo_id) and api.file_exists(repo_id, "README.md")
         if not known:
             names = ", ".join(f"`{Path(part).name}`" for part in parts)
-            base = getattr(args, "pretrained_model_name_or_path", None)
+            base = getattr(config, "pretrained_model_name_or_path", None)
             inherited = (license_of(base) if base else None) or {"license": "unknown"}
             lines = "\n".join(f"{field}: {value}" for field, value in inherited.items() if field != "of")
             place = script if "/" in script else f"train/{script}"

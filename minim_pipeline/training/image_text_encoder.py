@@ -40,10 +40,9 @@ from ..files import write_json
 from ..finite import check_weights
 from ..modalities import resolve_modality
 from .captions import load_captions, phrase
-from .common import know_modalities
 from .config import Count, CsvOptions, Positive, RunOptions, Share, Weight, Whole, option
 from .hub import push_parts
-from .rows import image_paths, tell_repeats
+from .rows import image_paths, know_modalities, tell_repeats
 from .run import Run
 
 

@@ -17,8 +17,8 @@ from ..data.image_loading import check_values, key_of, load_images
 from ..data.image_reader import tell
 from ..disk import count_bytes, whole_file
 from ..evaluation.memorisation import copy_share, nearest_distances
-from .common import hold_images, step_generator
 from .config import DataOptions
+from .randomness import step_generator
 from .rows import mirrored, tell_mirrored
 from .run import Run
 
@@ -218,3 +218,10 @@ def memorised_share(
         copies += share * len(latents)
         total += len(latents)
     return round(copies / max(1, total), 4)
+
+
+def hold_images(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Keeps the images on the device if they take less than a quarter of its free memory, else where they are."""
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        return images.to(device)
+    return images

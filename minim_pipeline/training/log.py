@@ -48,3 +48,8 @@ class Log:
         flat = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
         self.accelerator.log(flat, step=self.schedule.step)
         self.bar.write(f"[{kind}] " + json.dumps({k: v for k, v in record.items() if k != "kind"}))
+
+
+def read_log(output_dir: str | Path) -> list[dict]:
+    """The records of the run in a folder."""
+    return [json.loads(line) for line in (Path(output_dir) / "log.jsonl").read_text().splitlines()]

@@ -1,13 +1,13 @@
 """The rows to learn from and to validate on: new ones, and old ones that a base has learned and is to know still."""
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 
 from .. import MODALITIES, resolve_modality
 from ..loading import register_modalities
-from .common import check_processes, judgeable, read_splits
 from .config import DataOptions
-from .rows import image_paths, tell_overlap
+from .rows import check_processes, image_paths, read_splits, tell_overlap
 
 
 @dataclass
@@ -78,3 +78,22 @@ def check_known(rows: list[dict], source: str, index: dict, model: str) -> None:
             f"{source}, to replay, has rows of {', '.join(map(repr, sorted(unknown)))}, which {model} has not learned;"
             f" it has learned: {', '.join(learned) or 'none'}."
         )
+
+
+def judgeable(val_rows: list[dict], train_rows: list[dict], index: dict, source: str) -> list[dict]:
+    """The val rows of modalities that the model learns here, or has learned, by its `model_index.json`.
+
+    Of others it cannot know anything; they are left out, with a word. So are copies of train images where none are
+    learned from.
+    """
+    learned = {resolve_modality(row["modality"]).id for row in train_rows}
+    known = learned | set(index.get("modalities") or [])
+    counts = Counter(resolve_modality(row["modality"]).id for row in val_rows)
+    for names, what in (
+        (counts.keys() - known, "val rows are left out"),
+        (counts.keys() & known - learned, "copies of train images are not looked for"),
+    ):
+        if names:
+            told = ", ".join(f"{name!r} ({counts[name]} val rows)" for name in sorted(names))
+            warnings.warn(f"{source} has no train rows of {told}: {what}.", stacklevel=2)
+    return [row for row in val_rows if resolve_modality(row["modality"]).id in known]

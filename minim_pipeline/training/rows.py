@@ -1,43 +1,57 @@
-"""What is read of a data set, and said of it before training: images that are there twice, that may be mirrored, and
-captions that are longer than a text encoder reads."""
+"""The rows of a data set, and what is said of them before training: images that are there twice, that may be mirrored,
+and captions that are longer than a text encoder reads."""
 
-import argparse
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import CLIPTokenizer
 
-from minim_pipeline import may_mirror, resolve_modality
-from minim_pipeline.cli import say
-from minim_pipeline.data.duplicates import file_keys
-from minim_pipeline.data.sources import resolve_path
-from minim_pipeline.tokens import cut_texts
+from .. import may_mirror, resolve_modality
+from ..cli import say
+from ..data import splits
+from ..data.duplicates import file_keys
+from ..data.image_loading import check_values
+from ..data.sources import resolve_path
+from ..loading import register_modalities
+from ..tokens import cut_texts
+from .config import CsvOptions, DataOptions
 
 
 NAMED = 5  # images that a warning names
 
 
-def add_csv_arguments(parser) -> None:
-    """Options for a CSV that was written elsewhere, see `csv_options`."""
-    parser.add_argument("--modality", help="Of all rows of --train_data, where it has no such column.")
-    parser.add_argument(
-        "--image_root",
-        help="Look for the images of --train_data here: by their whole path, or what is left of it without its first "
-        "folders.",
-    )
+def know_modalities(config: CsvOptions) -> None:
+    """Registers what the pipelines of the options define; before any row is read."""
+    base = getattr(config, "pretrained_model_name_or_path", None)
+    if base and Path(base).is_dir() and not (Path(base) / "model_index.json").is_file():
+        base = None  # parts of a pipeline
+    for model in filter(None, (base, config.modalities_from)):
+        register_modalities(model)
 
 
-def add_mirror_argument(parser) -> None:
-    parser.add_argument(
-        "--no_mirror",
-        action="store_true",
-        help="Mirror no image. Without it, those of modalities that look the same mirrored are, unless the caption "
-        "names a side.",
-    )
+def read_splits(data: DataOptions) -> tuple[list[dict], list[dict]]:
+    """The rows to train on and those to validate on; every image is looked at before training starts.
+
+    Images that are there twice are told.
+    """
+    know_modalities(data)
+    wanted = None if data.split == "all" else data.split, None if data.val_split == "none" else data.val_split
+    options = {"skip_bad_rows": data.skip_bad_rows, **data.csv_options}
+    train, val = splits.read_splits(data.train_data, *wanted, **options)
+    if not train:
+        raise ValueError(f"{data.train_data} has no rows to train on: all are of --val_split {data.val_split!r}.")
+    train, val = train[: data.max_train_samples], val[: data.max_train_samples]
+    # Images that cannot be read as they are meant are refused now, and not when the networks are there.
+    check_values([(train, data.train_data), (val, data.train_data)], data.reading)
+    tell_repeats(data.train_data, image_paths(train, data.train_data), image_paths(val, data.train_data))
+    return train, val
 
 
-def csv_options(args: argparse.Namespace) -> dict:
-    """What `read_csv` needs to know of `--train_data`: `--modality` and `--image_root`."""
-    return {"modality": args.modality, "image_root": args.image_root}
+def check_processes(rows: list[dict], what: str) -> None:
+    """Raises ValueError if there are fewer rows than processes, each of which takes its share."""
+    processes = PartialState().num_processes
+    if len(rows) < processes:
+        raise ValueError(f"{what} has {len(rows)} rows for {processes} processes: start fewer, or give more rows.")
 
 
 def image_paths(rows: list[dict], csv_path: str | Path) -> list[Path]:

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from diffusers.training_utils import EMAModel
 
 from ..finite import FiniteLoss
 from ..locking import locked
-from .checkpoints import find_checkpoint, is_finished, note_finished, save_checkpoint
-from .common import note_arguments, start_trackers, step_generator
+from .checkpoints import find_checkpoint, is_finished, note_arguments, note_finished, save_checkpoint
 from .config import RunOptions
 from .hub import check_hub
 from .log import Log
+from .randomness import step_generator
 from .schedule import Schedule
 
 
@@ -76,11 +77,10 @@ class Run:
         name: str,
         gradient_accumulation_steps: int = 1,
         look_every: int = 16,
-        mixed_precision: str | None = None,
     ):
         self.config, self.name, self.output = config, name, config.output
         self.accelerator = Accelerator(
-            mixed_precision=mixed_precision or config.mixed_precision,
+            mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=gradient_accumulation_steps,
             log_with=config.report_to,
             project_dir=config.output_dir,
@@ -103,8 +103,7 @@ class Run:
         Args:
             name: for the trackers.
             keywords: of `gradient_accumulation_steps`; `look_every`: steps from one look at the clock, the losses
-                and SIGTERM to the next, where looking makes the device or other processes wait; `mixed_precision`
-                of what is trained, where the config's is that of frozen networks.
+                and SIGTERM to the next, where looking makes the device or other processes wait.
 
         Raises:
             ValueError: another run has the folder now; it holds a run with other options or another number of
@@ -137,7 +136,10 @@ class Run:
                 part.to(self.device)
         if self.is_main:
             note_arguments(self.config, self.checkpoint)
-        start_trackers(self.accelerator, self.name, self.config)
+        if self.config.report_to:
+            options = asdict(self.config).items()  # in types that all trackers take
+            options = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in options}
+            self.accelerator.init_trackers(self.name, config=options)
         self.log = Log(self.accelerator, self.config.output_dir, self.schedule, self.images_a_step)
 
     def train(

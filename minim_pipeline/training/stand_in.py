@@ -15,10 +15,10 @@ from ..evaluation.stand_in import FOLDS, StandIn, realism_of
 from ..files import write_json
 from ..locking import locked
 from . import classifier
-from .common import know_modalities
 from .config import Count, CsvOptions, HubOptions, Precision, Whole, option
 from .filter.report import auroc
 from .hub import check_hub, push_parts
+from .rows import know_modalities
 
 
 KINDS = [("any", "generated"), ("any", "real")]
@@ -47,7 +47,7 @@ class StandInConfig(CsvOptions, HubOptions):
         shared = ["train_data", "modality", "image_root", "modalities_from", "no_mirror", "fit", "window", "width"]
         shared += ["min_train", "min_val", "mixed_precision", "seed"]
         return classifier.ClassifierConfig(
-            **{name: getattr(self, name) for name in shared},
+            **self.values(*shared),
             output_dir=str(self.output / "findings"),
             part=[self.part],
             architectures=["resnet"],

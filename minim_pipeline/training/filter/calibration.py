@@ -25,10 +25,9 @@ from ...evaluation.judges import claimed_classes, class_of, finds_asked, load_ju
 from ...files import write_json
 from ...locking import locked
 from ...minim_filter.selection import Thresholds
-from ..common import know_modalities
 from ..config import Count, CsvOptions, HubOptions, Precision, Range, Share, Whole, option
 from ..hub import check_hub, push_parts
-from ..rows import image_paths, tell_repeats
+from ..rows import image_paths, know_modalities, tell_repeats
 from .candidates import draw_candidates
 from .copies import fingerprints, fit_code, plant, pooled_features, veto_report
 from .curves import acceptance_curves, noise_curves

@@ -15,8 +15,8 @@ from ...data.image_reader import files_key
 from ...evaluation.judges import Judges, class_of, load_judges
 from ...evaluation.sampling import joined
 from ...loading import model_identity
-from ..common import step_generator
 from ..latents import augment
+from ..randomness import step_generator
 from ..rows import mirrored, tell_mirrored
 from . import rubric
 from .config import FilterConfig

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 from ... import MinimPipeline
 from ...data.image_loading import load_images
 from ...minim_filter import FilterHead
-from ..common import step_generator
+from ..randomness import step_generator
 from .config import FilterConfig
 from .data import encode, versions
 from .lessons import Lessons, join_batches

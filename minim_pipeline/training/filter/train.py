@@ -23,8 +23,8 @@ from ...evaluation.judges import claimed_classes, class_of
 from ...files import write_json
 from ...minim_filter import FilterHead
 from ..captions import load_captions
-from ..common import read_splits
 from ..hub import push_parts
+from ..rows import read_splits
 from ..run import Run
 from .class_captions import Captions
 from .config import FilterConfig
@@ -64,7 +64,9 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             head.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=config.adam_weight_decay
         )
-        self.head, self.optimizer = run.accelerator.prepare(head, optimizer)
+        head, self.optimizer = run.accelerator.prepare(head, optimizer)
+        # As it was: its own arithmetic is fp32, always.
+        self.head = run.accelerator.unwrap_model(head, keep_fp32_wrapper=False)
         run.images_a_step *= 2  # as many from trajectories as from the pool
         run.begin(self.ema)
         if self.val_rows:
@@ -159,8 +161,7 @@ def train(config: FilterConfig) -> dict:
     Raises:
         ValueError: there are several processes, no rows or ratings to learn from, or as `Run.open`.
     """
-    # The head's own arithmetic is fp32, always.
-    with Run.open(config, "minim-filter", mixed_precision="no") as run:
+    with Run.open(config, "minim-filter") as run:
         if run.accelerator.num_processes > 1:
             raise ValueError(f"train_filter.py is run by one process, got {run.accelerator.num_processes}.")
         if run.finished:

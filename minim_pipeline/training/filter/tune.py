@@ -33,10 +33,10 @@ from ...files import write_json
 from ...locking import locked
 from ...minim_filter import FilterHead, FilterHeadOutput
 from ...tokens import tokenize
-from ..common import step_generator
 from ..config import Count, HubOptions, Options, Precision, ReadingOptions, Share, Weight, Whole, option
 from ..hub import check_hub, push_parts
 from ..preference.rewards import overall
+from ..randomness import step_generator
 from .data import encode
 from .estimates import NoisedEstimates
 from .raters import Raters, learn_from_raters, read_ratings

@@ -4,8 +4,8 @@ import torch
 
 from ... import MODALITIES, MinimPipeline, resolve_modality
 from ..captions import load_captions, phrase
-from ..common import check_processes, read_splits
 from ..latents import Latents
+from ..rows import check_processes, read_splits
 from ..run import Run
 from .config import PreferenceConfig
 

@@ -6,8 +6,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from ... import FilterHead
 from ...finite import check_loss
-from ..common import step_generator
 from ..denoising import clean_estimate, loss_weights, squared_error
+from ..randomness import step_generator
 from .config import PreferenceConfig
 from .prompts import Texts
 from .replay import Replay

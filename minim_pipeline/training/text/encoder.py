@@ -23,10 +23,9 @@ from ...disk import save_model
 from ...files import write_json
 from ...modalities import MODALITIES
 from ..captions import load_captions
-from ..common import know_modalities
 from ..config import Count, RunOptions, Weight, Whole, option
 from ..hub import push_parts
-from ..rows import tell_cut
+from ..rows import know_modalities, tell_cut
 from ..run import Run
 from .measure import measure
 from .student import Distillation, Heads, build_student, embed

@@ -1,0 +1,1 @@
+"""A round of self-improvement: from a pipeline to a better one, by way of ratings."""
