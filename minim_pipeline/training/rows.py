@@ -2,6 +2,7 @@
 and captions that are longer than a text encoder reads."""
 
 from pathlib import Path
+from typing import Protocol
 
 from accelerate import PartialState
 from transformers import CLIPTokenizer
@@ -14,13 +15,19 @@ from ..data.image_loading import check_values
 from ..data.sources import resolve_path
 from ..loading import register_modalities
 from ..tokens import cut_texts
-from .config import CsvOptions, DataOptions
+from .config import DataOptions
 
 
 NAMED = 5  # images that a warning names
 
 
-def know_modalities(config: CsvOptions) -> None:
+class KnowsModalities(Protocol):
+    """Options that may name a pipeline whose modalities are to be known."""
+
+    modalities_from: str | None
+
+
+def know_modalities(config: KnowsModalities) -> None:
     """Registers what the pipelines of the options define; before any row is read."""
     base = getattr(config, "pretrained_model_name_or_path", None)
     if base and Path(base).is_dir() and not (Path(base) / "model_index.json").is_file():

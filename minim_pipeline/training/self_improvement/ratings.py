@@ -1,6 +1,7 @@
 """What is rated in a round, and by whom: prompts, candidates, and each rating of a candidate once."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -60,15 +61,15 @@ def take_ratings(config: SelfImproveConfig) -> None:
     Raises:
         ValueError: none of the ratings is of a candidate, or the stand-in knows none of their findings.
     """
-    rows = match_ratings(config) if config.ratings else rate_by_stand_in(config)
+    rows = match_ratings(config, config.ratings) if config.ratings else rate_by_stand_in(config)
     columns = ("path", *PROMPT, "rating", "rater", "seed")
     write_json(config.output / "taken.json", {"ratings": image_digest(config.ratings) if config.ratings else None})
     rows = [{name: row[name] for name in columns} | {"path": f"candidates/{row['path']}"} for row in rows]
     write_csv(config.output / "ratings.csv", rows)
 
 
-def match_ratings(config: SelfImproveConfig) -> list[dict]:
-    """The candidates that people rated, once for each rating.
+def match_ratings(config: SelfImproveConfig, ratings: str) -> list[dict]:
+    """The candidates that people rated in the CSV `ratings`, once for each rating.
 
     A picture is known by its content, of which the rating page notes a digest: every round has a 0000.png. Where there
     is no digest, it is known by its place.
@@ -77,9 +78,9 @@ def match_ratings(config: SelfImproveConfig) -> list[dict]:
     candidates = read_csv(folder / "data.csv", check_images=False)
     places = {(folder / row["path"]).resolve(): row for row in candidates}
     digests = {image_digest(place): row for place, row in places.items()}
-    found, rows = {}, read_ratings(config.ratings, check_images=False)
+    found, rows = {}, read_ratings(ratings, check_images=False)
     for row in sorted(rows, key=lambda row: row.get("time") or ""):
-        place = Path(resolve_path(row, config.ratings)).resolve()
+        place = Path(resolve_path(row, ratings)).resolve()
         candidate = digests.get(row["digest"]) if row.get("digest") else places.get(place)
         if candidate is not None:
             # Of one and the same rating the later word counts.
@@ -87,14 +88,15 @@ def match_ratings(config: SelfImproveConfig) -> list[dict]:
             found[key] = candidate | {"rating": row["rating"], "rater": row["rater"]}
     left = len(rows) - len(found)
     if not found:
-        raise ValueError(f"{config.ratings}: none of {left} ratings is of an image in {folder}.")
+        raise ValueError(f"{ratings}: none of {left} ratings is of an image in {folder}.")
     print(f"{len(found)} ratings taken; {left} of other images, or given twice, are left alone")
     return list(found.values())
 
 
 def rate_by_stand_in(config: SelfImproveConfig) -> list[dict]:
     """The candidates of findings that the stand-in has learned, with its ratings."""
-    rater = StandIn.from_pretrained(config.stand_in, "cuda" if torch.cuda.is_available() else "cpu")
+    stand_in = cast(str, config.stand_in)  # the options have it where they have no ratings
+    rater = StandIn.from_pretrained(stand_in, "cuda" if torch.cuda.is_available() else "cpu")
     source = config.output / "candidates" / "data.csv"
     rows = read_csv(source, check_images=False)
     rows = [row | {"modality": resolve_modality(row["modality"]).id} for row in rows]
