@@ -2,84 +2,70 @@
 
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from . import EMBEDDED_CHECKPOINT
-from .data.image_reader import Reading, tell
+from .data.image_reader import tell
 from .data.sources import resolve_path
 from .data.splits import read_split
 from .files import write_csv
-from .generate.command import load_pipeline, register_modalities
+from .generate.options import ModelOptions
+from .loading import load_pipeline, register_modalities
 from .modalities import resolve_modality
+from .options import Count, TableOptions, option
 
 
-def score_csv(
-    data: str | Path,
-    *,
-    output: str | Path | None = None,
-    model: str = str(EMBEDDED_CHECKPOINT),
-    split: str | None = None,
-    modality: str | None = None,
-    image_root: str | Path | None = None,
-    device: str | None = None,
-    batch_size: int = 16,
-    keep_copies: bool = False,
-    skip_bad_rows: bool = False,
-    quiet: bool = False,
-    fit: str = "stretch",
-    window: tuple[float, float] | None = None,
-) -> tuple[Path, list[dict[str, str]]]:
-    """Rates every image of a CSV for its caption.
+@dataclass(kw_only=True)
+class ScoreOptions(ModelOptions, TableOptions):
+    """Which images are rated, by which model, and into which file."""
 
-    Args:
-        data: CSV in MINIM's format, `path,Text,modality`; other columns are carried through.
-        output: CSV with the columns `score`, `quality` and `finding` added, ratings from 1 to 3, `accepted`, and
-            `reason`, why not: quality, finding or copy; by default `NAME-scored.csv` beside `data`.
-        model: a pipeline with a filter head, a folder or an id on the Hub.
-        split: only the rows of this split.
-        modality: of all rows, where `data` has no such column.
-        image_root: folder to look for the images in, see `resolve_path`; by default they lie beside `data`.
-        device: by default a GPU if there is one.
-        batch_size: images rated together.
-        keep_copies: do not reject copies of the model's training images, nor those images themselves.
-        skip_bad_rows: leave bad rows out instead of stopping.
-        quiet: no progress bar.
-        fit, window: how images are read, as of `image_reader.Reading`; what was done to them is told on stderr.
+    data: Path = option(help="Columns path,Text,modality; others are carried through.")
+    output: Path | None = option(None, "Default: NAME-scored.csv beside the data.")
+    split: str | None = option(None, "Only its rows of this split.")
+    device: str | None = option(None, "E.g. cpu, cuda (default: a GPU if there is one).")
+    batch_size: Count = option(16, "Images rated together.")
+    keep_copies: bool = option(False, "Do not reject the model's training images and copies.")
+    skip_bad_rows: bool = option(False, "Leave bad rows of the CSV out instead of stopping.")
+    quiet: bool = option(False, "No progress bar, and nothing said at the end.")
+
+
+def score_csv(options: ScoreOptions) -> tuple[Path, list[dict[str, str]]]:
+    """Rates every image of a CSV for its caption; what was done to the images on reading is told on stderr.
 
     Returns:
-        The path written, and its rows.
+        The path written, and its rows: those of the data, `score`, `quality` and `finding`, ratings from 1 to 3,
+        `accepted`, and `reason`, why not: quality, finding or copy.
 
     Raises:
         ValueError: the model has no filter head, or rows are bad, or what the images' values mean cannot be known.
     """
-    root = image_root and str(image_root)
-    data, reading = Path(data), Reading(fit, tuple(window) if window else None, modality, root)
-    output = Path(output) if output is not None else data.with_name(f"{data.stem}-scored.csv")
-    index = register_modalities(model)
+    data, reading = options.data, options.reading
+    output = options.output or data.with_name(f"{data.stem}-scored.csv")
+    index = register_modalities(options.model)
     if not (index.get("filter_head") or [None])[0]:
-        raise ValueError(f"{model} has no filter to score with.")
+        raise ValueError(f"{options.model} has no filter to score with.")
     trained = index.get("modalities") or None
 
     def check(row: dict[str, str]) -> None:
         resolve_modality(row["modality"], trained)
 
-    options = {"image_root": image_root, "skip_bad_rows": skip_bad_rows, "modality": modality}
-    rows = read_split(data, split, check=check, **options)
+    rows = read_split(data, options.split, check=check, skip_bad_rows=options.skip_bad_rows, **options.csv_options)
     from .data.image_loading import check_values, load_images
 
     # Of all images, so that those of every batch are scaled alike.
-    found, changes = check_values([(rows, data)], reading), Counter()
-    pipe = load_pipeline(model, device=device)
+    found = check_values([(rows, data)], reading)
+    changes: Counter[str] = Counter()
+    pipe = load_pipeline(options.model, device=options.device)
     resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
     scored = []
-    with tqdm(total=len(rows), disable=quiet, unit=" images") as bar:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
+    with tqdm(total=len(rows), disable=options.quiet, unit=" images") as bar:
+        for start in range(0, len(rows), options.batch_size):
+            batch = rows[start : start + options.batch_size]
             images = load_images(batch, data, resolution, changes=changes, reading=reading, found=found).float() / 255
             prompts, modalities = ([row[column] for row in batch] for column in ("Text", "modality"))
-            rated = pipe.score(images, prompts, modalities, reject_copies=not keep_copies)
+            rated = pipe.score(images, prompts, modalities, reject_copies=not options.keep_copies)
             for i, row in enumerate(batch):
                 place = os.path.relpath(resolve_path(row, data).resolve(), output.parent.resolve())
                 scored.append(row | {"path": Path(place).as_posix()} | columns_of(rated, i))

@@ -43,7 +43,7 @@ from minim_pipeline.evaluation.memorisation import (
 )
 from minim_pipeline.evaluation.planned import by_modality, draw_planned, plan
 from minim_pipeline.files import write_json
-from minim_pipeline.generate.command import model_identity
+from minim_pipeline.loading import model_identity
 from minim_pipeline.training.captions import CAPTIONS, load_captions
 from minim_pipeline.training.config import Count, ReadingOptions, Share, Weight, Whole, option, parse
 from minim_pipeline.training.reconstruction import reconstruction_figures

@@ -35,8 +35,8 @@ from starlette.routing import Mount, Route  # noqa: E402
 from starlette.staticfiles import StaticFiles  # noqa: E402
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, __version__  # noqa: E402
-from minim_pipeline.data.image_reader import add_reading_arguments, reading_of  # noqa: E402
-from minim_pipeline.generate.command import load_pipeline, model_identity, register_modalities  # noqa: E402
+from minim_pipeline.loading import load_pipeline, model_identity, register_modalities  # noqa: E402
+from minim_pipeline.options import ReadingOptions, add_options, options_from  # noqa: E402
 from minim_pipeline.ratings import RatingStore  # noqa: E402
 
 
@@ -66,8 +66,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("real", None, help="Folder of real images to mix in, with data.csv.")
     add("real_share", 0.1, float, help="Of the images to rate, how many are real, in [0, 1).")
     add("repeat_share", 0.1, float, help="How many of the images to rate come a second time, in [0, 1].")
-    add_reading_arguments(parser, fit=os.environ.get("MINIM_FIT", "pad"))
+    add_options(parser, ReadingOptions)
     try:
+        parser.set_defaults(fit=os.environ.get("MINIM_FIT", "pad"))
         parser.set_defaults(window=[*map(float, os.environ.get("MINIM_WINDOW", "").split())] or None)
     except ValueError:
         parser.error(f"MINIM_WINDOW has to be two numbers, LOW HIGH, got {os.environ['MINIM_WINDOW']!r}")
@@ -91,7 +92,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
     """The pages, and the addresses beside them; the model is loaded, and everything that is named is read."""
     register_modalities(args.model)  # before any row: it may be of a modality that only the model knows
-    reading = reading_of(args)
+    reading = options_from(ReadingOptions, args).reading_elsewhere()
     images = read_folder(args.images, "generated", reading)
     if args.real:
         images += read_folder(args.real, "real", reading)

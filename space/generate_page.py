@@ -14,6 +14,8 @@ import torch
 
 from minim_pipeline import MODALITIES, MinimPipeline, check_caption
 from minim_pipeline.data.sources import DatasetWriter
+from minim_pipeline.generate.plan import Item
+from minim_pipeline.generate.write import describe
 
 
 EXAMPLES = {
@@ -151,17 +153,12 @@ class Drawer:
         made |= {"scheduler": type(self.pipe.scheduler).__name__, "num_candidates": settings.candidates}
         if not self.pipe.config.modalities:
             made["modality_learned"] = "false"
-        columns = ["path", "Text", "modality", "seed", "score", "accepted", "drawn_seed", "synthetic", *made]
+        columns = ["score", "accepted", "drawn_seed", "synthetic", *made]
         writer = DatasetWriter(folder / "images", columns, made)
         paths = []
         for i, image in enumerate(output.images):
-            row = {"Text": settings.prompt, "modality": MODALITIES[settings.modality].name, "seed": settings.seed + i}
-            row |= {"drawn_seed": output.seeds[i], "synthetic": "true"}
-            if output.scores[i] is not None:
-                row |= {"score": round(output.scores[i], 4), "accepted": str(output.accepted[i]).lower()}
-            metadata = made | {"modality": settings.modality, "prompt": settings.prompt}
-            metadata |= {"seed": output.seeds[i], "score": row.get("score"), "accepted": row.get("accepted")}
-            paths.append(writer.add(i, image, made | row, metadata))
+            item = Item(i, settings.prompt, MODALITIES[settings.modality], settings.seed + i)
+            paths.append(writer.add(i, image, *describe(item, output, i, made)))
         writer.finish()
         archived = folder / f"minim-{settings.modality}-{settings.seed}.zip"
         with zipfile.ZipFile(archived, "w", zipfile.ZIP_STORED) as archive:
@@ -180,14 +177,14 @@ def captions(output) -> list[str]:
     ]
 
 
-def describe(output, seconds: float) -> str:
+def summarise(output, seconds: float) -> str:
     """What came of it, in a sentence or two."""
     if output.scores[0] is None:
         return f"{len(output.images)} images in {seconds:.0f} s."
     accepted, drawn = sum(output.accepted), sum(output.candidates)
     why = {reason: sum(counts[reason] for counts in output.rejected) for reason in REASONS}
-    told = ", ".join(f"{count} {REASONS[reason]}" for reason, count in why.items() if count)
-    left_out = f" Of {drawn} candidates it left out {sum(why.values())}: {told}." if told else ""
+    reasons = ", ".join(f"{count} {REASONS[reason]}" for reason, count in why.items() if count)
+    left_out = f" Of {drawn} candidates it left out {sum(why.values())}: {reasons}." if reasons else ""
     return f"The filter accepted {accepted} of {len(output.images)} images, in {seconds:.0f} s.{left_out}"
 
 
@@ -196,6 +193,52 @@ def count(most: int, value: int, label: str, **options) -> gr.Slider | gr.Number
     if most == 1:
         return gr.Number(1, precision=0, label=label, visible=False)
     return gr.Slider(1, most, value, step=1, label=label, **options)
+
+
+def add_controls(config, trained: list[str], limits: Limits) -> tuple[dict[str, gr.components.Component], gr.Button]:
+    """What is asked for, by the names of `Settings`, and the button that draws it."""
+    modality = gr.Dropdown([(MODALITIES[m].name, m) for m in trained], value=trained[0], label="Modality")
+    first = EXAMPLES.get(trained[0], [""])[0]
+    prompt = gr.Textbox(first, label="What it shows", lines=2, max_length=limits.prompt)
+    images = count(limits.images, min(4, limits.images), "Images")
+    go = gr.Button("Generate", variant="primary")
+    steps, guidance, candidates = config.num_inference_steps, config.guidance_scale, config.num_candidates
+    with gr.Accordion("Settings", open=False):
+        seed = gr.Number(0, label="Seed", info="the same seed draws the same images", precision=0, minimum=0)
+        controls = {
+            "modality": modality,
+            "prompt": prompt,
+            "images": images,
+            "seed": seed,
+            "steps": gr.Slider(2, limits.steps, min(steps, limits.steps), step=1, label="Steps"),
+            "guidance": gr.Slider(1, limits.guidance, min(guidance, limits.guidance), step=0.1, label="Guidance"),
+            "candidates": count(
+                limits.candidates,
+                min(candidates, limits.candidates),
+                "Candidates for each image",
+                info="of which the filter chooses one",
+            ),
+        }
+    return controls, go
+
+
+def add_results(limits: Limits, has_filter: bool) -> dict[str, gr.components.Component]:
+    """Where the images appear, and what the filter left out."""
+    look = {"height": "auto", "format": "png"}
+    found = {
+        "gallery": gr.Gallery(
+            label="Generated images", columns=2, object_fit="contain", buttons=["fullscreen"], **look
+        ),
+        "summary": gr.Markdown("", elem_id="told"),
+    }
+    with gr.Row():
+        found["download"] = gr.DownloadButton("Download ZIP", interactive=False)
+        found["link"] = gr.Textbox(label="Link to these settings", interactive=False, buttons=["copy"])
+    with gr.Accordion("What the filter left out", open=False, visible=has_filter):
+        gr.Markdown(f"Candidates are dropped before they are pictures; here up to {limits.opened} are drawn.")
+        found["look"] = gr.Button("Draw what was left out", interactive=False)
+        found["left_out"] = gr.Gallery(label="Left out by the filter", columns=4, **look)
+    return found
 
 
 def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> None:
@@ -213,58 +256,12 @@ def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> N
     gr.Markdown(NOTICE)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            modality = gr.Dropdown([(MODALITIES[m].name, m) for m in trained], value=trained[0], label="Modality")
-            prompt = gr.Textbox(
-                EXAMPLES.get(trained[0], [""])[0], label="What it shows", lines=2, max_length=limits.prompt
-            )
-            images = count(limits.images, min(4, limits.images), "Images")
-            go = gr.Button("Generate", variant="primary")
-            with gr.Accordion("Settings", open=False):
-                seed = gr.Number(0, label="Seed", info="the same seed draws the same images", precision=0, minimum=0)
-                steps = gr.Slider(
-                    2, limits.steps, min(config.num_inference_steps, limits.steps), step=1, label="Steps"
-                )
-                guidance = gr.Slider(
-                    1, limits.guidance, min(config.guidance_scale, limits.guidance), step=0.1, label="Guidance"
-                )
-                candidates = count(
-                    limits.candidates,
-                    min(config.num_candidates, limits.candidates),
-                    "Candidates for each image",
-                    info="of which the filter chooses one",
-                )
+            controls, go = add_controls(config, trained, limits)
         with gr.Column(scale=3, min_width=300):
-            gallery = gr.Gallery(
-                label="Generated images",
-                columns=2,
-                height="auto",
-                object_fit="contain",
-                buttons=["fullscreen"],
-                format="png",
-            )
-            told = gr.Markdown("", elem_id="told")
-            with gr.Row():
-                download = gr.DownloadButton("Download ZIP", interactive=False)
-                link = gr.Textbox(label="Link to these settings", interactive=False, buttons=["copy"])
-            with gr.Accordion("What the filter left out", open=False, visible=has_filter):
-                gr.Markdown(f"Candidates are dropped before they are pictures; here up to {limits.opened} are drawn.")
-                look = gr.Button("Draw what was left out", interactive=False)
-                left_out = gr.Gallery(label="Left out by the filter", columns=4, height="auto", format="png")
-    controls = {
-        "modality": modality,
-        "prompt": prompt,
-        "images": images,
-        "seed": seed,
-        "steps": steps,
-        "guidance": guidance,
-        "candidates": candidates,
-    }
-    gr.Examples(
-        [[m, text] for m in trained for text in EXAMPLES.get(m, [])],
-        [modality, prompt],
-        label="Examples",
-        api_visibility="private",
-    )
+            results = add_results(limits, has_filter)
+    examples = [[m, text] for m in trained for text in EXAMPLES.get(m, [])]
+    prompt, link = controls["prompt"], results["link"]
+    gr.Examples(examples, [controls["modality"], prompt], label="Examples", api_visibility="private")
     drawn = gr.State()
 
     def checked(values) -> Settings:
@@ -281,7 +278,7 @@ def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> N
         paths, archive = drawer.write(settings, output)
         return (
             list(zip(paths, captions(output))),
-            describe(output, time.monotonic() - start),
+            summarise(output, time.monotonic() - start),
             gr.DownloadButton(value=archive, interactive=True),
             (settings, others),
             settings.query,
@@ -309,11 +306,12 @@ def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> N
             return [gr.skip()] * len(controls)
         return [settings[name] for name in controls]
 
-    outputs = [gallery, told, download, drawn, link, look, left_out]
+    outputs = [results[name] for name in ("gallery", "summary", "download")]
+    outputs += [drawn, *(results[name] for name in ("link", "look", "left_out"))]
     # One queue for all that touches the pipeline: Gradio's limit is of each event alone.
     alone = {"concurrency_id": "pipeline", "concurrency_limit": 1}
     gr.on([go.click, prompt.submit], on_draw, list(controls.values()), outputs, api_name="generate", **alone).success(
         None, link, link, js="(query) => location.origin + location.pathname + query", api_visibility="private"
     )
-    look.click(on_look, drawn, left_out, api_visibility="private", **alone)
+    results["look"].click(on_look, drawn, results["left_out"], api_visibility="private", **alone)
     gr.context.Context.root_block.load(on_load, None, list(controls.values()), api_visibility="private")

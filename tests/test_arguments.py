@@ -34,13 +34,12 @@ def test_what_an_option_would_not_do_is_refused():
 
 
 def test_minim_evaluate_refuses_the_same():
-    import argparse
+    from minim_pipeline.cli import build_parser
+    from minim_pipeline.evaluation.options import EvaluateOptions
+    from minim_pipeline.options import options_from
 
-    from minim_pipeline.evaluation.command import add_arguments, check
-
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    call = ["--real", "x", "--output-dir", "x", "--pipeline", "x"]
+    parser = build_parser()
+    call = ["evaluate", "--real", "x", "--output-dir", "x", "--pipeline", "x"]
     for option, value in (("--num-inference-steps", "0"), ("--seed", "-1"), ("--guidance-scale", "nan")):
         with pytest.raises(ValueError, match=f"{option} has to be at least"):
-            check(parser.parse_args([*call, option, value]))
+            options_from(EvaluateOptions, parser.parse_args([*call, option, value]))

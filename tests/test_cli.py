@@ -11,7 +11,8 @@ from PIL import Image
 
 from minim_pipeline.cli import main
 from minim_pipeline.data.sources import read_csv
-from minim_pipeline.generate.command import SCHEDULERS, plan_file
+from minim_pipeline.generate.plan import plan_file
+from minim_pipeline.loading import SCHEDULERS
 from minim_pipeline.provenance import read_provenance
 
 
@@ -50,7 +51,7 @@ def table(path, header, *rows):
 def no_drawing(monkeypatch):
     """Fails if images are drawn; gives what `generate` was called with, for tests of arguments alone."""
     calls = []
-    monkeypatch.setattr("minim_pipeline.cli.generate", lambda items, **options: calls.append((items, options)))
+    monkeypatch.setattr("minim_pipeline.cli.generate", lambda items, folder, options: calls.append((items, options)))
     return calls
 
 
@@ -114,7 +115,7 @@ def test_every_row_has_seeds_of_its_own(tmp_path):
 
 
 def test_goes_on_after_ctrl_c_and_repeats_nothing(pipeline_dir, tmp_path, monkeypatch, capsys):
-    from minim_pipeline.generate import command as generate
+    from minim_pipeline.generate import write as generate
 
     drawn = []
     draw = generate.draw
@@ -342,7 +343,7 @@ def test_bad_rows_are_left_out_if_asked_to(pipeline_dir, tmp_path, capsys, no_dr
 
 
 def test_an_image_is_drawn_again_from_its_provenance(pipeline_dir, tmp_path):
-    from minim_pipeline.generate.command import load_pipeline
+    from minim_pipeline.loading import load_pipeline
 
     options = ("--scheduler", "ddim", "--guidance-scale", 3, "--negative-prompt", "blur", "--height", 32)
     assert run(pipeline_dir, tmp_path, *ONE_PROMPT, *options) == 0
@@ -389,7 +390,7 @@ def test_broken_weights(pipeline_dir, tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["modalities", "generate"])
 def test_without_the_embedded_model(tmp_path, capsys, monkeypatch, command):
-    monkeypatch.setattr("minim_pipeline.generate.command.EMBEDDED_CHECKPOINT", tmp_path)
+    monkeypatch.setattr("minim_pipeline.loading.EMBEDDED_CHECKPOINT", tmp_path)
     assert main([command, "--model", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert "the embedded model is missing" in err and "--model" in err and err.count("\n") == 1
@@ -401,7 +402,7 @@ def test_a_model_on_the_hub_is_downloaded(pipeline_dir, monkeypatch):
 
     from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders
 
-    from minim_pipeline.generate.command import read_model_index
+    from minim_pipeline.loading import read_model_index
 
     index = json.loads((pipeline_dir / "model_index.json").read_text())
     assert _get_custom_components_and_folders("org/minim", index, [])[0] == {}
@@ -418,12 +419,14 @@ def test_nothing_is_said_about_annotations(pipeline_dir, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", [{"scheduler": "pndm"}, {"dtype": "int8"}, {"batch_size": 0}, {"items": []}])
 def test_bad_arguments_in_python(pipeline_dir, tmp_path, options):
-    from minim_pipeline.generate.command import generate, plan_prompt
+    from minim_pipeline.generate.options import GenerateOptions
+    from minim_pipeline.generate.plan import plan_prompt
+    from minim_pipeline.generate.write import generate
     from minim_pipeline.modalities import MODALITIES
 
-    items = plan_prompt("edema", MODALITIES["oct"], 1, 0)
+    items = options.pop("items", plan_prompt("edema", MODALITIES["oct"], 1, 0))
     with pytest.raises(ValueError, match="has to be|nothing to draw"):
-        generate(**{"items": items, "output_dir": tmp_path / "out", "model": str(pipeline_dir), **options})
+        generate(items, tmp_path / "out", GenerateOptions(model=str(pipeline_dir), **options))
     assert not (tmp_path / "out").exists()
 
 
@@ -445,11 +448,18 @@ def test_asks_at_a_terminal_for_what_is_missing(pipeline_dir, tmp_path, monkeypa
     assert [(item.text, item.modality.id, item.seed) for item in items] == [
         ("macular edema", "oct", seed) for seed in range(4)
     ]
-    assert options["output_dir"] == tmp_path / "out"
+    assert options.output_dir == tmp_path / "out"
     asked = capsys.readouterr().out
     assert "Modality (OCT, Fundus, CXR, ChestCT, BrainMRI)" in asked
     assert "Unknown modality 'PET'" in asked
     assert "got '0'" in asked
+
+
+def test_underscores_do_for_hyphens(pipeline_dir, tmp_path, no_drawing):
+    options = ["--num_images", 2, "--negative_prompt=motion_blur"]
+    assert run(pipeline_dir, tmp_path / "an_out", *ONE_PROMPT[:4], *options) == 0
+    items, given = no_drawing[0]
+    assert (len(items), given.negative_prompt, given.output_dir.name) == (2, "motion_blur", "an_out")
 
 
 def test_no_answer(pipeline_dir, monkeypatch, capsys, no_drawing):
@@ -538,7 +548,7 @@ def test_the_filter_chooses_and_says_so(filtered_dir, tmp_path, capsys):
 def test_numbers_that_may_be_broken_are_taken_so(no_drawing, tmp_path):
     options = ["--guidance-scale", "2.5", "--filter-threshold", "2.25"]
     assert main(["generate", *ONE_PROMPT[:4], *options, "--output-dir", str(tmp_path / "out"), "--quiet"]) in (0, 2)
-    assert (no_drawing[0][1]["guidance_scale"], no_drawing[0][1]["filter_threshold"]) == (2.5, 2.25)
+    assert (no_drawing[0][1].guidance_scale, no_drawing[0][1].filter_threshold) == (2.5, 2.25)
 
 
 def test_copies_may_be_accepted(filtered_dir, tmp_path):

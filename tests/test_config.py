@@ -9,8 +9,9 @@ import pytest
 
 import minim_pipeline.evaluation
 import minim_pipeline.training
+from minim_pipeline.options import Options, Range, ranges
 from minim_pipeline.training.autoencoder import AutoencoderConfig
-from minim_pipeline.training.config import Options, Range, RunOptions, option, parse, ranges
+from minim_pipeline.training.config import RunOptions, option, parse
 
 
 for package in (minim_pipeline.training, minim_pipeline.evaluation):
@@ -56,7 +57,9 @@ def test_every_number_has_a_range_and_nothing_beside_it_passes(config):
             try:
                 config(**given(config) | {name: value})
             except ValueError as error:
-                assert f"--{name} has to be" in str(error) and str(value) in str(error), error
+                assert f"--{name.replace('_', config.separator)} has to be" in str(error) and str(value) in str(
+                    error
+                ), error
             else:
                 passed.append((name, value))
     assert not passed

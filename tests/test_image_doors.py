@@ -169,7 +169,7 @@ def test_every_script_that_reads_images_can_be_told_how(script, capsys):
         module = importlib.import_module(script)
         module.main(["--help"])
     text = capsys.readouterr().out
-    assert "--fit {stretch,crop,pad}" in text and ("--window LOW HIGH" in text or "--window VALUE" in text)
+    assert "--fit {stretch,crop,pad}" in text and ("--window LOW HIGH" in text or "--window LOW [HIGH ...]" in text)
 
 
 @pytest.mark.parametrize("command", ["score", "evaluate"])

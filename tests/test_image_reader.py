@@ -14,9 +14,10 @@ from PIL import Image, ImageOps
 
 from minim_pipeline.data.image_loading import check_values, key_of, load_images
 from minim_pipeline.data.image_pixels import convert_pictures
-from minim_pipeline.data.image_reader import Reading, add_reading_arguments, read_image
+from minim_pipeline.data.image_reader import Reading, read_image
 from minim_pipeline.data.sources import read_csv
 from minim_pipeline.modalities import MODALITIES
+from minim_pipeline.options import ReadingOptions, add_options, options_from
 
 
 SIDE = 64
@@ -236,13 +237,12 @@ def test_images_that_are_not_square(tmp_path, capsys):
         Reading("squeeze")
 
 
-def test_windows_that_are_none_are_told_at_once(capsys):
+def test_windows_that_are_none_are_told_at_once():
     parser = argparse.ArgumentParser()
-    add_reading_arguments(parser)
+    add_options(parser, ReadingOptions)
     for window in (("5", "1"), ("nan", "1"), ("0", "inf")):
-        with pytest.raises(SystemExit):
-            parser.parse_args(["--window", *window])
-        assert "two finite numbers, the lower first" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="two finite numbers, the lower first"):
+            options_from(ReadingOptions, parser.parse_args(["--window", *window]))
     assert parser.parse_args(["--window", "-1350", "150"]).window == [-1350, 150]
 
 
@@ -285,5 +285,5 @@ def test_no_image_goes_by_a_way_of_its_own():
             if "Image.open(" in file.read_text(encoding="utf-8"):
                 found.add(file.relative_to(root).as_posix())
     # Of the last two, the metadata of our own PNGs, and their overview.
-    allowed = {"data/image_reader", "data/image_pixels", "provenance", "generate/command"}
+    allowed = {"data/image_reader", "data/image_pixels", "provenance", "generate/write"}
     assert found == {f"minim_pipeline/{name}.py" for name in allowed}

@@ -200,7 +200,7 @@ def test_a_pipeline_knows_its_own_modalities_without_a_registry(make_pipeline, t
 
 
 def test_reading_an_index_registers_nothing(tmp_path, table):
-    from minim_pipeline.generate.command import read_model_index, register_modalities
+    from minim_pipeline.loading import read_model_index, register_modalities
 
     definition = {"name": "Dermoscopy", "words": "photograph of the skin"}
     index = {"modalities": "oct skin", "custom_modalities": {"skin": definition}}

@@ -59,13 +59,11 @@ def understood(call: list[str], monkeypatch) -> None:
         return
     script, *arguments = call
     if "train/evaluate" in script:
-        import argparse
+        from minim_pipeline.cli import build_parser
+        from minim_pipeline.evaluation.options import EvaluateOptions
+        from minim_pipeline.options import options_from
 
-        from minim_pipeline.evaluation.command import add_arguments, check
-
-        parser = argparse.ArgumentParser()
-        add_arguments(parser)
-        check(parser.parse_args(arguments))
+        options_from(EvaluateOptions, build_parser().parse_args(["evaluate", *arguments]))
         return
     module = importlib.import_module(Path(script).stem)
     parse = module.parse

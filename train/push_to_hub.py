@@ -19,7 +19,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, RepoCard, snapshot_download
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
-from minim_pipeline.generate.command import read_model_index
+from minim_pipeline.loading import read_model_index
 from minim_pipeline.publishing import SPACE_FILES, check_folder, check_target, connect, publish, staged, told, upload
 
 

@@ -4,7 +4,6 @@ A file becomes an image of 8 bits, grey or RGB, upright and opaque, with notes o
 mean is decided over the whole data set that it is of (`survey`): all files of a modality are scaled alike.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .dicom import is_dicom, read_dicom
-from .image_pixels import AS_ASKED, FITS, Found, check_reading, decode_picture, found_in, is_deep, to_8_bits, told
+from .image_pixels import AS_ASKED, Found, check_reading, decode_picture, found_in, is_deep, to_8_bits, told
 
 
 # Raised when the same file comes out otherwise than before: what was kept of it (`images_key`) is made anew then.
@@ -51,41 +50,6 @@ class Reading:
 DEFAULT_READING = Reading()
 
 
-class _Window(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        try:
-            check_reading(FITS[0], values)
-        except ValueError as error:
-            raise argparse.ArgumentError(self, str(error)) from error
-        setattr(namespace, self.dest, values)
-
-
-def add_reading_arguments(parser, fit: str = "stretch") -> None:
-    """`--fit`, by default `fit`, and `--window`, for every command that reads images; `parser` may be a group."""
-    parser.add_argument(
-        "--fit",
-        choices=FITS,
-        default=fit,
-        help=f"what becomes of images that are not square (default: {fit})",
-    )
-    parser.add_argument(
-        "--window",
-        action=_Window,
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="values that become black and white, in images of more than 8 bits (default: by the bits in use; a lung "
-        "window for chest CT in Hounsfield units; a DICOM file's own window)",
-    )
-
-
-def reading_of(args: argparse.Namespace) -> Reading:
-    """What the options say, for the CSV that `--modality` and `--image_root` are of; raises as `Reading`."""
-    root = getattr(args, "image_root", None)
-    window = tuple(args.window) if args.window else None
-    return Reading(args.fit, window, getattr(args, "modality", None), root and str(root))
-
-
 def read_image(
     path: str | Path, modality: str, found: Found | None = None, window: tuple[float, float] | None = None
 ) -> tuple[Image.Image, list[str]]:
@@ -112,8 +76,8 @@ def read_image(
         raise
     except Exception as error:  # decoders raise many types: OSError, SyntaxError, ValueError, struct.error, ...
         raise ValueError(f"broken image {path} ({error})") from error
-    if found is None and isinstance(pixels, np.ndarray):
-        found = found_in(pixels)
+    if found is None:
+        found = found_in(pixels) if isinstance(pixels, np.ndarray) else Found()
     return to_8_bits(pixels, notes, found, modality, window)
 
 
@@ -155,7 +119,8 @@ def survey(files: Iterable[tuple[Path, str]]) -> dict[str, Found]:
         except Exception:
             return Found()
 
-    files, found = list(files), {}
+    files = list(files)
+    found: dict[str, Found] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for (_, modality), mine in zip(files, pool.map(look, files)):
             found[modality] = found.get(modality, Found()) | mine

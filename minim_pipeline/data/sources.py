@@ -21,10 +21,10 @@ from ..files import atomic_path
 from ..modalities import AMBIGUOUS, resolve_modality, split_prefix
 from ..provenance import save_png
 from .image_reader import image_problem
-from .table import guess, mend_commas, read_table
+from .table import Record, guess, mend_commas, read_table
 
 
-LISTED = 20  # bad rows are told up to so many, and counted beyond
+LISTED = 20  # bad rows are listed up to so many, and counted beyond
 
 
 def resolve_path(row: Mapping[str, str], csv_path: str | Path, image_root: str | Path | None = None) -> Path:
@@ -87,62 +87,20 @@ def read_csv(
     columns, records = read_table(path)
     if modality is not None:
         resolve_modality(modality)  # a wrong one is told before any row
-    missing = [name for name in require if name not in columns and not (name == "modality" and modality)]
-    if split is not None and "split" not in columns:
-        missing.append("split")
-    if missing:
-        hint = " If all rows are of one modality, name it with --modality." if missing == ["modality"] else ""
-        raise ValueError(
-            f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; "
-            f"found: {', '.join(map(repr, columns))}.{hint}"
-        )
+    _check_columns(path, columns, require, split, modality)
 
-    bad: dict[int, tuple[int, str]] = {}  # row number -> file line, what is wrong
-    kept: list[tuple[int, int, dict[str, str]]] = []
-    splits, foreign = set(), False
-    mended: list[tuple[int, str]] = []  # row number, its caption
     places: dict[Path, str] = {}  # where images were found under image_root, and by which path
-    for number, record in enumerate(records, start=1):
-        line, values = record.line, record.values
-        if len(values) > len(columns):
-            values = mend_commas(record, columns, _is_modality) or values
-        if len(values) != len(columns):
-            text = ",".join(values)
-            shown = repr(text if len(text) <= 100 else text[:100] + "…")
-            why = f"{len(values)} fields, the header has {len(columns)} ({guess(record, columns)}{shown})"
-            bad[number] = line, why
-            continue
-        row = {name: value for name, value in zip(columns, values) if name}
-        if values is not record.values:
-            mended.append((number, row["Text"]))
-        _complete(row, modality)
-        splits.add(row.get("split"))
-        if split is not None and row["split"] != split:
-            continue
-        problem = _problem(row, require, check, modality)
-        if not problem and image_root is not None and "path" in require:
-            problem = _place(row, path, image_root, places)
-        if problem:
-            bad[number] = line, problem
-        else:
-            kept.append((number, line, row))
 
+    def examine(row: dict[str, str]) -> None:
+        _check_row(row, require, check, modality)
+        if image_root is not None and "path" in require:
+            _place(row, path, image_root, places)
+
+    rows, bad, mended, splits = _sort_rows(records, columns, split, modality, examine)
     if check_images:
-        images = {resolve_path(row, path) for _, _, row in kept}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            broken = {image: why for image, why in zip(images, pool.map(image_problem, images)) if why}
-        for number, line, row in kept:
-            why = broken.get(resolve_path(row, path))
-            if why:
-                bad[number] = line, why
-                foreign |= re.match(r"[/\\]|[A-Za-z]:", row["path"]) is not None
-
+        bad |= _broken_images(path, rows)
     if bad:
-        told = [f"  row {number} (line {bad[number][0]}): {bad[number][1]}" for number in sorted(bad)[:LISTED]]
-        told += [f"  … and {len(bad) - LISTED} more"] * (len(bad) > LISTED)
-        if foreign and image_root is None:
-            told.append("  Paths of another machine? --image_root names the folder to look for the images in.")
-        message = f"{path} has {len(bad)} bad row{'s' * (len(bad) > 1)}:\n" + "\n".join(told)
+        message = _list_bad(path, bad, records, rows if image_root is None else {})
         if not skip_bad_rows:
             raise ValueError(message)
         warnings.warn(f"Left out: {message}", stacklevel=2)
@@ -153,16 +111,87 @@ def read_csv(
             f"were taken for the captions' own, as in row {number}: {caption!r}.",
             stacklevel=2,
         )
-    rows = [row for number, _, row in kept if number not in bad]
-    if not rows:
-        of_split = f" of split {split!r}; splits found: {', '.join(map(repr, sorted(filter(None, splits))))}"
+    good = [row for number, row in rows.items() if number not in bad]
+    if not good:
+        of_split = f" of split {split!r}; splits found: {', '.join(map(repr, splits))}"
         raise ValueError(f"{path} has no usable rows{of_split if split is not None else ''}.")
-    return rows
+    return good
 
 
 def read_columns(path: str | Path) -> list[str]:
     """The names of a CSV's columns, as `read_csv` gives them."""
     return read_table(Path(path))[0]
+
+
+def _check_columns(
+    path: Path, columns: Sequence[str], require: Sequence[str], split: str | None, modality: str | None
+) -> None:
+    """Raises ValueError for a column that has to be there and is not."""
+    missing = [name for name in require if name not in columns and not (name == "modality" and modality)]
+    if split is not None and "split" not in columns:
+        missing.append("split")
+    if missing:
+        hint = " If all rows are of one modality, name it with --modality." if missing == ["modality"] else ""
+        raise ValueError(
+            f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; "
+            f"found: {', '.join(map(repr, columns))}.{hint}"
+        )
+
+
+def _sort_rows(
+    records: list[Record],
+    columns: list[str],
+    split: str | None,
+    modality: str | None,
+    examine: Callable[[dict[str, str]], None],
+) -> tuple[dict[int, dict[str, str]], dict[int, str], list[tuple[int, str]], list[str]]:
+    """The rows of a split and what is wrong with bad ones, by number; captions with mended commas; all splits."""
+    rows: dict[int, dict[str, str]] = {}
+    bad: dict[int, str] = {}
+    splits, mended = set(), []
+    for number, record in enumerate(records, start=1):
+        try:
+            row = _row_of(record, columns)
+            if len(record.values) > len(columns):
+                mended.append((number, row["Text"]))
+            _complete(row, modality)
+            splits.add(row.get("split", ""))
+            if split is None or row["split"] == split:
+                examine(row)
+                rows[number] = row
+        except ValueError as error:
+            bad[number] = str(error)
+    return rows, bad, mended, sorted(splits - {""})
+
+
+def _list_bad(path: Path, bad: dict[int, str], records: list[Record], placed: Mapping[int, Mapping[str, str]]) -> str:
+    """The message on bad rows; `placed`: rows whose images were looked for where their paths say."""
+    listed = [f"  row {n} (line {records[n - 1].line}): {bad[n]}" for n in sorted(bad)[:LISTED]]
+    listed += [f"  … and {len(bad) - LISTED} more"] * (len(bad) > LISTED)
+    if any(re.match(r"[/\\]|[A-Za-z]:", placed[n]["path"]) for n in bad.keys() & placed.keys()):
+        listed.append("  Paths of another machine? --image_root names the folder to look for the images in.")
+    return f"{path} has {len(bad)} bad row{'s' * (len(bad) > 1)}:\n" + "\n".join(listed)
+
+
+def _row_of(record: Record, columns: list[str]) -> dict[str, str]:
+    """The values of a record by column; raises ValueError where there are more, or fewer, than columns."""
+    values = record.values
+    if len(values) > len(columns):
+        values = mend_commas(record, columns, _is_modality) or values
+    if len(values) != len(columns):
+        text = ",".join(values)
+        shown = repr(text if len(text) <= 100 else text[:100] + "…")
+        raise ValueError(f"{len(values)} fields, the header has {len(columns)} ({guess(record, columns)}{shown})")
+    return {name: value for name, value in zip(columns, values) if name}
+
+
+def _broken_images(csv_path: Path, rows: Mapping[int, Mapping[str, str]]) -> dict[int, str]:
+    """What is wrong with images, by the number of their rows."""
+    paths = {number: resolve_path(row, csv_path) for number, row in rows.items()}
+    images = set(paths.values())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        broken = {image: why for image, why in zip(images, pool.map(image_problem, images)) if why}
+    return {number: broken[image] for number, image in paths.items() if image in broken}
 
 
 def _is_modality(name: str) -> bool:
@@ -183,37 +212,31 @@ def _complete(row: dict[str, str], modality: str | None) -> None:
         row["modality"] = prefix
 
 
-def _place(row: dict[str, str], csv_path: Path, image_root: str | Path, places: dict[Path, str]) -> str | None:
-    """Sets `path` to where the image lies, or says that another row's image is there."""
+def _place(row: dict[str, str], csv_path: Path, image_root: str | Path, places: dict[Path, str]) -> None:
+    """Sets `path` to where the image lies; raises ValueError if another row's image is there."""
     given, found = row["path"], resolve_path(row, csv_path, image_root).absolute()
     first = places.setdefault(found, given)
     if os.path.normpath(first) != os.path.normpath(given):
-        return f"{given!r} and {first!r} are the same file under the image root, {found}"
+        raise ValueError(f"{given!r} and {first!r} are the same file under the image root, {found}")
     # Relative again, as reports show it. Resolved: behind a link, "../.." leads elsewhere than it reads.
     place = os.path.relpath(found.parent.resolve() / found.name, csv_path.parent.resolve())
     row["path"] = Path(place).as_posix()
-    return None
 
 
-def _problem(
-    row: dict[str, str], require: Sequence[str], check: Callable | None, modality: str | None = None
-) -> str | None:
+def _check_row(row: dict[str, str], require: Sequence[str], check: Callable | None, modality: str | None) -> None:
+    """Raises ValueError with what is wrong."""
     empty = [name for name in require if not row[name]]
     if empty:
-        return f"no value for {', '.join(map(repr, empty))}"
-    try:
-        if "modality" in require:
-            found = resolve_modality(row["modality"])
-            if modality is not None and found != resolve_modality(modality):
-                raise ValueError(f"modality {row['modality']!r}, but {modality!r} is asked for all rows")
-        if "Text" in require:
-            check_caption(row["Text"])
-            check_caption(split_prefix(row["Text"])[1] or row["Text"])
-        if check is not None:
-            check(row)
-    except ValueError as error:
-        return str(error)
-    return None
+        raise ValueError(f"no value for {', '.join(map(repr, empty))}")
+    if "modality" in require:
+        found = resolve_modality(row["modality"])
+        if modality is not None and found != resolve_modality(modality):
+            raise ValueError(f"modality {row['modality']!r}, but {modality!r} is asked for all rows")
+    if "Text" in require:
+        check_caption(row["Text"])
+        check_caption(split_prefix(row["Text"])[1] or row["Text"])
+    if check is not None:
+        check(row)
 
 
 class DatasetWriter:

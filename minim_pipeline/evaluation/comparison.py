@@ -28,7 +28,7 @@ from ..contact_sheet import contact_sheet
 from ..data.image_loading import load_images
 from ..data.splits import read_split
 from ..files import atomic_path, write_json
-from ..generate.command import model_identity
+from ..loading import model_identity
 from ..training.captions import CAPTIONS
 from ..training.config import Count, Precision, ReadingOptions, Whole, option
 from .encoder import ImageTextEncoder

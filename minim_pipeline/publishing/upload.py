@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, get_token, hf_hub_download, snapshot_download
@@ -100,9 +101,10 @@ def staged(
     found_card, found_report, page = find_papers(pipe)
     figures = read_report(report) if report is not None else found_report
     page = page if report is None else None
-    if card is not None or found_card is not None:
-        card = read_card(card or found_card)
-        inherited, said = pipe.weights_license, license_name(card.data.to_dict())
+    card = card or found_card
+    if card is not None:
+        front = read_card(card)
+        inherited, said = pipe.weights_license, license_name(front.data.to_dict())
         if inherited and said != license_name(inherited):
             warnings.warn(
                 f"The card says license {said!r}, but the weights were made from those of {inherited['of']}, which are"
@@ -111,10 +113,10 @@ def staged(
             )
     else:
         origin = str(pipe.config.get("_name_or_path") or "")
-        card = write_card(pipe, repo_id.split("/")[-1], bool(figures), origin if is_hub_id(origin) else None)
+        front = write_card(pipe, repo_id.split("/")[-1], bool(figures), origin if is_hub_id(origin) else None)
     with tempfile.TemporaryDirectory(prefix="minim-") as temporary:
         folder = Path(temporary)
-        stage(pipe, folder, repo_id, card, figures, page, samples)
+        stage(pipe, folder, repo_id, front, figures, page, samples)
         check_folder(folder)
         yield folder
 
@@ -198,27 +200,26 @@ def upload(
     kind: str,
     *,
     replaced: list[str],
-    commit_message: str,
     private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    **creation,
+    space_sdk: str | None = None,
+    **commit: Any,
 ) -> str:
-    """Commits a folder to a repository, made if need be; `replaced`: patterns of old files that the commit removes."""
+    """Commits a folder to a repository, made if need be, and returns the address of the commit or the pull request.
+
+    Args:
+        replaced: patterns of old files that the commit removes.
+        private, space_sdk: of the repository, if it is new.
+        commit: `commit_message`, `revision` and `create_pr`, as of `HfApi.upload_folder`.
+    """
+    where: dict[str, Any] = {"repo_type": kind, "exist_ok": True}
     with told(f"write to {repo_id}"):
-        repo_id = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True, **creation).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            repo_type=kind,
-            folder_path=folder,
-            revision=revision,
-            create_pr=create_pr,
-            delete_patterns=replaced,
-            commit_message=commit_message,
+        repo_id = api.create_repo(repo_id, private=private, space_sdk=space_sdk, **where).repo_id
+        if commit.get("revision") and not commit.get("create_pr"):
+            api.create_branch(repo_id, branch=commit["revision"], **where)
+        done = api.upload_folder(
+            repo_id=repo_id, repo_type=kind, folder_path=folder, delete_patterns=replaced, **commit
         )
-    return commit.pr_url or commit.commit_url
+    return done.pr_url or done.commit_url
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from ..data.splits import assign_splits
 from ..disk import save_model
 from ..evaluation.judges import claimed_classes
 from ..files import write_csv, write_json
-from ..generate.command import model_identity
+from ..loading import model_identity
 from ..locking import locked
 from ..modalities import BUILT_IN, MODALITIES, split_prefix
 from .classifier import ClassifierConfig

@@ -12,137 +12,45 @@ are made as they stand. Wherever they come from, what no run can have is refused
 """
 
 import argparse
-import dataclasses
-import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from transformers import HfArgumentParser
 
-from ..data.image_reader import Reading
+from ..options import (  # what most trainers have of it they find here
+    Config,
+    Count,
+    Options,
+    Positive,
+    Range,  # noqa: F401
+    ReadingOptions,  # noqa: F401
+    Share,
+    TableOptions,
+    Weight,
+    Whole,
+    option,
+)
 
-
-@dataclass(frozen=True)
-class Range:
-    """The values that a number may have: from `least` to `most`; `open` if neither of them itself."""
-
-    least: float = -math.inf
-    most: float = math.inf
-    open: bool = False
-
-    def check(self, name: str, value: float) -> None:
-        """Raises ValueError, in the words of the command line, for a value that is not in the range."""
-        if self.open and not self.least < value < self.most:
-            top = "" if math.isinf(self.most) else f" and below {self.most:g}"
-            raise ValueError(f"--{name} has to be above {self.least:g}{top}, got {value}.")
-        if not math.isinf(self.most) and not self.least <= value <= self.most:
-            raise ValueError(f"--{name} has to be between {self.least:g} and {self.most:g}, got {value}.")
-        if value < self.least:
-            raise ValueError(f"--{name} has to be at least {self.least:g}, got {value}.")
-        if not math.isfinite(value):
-            raise ValueError(f"--{name} has to be a finite number, got {value}.")
-
-
-Count = Annotated[int, Range(1)]  # sizes and numbers of things
-Whole = Annotated[int, Range(0)]  # 0 means none, or the first
-Weight = Annotated[float, Range(0)]  # rates, weights, costs
-Positive = Annotated[float, Range(0, open=True)]
-Share = Annotated[float, Range(0, 1)]
 
 Precision = Literal["no", "bf16"]
-Fit = Literal["stretch", "crop", "pad"]
-
-
-def option(default: Any = MISSING, help: str = "", **keywords: Any) -> Any:
-    """A field with its default and the line that `--help` shows; without a default it has to be given.
-
-    Args:
-        keywords: further ones of `ArgumentParser.add_argument`, such as `nargs` or `metavar`.
-    """
-    metadata = {"help": help.replace("%", "%%"), **keywords}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
-class Options:
-    """What all options have: ranges, by the types of their fields. A group adds checks in its `__post_init__`."""
-
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
-            value = getattr(self, name)
-            for limits in ranges(hint):
-                for number in value if isinstance(value, list | tuple) else [value]:
-                    if number is not None:
-                        limits.check(name, number)
-
-    def values(self, *names: str) -> dict[str, Any]:
-        """Some of the options, for another dataclass that has them, too."""
-        return {name: getattr(self, name) for name in names}
-
-
-def ranges(hint: Any) -> list[Range]:
-    """The ranges in a type, as of `Count | None` or `list[Share]`."""
-    if get_origin(hint) is Annotated:
-        return [part for part in hint.__metadata__ if isinstance(part, Range)]
-    return [found for part in get_args(hint) for found in ranges(part)]
-
-
-@dataclass(kw_only=True)
-class ReadingOptions(Options):
-    """How images are read."""
-
-    fit: Fit = option("stretch", "What becomes of images that are not square.")
-    window: list[float] | None = option(
-        None,
-        "Values that become black and white, in images of more than 8 bits (default: by the bits in use; a lung "
-        "window for chest CT in Hounsfield units; a DICOM file's own window).",
-        metavar="VALUE",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.reading_elsewhere()  # raises for a window that is none
-
-    def reading_elsewhere(self) -> Reading:
-        """How the images of a CSV are read that `--modality` and `--image_root` are not of."""
-        window = tuple(self.window) if self.window else None
-        return Reading(self.fit, window)
-
-
-@dataclass(kw_only=True)
-class CsvOptions(ReadingOptions):
+class CsvOptions(TableOptions):
     """A data set, in a CSV of which not everything need be as MINIM has it."""
 
     train_data: str = option(help="CSV in MINIM's format: path,Text,modality[,finding,split,part].")
-    modality: str | None = option(None, "Of all rows of --train_data, where it has no such column.")
-    image_root: str | None = option(
-        None,
-        "Look for the images of --train_data here: by their whole path, or what is left of it without its first "
-        "folders.",
-    )
     modalities_from: str | None = option(None, "Know the modalities that this pipeline has defined, too.")
     no_mirror: bool = option(
         False,
         "Mirror no image. Without it, those of modalities that look the same mirrored are, unless the caption names "
         "a side.",
     )
-
-    @property
-    def csv_options(self) -> dict[str, str | None]:
-        """What `read_csv` needs to know of `--train_data`."""
-        return {"modality": self.modality, "image_root": self.image_root}
-
-    @property
-    def reading(self) -> Reading:
-        """How the images of `--train_data` are read."""
-        return dataclasses.replace(self.reading_elsewhere(), **self.csv_options)
 
 
 @dataclass(kw_only=True)
@@ -241,9 +149,6 @@ def check_tracker(name: str | None) -> None:
         raise ValueError(f"--report_to has to be one of {', '.join(known)} or all, got {name!r}.")
     if not installed or name not in (*installed, "all"):
         raise ValueError(f"--report_to {name} is not installed here; installed: {', '.join(installed) or 'none'}.")
-
-
-Config = TypeVar("Config", bound=Options)
 
 
 def parse(

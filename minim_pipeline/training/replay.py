@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .. import MODALITIES, resolve_modality
-from ..generate.command import register_modalities
+from ..loading import register_modalities
 from .config import DataOptions
 from .rows import check_processes, image_paths, read_splits, tell_overlap
 

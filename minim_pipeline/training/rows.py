@@ -12,7 +12,7 @@ from ..data import splits
 from ..data.duplicates import file_keys
 from ..data.image_loading import check_values
 from ..data.sources import resolve_path
-from ..generate.command import register_modalities
+from ..loading import register_modalities
 from ..tokens import cut_texts
 from .config import CsvOptions, DataOptions
 

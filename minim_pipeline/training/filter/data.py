@@ -14,7 +14,7 @@ from ...data.image_loading import key_of, load_images
 from ...data.image_reader import files_key
 from ...evaluation.judges import Judges, class_of, load_judges
 from ...evaluation.sampling import joined
-from ...generate.command import model_identity
+from ...loading import model_identity
 from ..latents import augment
 from ..randomness import step_generator
 from ..rows import mirrored, tell_mirrored

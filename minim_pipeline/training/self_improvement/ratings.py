@@ -9,7 +9,9 @@ from ...data.image_loading import load_images
 from ...data.sources import read_csv, resolve_path
 from ...evaluation.stand_in import RATER, StandIn
 from ...files import write_csv, write_json
-from ...generate.command import generate, plan_file, register_modalities
+from ...generate.plan import plan_file
+from ...generate.write import generate
+from ...loading import register_modalities
 from ...ratings import image_digest
 from ..captions import load_captions
 from ..filter.raters import read_ratings
@@ -46,8 +48,9 @@ def draw_candidates(config: SelfImproveConfig) -> None:
     """`candidates/`: PNGs and data.csv, as `minim generate` writes them and the rating page takes them."""
     items = plan_file(config.output / "prompts.csv", config.candidates, config.first_seed)
     dtype = str(config.dtype).removeprefix("torch.")
-    where = config.output / "candidates", config.pretrained_model_name_or_path
-    generate(items, *where, dtype=dtype, batch_size=config.batch_size, no_filter=True)
+    model = config.pretrained_model_name_or_path
+    drawing = GenerateOptions(model=model, dtype=dtype, batch_size=config.batch_size, no_filter=True)
+    generate(items, config.output / "candidates", drawing)
 
 
 def take_ratings(config: SelfImproveConfig) -> None:

@@ -25,7 +25,7 @@ from ...evaluation.comparison import compare, summary
 from ...evaluation.sampling import draw_latents
 from ...evaluation.stand_in import RATER
 from ...files import atomic_path, write_json
-from ...generate.command import model_identity, register_modalities
+from ...loading import model_identity, register_modalities
 from ...locking import locked
 from ...minim_filter.funnel import combine
 from ...minim_filter.selection import Thresholds

@@ -1,0 +1,91 @@
+"""What `minim generate` can be told of how to draw and to choose."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from .. import EMBEDDED_CHECKPOINT
+from ..loading import DTYPES, SCHEDULERS
+from ..options import Count, Options, Range, Weight, option
+from .shortfall import MAX_ROUNDS
+
+
+Side = Annotated[int, Range(8, multiple=8)]
+Score = Annotated[float, Range(1)]
+SIDE_HELP = "Pixels, a multiple of 8 (default: the model's own; it has learned no other)."
+
+
+@dataclass(kw_only=True)
+class ModelOptions(Options):
+    """The model."""
+
+    separator = "-"
+
+    model: str = option(str(EMBEDDED_CHECKPOINT), "A folder or a model on the Hub (default: the embedded model).")
+
+
+@dataclass(kw_only=True)
+class SamplingOptions(Options):
+    """How images are drawn."""
+
+    num_inference_steps: Count | None = option(None, "Default: the model's own.")
+    guidance_scale: Weight | None = option(None, "Default: the model's own.")
+    no_filter: bool = option(False, "Leave the model's filter out: what the generator draws comes back.")
+    batch_size: Count | None = option(None, "Images drawn together (default 4 on a CPU, else as many as are fast).")
+    dtype: str = option("float32", "To draw in.", choices=DTYPES)
+    device: str | None = option(None, "E.g. cpu, cuda, cuda:1 (default: a GPU if there is one).")
+
+
+@dataclass(kw_only=True)
+class DrawingOptions(ModelOptions, SamplingOptions):
+    """What is drawn with. Where nothing is said it is as `MinimPipeline` has it."""
+
+    unet: Path | None = option(
+        None,
+        "Draw with this U-Net, such as MINIM's checkpoint/unet; --model is what it was trained from. If that is "
+        "Stable Diffusion, the prompt is read as it stands, as in MINIM's training.",
+    )
+    negative_prompt: str | None = option(None, "What the image shall not show.")
+    height: Side | None = option(None, SIDE_HELP)
+    width: Side | None = option(None, SIDE_HELP)
+    scheduler: str | None = option(None, "Default: the model's own.", choices=tuple(SCHEDULERS))
+    lora: str | None = option(None, "LoRA weights to add, of diffusers, kohya or PEFT: a file, a folder or a Hub id.")
+    quiet: bool = option(False, "No progress bar, and nothing said at the end.")
+
+
+@dataclass(kw_only=True)
+class GenerateOptions(DrawingOptions):
+    """The model's filter, which chooses among candidates.
+
+    What falls short is drawn again in up to `max_rounds` rounds, and `data.csv` says of each image whether it was
+    accepted. With `accepted_only`, what falls short is in `fell_short.jsonl` alone, and drawn again where `max_rounds`
+    is larger than it was.
+    """
+
+    num_candidates: Count | None = option(None, "Of which the filter chooses (default: the model's).")
+    filter_threshold: Score | None = option(None, "Score from 1 to 3 to accept (default: the model's).")
+    max_rounds: Count | None = option(None, f"Draw what falls short again (default 1; --accepted-only: {MAX_ROUNDS}).")
+    accepted_only: bool = option(
+        False,
+        "Write accepted images alone, drawn on until there are as many as asked for, at most --max-rounds times; "
+        "exit code 3 if some fall short.",
+    )
+    keep_copies: bool = option(False, "Let the filter accept copies of training images.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.no_filter and self.steering:
+            raise ValueError(f"{', '.join(self.steering)} would steer the filter, but no_filter leaves it out.")
+
+    @property
+    def rounds(self) -> int:
+        """In how many rounds an image is drawn at most."""
+        return self.max_rounds or (MAX_ROUNDS if self.accepted_only else 1)
+
+    @property
+    def steering(self) -> list[str]:
+        """The options given that need a filter."""
+        given = {"accepted_only": self.accepted_only, "num_candidates": self.num_candidates is not None}
+        given |= {"filter_threshold": self.filter_threshold is not None, "max_rounds": self.rounds > 1}
+        given |= {"keep_copies": self.keep_copies}
+        return [name for name, there in given.items() if there]

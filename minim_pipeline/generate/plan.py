@@ -1,0 +1,86 @@
+"""Which images to draw: of one prompt, or of a CSV of them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..data.sources import read_csv
+from ..modalities import Modality, resolve_modality
+
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to draw: its number in the folder, what it shows, its seed, and columns to carry through."""
+
+    index: int
+    text: str
+    modality: Modality
+    seed: int
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+def plan_prompt(text: str, modality: Modality, num_images: int, seed: int) -> list[Item]:
+    """`num_images` images of one prompt; image i has seed `seed + i`."""
+    _check_seeds(seed, num_images)
+    return [Item(i, text, modality, seed + i) for i in range(num_images)]
+
+
+def plan_file(
+    path: str | Path,
+    num_images: int,
+    seed: int,
+    trained: list[str] | None = None,
+    skip_bad_rows: bool = False,
+    modality: str | None = None,
+) -> list[Item]:
+    """The images that a CSV of prompts asks for, in the order of its rows.
+
+    Columns: `Text,modality`; optional `num_images` (default: the argument) and `seed`. Image i of a row has the row's
+    seed + i; without one, `seed` + the image's number in the whole run, so that no two rows share seeds. Other columns
+    are carried through; `path`, which names the generated image there, as `source_path`. `modality` is that of all
+    rows, where there is no such column.
+
+    Raises:
+        ValueError: as `read_csv`; for it a row is bad, too, if its modality is not among `trained`, or `num_images`
+            or `seed` is no number or out of range.
+    """
+
+    def number_of(row: dict[str, str]) -> int:
+        return _whole_number("num_images", row.get("num_images") or num_images, 1)
+
+    def check(row: dict[str, str]) -> None:
+        resolve_modality(row["modality"], trained)
+        _check_seeds(_whole_number("seed", row.get("seed") or seed, 0), number_of(row))
+
+    items: list[Item] = []
+    need = ("Text", "modality")
+    for row in read_csv(
+        path, skip_bad_rows=skip_bad_rows, require=need, check_images=False, check=check, modality=modality
+    ):
+        count = number_of(row)
+        first = int(row.get("seed") or seed + len(items))
+        known = ("Text", "modality", "num_images", "seed", "path")
+        extra = {name: value for name, value in row.items() if name not in known}
+        if row.get("path"):
+            extra["source_path"] = row["path"]
+        kind = resolve_modality(row["modality"], trained)
+        items += [Item(len(items) + i, row["Text"], kind, first + i, extra) for i in range(count)]
+    _check_seeds(seed, len(items))
+    return items
+
+
+def _check_seeds(first: int, count: int) -> None:
+    if first + count - 1 > MAX_SEED:
+        raise ValueError(f"seed has to be at most {MAX_SEED} for the last image too, got {first} for {count} images.")
+
+
+def _whole_number(name: str, value: str | int, least: int) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = None
+    if number is None or not least <= number <= MAX_SEED:
+        raise ValueError(f"{name} has to be a whole number from {least}, got {value!r}.")
+    return number
