@@ -1,8 +1,8 @@
 # make demo   pictures of all six modalities from the embedded model, offline once the packages are installed
-# make test   style and tests
+# make test   style, types and tests
 # make space  the pages to generate and rate images, at http://127.0.0.1:7860
 # make test-diffusers   loading, saving and publishing with the older diffusers that are admitted
-# make lint   style only
+# make lint   style and types
 # make clean  removes .venv and what the other targets made
 
 PYTHON ?= python3
@@ -36,6 +36,7 @@ test-diffusers: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache

@@ -40,7 +40,7 @@ class TableFinder(MetaPathFinder):
         if name != TABLE_MODULE:
             return None
         spec = PathFinder.find_spec(name, path, target)
-        if spec is not None:
+        if spec is not None and spec.loader is not None:
             spec.loader = TableLoader(spec.loader)
         return spec
 

@@ -30,7 +30,7 @@ def cached_tensors(
     if path.is_file():
         with safe_open(path, "pt") as stored:
             if (stored.metadata() or {}).get("key") == digest:
-                return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                return {name: stored.get_tensor(name) for name in stored.keys()}
         if keep_other:
             raise ValueError(f"{path} was made with other settings: choose another folder, or the same settings.")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in make().items()}

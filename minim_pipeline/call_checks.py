@@ -2,6 +2,7 @@
 given and what is allowed."""
 
 import inspect
+import itertools
 import math
 from numbers import Integral, Real
 
@@ -92,7 +93,7 @@ def check_size(height, width, factor: int) -> None:
     check_kinds({n: (v, is_whole(v) and v >= 1 and v % factor == 0, allowed) for n, v in sizes.items()})
 
 
-def prompt_list(prompt: str | list[str]) -> list[str]:
+def prompt_list(prompt: str | list[str] | None) -> list[str]:
     """The prompts as a list; ValueError if they are not text."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
@@ -124,7 +125,7 @@ def check_steps(scheduler, timesteps, sigmas) -> None:
             raise ValueError(f"{type(scheduler).__name__} takes no `{name}` of the caller's.")
         right = isinstance(values, (list, tuple, np.ndarray)) and len(values) > 0 and all(map(is_number, values))
         right = right and all(0 <= value <= most for value in values)
-        right = right and all(first > second for first, second in zip(values, values[1:]))
+        right = right and all(first > second for first, second in itertools.pairwise(values))
         limit = f"from 0 to {most}" if most < math.inf else "from 0 on"
         check_kinds({name: (values, right, f"a list of numbers {limit} in descending order")})
 
@@ -315,15 +316,15 @@ def check_finite(values: torch.Tensor, what: str, networks: dict[str, torch.nn.M
         what: they are.
         networks: by name, those that made them, or None; the first whose weights are not finite is told.
     """
-    networks = {name: network for name, network in networks.items() if network is not None}
+    there = {name: network for name, network in networks.items() if network is not None}
     broken = int((~values.isfinite()).flatten(1).any(1).sum())
     if not broken:
         return
     why = ""
-    if networks:
-        dtypes = " and ".join(dict.fromkeys(str(network.dtype) for network in networks.values()))
+    if there:
+        dtypes = " and ".join(dict.fromkeys(str(network.dtype) for network in there.values()))
         why = f": numbers grew too large for {dtypes}; `dtype=torch.float32`, or less guidance, may help"
-    for name, network in networks.items():
+    for name, network in there.items():
         weights = [p for p in network.parameters() if p.is_floating_point() and p.device.type != "meta"]
         if not all(p.isfinite().all() for p in weights):
             why = f": the weights of `{name}` are not finite, as of a training that has diverged"

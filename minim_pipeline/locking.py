@@ -10,7 +10,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows, where nothing is locked
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # mypy has no modules that may be missing
 
 LOCK_FILE = ".lock"
 
@@ -30,22 +30,23 @@ def locked(folder: str | Path, state=None) -> Iterator[None]:
     Raises:
         ValueError: another run has the folder now. All processes of `state` raise it.
     """
-    folder, told, handle, made = Path(folder), [None], None, []
+    folder, handle, made = Path(folder), None, []
+    problem: list[str | None] = [None]
     if state is None or state.is_main_process:
         made = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
         try:
             handle = _lock(folder)
         except BlockingIOError:
-            told = [f"another run is writing to {folder} now: wait for its end, or choose another folder."]
+            problem = [f"another run is writing to {folder} now: wait for its end, or choose another folder."]
         except (FileExistsError, NotADirectoryError):
             nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-            told = [f"{nearest} is a file, not a folder."]
+            problem = [f"{nearest} is a file, not a folder."]
     if state is not None and state.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
-        broadcast_object_list(told)
-    if told[0]:
-        raise ValueError(told[0])
+        broadcast_object_list(problem)
+    if problem[0]:
+        raise ValueError(problem[0])
     try:
         yield
     finally:

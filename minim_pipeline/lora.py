@@ -5,6 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -59,7 +60,8 @@ def from_peft(state_dict: dict[str, torch.Tensor], config: dict) -> tuple[dict[s
         raise ValueError(f"{PEFT_CONFIG} says peft_type={config.get('peft_type')!r}; only 'LORA' can be loaded.")
     known = {field.name for field in dataclasses.fields(LoraConfig)} - {"task_type", "auto_mapping", "peft_type"}
     settings = {key: value for key, value in config.items() if key in known}
-    weights, metadata = {}, {}
+    weights: dict[str, torch.Tensor] = {}
+    metadata: dict[str, Any] = {}
     for key, value in state_dict.items():
         place = key.removeprefix(PEFT_PREFIX)
         part = "unet" if UNET_MODULES.match(place) else "text_encoder"

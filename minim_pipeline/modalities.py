@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 
@@ -161,7 +162,7 @@ def custom_definitions(ids: list[str]) -> dict[str, dict]:
 
 
 def resolve_modality(
-    name: str, trained: list[str] | tuple[str, ...] | None = None, own: tuple[Modality, ...] = ()
+    name: str | None, trained: Sequence[str] | None = None, own: tuple[Modality, ...] = ()
 ) -> Modality:
     """The modality that `name` stands for.
 

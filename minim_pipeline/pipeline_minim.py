@@ -1,7 +1,7 @@
 """The pipeline: a modality and a sentence in, synthetic medical images out."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
@@ -262,8 +262,8 @@ class MinimPipeline(
         return batch_size
 
     def resolve_prompts(
-        self, prompt: str | list[str] | None, modality: str | list[str] | None, batch_size: int
-    ) -> tuple[list[str] | None, list[Modality]]:
+        self, prompt: str | list[str] | None, modality: str | Sequence[Any] | None, batch_size: int
+    ) -> tuple[list[str], list[Modality]]:
         """The prompts without MINIM's "OCT: " in front, and the modality of each: see `prompts.resolve_prompts`."""
         own, bare = self.own_modalities, self.config.bare_prompts
         return resolve_prompts(prompt, modality, batch_size, self.config.modalities or None, own, bare)
@@ -293,11 +293,12 @@ class MinimPipeline(
             is None without guidance.
         """
         device = device or self._execution_device
+        prompts = [prompt] if isinstance(prompt, str) else prompt or []
+        modalities = [m for m in modality if isinstance(m, Modality)] if isinstance(modality, list) else []
         given = prompt_embeds is not None and (negative_prompt_embeds is not None or not do_classifier_free_guidance)
-        resolved = isinstance(modality, list) and all(isinstance(entry, Modality) for entry in modality)
-        if not given and not resolved:
-            batch_size = 1 if isinstance(prompt, str) else len(prompt_embeds if prompt is None else prompt)
-            prompt, modality = self.resolve_prompts(prompt, modality, batch_size)
+        if not given and not modalities:
+            batch_size = len(prompts if prompt_embeds is None else prompt_embeds)
+            prompts, modalities = self.resolve_prompts(prompt, modality, batch_size)
         if lora_scale is not None:
             # set lora scale so that the LoRA function of the text encoder can correctly access it
             self._lora_scale = lora_scale
@@ -306,22 +307,22 @@ class MinimPipeline(
 
         bare = self.config.bare_prompts
         if prompt_embeds is None:
-            texts = prompt if bare else [prompt_text(p, m, self.tokenizer) for p, m in zip(prompt, modality)]
+            texts = prompts if bare else [prompt_text(p, m, self.tokenizer) for p, m in zip(prompts, modalities)]
             prompt_embeds = self.encode_texts(texts, device, clip_skip)
-        if do_classifier_free_guidance and negative_prompt_embeds is None:
-            each = isinstance(negative_prompt, (list, tuple))
-            negatives = negative_prompt if each else [negative_prompt or ""] * len(modality)
-            texts = negatives if bare else [negative_text(n, m, self.tokenizer) for n, m in zip(negatives, modality)]
+        if not do_classifier_free_guidance:
+            negative_prompt_embeds = None
+        elif negative_prompt_embeds is None:
+            if negative_prompt is None or isinstance(negative_prompt, str):
+                negative_prompt = [negative_prompt or ""] * len(modalities)
+            texts = [n if bare else negative_text(n, m, self.tokenizer) for n, m in zip(negative_prompt, modalities)]
             negative_prompt_embeds = self.encode_texts(texts, device, clip_skip, max_length=prompt_embeds.shape[1])
 
         # The U-Net's dtype wherever there is one: a text encoder may run in another.
         dtype = next((m.dtype for m in (self.unet, self.text_encoder) if m is not None), prompt_embeds.dtype)
         prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
-        if do_classifier_free_guidance:
+        if negative_prompt_embeds is not None:
             negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
             negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
-        else:
-            negative_prompt_embeds = None
 
         if lora_scale is not None and self.text_encoder is not None:
             unscale_lora_layers(self.text_encoder, lora_scale)
@@ -355,7 +356,7 @@ class MinimPipeline(
         output = self.text_encoder(input_ids, attention_mask=attention_mask, output_hidden_states=True)
         # The final LayerNorm belongs to the last layer's output, and is needed after an earlier one as well. Newer
         # versions of transformers have it one level up.
-        text_model = getattr(self.text_encoder, "text_model", self.text_encoder)
+        text_model: Any = getattr(self.text_encoder, "text_model", self.text_encoder)
         return text_model.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
 
     def prepare_latents(self, batch_size, num_channels_latents, height, width, dtype, device, generator, latents=None):
@@ -388,7 +389,7 @@ class MinimPipeline(
         # For classifier free guidance, we need to do two forward passes.
         # Here we concatenate the unconditional and text embeddings into a single batch
         # to avoid doing two forward passes
-        negative = negative_prompt_embeds[slots] if self.do_classifier_free_guidance else None
+        negative = negative_prompt_embeds[slots] if negative_prompt_embeds is not None else None
         embeds = prompt_embeds[slots] if negative is None else torch.cat([negative, prompt_embeds[slots]])
         return Batch(noise, embeds, negative, generator)
 
@@ -458,10 +459,10 @@ class MinimPipeline(
         check_flags(reject_copies=reject_copies)
         check_threshold(filter_threshold)
         pictures = to_pictures(images)
-        prompts = [prompt] * len(pictures) if isinstance(prompt, str) else prompt_list(prompt)
-        if len(prompts) != len(pictures):
-            raise ValueError(f"`prompt` has {len(prompts)} entries for {len(pictures)} images.")
-        prompts, modalities = self.resolve_prompts(prompts, modality, len(prompts))
+        given = [prompt] * len(pictures) if isinstance(prompt, str) else prompt_list(prompt)
+        if len(given) != len(pictures):
+            raise ValueError(f"`prompt` has {len(given)} entries for {len(pictures)} images.")
+        prompts, modalities = self.resolve_prompts(given, modality, len(given))
         height, width = self.learned_size
         pictures, changes = convert_pictures(pictures, modalities, (width, height), fit, window)
         for change in changes:
@@ -516,8 +517,7 @@ class MinimPipeline(
                         noise_pred = rescale_noise_cfg(noise_pred, noise_pred_text, self.guidance_rescale)
 
                 # drop the worst candidates, and all that belongs to them
-                count = funnel.due(self.scheduler, t) if funnel is not None else None
-                if count is not None:
+                if funnel is not None and (count := funnel.due(self.scheduler, t)) is not None:
                     seen = latent_model_input[-len(batch.latents) :]
                     keep = funnel.prune(count, seen, noise_pred_text, self.scheduler, t)
                     select_state(self.scheduler, keep, batch.latents.shape)
@@ -531,7 +531,7 @@ class MinimPipeline(
                 )[0]
 
                 if callback_on_step_end is not None:
-                    tensors = {name: getattr(batch, name) for name in callback_on_step_end_tensor_inputs}
+                    tensors = {name: getattr(batch, name) for name in callback_on_step_end_tensor_inputs or ()}
                     given = callback_on_step_end(self, i, t, tensors)
                     replace_tensors(batch, given, self.do_classifier_free_guidance)
 
@@ -721,7 +721,7 @@ class MinimPipeline(
 
         # 3. One entry an image, and how many candidates the filter chooses from
         num_images = len(modalities) * num_images_per_prompt
-        prompts = [p for p in prompts for _ in range(num_images_per_prompt)] if prompts is not None else None
+        prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         modalities = [m for m in modalities for _ in range(num_images_per_prompt)]
         filtering = self.why_unfiltered(use_filter, prompt, output_type) is None
         candidates = self.config.num_candidates if num_candidates is None else num_candidates
@@ -748,7 +748,7 @@ class MinimPipeline(
             if choosing:
                 round_seeds = draw_seeds(wanted, candidates, generator)
                 round_seeds += round_seeds[-candidates:] * (len(places) - len(wanted))
-            round_generator, round_seeds = prepare_generators(
+            round_generator, known_seeds = prepare_generators(
                 len(slots), None if choosing else generator, round_seeds, latents
             )
             round_timesteps, num_inference_steps = retrieve_timesteps(
@@ -775,13 +775,13 @@ class MinimPipeline(
             chosen = self.choose(
                 result,
                 funnel,
-                [prompts[i] for i in wanted] if filtering else None,
+                [prompts[i] for i in wanted] if filtering else [],
                 [modalities[i] for i in wanted],
                 decode=output_type != "latent",
                 filter_threshold=filter_threshold,
                 reject_copies=reject_copies,
             )
-            selection.add(chosen, round_seeds, candidates)
+            selection.add(chosen, known_seeds, candidates)
             if not selection.wanted or self.interrupt:
                 break
         if selection.wanted:
@@ -790,7 +790,7 @@ class MinimPipeline(
                 f" with accepted=False: raise `num_candidates` ({candidates}) or `max_rounds` ({max_rounds})."
             )
 
-        images = torch.stack(selection.images)
+        images = torch.stack([image for image in selection.images if image is not None])
         if output_type != "latent":
             images = self.image_processor.postprocess(images, output_type=output_type)
 

@@ -1,18 +1,21 @@
 """Prompts: of which modality each is."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from .captions import check_caption
 from .modalities import AMBIGUOUS, Modality, resolve_modality, split_prefix
 
 
 def resolve_prompts(
     prompt: str | list[str] | None,
-    modality: str | list[str] | None,
+    modality: str | Sequence[Any] | None,
     batch_size: int,
     trained: list[str] | None = None,
     own: tuple[Modality, ...] = (),
     bare: bool = False,
-) -> tuple[list[str] | None, list[Modality]]:
-    """The prompts without MINIM's "OCT: " in front, and the modality of each.
+) -> tuple[list[str], list[Modality]]:
+    """The prompts without MINIM's "OCT: " in front, none where there are embeddings, and the modality of each.
 
     Args:
         prompt: one or several, or None where there are embeddings.
@@ -25,13 +28,13 @@ def resolve_prompts(
         ValueError: a prompt is empty, or its modality is missing, unknown, ambiguous, not trained, or another one
             than its prefix says; or there are not as many modalities as prompts.
     """
-    names = list(modality) if isinstance(modality, (list, tuple)) else [modality] * batch_size
+    names: list[Any] = list(modality) if isinstance(modality, (list, tuple)) else [modality] * batch_size
     if len(names) != batch_size:
         raise ValueError(f"`modality` has {len(names)} entries for {batch_size} prompts: {modality!r}.")
     if prompt is None:
         if modality is None:
             raise ValueError("`prompt_embeds` need `modality`: it decides how the image is decoded.")
-        return None, [resolve_modality(name, trained, own) for name in names]
+        return [], [resolve_modality(name, trained, own) for name in names]
 
     prompts, modalities = [], []
     for text, name in zip([prompt] if isinstance(prompt, str) else prompt, names):

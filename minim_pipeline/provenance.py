@@ -7,8 +7,9 @@ https://iptc.org/std/photometadata/specification/IPTC-PhotoMetadata
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 from PIL import Image
@@ -21,8 +22,8 @@ from .files import atomic_path
 SOFTWARE = "minim-pipeline"
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
-_TYPES = {"seed": int, "steps": int, "guidance": float, "guidance_rescale": float, "guidance_interval": json.loads}
-_TYPES |= {"height": int, "width": int}
+_TYPES: dict[str, Callable[[str], Any]] = dict.fromkeys(("seed", "steps", "height", "width"), int)
+_TYPES |= {"guidance": float, "guidance_rescale": float, "guidance_interval": json.loads}
 _XMP_KEY = "XML:com.adobe.xmp"
 _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/">
@@ -81,7 +82,7 @@ def read_provenance(path: str | Path) -> dict[str, object]:
     if texts.get("software") != SOFTWARE:
         return {}
     xmp = texts.pop(_XMP_KEY, "")
-    result = {name: _TYPES.get(name, str)(value) for name, value in texts.items()}
+    result: dict[str, object] = {name: _TYPES.get(name, str)(value) for name, value in texts.items()}
     result["synthetic"] = texts["synthetic"] == "true"
     result["digital_source_type"] = DIGITAL_SOURCE_TYPE if DIGITAL_SOURCE_TYPE in xmp else None
     return result

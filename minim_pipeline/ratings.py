@@ -10,10 +10,11 @@ import itertools
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from .data.sources import read_csv, resolve_path
 from .files import atomic_path
@@ -212,11 +213,11 @@ def read_ratings(path: str | Path, folders: Mapping[str, str | Path], earlier: I
             which only one could be kept, or one of a rater without a name that differs from an earlier one.
     """
     home, found = Path(path).absolute().parent, []
-    kinds = {"turn": _whole, "seconds": float, "rating": _whole}
+    kinds: dict[str, Callable[[str], Any]] = {"turn": _whole, "seconds": float, "rating": _whole}
     taken, stored = set(), {_key(rating): rating.rating for rating in earlier}
 
     def check(row: Mapping[str, str]) -> None:
-        given = {name: row[name] for name in COLUMNS if row.get(name)}
+        given: dict[str, Any] = {name: row[name] for name in COLUMNS if row.get(name)}
         for name in given.keys() & kinds.keys():
             try:
                 given[name] = kinds[name](given[name])
@@ -279,13 +280,13 @@ def counts(ratings: Iterable[Rating]) -> dict[str, dict[str, int]]:
     return table
 
 
-def consistency(ratings: Iterable[Rating]) -> dict[str, dict[str, float | int]]:
+def consistency(ratings: Iterable[Rating]) -> dict[str, dict[str, float | None]]:
     """By rater, of images shown again: how many (`n`), and the share that got the same rating again (`same`)."""
     given: dict[str, dict[tuple[str, str], dict[int, int]]] = {}
     for rating in ratings:
         image = (rating.kind, rating.path)
         given.setdefault(rating.rater, {}).setdefault(image, {})[rating.turn] = rating.rating
-    table = {}
+    table: dict[str, dict[str, float | None]] = {}
     for rater, images in given.items():
         pairs = [(turns[0], again) for turns in images.values() for t, again in turns.items() if t and 0 in turns]
         table[rater] = {"n": len(pairs), "same": sum(a == b for a, b in pairs) / len(pairs) if pairs else None}

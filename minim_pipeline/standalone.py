@@ -88,8 +88,9 @@ def inline(modules: dict[str, str]) -> str:
     """One file of the sources of modules, by name, that import from each other; raises as `source_code`."""
     imports: dict[str, tuple[str, str]] = {}  # by the name bound: module, and what is imported of it
     owners: dict[str, str] = dict.fromkeys(PROLOGUE_NAMES, "the prologue")
-    for statement in PROLOGUE_IMPORTS:
-        add_imports(ast.parse(statement).body[0], imports, owners, "the prologue")
+    for node in ast.parse("\n".join(PROLOGUE_IMPORTS)).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            add_imports(node, imports, owners, "the prologue")
     sections = []
     for name, text in modules.items():
         tree, lines = ast.parse(text), text.splitlines()
@@ -163,4 +164,5 @@ def blank(lines: list[str], node: ast.stmt) -> None:
     first = node.lineno - 1
     while first > 0 and lines[first - 1].startswith("#"):
         first -= 1
-    lines[first : node.end_lineno] = [""] * (node.end_lineno - first)
+    last = node.end_lineno or node.lineno
+    lines[first:last] = [""] * (last - first)

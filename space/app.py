@@ -21,23 +21,23 @@ try:
 except ImportError:
     spaces = None
 
-import gradio as gr  # noqa: E402
-from about_page import build as build_about  # noqa: E402
-from agreement_page import routes as agreement_routes  # noqa: E402
-from generate_page import Drawer, Limits  # noqa: E402
-from generate_page import build as build_generate  # noqa: E402
-from huggingface_hub.utils import httpx  # noqa: E402
-from rating_images import read_folder  # noqa: E402
-from rating_log import RatingLog  # noqa: E402
-from rating_page import PAGES, RatingDesk  # noqa: E402
-from starlette.responses import FileResponse, JSONResponse  # noqa: E402
-from starlette.routing import Mount, Route  # noqa: E402
-from starlette.staticfiles import StaticFiles  # noqa: E402
+import gradio as gr
+from about_page import build as build_about
+from agreement_page import routes as agreement_routes
+from generate_page import Drawer, Limits
+from generate_page import build as build_generate
+from huggingface_hub.utils import httpx
+from rating_images import read_folder
+from rating_log import RatingLog
+from rating_page import PAGES, RatingDesk
+from starlette.responses import FileResponse, JSONResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
 
-from minim_pipeline import EMBEDDED_CHECKPOINT, __version__  # noqa: E402
-from minim_pipeline.loading import load_pipeline, model_identity, register_modalities  # noqa: E402
-from minim_pipeline.options import ReadingOptions, add_options, options_from  # noqa: E402
-from minim_pipeline.ratings import RatingStore  # noqa: E402
+from minim_pipeline import EMBEDDED_CHECKPOINT, __version__
+from minim_pipeline.loading import load_pipeline, model_identity, register_modalities
+from minim_pipeline.options import ReadingOptions, add_options, options_from
+from minim_pipeline.ratings import RatingStore
 
 
 HERE = Path(__file__).resolve().parent

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))])
 # Programs that are not the project's.
-FOREIGN = ("hf", "pre-commit", "python -m pytest", "python -m ruff")
+FOREIGN = ("hf", "pre-commit", "python -m pytest", "python -m ruff", "python -m mypy")
 
 
 @dataclass(frozen=True)

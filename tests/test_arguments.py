@@ -21,7 +21,7 @@ def test_a_tracker_that_is_not_there_is_refused(monkeypatch, name, message):
     assert AutoencoderConfig(**call, report_to="tensorboard").report_to == "tensorboard"
     with pytest.raises(ValueError, match=message):
         AutoencoderConfig(**call, report_to=name)
-    monkeypatch.setattr(config, "get_available_trackers", lambda: [])
+    monkeypatch.setattr(config, "get_available_trackers", list)
     with pytest.raises(ValueError, match="--report_to all is not installed here; installed: none"):
         AutoencoderConfig(**call, report_to="all")
 

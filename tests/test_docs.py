@@ -3,6 +3,7 @@
 That all of it also runs: test_docs_followed.py.
 """
 
+import itertools
 import re
 import tomllib
 from pathlib import Path
@@ -27,7 +28,7 @@ def check_pip(arguments: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for extras in re.findall(r"\[(.+?)\]", " ".join(arguments)):
         assert set(extras.split(",")) <= set(project["optional-dependencies"])
-    for flag, value in zip(arguments, arguments[1:]):
+    for flag, value in itertools.pairwise(arguments):
         assert flag != "-r" or (ROOT / value).is_file()
 
 

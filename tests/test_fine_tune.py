@@ -154,8 +154,8 @@ def test_a_card_that_says_otherwise_than_the_base_is_told(base, tmp_path, monkey
     monkeypatch.setattr(sys.modules["minim_pipeline.publishing.upload"], "stage", lambda *args: None)
     monkeypatch.setattr(sys.modules["minim_pipeline.publishing.upload"], "check_folder", lambda folder: None)
     pipe = MinimPipeline.from_pretrained(tmp_path / "model")
-    with pytest.warns(
-        UserWarning, match="says license 'mit', but the weights .* house-model, which are under 'house'"
+    with (
+        pytest.warns(UserWarning, match="says license 'mit', but the weights .* house-model, which are under 'house'"),
+        staged(pipe, "me/tiny", card=tmp_path / "card.md"),
     ):
-        with staged(pipe, "me/tiny", card=tmp_path / "card.md"):
-            pass
+        pass

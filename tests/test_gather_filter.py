@@ -52,7 +52,7 @@ def test_the_report_has_all_parts_and_no_path_of_the_machine(call, tmp_path):
 
 
 def test_comparisons_that_do_not_go_together_are_told(call, tmp_path):
-    arguments, first, second = call
+    arguments, first, _ = call
     before = (tmp_path / "docs" / "report.json").read_text()
     chosen = {"chosen": [0]}
     settled = comparison(tmp_path / "settled", 0, [[True, False]], chosen)

@@ -97,7 +97,7 @@ def test_output_without_a_filter(make_pipeline):
     out = pipe(**CALL, num_images_per_prompt=2, seeds=[0, 1])
     assert isinstance(out, MinimPipelineOutput)
     assert out.scores == out.accepted == [None, None] and out.seeds == [0, 1] and out.candidates == [1, 1]
-    images, scores, accepted, seeds, candidates, rejected = pipe(
+    images, _, _, seeds, _, rejected = pipe(
         **CALL, num_images_per_prompt=2, seeds=[0, 1], use_filter=False, return_dict=False
     )
     assert differ(images, out.images) < 1e-6 and seeds == [0, 1] and rejected == [None, None]
@@ -119,7 +119,7 @@ def test_grey_modalities_have_equal_channels(shared_pipeline):
     tensor = shared_pipeline(**call, output_type="pt").images
     pictures = shared_pipeline(**call, output_type="pil").images
     assert tensor.shape == (3, 3, 64, 64) and tensor.dtype == torch.float32
-    assert 0 <= tensor.min() and tensor.max() <= 1
+    assert tensor.min() >= 0 and tensor.max() <= 1
     for images in (array, tensor.permute(0, 2, 3, 1).numpy(), np.stack([np.asarray(p) for p in pictures])):
         for i, grey in enumerate([True, False, True]):
             assert (np.ptp(images[i], axis=-1).max() == 0) == grey

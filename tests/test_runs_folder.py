@@ -196,7 +196,7 @@ def test_the_embedded_model_is_made_from_images_to_its_report(tmp_path, teacher,
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     captions = ["--captions", str(tmp_path / "texts.json")]
     special = {"train_text_encoder": ["--teacher", str(teacher)], "report_model": captions, "gather_filter": []}
-    special |= dict.fromkeys(("evaluate_filter", "compare_models"), [*captions, "--mixed_precision", "no"])
+    special |= {name: [*captions, "--mixed_precision", "no"] for name in ("evaluate_filter", "compare_models")}
     for call in commands(RUNS / "embedded" / "run.sh", tmp_path, **variables):
         if call[0] == "-c":
             monkeypatch.setattr("sys.argv", call[1:])

@@ -46,7 +46,7 @@ def read_dicom(path: str | Path, window: tuple[float, float] | None = None) -> t
     if "TransferSyntaxUID" not in data.file_meta:
         implicit, little = data.original_encoding
         syntaxes = {(True, True): ImplicitVRLittleEndian, (False, False): ExplicitVRBigEndian}
-        data.file_meta.TransferSyntaxUID = syntaxes.get((implicit, little), ExplicitVRLittleEndian)
+        data.file_meta.TransferSyntaxUID = syntaxes.get((bool(implicit), bool(little)), ExplicitVRLittleEndian)
     values = pixel_array(data, index=0)  # YBR becomes RGB there
     notes = []
     frames = int(data.get("NumberOfFrames") or 1)

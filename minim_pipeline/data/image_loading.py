@@ -85,7 +85,8 @@ def check_values(
     Raises:
         ValueError: what the values mean cannot be known, for a modality of the rows.
     """
-    files, modalities = {}, set()
+    files: dict[Path, str] = {}
+    modalities: set[str] = set()
     for rows, csv in sets:
         asked = {resolve_path(row, csv): resolve_modality(row["modality"]).id for row in rows}
         files |= {**(_images_of(Path(csv), reading) if Path(csv).is_file() else {}), **asked}
@@ -124,11 +125,17 @@ def _images_of(csv: Path, reading: Reading) -> dict[Path, str]:
 def _read_images_of(
     csv: Path, modality: str | None, image_root: str | None, changed: int
 ) -> tuple[tuple[Path, str], ...]:
-    options = {"require": ("path", "modality"), "check_images": False, "skip_bad_rows": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of bad rows, which whoever read the rows at hand has been told of
         try:
-            rows = read_csv(csv, image_root=image_root, modality=modality, **options)
+            rows = read_csv(
+                csv,
+                image_root=image_root,
+                modality=modality,
+                require=("path", "modality"),
+                check_images=False,
+                skip_bad_rows=True,
+            )
         except ValueError:  # of modalities that nobody knows, or none: then of the rows at hand alone
             return ()
     return tuple((resolve_path(row, csv), resolve_modality(row["modality"]).id) for row in rows)

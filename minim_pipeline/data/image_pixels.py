@@ -111,8 +111,10 @@ def to_8_bits(
     """
     if isinstance(pixels, Image.Image):
         return pixels, notes
-    real, found = pixels.dtype.kind == "f", found | found_in(pixels)
-    low, high, note = black_and_white(found.real if real else found.whole, real, modality, window)
+    real, least, greatest = pixels.dtype.kind == "f", float(pixels.min()), float(pixels.max())
+    others = (found.real if real else found.whole) or (least, greatest)
+    ends = min(least, others[0]), max(greatest, others[1])
+    low, high, note = black_and_white(ends, real, modality, window)
     image, notes = Image.fromarray(scaled(pixels, low, high)), [*notes, note]
     if np.mean(pixels > high) > 0.5 or np.mean(pixels < low) > 0.95:
         notes.append(CLIPPED)
@@ -133,13 +135,14 @@ def decode_picture(image: Image.Image) -> tuple[Image.Image | np.ndarray, list[s
     Raises:
         ValueError: pixels are not finite.
     """
-    notes, frames = [], getattr(image, "n_frames", 1)
+    notes: list[str] = []
+    frames = getattr(image, "n_frames", 1)
     if frames > 1:
         notes.append(f"{f'number {image.tell() + 1}' if image.tell() else 'the first'} of {frames} frames taken")
     deep = _deep_channels(image)
     halved = deep is None and is_deep(image) and not image.mode.startswith(("I", "F"))
     turned = image.getexif().get(ORIENTATION, 1) in range(2, 9)
-    white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
+    white_is_zero = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(262) == 0
     image.load()  # of a TIFF, Pillow turns the pixels here
     if turned:
         notes.append("turned upright, as its EXIF orientation says")
@@ -159,7 +162,7 @@ def decode_picture(image: Image.Image) -> tuple[Image.Image | np.ndarray, list[s
         return values, notes
     if image.has_transparency_data:
         rgba = image.convert({"La": "LA"}.get(image.mode, "RGBA")).convert("RGBA")
-        if rgba.getextrema()[3][0] < 255:
+        if np.asarray(rgba)[:, :, 3].min() < 255:
             notes.append(TRANSPARENT)
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
     elif image.mode == "1":
@@ -177,7 +180,8 @@ def is_deep(file: Image.Image) -> bool:
 
 
 def _raw_mode(file: Image.Image) -> str:
-    arguments = file.tile[0].args if getattr(file, "tile", None) else ""
+    tiles = getattr(file, "tile", None)
+    arguments = tiles[0].args if tiles else ""
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
@@ -198,10 +202,10 @@ def _deep_channels(file: Image.Image) -> np.ndarray | None:
                 for tile in again.tile
             ]
             again.load()
-            if again.format != "TIFF":  # which Pillow has turned already
-                again.getexif()[ORIENTATION] = file.getexif().get(ORIENTATION, 1)
-                again = ImageOps.exif_transpose(again)
-            return np.asarray(again).astype(np.uint16)
+            if again.format == "TIFF":  # which Pillow has turned already
+                return np.asarray(again).astype(np.uint16)
+            again.getexif()[ORIENTATION] = file.getexif().get(ORIENTATION, 1)
+            return np.asarray(ImageOps.exif_transpose(again)).astype(np.uint16)
 
     if mode == "LA;16B":
         parts = read("RGBA")  # byte for byte: grey and alpha, the upper half first
@@ -231,7 +235,8 @@ def fit_to(image: Image.Image, size: tuple[int, int], fit: str = "stretch") -> t
     Args:
         fit: what becomes of one of other proportions: `"stretch"`, `"crop"` (the middle is kept) or `"pad"` (black).
     """
-    (width, height), notes = size, []
+    width, height = size
+    notes: list[str] = []
     if image.size == size:
         return image, notes
     if image.width * height != image.height * width:
@@ -254,9 +259,11 @@ def check_reading(fit: str, window: tuple[float, float] | None) -> None:
     """Raises ValueError for a way to read images that there is not."""
     if fit not in FITS:
         raise ValueError(f"`fit` has to be one of {', '.join(FITS)}, got {fit!r}.")
+    if window is None:
+        return
     pair = isinstance(window, (tuple, list)) and len(window) == 2
     numbers = pair and all(isinstance(end, (int, float, np.number)) and not isinstance(end, bool) for end in window)
-    if window is not None and not (numbers and -np.inf < window[0] < window[1] < np.inf):
+    if not (numbers and -np.inf < window[0] < window[1] < np.inf):
         raise ValueError(f"`window` has to be two finite numbers, the lower first, got {window!r}.")
 
 
@@ -277,7 +284,8 @@ def convert_pictures(
     for (pixels, _), modality in zip(decoded, modalities):
         if isinstance(pixels, np.ndarray):
             found[modality.id] = found.get(modality.id, Found()) | found_in(pixels)
-    made, told_of = [], Counter()
+    made: list[Image.Image] = []
+    told_of: Counter[str] = Counter()
     for number, ((pixels, notes), modality) in enumerate(zip(decoded, modalities)):
         picture, notes = to_8_bits(pixels, notes, found.get(modality.id, Found()), modality.id, window)
         picture, notes = as_modality(picture, modality, notes)
@@ -308,7 +316,8 @@ def told(notes: Iterable[tuple[str, int]], total: int, what: str = "images") -> 
     Args:
         notes: note -> number of images, as `Counter.items()`; of an oddity it is "oddity: name".
     """
-    lines, odd, sizes = [], {}, {}
+    lines, sizes = [], {}
+    odd: dict[str, list[str]] = {}
     for note, count in notes:
         kind, _, name = note.partition(": ")
         if kind in (FLAT, CLIPPED):

@@ -39,12 +39,13 @@ def rater_agreement(rows: Sequence[Mapping]) -> dict:
     given: dict[str, dict[str, int]] = {}
     for row in rows:
         given.setdefault(row["rater"], {})[row["path"]] = int(row["rating"])
-    pairs = []
+    pairs, known = [], []
     for one, other in itertools.combinations(sorted(given), 2):
         common = sorted(given[one].keys() & given[other].keys())
         if common:
             kappa = weighted_kappa([given[one][p] for p in common], [given[other][p] for p in common])
             pairs.append({"raters": [one, other], "kappa": kappa, "n": len(common)})
-    known = [(pair["kappa"], pair["n"]) for pair in pairs if pair["kappa"] is not None]
+            if kappa is not None:
+                known.append((kappa, len(common)))
     mean = round(sum(k * n for k, n in known) / sum(n for _, n in known), 4) if known else None
     return {"pairs": pairs, "mean": mean}

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import (
     ConvNextV2Config,
     ConvNextV2ForImageClassification,
+    PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
 )
@@ -44,7 +45,7 @@ class Recipe:
     seed: int = 0
 
 
-def make_resnet(num_labels: int, width: int) -> nn.Module:
+def make_resnet(num_labels: int, width: int) -> PreTrainedModel:
     """ResNet-18's plan: two plain 3x3 blocks a stage, batch norm (arXiv 1512.03385)."""
     return ResNetForImageClassification(
         ResNetConfig(
@@ -57,7 +58,7 @@ def make_resnet(num_labels: int, width: int) -> nn.Module:
     )
 
 
-def make_convnext(num_labels: int, width: int) -> nn.Module:
+def make_convnext(num_labels: int, width: int) -> PreTrainedModel:
     """ConvNeXt V2's plan: 7x7 depthwise convolutions, layer norm, response normalisation (arXiv 2301.00808)."""
     return ConvNextV2ForImageClassification(
         ConvNextV2Config(
@@ -105,7 +106,7 @@ def augment(
         ],
         1,
     )
-    grid = F.affine_grid(theta, (batch, 3, size, size), align_corners=False)
+    grid = F.affine_grid(theta, [batch, 3, size, size], align_corners=False)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
     # Tone: gamma, contrast about the mean, brightness.
@@ -172,7 +173,7 @@ def prepare_training(
 
 
 def train_classifier(
-    model: nn.Module,
+    model: PreTrainedModel,
     images: torch.Tensor,
     labels: torch.Tensor,
     may_mirror: torch.Tensor,

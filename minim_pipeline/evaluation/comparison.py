@@ -67,6 +67,12 @@ class ComparisonOptions(ReadingOptions):
     batch_size: Count = option(64, "Images drawn together.")
     mixed_precision: Precision = "no"
 
+    def real_data(self) -> str:
+        """`--data`, which not every run that may compare models needs; raises ValueError where it is missing."""
+        if not self.data:
+            raise ValueError("--data is needed: the CSV of real images that both are compared with.")
+        return self.data
+
 
 @dataclass(kw_only=True)
 class ComparisonConfig(ComparisonOptions):
@@ -78,8 +84,7 @@ class ComparisonConfig(ComparisonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.data:
-            raise ValueError("--data is needed: the CSV of real images that both are compared with.")
+        self.real_data()  # raises where there is none
 
 
 def modalities_of(data: str, skip_memorisation: bool = False) -> set[str]:
@@ -98,7 +103,7 @@ def plan_both(options: ComparisonOptions, before: MinimPipeline, after: MinimPip
         ValueError: there are none, or a prompt would be drawn once only.
     """
     judges, captions = load_judges(options.judges), json.loads(Path(options.captions).read_text())
-    real, known = modalities_of(options.data, options.skip_memorisation), after.config.findings or {}
+    real, known = modalities_of(options.real_data(), options.skip_memorisation), after.config.findings or {}
     learned = {
         modality: [finding for finding in findings if finding in known.get(modality, [])]
         for modality, findings in (before.config.findings or {}).items()
@@ -256,11 +261,12 @@ def copies(
     vae: AutoencoderKL,
 ) -> dict:
     """Shares of copies of train images, of both models, in latents and in pixels; `val`: images by modality."""
-    rows = read_split(options.data, "train", check_images=False)
+    data = options.real_data()
+    rows = read_split(data, "train", check_images=False)
     names = [p["modality"] for p in planned]
     rows = [row for row in rows if resolve_modality(row["modality"]).id in names]
     size = next(iter(images.values())).shape[-1]
-    real = load_images(rows, options.data, size, reading=options.reading_elsewhere())
+    real = load_images(rows, data, size, reading=options.reading_elsewhere())
     train = by_modality(real, [resolve_modality(r["modality"]).id for r in rows])
     # A mirrored copy counts where the modality may be mirrored.
     mirror = {name: resolve_modality(name).flip for name in set(names)}
@@ -299,11 +305,9 @@ def save_sheet(
         contact_sheet(halves, 2).save(temporary, format="PNG", optimize=True)
 
 
-def rated(
-    options: ComparisonOptions, images: dict[str, torch.Tensor], planned: list[dict], device: torch.device
-) -> dict:
+def rated(stand_in: str, images: dict[str, torch.Tensor], planned: list[dict], device: torch.device) -> dict:
     """Shares that the stand-in rates 3 and 1, of the findings that it has learned."""
-    rater = StandIn.from_pretrained(options.stand_in, device)
+    rater = StandIn.from_pretrained(stand_in, device)
     known = [i for i, p in enumerate(planned) if (p["modality"], p["finding"]) in rater.findings.classes]
     if not known:
         return {}
@@ -329,16 +333,17 @@ def compare(options: ComparisonOptions, before: str, after: str, folder: Path) -
     encoder = ImageTextEncoder.from_pretrained(options.encoder, device)
     said = {name: judges.judge(drawn) for name, drawn in images.items()}
     right = {name: right_findings(p, judges.classes, planned) for name, p in said.items()}
-    report = {"before": Path(before).name, "after": Path(after).name, "n": len(planned)}
+    report: dict[str, Any] = {"before": Path(before).name, "after": Path(after).name, "n": len(planned)}
     report["accuracy"] = by_slot(right["before"], right["after"], planned)
     if options.stand_in:
-        report |= rated(options, images, planned, device)
+        report |= rated(options.stand_in, images, planned, device)
 
-    rows = read_split(options.data, "val", require=("path", "Text", "modality", "finding"))
+    data = options.real_data()
+    rows = read_split(data, "val", require=("path", "Text", "modality", "finding"))
     modalities = {p["modality"] for p in planned}
     rows = [row for row in rows if class_of(row)[0] in modalities]
     val_names = [class_of(row)[0] for row in rows]
-    val_images = load_images(rows, options.data, images["before"].shape[-1], reading=options.reading_elsewhere())
+    val_images = load_images(rows, data, images["before"].shape[-1], reading=options.reading_elsewhere())
     val = by_modality(encoder.encode_images(val_images)[0], val_names)
     features = {name: encoder.encode_images(drawn)[0] for name, drawn in images.items()}
     report |= distances(features, planned, val)
@@ -370,10 +375,10 @@ def summary(report: dict) -> str:
             for kind in ("phrasings", "modalities"):
                 each = r[kind].items()
                 lines.append("  " + "; ".join(f"{k} {v['before']:.3f} -> {v['after']:.3f}" for k, v in each))
-    for name in ("kid", "frechet", "inception score"):
-        lines.append(f"{name}: {report[name]['before']} -> {report[name]['after']}")
+    plain = {name: report[name] for name in ("kid", "frechet", "inception score")}
     for name in ("MS-SSIM", "recall"):
-        lines.append(f"{name}: {report['diversity']['before'][name]} -> {report['diversity']['after'][name]}")
+        plain[name] = {when: report["diversity"][when][name] for when in ("before", "after")}
     for space, r in report.get("copies", {}).items():
-        lines.append(f"copies, {space}: {r['before']['share']} -> {r['after']['share']}")
+        plain[f"copies, {space}"] = {when: r[when]["share"] for when in ("before", "after")}
+    lines += [f"{name}: {r['before']} -> {r['after']}" for name, r in plain.items()]
     return "\n".join(lines)

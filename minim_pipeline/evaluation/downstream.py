@@ -17,6 +17,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class TooFewImages(ValueError):
 
 def take_share(rows: list[dict], share: float, column: str = "finding", seed: int = 0) -> list[dict]:
     """A share of `rows`, the same of every finding of every modality and at least one of each; in their order."""
-    groups = {}
+    groups: dict[tuple[str, str], list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(class_of(row, column), []).append(i)
     generator = random.Random(seed)
@@ -109,7 +110,7 @@ def drawn_by(
 
 def taken_from(images: torch.Tensor, rows: list[dict], column: str = "finding") -> Source:
     """Takes synthetic images that are there already, each at most once, by the finding of the rows."""
-    stock = {}
+    stock: dict[tuple[str, str], list[int]] = {}
     for i, row in enumerate(rows):
         stock.setdefault(class_of(row, column), []).append(i)
 
@@ -163,7 +164,7 @@ class Classifiers:
         """Probabilities [n, classes] on the val images of a classifier that was trained on `parts`."""
         design, digest = self.design, hashlib.sha256()
         for tensor in [self.val.images, *(tensor for part in parts for tensor in (part.images, part.labels))]:
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().data)
         key = json.dumps([digest.hexdigest(), self.classes, design.architecture, design.width, asdict(design.recipe)])
         file = self.folder / f"{name.replace(' ', '-')}-{seed}.safetensors"
         return cached_tensor(file, key, lambda: self.train(name, parts, seed))
@@ -180,7 +181,8 @@ class Classifiers:
         return Judges({"cnn": model}, self.classes, recipe.resolution).judge(self.val.images)
 
     def score(self, name: str, parts: list[Labelled]) -> "Score":
-        modalities, findings = zip(*(self.classes[i] for i in self.val.labels.tolist()), strict=True)
+        classes = [self.classes[i] for i in self.val.labels.tolist()]
+        modalities, findings = [modality for modality, _ in classes], [finding for _, finding in classes]
         said = [self.say(name, parts, seed) for seed in self.design.seeds]
         right = np.stack([finds_asked(each, self.classes, modalities, findings) for each in said])
         return Score(right, modalities, findings, sum(len(part.labels) for part in parts))
@@ -329,7 +331,7 @@ class Score:
     def report(self) -> dict:
         def each_seed(right: np.ndarray) -> float:
             labels, names = np.array(self.findings), np.array(self.modalities)
-            return np.mean([balanced_accuracy(right[names == n], list(labels[names == n])) for n in self.names])
+            return float(np.mean([balanced_accuracy(right[names == n], list(labels[names == n])) for n in self.names]))
 
         return {
             "accuracy": round(float(self.total()[0]), 4),
@@ -349,13 +351,9 @@ def _compare(scores: dict, first: str, second: str, conditions: dict, how: Calla
         return {"left_out": conditions[first]}
     a, b = scores[first], scores[second]
 
-    def figure(get: Callable[[Score, int], np.ndarray]) -> dict:
-        value = how(get(a, 0), get(b, 0))[0]
-        return {"value": round(float(value), 4), "interval": interval(how(get(a, 1000), get(b, 1000)))}
+    def figure(of_a: Callable[[int], np.ndarray], of_b: Callable[[int], np.ndarray]) -> dict:
+        value = how(of_a(0), of_b(0))[0]
+        return {"value": round(float(value), 4), "interval": interval(how(of_a(1000), of_b(1000)))}
 
-    return {
-        **figure(lambda score, draws: score.total(draws)),
-        "modalities": {
-            name: figure(lambda score, draws, name=name: score.of(name, draws)) for name in scores[first].names
-        },
-    }
+    each = {name: figure(partial(a.of, name), partial(b.of, name)) for name in a.names}
+    return {**figure(a.total, b.total), "modalities": each}

@@ -5,6 +5,7 @@ A caption that one training image alone has is where a generator most likely ans
 
 import random
 from collections import Counter
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ def rare_captions(train: ImageSet, modality: str, count: int, seed: int = 0) -> 
     numbers = Counter(train.column("Text", train.of(modality)))
     captions = sorted(numbers)
     random.Random(seed).shuffle(captions)
-    return [(caption, numbers[caption]) for caption in sorted(captions, key=numbers.get)[:count]]
+    return [(caption, numbers[caption]) for caption in sorted(captions, key=lambda caption: numbers[caption])[:count]]
 
 
 def extract_training_images(
@@ -45,7 +46,7 @@ def extract_training_images(
         `train_images` have it, `images` drawn, `copies` among them, the least `distance` to any training image, and
         the least to one with this caption (`own_distance`).
     """
-    prompts = []
+    prompts: list[dict[str, Any]] = []
     for modality in copies:
         for text, number in rare_captions(train, modality, captions):
             prompts.append({"modality": modality, "Text": text, "train_images": number, "images": images})

@@ -9,10 +9,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import cached_file
 
 from .encoder import ImageTextEncoder
@@ -60,8 +61,7 @@ def load_extractor(model: str | Path, device: torch.device | str = "cpu", batch_
         ) from error
     if config.model_type == "vision-text-dual-encoder":
         encoder = ImageTextEncoder.from_pretrained(model, device)
-        extract = lambda images: encoder.encode_images(images)[0]  # noqa: E731
-        return Extractor(_name(model), digest(encoder.model), extract, encoder)
+        return Extractor(_name(model), digest(encoder.model), lambda images: encoder.encode_images(images)[0], encoder)
     network = AutoModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
     if network.main_input_name != "pixel_values" and not hasattr(network, "get_image_features"):
         raise ValueError(f"{model} is a {config.model_type}, which takes no images.")
@@ -94,7 +94,7 @@ def _torchscript(file: Path, device: torch.device | str, batch_size: int) -> Ext
     return Extractor(file.stem, digest(network), extract)
 
 
-def _pooled(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _pooled(network: PreTrainedModel, x: torch.Tensor) -> torch.Tensor:
     if hasattr(network, "get_image_features"):
         found = network.get_image_features(pixel_values=x)
         return found if isinstance(found, torch.Tensor) else found.pooler_output
@@ -113,9 +113,9 @@ def _preprocessing(model, config) -> tuple[int, torch.Tensor, torch.Tensor]:
     file = cached_file(model, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     vision = getattr(config, "vision_config", config)
     given = json.loads(Path(file).read_text()) if file else {}
-    size = given.get("crop_size") or given.get("size") or getattr(vision, "image_size", 224)
+    size: Any = given.get("crop_size") or given.get("size") or getattr(vision, "image_size", 224)
     if isinstance(size, dict):
-        size = size.get("height") or size.get("shortest_edge")
+        size = size.get("height") or size["shortest_edge"]
     # ImageNet's, where a model does not say.
     mean, std = given.get("image_mean", [0.485, 0.456, 0.406]), given.get("image_std", [0.229, 0.224, 0.225])
     return int(size), torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)

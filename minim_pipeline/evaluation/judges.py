@@ -59,7 +59,7 @@ class Judges:
             batch_size: default 16 on a CPU, which is slower with more, else 128.
         """
         batch_size = batch_size or (16 if self.device.type == "cpu" else 128)
-        probabilities = {name: [] for name in self.models}
+        probabilities: dict[str, list[torch.Tensor]] = {name: [] for name in self.models}
         for part in images.split(batch_size):
             x = to_input(part.to(self.device), self.image_size)
             for name, model in self.models.items():

@@ -8,6 +8,7 @@ Distances to the nearest training image are in `memorisation.py`.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +176,7 @@ def ms_ssim_of_pairs(
         pairs: how many pairs are drawn, without repetition; all where there are no more.
         generator: of torch, on the CPU, draws them.
     """
-    groups = {}
+    groups: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(index)
     _need("MS-SSIM, images of one prompt", max(map(len, groups.values()), default=0), 2)
@@ -265,6 +266,28 @@ def retrieval(
     }
 
 
+@overload
+def bootstrap_interval(
+    function: Callable[..., float],
+    *arrays: torch.Tensor,
+    paired: bool = ...,
+    draws: int = ...,
+    bounds: tuple[float, float] = ...,
+    seed: int = ...,
+) -> tuple[float, float]: ...
+
+
+@overload
+def bootstrap_interval(
+    function: Callable[..., dict[str, float]],
+    *arrays: torch.Tensor,
+    paired: bool = ...,
+    draws: int = ...,
+    bounds: tuple[float, float] | dict[str, tuple[float, float]] = ...,
+    seed: int = ...,
+) -> dict[str, tuple[float, float]]: ...
+
+
 def bootstrap_interval(
     function: Callable[..., float | dict[str, float]],
     *arrays: torch.Tensor,
@@ -290,7 +313,8 @@ def bootstrap_interval(
     """
     _need("Interval, items of each array", min(len(array) for array in arrays), 2)
     generator = torch.Generator().manual_seed(seed)
-    whole, halves = function(*arrays), []
+    whole: Any = function(*arrays)
+    halves: list[Any] = []
     for _ in range(draws):
         half = [torch.randperm(len(array), generator=generator)[: len(array) // 2] for array in arrays]
         halves.append(function(*(array[half[0] if paired else mine] for array, mine in zip(arrays, half))))

@@ -8,6 +8,7 @@ import base64
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -60,9 +61,8 @@ def training_row(name: str, part: Mapping, modalities: Sequence[str]) -> list[di
     cells = [figure_cell(accuracy_of(part, "accuracy", ("n_train",)), "percent")]
     if part.get("seeds"):
         cells[0]["details"].append(f"each seed {', '.join(written(each, 'percent') for each in part['seeds'])}")
-    for modality in modalities:
-        cells.append(figure_cell(accuracy_of(reach(part, "modalities", modality), "accuracy"), "percent"))
-    return [head_cell(name), *cells]
+    each = (accuracy_of(reach(part, "modalities", modality), "accuracy") for modality in modalities)
+    return [head_cell(name), *cells, *(figure_cell(figure, "percent") for figure in each)]
 
 
 def cells_with_modalities(figure: Mapping, modalities: Sequence[str], style: str = "number") -> list[dict]:
@@ -212,7 +212,7 @@ def keys_of(*parts: Mapping) -> list[str]:
     return [key for key in dict.fromkeys(key for part in parts for key in part) if key != "left_out"]
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 

@@ -39,7 +39,7 @@ def collect(
 
         chosen = torch.linspace(0, len(index) - 1, min(images, len(index))).round().long().tolist()
         sheets[str(modality)] = [entry(place) for place in chosen]
-        if found is None:
+        if found is None or train is None:
             continue
         of_train = train.of(modality)
         pairs[str(modality)] = [

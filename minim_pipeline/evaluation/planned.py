@@ -22,7 +22,7 @@ def plan(
     Raises:
         ValueError: `captions` has no such phrasings of one of these findings.
     """
-    planned = []
+    planned: list[dict] = []
     for modality, finding in classes:
         if finding not in learned.get(modality, []):
             continue

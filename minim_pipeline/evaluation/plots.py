@@ -7,6 +7,7 @@ Needs matplotlib, which is imported where it is used; pyplot and its global stat
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ REAL = "#3b82c4"
 
 # Stands for the colour of the text while matplotlib draws, which knows no currentColor.
 _TEXT = "#010203"
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # matplotlib's types want literal keys
     "svg.fonttype": "none",
     "font.size": 9,
     "text.color": _TEXT,

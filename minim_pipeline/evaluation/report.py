@@ -8,7 +8,9 @@ many there are of each.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +34,7 @@ from .metrics import (
 )
 
 
-OWN = None  # in place of an extractor's name: the encoder's features, whatever other extractors are called
+OWN: None = None  # in place of an extractor's name: the encoder's features, whatever other extractors are called
 
 
 @dataclass
@@ -140,7 +142,7 @@ def fidelity(real: torch.Tensor, synthetic: torch.Tensor, train: torch.Tensor | 
     try:
         values = precision_recall_density_coverage(real, synthetic)
     except ValueError as error:
-        return report | dict.fromkeys(bounds, {"left_out": str(error)})
+        return report | {name: {"left_out": str(error)} for name in bounds}
     each = interval(precision_recall_density_coverage, real, synthetic, draws=draws, bounds=bounds).get("interval")
     for name, value in values.items():
         found = {"value": value, "n": len(synthetic)} | ({"interval": each[name]} if each else {})
@@ -215,7 +217,8 @@ class Copies:
 
 def copies_by_features(synthetic: torch.Tensor, real: torch.Tensor, train: torch.Tensor) -> Copies:
     """By the encoder's features, which are blind to mirroring, small shifts and brightness."""
-    return Copies(*nearest_distances(synthetic, train), nearest_distances(real, train)[0], train)
+    distances, nearest = nearest_distances(synthetic, train)
+    return Copies(distances, nearest, nearest_distances(real, train)[0], train)
 
 
 def copies_by_pixels(synthetic: torch.Tensor, real: torch.Tensor, train: torch.Tensor) -> Copies:
@@ -225,7 +228,8 @@ def copies_by_pixels(synthetic: torch.Tensor, real: torch.Tensor, train: torch.T
     def nearest(images):
         return nearest_in_any_view([pixel_features(images), pixel_features(images.flip(-1))], references)
 
-    return Copies(*nearest(synthetic), nearest(real)[0], references)
+    distances, numbers = nearest(synthetic)
+    return Copies(distances, numbers, nearest(real)[0], references)
 
 
 def evaluate(
@@ -254,7 +258,7 @@ def evaluate(
     """
     sets = {"real": real, "synthetic": synthetic, **({"train": train} if train else {})}
     unlabelled = [name for name in ("real", "synthetic") if not sets[name].has(label_column)]
-    report = {"labels": {"column": label_column}}
+    report: dict[str, Any] = {"labels": {"column": label_column}}
     if unlabelled:
         which = " and ".join(unlabelled)
         report["labels"] = {"left_out": f"not every {which} image has a value in the column {label_column!r}"}
@@ -272,28 +276,29 @@ def evaluate(
     }
     probabilities = {name: torch.stack(list(each.values())).mean(0) for name, each in said.items()}
 
-    report["modalities"], copies = {}, {}
+    report["modalities"] = {}
+    copies: dict[str, dict[str, Copies]] = {}
     for modality in tqdm(shared, "comparing"):
         index = {name: images.of(modality) for name, images in sets.items()}
-        part = {"n": {name: len(numbers) for name, numbers in index.items()}, "fidelity": {}}
+        part: dict[str, Any] = {"n": {name: len(numbers) for name, numbers in index.items()}, "fidelity": {}}
         for extractor in extractors:
             each = {name: features[extractor.name, name][index[name]] for name in sets if len(index[name])}
-            part["fidelity"][extractor.name] = fidelity(*(each.get(name) for name in ("real", "synthetic", "train")))
+            part["fidelity"][extractor.name] = fidelity(each["real"], each["synthetic"], each.get("train"))
         part["diversity"], part["retrieval"] = {}, {}
         columns = [i for i, (m, _) in enumerate(judges.classes) if m == modality] if judges else []
         for name, suffix in (("synthetic", ""), ("real", "_real")):
             numbers, captions = index[name], sets[name].column("Text", index[name])
             p = probabilities[name][numbers][:, columns] if columns else None
-            p = p / p.sum(1, keepdim=True) if columns else None
+            p = p / p.sum(1, keepdim=True) if p is not None else None
             found = diversity(sets[name].images[numbers], captions, resolve_modality(modality).grey, p)
             part["diversity"] |= {key + suffix: value for key, value in found.items()}
             pair = embeddings[name][numbers], texts[name][numbers]
-            part["retrieval"]["image_text" + suffix] = retrieval_figure(
-                lambda pair=pair, captions=captions: image_text_retrieval(*pair, captions)
-            )
+            part["retrieval"]["image_text" + suffix] = retrieval_figure(partial(image_text_retrieval, *pair, captions))
         part["retrieval"] |= _image_retrieval(
-            *(features[OWN, name][index[name]] for name in ("synthetic", "real")),
-            *(sets[name].column(label_column, index[name]) for name in ("synthetic", "real")),
+            features[OWN, "synthetic"][index["synthetic"]],
+            features[OWN, "real"][index["real"]],
+            synthetic.column(label_column, index["synthetic"]),
+            real.column(label_column, index["real"]),
             report["labels"].get("left_out"),
         )
         part["memorisation"], found = _memorisation(sets, index, features)
@@ -304,28 +309,28 @@ def evaluate(
     report["modalities_left_out"] = only
     report["memorisation"] = {"left_out": "no training images were given"}
     if copies:
-        found = [report["modalities"][modality]["memorisation"] for modality in copies]
-        report["memorisation"] = {key: total(part[key] for part in found) for key in ("encoder", "pixels")}
+        each_modality = [report["modalities"][modality]["memorisation"] for modality in copies]
+        report["memorisation"] = {key: total(m[key] for m in each_modality) for key in ("encoder", "pixels")}
     report["judges"] = _judged(judges, sets, said, label_column, report["labels"].get("left_out"))
     return report, copies, _readings(judges, synthetic, probabilities)
 
 
 def _memorisation(
-    sets: dict[str, ImageSet], index: dict[str, np.ndarray], features: dict[tuple[str, str], torch.Tensor]
+    sets: dict[str, ImageSet], index: dict[str, np.ndarray], features: dict[tuple[str | None, str], torch.Tensor]
 ) -> tuple[dict, dict[str, Copies]]:
     """Of one modality, whose images `index` has: the report of copies, and the distances if there are any."""
     if "train" not in sets:
-        return dict.fromkeys(("encoder", "pixels"), {"left_out": "no training images were given"}), {}
+        return {key: {"left_out": "no training images were given"} for key in ("encoder", "pixels")}, {}
     if not len(index["train"]):
         reason = "there are no training images of this modality"
-        return dict.fromkeys(("encoder", "pixels"), {"left_out": reason}), {}
+        return {key: {"left_out": reason} for key in ("encoder", "pixels")}, {}
     order = ("synthetic", "real", "train")
     copies = {
         "encoder": copies_by_features(*(features[OWN, name][index[name]] for name in order)),
         "pixels": copies_by_pixels(*(sets[name].images[index[name]] for name in order)),
     }
-    names = [sets[name].names(index[name]) for name in ("synthetic", "train")]
-    return {key: found.report(*names) for key, found in copies.items()}, copies
+    synthetic, train = (sets[name].names(index[name]) for name in ("synthetic", "train"))
+    return {key: found.report(synthetic, train) for key, found in copies.items()}, copies
 
 
 def look(
@@ -338,7 +343,8 @@ def look(
         probabilities [N, classes] by set and judge, of the real and the synthetic set.
     """
     others = [extractor for extractor in extractors if extractor.encoder is not encoder]
-    features, embeddings, said = {}, {}, {}
+    features: dict[tuple[str | None, str], torch.Tensor] = {}
+    embeddings, said = {}, {}
     passes = len(sets) * (1 + len(others)) + (2 if judges else 0)
     with tqdm(total=passes, desc="looking at images", unit="pass") as bar:
         for name, images in sets.items():
@@ -350,21 +356,23 @@ def look(
                 else:
                     features[extractor.name, name] = extractor.extract(images.images)
                     bar.update()
-        for name in ("real", "synthetic") if judges else ():
-            said[name] = judges.judge_each(sets[name].images)
-            bar.update()
+        if judges:
+            for name in ("real", "synthetic"):
+                said[name] = judges.judge_each(sets[name].images)
+                bar.update()
     return features, embeddings, said
 
 
 def _image_retrieval(synthetic, real, labels, real_labels, left_out: str | None) -> dict:
     """IIR of synthetic images, and of real ones among the others of their kind, as what could be reached."""
     if left_out:
-        return dict.fromkeys(("image_image", "image_image_real"), {"left_out": left_out})
+        return {key: {"left_out": left_out} for key in ("image_image", "image_image_real")}
 
     def halves() -> dict:
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
         one, other = order[: len(order) // 2], order[len(order) // 2 :]
-        return image_image_retrieval(real[one], real[other], *([real_labels[i] for i in x] for x in (one, other)))
+        labels_one, labels_other = ([real_labels[i] for i in x] for x in (one, other))
+        return image_image_retrieval(real[one], real[other], labels_one, labels_other)
 
     return {
         "image_image": retrieval_figure(lambda: image_image_retrieval(synthetic, real, labels, real_labels)),
@@ -391,7 +399,7 @@ def _judged(judges: Judges | None, sets: dict[str, ImageSet], said: dict, column
         sources = sets[name].column("source", numbers) if sets[name].has("source") else None
         return accuracy_report(probabilities[numbers], judges.classes, *asked, sources)
 
-    report = {"names": list(judges.models), "each": {}}
+    report: dict[str, Any] = {"names": list(judges.models), "each": {}}
     for judge in judges.models:
         report["each"][judge] = {name: read(name, said[name][judge]) for name in said}
     mean = {name: torch.stack(list(each.values())).mean(0) for name, each in said.items()}

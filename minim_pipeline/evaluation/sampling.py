@@ -1,7 +1,6 @@
 """Draws many images for an evaluation, in memory: a list of captions in, one tensor out."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
@@ -17,8 +16,7 @@ Parts = TypeVar("Parts")
 
 def joined(parts: list[Parts]) -> Parts:
     """One dataclass of tensors out of many, as batches bring them."""
-    names = [field.name for field in fields(parts[0])]
-    return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
 
 @torch.no_grad()
@@ -94,10 +92,11 @@ def draw_latents(
     **settings: Any,
 ) -> torch.Tensor:
     """As `draw_batch`, of any number: fp32 [N, C, h, w] on the CPU."""
-    parts = []
-    for batch in batches(len(prompts), batch_size, "drawing"):
-        parts.append(draw_batch(pipe, prompts[batch], modalities[batch], seeds[batch], **settings).float().cpu())
-    return torch.cat(parts)
+    parts = (
+        draw_batch(pipe, prompts[batch], modalities[batch], seeds[batch], **settings).float().cpu()
+        for batch in batches(len(prompts), batch_size, "drawing")
+    )
+    return torch.cat(list(parts))
 
 
 @torch.no_grad()

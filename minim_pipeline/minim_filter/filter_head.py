@@ -253,7 +253,12 @@ class FilterHead(ModelMixin, ConfigMixin):
         # Its own arithmetic is fp32 inside of an autocast region, too.
         with torch.autocast(noisy.device.type, enabled=False):
             features, code, embedding = self.encode_image(noisy, clean, angle)
-            text = self.encode_text(input_ids) if text is None else text.float()
+            if text is not None:
+                text = text.float()
+            elif input_ids is not None:
+                text = self.encode_text(input_ids)
+            else:
+                raise ValueError("Pass `input_ids` or `text`.")
             score = self.quality["score"](features)[:, 0]
             score = score if quality_bias is None else score + quality_bias
             quality = self.quality["ordinal"](score, features, embedding)

@@ -80,7 +80,7 @@ class Filtering(ConfigMixin):
         self,
         latents: torch.Tensor,
         funnel: Funnel | None,
-        prompts: list[str] | None,
+        prompts: list[str],
         modalities: list[Modality],
         decode: bool,
         **options,

@@ -24,7 +24,11 @@ def combine(quality: torch.Tensor, finding: torch.Tensor) -> torch.Tensor:
 
 
 def rank(
-    rated: FilterHeadOutput, guidance: torch.Tensor, enough: tuple[float, float], guidance_weight: float
+    quality: torch.Tensor,
+    finding: torch.Tensor,
+    guidance: torch.Tensor,
+    enough: tuple[float, float],
+    guidance_weight: float,
 ) -> torch.Tensor:
     """By what the candidates of an image are chosen: both ratings as one, and a little of what guidance did.
 
@@ -32,11 +36,11 @@ def rank(
     prompt from others (CFG-Rejection, arXiv 2505.23343); it costs nothing, and errs elsewhere than the head does.
 
     Args:
-        rated: ratings (N,), of which each counts only up to `enough` (see `FilterHead`).
+        quality, finding: ratings (N,), of which each counts only up to `enough` (see `FilterHead`).
         guidance: (N,), the sum so far; only its ratios within an image matter, 0 before guidance acts.
         enough, guidance_weight: of the head's config.
     """
-    ratings = combine(rated.quality.clamp(max=enough[0]), rated.finding.clamp(max=enough[1]))
+    ratings = combine(quality.clamp(max=enough[0]), finding.clamp(max=enough[1]))
     return ratings + guidance_weight * guidance.clamp(min=1e-12).log()
 
 
@@ -177,7 +181,8 @@ class Funnel:
     def rank(self, rated: FilterHeadOutput) -> torch.Tensor:
         """By what those still on their way are chosen (m,); see the function of this name."""
         config = self.head.config
-        return rank(rated, self.guidance[self.alive], config.enough, config.guidance_weight)
+        guidance = self.guidance[self.alive]
+        return rank(rated.quality, rated.finding, guidance, config.enough, config.guidance_weight)
 
     def keep(self, scores: torch.Tensor, count: int) -> torch.Tensor:
         """Keeps the best `count` of each image by their scores (m,): indices into the batch, in its order."""

@@ -1,11 +1,13 @@
 """Seeds: where the noise of each image comes from, and the number that draws it again."""
 
+from collections.abc import Sequence
+
 import torch
 
 
-def redrawing_seed(generator: torch.Generator) -> int | None:
+def redrawing_seed(generator: torch.Generator | None) -> int | None:
     """The int64 that makes `generator` anew, or None if it has been drawn from or is no CPU generator."""
-    if generator.device.type != "cpu":
+    if generator is None or generator.device.type != "cpu":
         return None
     fresh = torch.Generator("cpu").manual_seed(generator.initial_seed())
     if not torch.equal(fresh.get_state(), generator.get_state()):
@@ -30,7 +32,7 @@ def prepare_generators(
     generator: torch.Generator | list[torch.Generator] | None = None,
     seeds: list[int] | None = None,
     latents: torch.Tensor | None = None,
-) -> tuple[torch.Generator | list[torch.Generator] | None, list[int | None]]:
+) -> tuple[torch.Generator | list[torch.Generator] | None, Sequence[int | None]]:
     """Where the noise comes from, and for each image the seed that draws it again, if there is one.
 
     Each seed makes a CPU generator of its own, so that an image depends neither on the rest of the batch nor on the

@@ -4,6 +4,7 @@ Rejection sampling by a learned score, as in Discriminator Rejection Sampling (a
 rounds: what falls short until then comes back too, and says so.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -152,7 +153,7 @@ class Selection:
         """The images still to be drawn: those that are not there, or that the filter does not accept."""
         return [i for i, image in enumerate(self.images) if image is None or self.accepted[i] is False]
 
-    def add(self, result: RoundResult, seeds: list[int | None], candidates: int) -> None:
+    def add(self, result: RoundResult, seeds: Sequence[int | None], candidates: int) -> None:
         """Takes the result of a round for the images wanted: the better one stays.
 
         Args:
@@ -161,8 +162,8 @@ class Selection:
         """
         wanted = self.wanted
         for place, reason in result.rejected:
-            if reason and place < len(wanted):
-                self.rejected[wanted[place]][reason] += 1
+            if reason and place < len(wanted) and (counts := self.rejected[wanted[place]]) is not None:
+                counts[reason] += 1
         for place, i in enumerate(wanted):
             self.candidates[i] += candidates
             word = result.accepted[place], result.scores[place]

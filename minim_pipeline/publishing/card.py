@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -14,7 +15,7 @@ from .reports import eval_results
 # What stands for the repository's id in a card before it has one.
 PLACEHOLDER = "org/minim"
 REQUIRED = ("license", "library_name", "pipeline_tag", "tags")
-FIXED = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+FIXED: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
 NO_FILTER = (
     "**This model comes without a filter head**: every image that is drawn is given back, none is rated, and copies of"
     " training images are not found."
@@ -86,7 +87,7 @@ def write_card(pipe, name: str, has_report: bool, base_model: str | None = None)
     """A card for a model that has none of its own: what it is, how it is used, and what it was made from."""
     modalities = pipe.config.modalities or ["oct"]
     prompt = ((pipe.config.findings or {}).get(modalities[0]) or ["macular edema"])[0]
-    inherited = dict(pipe.weights_license or {"license": "unknown"})
+    inherited: dict[str, Any] = dict(pipe.weights_license or {"license": "unknown"})
     note = license_note(inherited)
     inherited.pop("of", None)
     data = ModelCardData(**inherited, tags=["medical", "synthetic", "diffusers", *modalities], **FIXED)

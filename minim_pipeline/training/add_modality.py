@@ -147,7 +147,7 @@ def find_modality(config: AddModalityConfig, learned: list[str]) -> Modality:
         words = config.words or config.modality.replace("_", " ")
         names = config.modality, config.name or config.modality, words, tuple(config.aliases)
         return Modality(*names, config.grey, config.flip)
-    if config.grey and not known.grey or config.color and known.grey:
+    if (config.grey and not known.grey) or (config.color and known.grey):
         is_so, wrong = ("grey", "--color") if known.grey else ("in colour", "--grey")
         raise ValueError(f"modality {known.id!r} is in the table, and {is_so} there: leave {wrong} out.")
     given = [f"--{name}" for name in ("flip", "name", "aliases", "words") if getattr(config, name)]

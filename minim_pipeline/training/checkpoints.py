@@ -150,7 +150,7 @@ def newest_whole(checkpoints: list[Path]) -> Path | None:
     Raises:
         ValueError: all are broken.
     """
-    broken = []
+    broken: list[str] = []
     for checkpoint in reversed(checkpoints):
         why = broken_part(checkpoint)
         if why is None:

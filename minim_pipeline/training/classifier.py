@@ -7,6 +7,7 @@ steps and looks at the val split once, at the end: nothing is chosen by it.
 
 import time
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -138,7 +139,7 @@ def train(config: ClassifierConfig) -> dict:
                 models = {**earlier.models, **models}
         judges = Judges(models, classes, config.resolution)
         judges.save_pretrained(config.output)
-        report = {
+        report: dict[str, Any] = {
             "trained_on": {"part": " ".join(config.part), "n": len(rows)},
             "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
             "seconds": seconds,

@@ -16,6 +16,7 @@ import math
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -151,7 +152,7 @@ def measure(
     features, embeddings = encoder.encode_images(val_images)
     pool = torch.cat([encoder.encode_images(train_images)[0], features])
     own = torch.arange(len(val_images)) + len(train_images)
-    report = {"n": len(val_rows), "pool": len(pool), "copies_found": {}}
+    report: dict[str, Any] = {"n": len(val_rows), "pool": len(pool), "copies_found": {}}
     for name, copies in disguise(val_images).items():
         nearest = (encoder.encode_images(copies)[0] @ pool.T).argmax(1)
         report["copies_found"][name] = round((nearest == own).float().mean().item(), 4)
@@ -247,7 +248,8 @@ class Trainer:
 
         pooled, seen, read, scale = self.model(views, self.ids[index, variant])
         about = text_loss(seen, read.repeat(2, 1), scale, self.labels[index].repeat(2))
-        copies = copy_loss(*pooled.chunk(2), config.temperature)
+        first, second = pooled.chunk(2)
+        copies = copy_loss(first, second, config.temperature)
         loss = about + config.copy_weight * copies
         run.accelerator.backward(loss)
         run.accelerator.clip_grad_norm_(self.reader.parameters(), config.max_grad_norm)

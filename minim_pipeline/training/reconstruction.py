@@ -37,12 +37,12 @@ def reconstruction_figures(
         y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
         psnr += (-10 * torch.log10(((y - x) / 2).square().mean((1, 2, 3)))).tolist()
         energy += torch.stack([highest_octave(y), highest_octave(x)], 1).tolist()
-    psnr, energy, modalities = np.array(psnr), np.array(energy), np.array(modalities)
-    figures = {"psnr": round(float(psnr.mean()), 3)}
+    ratios, energies, names = np.array(psnr), np.array(energy), np.array(modalities)
+    figures = {"psnr": round(float(ratios.mean()), 3)}
     for name in dict.fromkeys(modalities):
-        mine = modalities == name
-        figures[f"psnr_{name}"] = round(float(psnr[mine].mean()), 3)
-        figures[f"energy_{name}"] = round(float(energy[mine, 0].sum() / energy[mine, 1].sum()), 3)
+        own = names == name
+        figures[f"psnr_{name}"] = round(float(ratios[own].mean()), 3)
+        figures[f"energy_{name}"] = round(float(energies[own, 0].sum() / energies[own, 1].sum()), 3)
     return figures
 
 
@@ -68,9 +68,9 @@ def normalise_latents(vae: AutoencoderKL, images: torch.Tensor, batch_size: int 
         posterior = vae.encode(part.to(device).float() / 127.5 - 1).latent_dist
         means.append(posterior.mean.double().transpose(0, 1).flatten(1))
         variances.append(posterior.var.double().transpose(0, 1).flatten(1))
-    means, variances = torch.cat(means, 1), torch.cat(variances, 1)  # [C, pixels]
-    mean = means.mean(1).float()
-    std = (means.var(1) + variances.mean(1)).sqrt().float()
+    every_mean = torch.cat(means, 1)  # [C, pixels]
+    mean = every_mean.mean(1).float()
+    std = (every_mean.var(1) + torch.cat(variances, 1).mean(1)).sqrt().float()
     channels = len(mean)
     out, back = vae.quant_conv, vae.post_quant_conv  # [2C, 2C, 1, 1] and [C, C, 1, 1]
     out.weight[:channels] /= std[:, None, None, None]

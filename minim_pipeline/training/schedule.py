@@ -14,7 +14,8 @@ class Schedule:
     def __init__(self, max_steps: int, max_minutes: float | None = None, look_every: int = 16):
         self.max_steps, self.max_seconds = max_steps, 60 * max_minutes if max_minutes else math.inf
         self.look_every = look_every  # steps from one look at the clock to the next
-        self.step, self.spent, self.by_time, self._last = 0, 0.0, 0.0, None
+        self.step, self.spent, self.by_time = 0, 0.0, 0.0
+        self._last: float | None = None
 
     def advance(self, accelerator: Accelerator) -> None:
         now = time.monotonic()

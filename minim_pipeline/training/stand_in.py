@@ -44,8 +44,8 @@ class StandInConfig(CsvOptions, HubOptions):
     @property
     def classifier(self) -> classifier.ClassifierConfig:
         """Of the classifier of findings, in `findings/`."""
-        shared = ("train_data", "modality", "image_root", "modalities_from", "no_mirror", "fit", "window", "width")
-        shared += ("min_train", "min_val", "mixed_precision", "seed")
+        shared = ["train_data", "modality", "image_root", "modalities_from", "no_mirror", "fit", "window", "width"]
+        shared += ["min_train", "min_val", "mixed_precision", "seed"]
         return classifier.ClassifierConfig(
             **self.values(*shared),
             output_dir=str(self.output / "findings"),

@@ -155,7 +155,7 @@ class Calibration:
         thresholds, figures = {}, {}
         for name in dict.fromkeys(self.modalities):
             own = torch.tensor([m == name for m in self.modalities])
-            if config.precision is not None:
+            if config.precision is not None and known is not None:
                 own &= known
             limits = config.finding_floor, config.acceptance
             right_of_own = right[own] if right is not None else None
@@ -166,7 +166,7 @@ class Calibration:
             passed = (score >= least) & (finding >= config.finding_floor)
             thresholds[name] = least
             figures[name] = {"n": int(own.sum()), "accepted": round(passed[own].double().mean().item(), 4)}
-            if right is not None and (own := own & known).any():
+            if right is not None and known is not None and (own := own & known).any():
                 figures[name] |= {"right": round(right[own].double().mean().item(), 4)}
                 figures[name] |= {"right of accepted": round(right[own & passed].double().mean().item(), 4)}
         return thresholds, figures

@@ -50,7 +50,8 @@ class Candidates:
 
     def rank(self, head: FilterHead) -> torch.Tensor:
         """By what the funnel chooses, [N, S + 1]."""
-        return rank(self, self.guidance_sum, head.config.enough, head.config.guidance_weight)
+        config = head.config
+        return rank(self.quality, self.finding, self.guidance_sum, config.enough, config.guidance_weight)
 
 
 @torch.no_grad()
@@ -67,7 +68,8 @@ def draw_candidates(
     Args:
         bf16: autocast, on a GPU; the filter's own arithmetic stays fp32.
     """
-    parts, ratings, funnel = [], [], None
+    parts, ratings = [], []
+    funnel: Funnel  # of the batch at hand
 
     def note(unet: nn.Module, arguments: tuple, answer: tuple) -> None:
         noisy, t, n = arguments[0], arguments[1], len(funnel.image)

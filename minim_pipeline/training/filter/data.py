@@ -128,9 +128,9 @@ def restrict(
 ) -> torch.Tensor:
     """The teacher's probabilities [N, known] over `classes`, within each image's modality: [N, K]."""
     result = torch.zeros(len(probabilities), len(classes))
-    for i, key in enumerate(known):
-        if tuple(key) in classes:
-            result[:, classes.index(tuple(key))] = probabilities[:, i]
+    for i, (modality, finding) in enumerate(known):
+        if (modality, finding) in classes:
+            result[:, classes.index((modality, finding))] = probabilities[:, i]
     names = [modality for modality, _ in classes]
     mask = torch.tensor([[name == modality for name in names] for modality in modalities])
     result = result * mask

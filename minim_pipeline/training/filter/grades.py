@@ -19,7 +19,7 @@ from .report import cross_validate, quality_report
 def load_graded(ratings: list[dict], config: FilterConfig, pipe: MinimPipeline) -> TensorDataset:
     """Of each rating the image's latents [versions, C, h, w], the grade, and the number of the rater."""
     device = pipe.device
-    images = load_images(ratings, config.ratings, config.resolution, reading=config.reading_elsewhere())
+    images = load_images(ratings, str(config.ratings), config.resolution, reading=config.reading_elsewhere())
     pictures = versions(ratings, images, config.latent_variants, config.seed, device, config.no_mirror)
     latents = encode(pipe.vae, pictures, config.bf16).unflatten(0, (len(ratings), -1)).to(device)
     grades = torch.tensor([int(row["rating"]) for row in ratings], device=device)

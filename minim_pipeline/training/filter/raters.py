@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,7 +94,7 @@ def learn_from_raters(
         ValueError: the loss of a step is not finite.
     """
     learning, finite = list(parameters), FiniteLoss()
-    groups = [{"params": learning}, {"params": raters.parameters(), "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": learning}, {"params": raters.parameters(), "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.05)
     for step in range(steps):
         for group, scale in zip(optimizer.param_groups, (1.0, BIAS_RATE), strict=True):

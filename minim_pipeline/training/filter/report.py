@@ -96,9 +96,8 @@ def folds_by_group(rows: list[dict], count: int, seed: int) -> list[int]:
 def rate(head: FilterHead, latents: torch.Tensor) -> torch.Tensor:
     """Quality of finished images, latents [N, C, h, w]; no text takes part in it."""
     text = torch.zeros(1, head.config.text_width, device=latents.device)
-    rated = []
-    for part in latents.float().split(128):
-        rated.append(head(part, part, part.new_zeros(len(part)), text=text.expand(len(part), -1)).quality.cpu())
+    parts = latents.float().split(128)
+    rated = [head(x, x, x.new_zeros(len(x)), text=text.expand(len(x), -1)).quality.cpu() for x in parts]
     return torch.cat(rated)
 
 

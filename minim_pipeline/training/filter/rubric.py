@@ -129,7 +129,7 @@ def warp(x: torch.Tensor, strength: torch.Tensor, g: torch.Generator) -> torch.T
     field = torch.randn(len(x), 2, 8, 8, device=x.device, generator=g)
     field = F.interpolate(field, size=x.shape[-2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     identity = torch.eye(2, 3, device=x.device).expand(len(x), 2, 3)
-    grid = F.affine_grid(identity, x.shape, align_corners=False)
+    grid = F.affine_grid(identity, list(x.shape), align_corners=False)
     moved = grid + _wide(0.03 + 0.17 * strength) * field
     return F.grid_sample(x, moved, mode="bilinear", padding_mode="reflection", align_corners=False)
 

@@ -32,8 +32,8 @@ def choose_stages(
     levels = drawn.levels.tolist()
     best: dict[float, tuple[float, Plan]] = {}
     for plan in plans(len(guided), candidates):
-        stages = [(min(levels[i], 1e3), k) for i, k in plan]
-        chosen, samples = follow(score, drawn.levels.clamp(max=1e3), guided, stages)
+        by_level = [(min(levels[i], 1e3), k) for i, k in plan]
+        chosen, samples = follow(score, drawn.levels.clamp(max=1e3), guided, by_level)
         won = final.gather(1, chosen[:, None]).mean() - final.mean()
         gain = (won / (final.amax(1).mean() - final.mean())).item()
         if samples / plain not in best or gain > best[samples / plain][0]:

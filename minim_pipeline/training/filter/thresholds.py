@@ -24,7 +24,7 @@ def threshold(
         ValueError: no threshold reaches the precision with at least 20 images accepted.
     """
     reached = finding >= floor
-    if precision is None:
+    if precision is None or right is None:
         ranked = score.masked_fill(~reached, 1.0).sort(descending=True).values
         return ranked[max(1, round(acceptance * len(score))) - 1].item()
     order = score[reached].argsort(descending=True)

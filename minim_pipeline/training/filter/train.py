@@ -58,7 +58,7 @@ class Trainer:
         if config.pretrained_filter_head:
             head = extend_head(FilterHead.from_pretrained(config.pretrained_filter_head), self.pipe).to(run.device)
         else:
-            head = new_head(self.pipe, tuple(config.block_out_channels))
+            head = new_head(self.pipe, (config.block_out_channels[0], config.block_out_channels[1]))
         self.ema = EMAModel(head.parameters(), decay=config.ema_decay, use_ema_warmup=True)
         self.ema.to(run.device)
         optimizer = torch.optim.AdamW(
@@ -99,7 +99,7 @@ class Trainer:
         g, count = run.generator(), config.train_batch_size
         batch = join_batches(lessons.from_pool(count, g), lessons.from_trajectories(count, g))
         parts = lessons.losses(self.head, batch, g)
-        loss = sum(parts.values())
+        loss = sum(parts.values(), torch.zeros((), device=run.device))
         run.accelerator.backward(loss)
         run.accelerator.clip_grad_norm_(self.head.parameters(), config.max_grad_norm)
         self.optimizer.step()

@@ -20,6 +20,7 @@ A part of the images is kept out; if the head is not better at their ratings, th
 import copy
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import TensorDataset
@@ -151,7 +152,8 @@ def tune(
     head = copy.deepcopy(old)
     learn(head, pipe, TensorDataset(*rated[(~held_out).to(device)]), raters, options)
 
-    report = {"n": len(rows), "images": len({row["path"] for row in rows}), "kept out": int(held_out.sum())}
+    report: dict[str, Any] = {"n": len(rows), "images": len({row["path"] for row in rows})}
+    report["kept out"] = int(held_out.sum())
     report["raters"] = dict(zip(raters.names, [round(b, 4) for b in raters.bias.tolist()], strict=True))
     for name, some in (("before", old), ("after", head)):
         report[name] = prediction_figures(some, *rated[held_out.to(device)][:3])
@@ -165,7 +167,7 @@ def prediction_figures(head: FilterHead, latents: torch.Tensor, ids: torch.Tenso
     parts = zip(latents.split(256), ids.split(256), strict=True)
     probabilities = torch.cat([overall(head(x, x, x.new_zeros(len(x)), asked)) for x, asked in parts]).cpu()
     grades = grades.cpu()
-    figures = {"log_loss": round(log_loss(probabilities, grades).mean().item(), 4)}
+    figures: dict[str, float | None] = {"log_loss": round(log_loss(probabilities, grades).mean().item(), 4)}
     figures["kappa"] = weighted_kappa((probabilities.argmax(1) + 1).tolist(), grades.tolist())
     for name, truth, value in (
         ("good", grades == 3, probabilities[:, 2]),

@@ -71,6 +71,7 @@ class Heads(torch.nn.Module):
         self.negated = torch.nn.Linear(hidden, 2)
         self.side = torch.nn.Linear(hidden, 3)
         same = torch.tensor([[m == n for n, _ in findings] for m in modalities])  # [modalities, findings]
+        self.of_modality: torch.Tensor
         self.register_buffer("of_modality", same)
 
 
@@ -116,6 +117,7 @@ class Distillation(torch.nn.Module):
     def __init__(self, student: CLIPTextModel, heads: Heads, embeddings: torch.Tensor, eos: int):
         super().__init__()
         self.student, self.heads, self.eos = student, heads, eos
+        self.embeddings: torch.Tensor
         self.register_buffer("embeddings", embeddings, persistent=False)  # the teacher's
 
     def forward(self, ids: torch.Tensor, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ NEGATIONS = set(
 )
 
 
-def read_rows(path: Path, split: str, modality: str | None = None) -> list[tuple[str, str, str]]:
+def read_rows(path: str | Path, split: str, modality: str | None = None) -> list[tuple[str, str, str]]:
     """Distinct (text, modality id, finding) of a CSV in MINIM's format; `modality` as of `read_csv`."""
     rows = read_csv(path, require=("Text", "modality"), check_images=False, modality=modality)
     rows = [row for row in rows if row.get("split", split) == split]
@@ -133,6 +133,7 @@ class Texts:
 
     def draw(self) -> dict:
         rng = self.rng
+        modality: str | None
         target = negated = finding_index = IGNORE
         kind = rng.random()
         if kind < 0.4:
