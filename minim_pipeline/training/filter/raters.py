@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ PRIOR_WIDTH = 1.0
 BIAS_RATE = 50.0
 
 
-def read_ratings(path: str, check_images: bool = True) -> list[dict]:
+def read_ratings(path: str | Path, check_images: bool = True) -> list[dict]:
     """People's grades of images; every bad row is told, with its number, before any work is done.
 
     Columns: `path,Text,modality,rating`, optionally `rater`, `part` and `group`. Rows without a rater share one; an

@@ -9,6 +9,7 @@ from ...data.image_loading import load_images
 from ...data.sources import read_csv, resolve_path
 from ...evaluation.stand_in import RATER, StandIn
 from ...files import write_csv, write_json
+from ...generate.options import GenerateOptions
 from ...generate.plan import plan_file
 from ...generate.write import generate
 from ...loading import register_modalities
@@ -59,14 +60,17 @@ def take_ratings(config: SelfImproveConfig) -> None:
     Raises:
         ValueError: none of the ratings is of a candidate, or the stand-in knows none of their findings.
     """
-    rows = match_ratings(config) if config.ratings else rate_by_stand_in(config)
+    if config.ratings:
+        rows = match_ratings(config, config.ratings)
+    else:
+        rows = rate_by_stand_in(config, str(config.stand_in))
     columns = ("path", *PROMPT, "rating", "rater", "seed")
     write_json(config.output / "taken.json", {"ratings": image_digest(config.ratings) if config.ratings else None})
     rows = [{name: row[name] for name in columns} | {"path": f"candidates/{row['path']}"} for row in rows]
     write_csv(config.output / "ratings.csv", rows)
 
 
-def match_ratings(config: SelfImproveConfig) -> list[dict]:
+def match_ratings(config: SelfImproveConfig, ratings: str) -> list[dict]:
     """The candidates that people rated, once for each rating.
 
     A picture is known by its content, of which the rating page notes a digest: every round has a 0000.png. Where there
@@ -76,9 +80,9 @@ def match_ratings(config: SelfImproveConfig) -> list[dict]:
     candidates = read_csv(folder / "data.csv", check_images=False)
     places = {(folder / row["path"]).resolve(): row for row in candidates}
     digests = {image_digest(place): row for place, row in places.items()}
-    found, rows = {}, read_ratings(config.ratings, check_images=False)
+    found, rows = {}, read_ratings(ratings, check_images=False)
     for row in sorted(rows, key=lambda row: row.get("time") or ""):
-        place = Path(resolve_path(row, config.ratings)).resolve()
+        place = Path(resolve_path(row, ratings)).resolve()
         candidate = digests.get(row["digest"]) if row.get("digest") else places.get(place)
         if candidate is not None:
             # Of one and the same rating the later word counts.
@@ -86,20 +90,20 @@ def match_ratings(config: SelfImproveConfig) -> list[dict]:
             found[key] = candidate | {"rating": row["rating"], "rater": row["rater"]}
     left = len(rows) - len(found)
     if not found:
-        raise ValueError(f"{config.ratings}: none of {left} ratings is of an image in {folder}.")
+        raise ValueError(f"{ratings}: none of {left} ratings is of an image in {folder}.")
     print(f"{len(found)} ratings taken; {left} of other images, or given twice, are left alone")
     return list(found.values())
 
 
-def rate_by_stand_in(config: SelfImproveConfig) -> list[dict]:
+def rate_by_stand_in(config: SelfImproveConfig, stand_in: str) -> list[dict]:
     """The candidates of findings that the stand-in has learned, with its ratings."""
-    rater = StandIn.from_pretrained(config.stand_in, "cuda" if torch.cuda.is_available() else "cpu")
+    rater = StandIn.from_pretrained(stand_in, "cuda" if torch.cuda.is_available() else "cpu")
     source = config.output / "candidates" / "data.csv"
     rows = read_csv(source, check_images=False)
     rows = [row | {"modality": resolve_modality(row["modality"]).id} for row in rows]
     rows = [row for row in rows if (row["modality"], row["finding"]) in rater.findings.classes]
     if not rows:
-        raise ValueError(f"The stand-in in {config.stand_in} has learned none of the findings in prompts.csv.")
+        raise ValueError(f"The stand-in in {stand_in} has learned none of the findings in prompts.csv.")
     model = config.pretrained_model_name_or_path
     pipe = MinimPipeline.from_pretrained(model, text_encoder=None, filter_head=None)
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
