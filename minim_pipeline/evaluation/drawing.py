@@ -36,7 +36,7 @@ def draw_synthetic(options: EvaluateOptions, model: str, real_rows: list[dict]) 
     if not items:
         raise ValueError(f"{model} has learned no modality of {options.real}: {', '.join(unknown)}.")
     folder = options.output_dir / "synthetic"
-    shared = {f.name: getattr(options, f.name) for f in fields(SamplingOptions)}
+    shared = options.values(*(f.name for f in fields(SamplingOptions)))
     shared["batch_size"] = batch_size(options)
     generate(items, folder, GenerateOptions(model=model, **shared))
     digits = name_digits(folder, len(items))
