@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,7 +52,11 @@ def table(path, header, *rows):
 def no_drawing(monkeypatch):
     """Fails if images are drawn; gives what `generate` was called with, for tests of arguments alone."""
     calls = []
-    monkeypatch.setattr("minim_pipeline.cli.generate", lambda items, folder, options: calls.append((items, options)))
+
+    def generate(items, folder, options):
+        calls.append((items, replace(options, output_dir=folder)))
+
+    monkeypatch.setattr("minim_pipeline.cli.generate", generate)
     return calls
 
 
