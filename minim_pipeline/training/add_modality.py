@@ -193,8 +193,8 @@ def check_filter(config: AddModalityConfig, modality: Modality, sources: list[So
             raise ValueError(
                 f"{source} has rows without a `finding`, which the filter needs: add it, or --skip_filter."
             )
-    train_rows, val_rows = ([row for row in sources[0][0] if row["split"] == split] for split in ("train", "val"))
-    if modality.id not in dict(claimed_classes(train_rows, val_rows, config.min_train, config.min_val)):
+    train, val = ([row for row in sources[0][0] if row["split"] == split] for split in ("train", "val"))
+    if modality.id not in dict(claimed_classes(train, val, config.min_train, config.min_val)):
         raise ValueError(
             f"{config.train_data} has no finding of {modality.id!r} with {config.min_train} train and"
             f" {config.min_val} val images, which the filter needs: lower --min_train or --min_val, or --skip_filter."

@@ -2,7 +2,6 @@
 and captions that are longer than a text encoder reads."""
 
 from pathlib import Path
-from typing import Protocol
 
 from accelerate import PartialState
 from transformers import CLIPTokenizer
@@ -15,24 +14,18 @@ from ..data.image_loading import check_values
 from ..data.sources import resolve_path
 from ..loading import register_modalities
 from ..tokens import cut_texts
-from .config import DataOptions
+from .config import DataOptions, Options
 
 
 NAMED = 5  # images that a warning names
 
 
-class KnowsModalities(Protocol):
-    """Options that may name a pipeline whose modalities are to be known."""
-
-    modalities_from: str | None
-
-
-def know_modalities(config: KnowsModalities) -> None:
-    """Registers what the pipelines of the options define; before any row is read."""
+def know_modalities(config: Options) -> None:
+    """Registers what the pipelines that the options name define; before any row is read."""
     base = getattr(config, "pretrained_model_name_or_path", None)
     if base and Path(base).is_dir() and not (Path(base) / "model_index.json").is_file():
         base = None  # parts of a pipeline
-    for model in filter(None, (base, config.modalities_from)):
+    for model in filter(None, (base, getattr(config, "modalities_from", None))):
         register_modalities(model)
 
 

@@ -137,8 +137,10 @@ class Run:
         if self.is_main:
             note_arguments(self.config, self.checkpoint)
         if self.config.report_to:
-            given = asdict(self.config).items()  # in types that all trackers take
-            options = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in given}
+            options = {  # in types that all trackers take
+                name: value if isinstance(value, bool | int | float | str) else str(value)
+                for name, value in asdict(self.config).items()
+            }
             self.accelerator.init_trackers(self.name, config=options)
         self.log = Log(self.accelerator, self.config.output_dir, self.schedule, self.images_a_step)
 

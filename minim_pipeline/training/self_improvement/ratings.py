@@ -1,7 +1,6 @@
 """What is rated in a round, and by whom: prompts, candidates, and each rating of a candidate once."""
 
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -50,9 +49,9 @@ def draw_candidates(config: SelfImproveConfig) -> None:
     """`candidates/`: PNGs and data.csv, as `minim generate` writes them and the rating page takes them."""
     items = plan_file(config.output / "prompts.csv", config.candidates, config.first_seed)
     dtype = str(config.dtype).removeprefix("torch.")
-    model, batch_size = config.pretrained_model_name_or_path, config.batch_size
-    options = GenerateOptions(model=model, dtype=dtype, batch_size=batch_size, no_filter=True)
-    generate(items, config.output / "candidates", options)
+    model = config.pretrained_model_name_or_path
+    drawing = GenerateOptions(model=model, dtype=dtype, batch_size=config.batch_size, no_filter=True)
+    generate(items, config.output / "candidates", drawing)
 
 
 def take_ratings(config: SelfImproveConfig) -> None:
@@ -61,7 +60,10 @@ def take_ratings(config: SelfImproveConfig) -> None:
     Raises:
         ValueError: none of the ratings is of a candidate, or the stand-in knows none of their findings.
     """
-    rows = match_ratings(config, config.ratings) if config.ratings else rate_by_stand_in(config)
+    if config.ratings:
+        rows = match_ratings(config, config.ratings)
+    else:
+        rows = rate_by_stand_in(config, str(config.stand_in))
     columns = ("path", *PROMPT, "rating", "rater", "seed")
     write_json(config.output / "taken.json", {"ratings": image_digest(config.ratings) if config.ratings else None})
     rows = [{name: row[name] for name in columns} | {"path": f"candidates/{row['path']}"} for row in rows]
@@ -69,7 +71,7 @@ def take_ratings(config: SelfImproveConfig) -> None:
 
 
 def match_ratings(config: SelfImproveConfig, ratings: str) -> list[dict]:
-    """The candidates that people rated in the CSV `ratings`, once for each rating.
+    """The candidates that people rated, once for each rating.
 
     A picture is known by its content, of which the rating page notes a digest: every round has a 0000.png. Where there
     is no digest, it is known by its place.
@@ -93,16 +95,15 @@ def match_ratings(config: SelfImproveConfig, ratings: str) -> list[dict]:
     return list(found.values())
 
 
-def rate_by_stand_in(config: SelfImproveConfig) -> list[dict]:
+def rate_by_stand_in(config: SelfImproveConfig, stand_in: str) -> list[dict]:
     """The candidates of findings that the stand-in has learned, with its ratings."""
-    stand_in = cast(str, config.stand_in)  # the options have it where they have no ratings
     rater = StandIn.from_pretrained(stand_in, "cuda" if torch.cuda.is_available() else "cpu")
     source = config.output / "candidates" / "data.csv"
     rows = read_csv(source, check_images=False)
     rows = [row | {"modality": resolve_modality(row["modality"]).id} for row in rows]
     rows = [row for row in rows if (row["modality"], row["finding"]) in rater.findings.classes]
     if not rows:
-        raise ValueError(f"The stand-in in {config.stand_in} has learned none of the findings in prompts.csv.")
+        raise ValueError(f"The stand-in in {stand_in} has learned none of the findings in prompts.csv.")
     model = config.pretrained_model_name_or_path
     pipe = MinimPipeline.from_pretrained(model, text_encoder=None, filter_head=None)
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
