@@ -30,7 +30,7 @@ test-diffusers: $(VENV)/.installed-test
 	@set -e; for version in 0.40.0 0.41.0; do \
 		$(PIP) install --no-deps --upgrade --target build/diffusers-$$version diffusers==$$version; \
 		PYTHONPATH=build/diffusers-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal \
-			tests/test_hub_loading.py tests/test_push_to_hub.py tests/test_pipeline_loading.py; \
+			tests/test_hub_loading.py tests/publishing/test_push_to_hub.py tests/test_pipeline_loading.py; \
 	done
 
 lint: $(VENV)/.installed-test

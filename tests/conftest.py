@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 MODALITIES = ["oct", "fundus", "cxr", "chest_ct", "brain_mri"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script, write_csv
+from conftest import ROOT, run_script, write_csv
 from PIL import Image
 
 from minim_pipeline import resolve_modality
@@ -20,7 +20,6 @@ from minim_pipeline.evaluation.stand_in import StandIn
 from minim_pipeline.training.config import yaml_arguments
 
 
-ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs"
 # In the place of python and accelerate: writes what it is called with, and does nothing.
 STUB = """#!/usr/bin/env bash

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from hub_server import Hub, environment
 
 from minim_pipeline.ratings import Rating, RatingStore
 
 
-SPACE = Path(__file__).parent.parent / "space"
+SPACE = ROOT / "space"
 # One start of a Space: what it reads back, then some ratings, then a push.
 START = """
 import sys

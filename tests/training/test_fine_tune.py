@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import train_text_to_image
-from conftest import run_script, write_csv
+from conftest import ROOT, run_script, write_csv
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -129,7 +129,7 @@ def test_where_train_data_lies_says_nothing_of_the_replay(base):
 
 def test_the_embedded_weights_take_their_license_along():
     inherited = license_of(EMBEDDED_CHECKPOINT)
-    own = read_card(Path(__file__).parent.parent / "pipeline_card.md").data
+    own = read_card(ROOT / "pipeline_card.md").data
     assert (inherited["license"], inherited["license_name"]) == (own.license, own.license_name)
     assert inherited["license_name"] == "non-commercial-research"
     read_card(EMBEDDED_CHECKPOINT / "README.md")

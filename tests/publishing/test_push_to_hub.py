@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 from hub_server import Hub, environment
 
 
-TRAIN = Path(__file__).parent.parent / "train"
+TRAIN = ROOT / "train"
 # Runs push_to_hub.py once for each (token, arguments), and prints what each came to.
 DRIVER = """
 import contextlib, io, json, os, sys

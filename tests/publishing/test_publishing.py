@@ -2,10 +2,10 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -82,7 +82,7 @@ def test_a_space_may_hold_code_and_a_model_may_not(folder):
 
 
 def test_the_card_of_the_embedded_model():
-    root = Path(__file__).parent.parent
+    root = ROOT
     card = read_card(root / "pipeline_card.md")
     report = gather_reports(root / "docs", EMBEDDED_CHECKPOINT)
     samples = [Sample("samples/oct-0.png", "oct", "edema")]

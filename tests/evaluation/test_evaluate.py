@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image, ImageEnhance, ImageOps
 
 from minim_pipeline.cli import main
@@ -19,7 +20,7 @@ pytest.importorskip("torchmetrics")
 pytest.importorskip("matplotlib")
 torch.set_num_threads(1)
 
-SHEETS = Path(__file__).parent.parent / "docs" / "sheets"
+SHEETS = ROOT / "docs" / "sheets"
 NAMES = {"oct": "OCT", "cxr": "CXR"}
 FINDINGS = {"oct": ("normal", "diabetic macular edema"), "cxr": ("normal", "COVID-19")}
 

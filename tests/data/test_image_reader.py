@@ -4,12 +4,11 @@ import argparse
 import io
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_csv
+from conftest import ROOT, write_csv
 from PIL import Image, ImageOps
 
 from minim_pipeline.data.image_loading import check_values, key_of, load_images
@@ -278,7 +277,7 @@ def test_broken_images_of_other_rows_do_not_matter_here(tmp_path):
 
 def test_no_image_goes_by_a_way_of_its_own():
     """Pixels are read by the reader alone; elsewhere only the project's own drawings are opened."""
-    root = Path(__file__).parent.parent
+    root = ROOT
     found = set()
     for folder in ("minim_pipeline", "space", "train", "research"):
         for file in (root / folder).rglob("*.py"):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from minim_pipeline.data.image_loading import load_images, trim_letterbox
@@ -157,9 +158,8 @@ def test_images_are_the_same_in_any_batch(shared_pipeline):
 
 def test_benchmark_of_sampling_runs(pipeline_dir, capsys):
     import importlib.util
-    from pathlib import Path
 
-    path = Path(__file__).parents[1] / "bench" / "bench_sampling.py"
+    path = ROOT / "bench" / "bench_sampling.py"
     spec = importlib.util.spec_from_file_location("bench_sampling", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

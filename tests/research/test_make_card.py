@@ -2,18 +2,17 @@
 
 import copy
 import re
-from pathlib import Path
 
 import jinja2
 import make_card
 import pytest
+from conftest import ROOT
 from huggingface_hub import ModelCard
 
 from minim_pipeline import EMBEDDED_CHECKPOINT
 from minim_pipeline.publishing import gather_reports
 
 
-ROOT = Path(__file__).parent.parent
 # Numbers that are no results, and what they are.
 NO_FIGURES = {
     "Nature Medicine, 2025": "the paper's year",
