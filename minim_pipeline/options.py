@@ -48,6 +48,7 @@ Positive = Annotated[float, Range(0, open=True)]
 Share = Annotated[float, Range(0, 1)]
 
 Fit = Literal["stretch", "crop", "pad"]
+Precision = Literal["no", "bf16"]
 
 
 def option(default: Any = MISSING, help: str = "", **keywords: Any) -> Any:

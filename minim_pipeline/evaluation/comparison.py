@@ -29,8 +29,8 @@ from ..data.image_loading import load_images
 from ..data.splits import read_split
 from ..files import atomic_path, write_json
 from ..loading import model_identity
+from ..options import Count, Precision, ReadingOptions, Whole, option
 from ..training.captions import CAPTIONS
-from ..training.config import Count, Precision, ReadingOptions, Whole, option
 from .encoder import ImageTextEncoder
 from .judges import class_of, finds_asked, load_judges
 from .memorisation import latent_features, memorisation_report, pixel_features

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -27,6 +27,7 @@ from ..options import (  # what most trainers have of it they find here
     Count,
     Options,
     Positive,
+    Precision,
     Range,  # noqa: F401
     ReadingOptions,  # noqa: F401
     Share,
@@ -35,9 +36,6 @@ from ..options import (  # what most trainers have of it they find here
     Whole,
     option,
 )
-
-
-Precision = Literal["no", "bf16"]
 
 
 @dataclass(kw_only=True)
