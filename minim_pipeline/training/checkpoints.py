@@ -126,6 +126,8 @@ def find_checkpoint(config: RunOptions) -> Path | None:
                     f"{config.output_dir} holds a finished run and no checkpoint to go on from: choose another"
                     " --output_dir."
                 )
+            if (config.output / "log.jsonl").is_file():  # it was stopped before its first checkpoint, and begins anew
+                check_arguments(config, config.output, config.output)
             return None
     else:
         checkpoint = Path(argument)

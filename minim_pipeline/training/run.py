@@ -91,7 +91,8 @@ class Run:
         self.finished = is_finished(config)
         if not self.finished:
             self.checkpoint = find_checkpoint(config)
-        self.schedule, self.best = Schedule(config.max_train_steps, config.max_train_minutes, look_every), Best()
+        self.schedule = Schedule(config.max_train_steps, config.max_train_minutes, look_every)
+        self.best = Best()
         self.losses, self.terminated = FiniteLoss(look_every), False
         self.images_a_step = config.train_batch_size * gradient_accumulation_steps * self.accelerator.num_processes
 

@@ -218,6 +218,19 @@ def test_of_a_broken_checkpoint_the_file_is_named_and_an_older_one_is_taken(
     assert same(weights(whole), weights(tmp_path / "run"))
 
 
+def test_what_was_stopped_before_its_first_checkpoint_begins_anew_with_the_same_options_only(
+    whole, decoder_run, tmp_path
+):
+    for name in ("arguments.json", "log.jsonl"):
+        shutil.copy(whole / name, tmp_path / name)
+    before = {name: (tmp_path / name).read_text() for name in ("arguments.json", "log.jsonl")}
+    with pytest.raises(ValueError, match="is of a run with other arguments: --seed was 0, now 1"):
+        run(train_autoencoder, *decoder_run, "--output_dir", tmp_path, "--seed", 1)
+    assert before == {name: (tmp_path / name).read_text() for name in before}
+    run(train_autoencoder, *decoder_run, "--output_dir", tmp_path)
+    assert same(weights(whole), weights(tmp_path)) and log_of(tmp_path) == log_of(whole)
+
+
 def test_where_every_checkpoint_is_broken_nothing_begins_anew(whole, decoder_run, tmp_path):
     shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("vae", "finished.json"))
     for checkpoint in checkpoints.list_checkpoints(tmp_path / "run"):

@@ -14,7 +14,6 @@ scorer that the training does not see, the image-text encoder, which says when t
 
 import copy
 import json
-import math
 import shutil
 
 import torch
@@ -28,7 +27,7 @@ from ..checkpoints import list_checkpoints, step_of
 from ..denoising import noise_scheduler
 from ..hub import push_pipeline
 from ..pipeline import add_lora, save_weights
-from ..run import Run
+from ..run import Best, Run
 from .config import PreferenceConfig
 from .prompts import encode_prompts, learn_ratings, read_prompts
 from .replay import Replay
@@ -37,31 +36,24 @@ from .update import Objective, update
 from .watch import Watch
 
 
-class Best:
-    """The best look so far: its score, when it was, and how many looks have come since.
+class BestLook(Best):
+    """The best look so far.
 
     `of` tells which was the best when the checkpoint of a step was written, and so is needed by who goes on from it.
     """
 
     def __init__(self) -> None:
-        self.score, self.step, self.since = -math.inf, 0, 0
+        super().__init__()
         self.first_spread: float | None = None
         self.of: dict[int, int] = {}
 
-    def take(self, score: float, spread: float, step: int, least_spread: float) -> bool:
+    def take_look(self, score: float, spread: float, step: int, least_spread: float) -> bool:
         """Whether this look is the best; images that have grown alike are never."""
         self.first_spread = spread if self.first_spread is None else self.first_spread
         if score > self.score and spread >= least_spread * self.first_spread:
-            self.score, self.step, self.since = score, step, 0
-            return True
+            return self.take(score, step)
         self.since += 1
         return False
-
-    def state_dict(self) -> dict:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
 
 
 def load_pipeline(config: PreferenceConfig) -> MinimPipeline:
@@ -120,8 +112,8 @@ class Trainer:
         if config.compile:
             for network in (trained, reference):
                 network.compile(dynamic=False)
-        self.best = Best()
-        run.begin(self.best)
+        self.best = run.best = BestLook()
+        run.begin()
 
     def train(self) -> None:
         # What was before is looked at as it was.
@@ -150,7 +142,7 @@ class Trainer:
         if self.watch is not None:
             with torch.autocast(run.device.type, torch.bfloat16, enabled=config.bf16):
                 figures = self.watch.look(self.pipe, run.output / f"samples-{step}", config.sampling_batch_size)
-            if best.take(figures["score"], figures["spread"], step, config.least_spread):
+            if best.take_look(figures["score"], figures["spread"], step, config.least_spread):
                 save_weights(self.pipe, bool(config.lora_rank), run.output / f"best-{step}")
             stop = [best.since >= config.patience]
             run.log.write("val", **figures, best=best.step)

@@ -223,9 +223,9 @@ def test_every_finding_is_drawn_equally_often(make_pipeline):
 
 
 def test_images_that_grow_alike_are_never_the_best():
-    best = trainer.Best()
-    assert best.take(0.5, 1.0, 0, 0.95)
-    assert not best.take(0.9, 0.9, 1, 0.95) and best.take(0.6, 0.96, 2, 0.95)
+    best = trainer.BestLook()
+    assert best.take_look(0.5, 1.0, 0, 0.95)
+    assert not best.take_look(0.9, 0.9, 1, 0.95) and best.take_look(0.6, 0.96, 2, 0.95)
 
 
 def test_ratings_teach_the_head_and_a_lora(base, tmp_path):
