@@ -79,6 +79,22 @@ def test_links_lead_somewhere(page):
     assert not broken
 
 
+def test_scripts_and_modules_that_are_named_lie_there():
+    """Also in the card and its template; the diary names what there was."""
+    named = re.compile(
+        r"(?<![\w/])(?:train|research|runs|space|bench|minim_pipeline|tests)/[\w/.-]+\.(?:py|sh|jinja)\b"
+    )
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("research/*.jinja")]
+    pages = [page for page in pages if page.name not in ("EXPERIMENTS.md", "CHANGELOG.md")]
+    missing = {
+        f"{page.name}: {name}"
+        for page in pages
+        for name in named.findall(page.read_text(encoding="utf-8"))
+        if not (ROOT / name).is_file() and "SCRIPT" not in name
+    }
+    assert len(pages) > 10 and not missing
+
+
 def test_messages_of_troubleshooting_are_those_of_the_code():
     code = "\n".join(
         path.read_text()

@@ -1,7 +1,7 @@
 """Candidates drawn to their end, and what the filter said of them at every step: to calibrate it, and to compare it.
 
-A survivor of the funnel is the image that its seed draws alone (tests/test_filter.py), so what any plan of dropping
-would give back can be read from ratings of candidates that were all drawn to the end.
+A survivor of the funnel is the image that its seed draws alone (tests/minim_filter/test_filter.py), so what any
+plan of dropping would give back can be read from ratings of candidates that were all drawn to the end.
 """
 
 from collections.abc import Sequence
