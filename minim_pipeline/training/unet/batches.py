@@ -1,0 +1,55 @@
+"""What a step learns from: latents and texts of rows that are drawn, and lie, on the device."""
+
+import torch
+
+from ... import resolve_modality
+from ...tokens import tokenize
+from ..captions import load_captions, phrase
+from ..latents import Latents
+from ..pipeline import Trainee
+from ..replay import Rows, modality_of
+from ..run import Run
+from .config import TextToImageConfig
+from .texts import Texts
+
+
+class Batches:
+    """Draws batches; the same ones for the same state of a generator.
+
+    Args:
+        latents, texts: of the rows to learn, and behind them of those of `--replay`.
+        replayed: how many of the rows are those.
+    """
+
+    def __init__(self, config: TextToImageConfig, latents: Latents, texts: Texts, replayed: int = 0):
+        self.config, self.latents, self.texts, self.replayed = config, latents, texts, replayed
+
+    @classmethod
+    def encode(cls, config: TextToImageConfig, run: Run, rows: Rows, trainee: Trainee) -> "Batches":
+        """Encodes the train rows, once for the whole run; the autoencoder has to be on the device."""
+        every, tokenizer, vae = rows.train + rows.old_train, trainee.pipe.tokenizer, trainee.pipe.vae
+        captions = phrase(every, load_captions(config.captions), tokenizer, config.caption_variants, config.seed)
+        tokens = tokenize(tokenizer, [resolve_modality(modality_of(row)).token for row in every])
+        texts = Texts(captions, tokens, tokenize(tokenizer, [""]), run.device)
+        if not (config.train_text_encoder or trainee.new_tokens):
+            texts.encode(trainee.pipe.text_encoder, run.accelerator, torch.bfloat16 if config.bf16 else torch.float32)
+        latents = Latents.encode(run, vae, config, rows.train, "train", config.latent_variants)
+        if old := config.replay_data:
+            latents = latents.join(Latents.encode(run, vae, old, rows.old_train, "replay", config.latent_variants))
+        return cls(config, latents, texts, len(rows.old_train))
+
+    def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents [B, C, h, w] and texts, token ids [B, L] or states [B, L, D]; the replayed ones are the last."""
+        config, batch = self.config, self.config.train_batch_size
+        new = len(self.texts.tokens) - self.replayed
+
+        def randint(high: int, count: int = batch) -> torch.Tensor:
+            return torch.randint(high, (count,), device=generator.device, generator=generator)
+
+        index = randint(new, batch - config.replayed)
+        if config.replayed:
+            index = torch.cat([index, new + randint(self.replayed, config.replayed)])
+        latents = self.latents.draw(index, randint(config.latent_variants), generator)
+        chance = torch.rand(batch, device=generator.device, generator=generator)
+        variant = randint(config.caption_variants)
+        return latents, self.texts.draw(index, variant, chance, config.drop_text, config.drop_all)
