@@ -50,6 +50,6 @@ class Batches:
         if config.replayed:
             index = torch.cat([index, new + randint(self.replayed, config.replayed)])
         latents = self.latents.draw(index, randint(config.latent_variants), generator)
-        chance = torch.rand(batch, device=generator.device, generator=generator)
         variant = randint(config.caption_variants)
+        chance = torch.rand(batch, device=generator.device, generator=generator)
         return latents, self.texts.draw(index, variant, chance, config.drop_text, config.drop_all)
