@@ -7,11 +7,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, forget_accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minim_pipeline.tokens import tokenize
 from minim_pipeline.training import memory
+from minim_pipeline.training.config import parse
 from minim_pipeline.training.denoising import Denoise, noise_scheduler, validation_errors
 from minim_pipeline.training.pipeline import ModelOptions, build_pipeline
+from minim_pipeline.training.run import Run
 from minim_pipeline.training.unet import texts as texts_module
 from minim_pipeline.training.unet.texts import Texts
 
@@ -93,12 +96,45 @@ def test_depth_and_dropout_of_a_new_unet_are_options(shared_pipeline, tmp_path):
         ModelOptions(pretrained_model_name_or_path="x", dropout=0.0)
 
 
-def test_benchmark_of_training_runs(capsys):
+@pytest.fixture
+def bench():
     forget_accelerator()
     spec = importlib.util.spec_from_file_location("bench_training", ROOT / "bench" / "bench_training.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    sizes = "--preset tiny --resolution 64 --train_batch_size 2 --images 4 --caption_variants 2 --steps 2".split()
-    result = module.main(sizes)
+    return module
+
+
+TINY = "--preset tiny --resolution 64 --train_batch_size 2 --images 4 --caption_variants 2".split()
+
+
+def test_benchmark_of_training_runs(bench, capsys):
+    result = bench.main([*TINY, "--steps", "2"])
     assert json.loads(capsys.readouterr().out) == result
     assert result["texts_encoded_before"] and min(result["images_per_second"].values()) > 0 and result["ratio"] > 0
+
+
+class Reads(TorchDispatchMode):
+    """Notes what has to wait for a GPU: numbers that the host reads, and shapes that depend on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in ("_local_scalar_dense", "nonzero", "unique")):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_no_number_that_a_gpu_would_have_to_finish_first(bench, tmp_path, monkeypatch):
+    more = ["--noise_sampling", "log-normal", "--output_dir", str(tmp_path / "run")]
+    config = parse(bench.BenchConfig, [*TINY, *more])
+    with Run.open(config, "test") as run:
+        trainee = build_pipeline(config, config.resolution, ["cxr"], {"cxr": []})
+        trainer = bench.Trainer(config, run, trainee, bench.random_batches(config, run, trainee))
+        # A CPU's Adam does read, a fused one does not.
+        monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+        with Reads() as reads:
+            trainer.step()
+    assert not reads.found

@@ -1,5 +1,7 @@
 """What the U-Net gets of the captions: hidden states, encoded once where the text encoder does not learn."""
 
+import math
+
 import torch
 from accelerate import Accelerator
 from transformers import CLIPTextModel
@@ -28,13 +30,15 @@ class Texts:
     @torch.no_grad()
     def encode(self, text_encoder: CLIPTextModel, accelerator: Accelerator, dtype: torch.dtype) -> None:
         """Puts the hidden states in the place of the token ids if memory has room for them (`fits`)."""
-        device = self.table.device
-        if not fits(self.table.numel() * text_encoder.config.hidden_size * dtype.itemsize, device):
+        shape, device = (*self.table.shape, text_encoder.config.hidden_size), self.table.device
+        if not fits(math.prod(shape) * dtype.itemsize, device):
             return
+        states = torch.empty(shape, dtype=dtype, device=device)
         text_encoder.eval().to(device)
         with accelerator.autocast():
-            states = [text_encoder(ids).last_hidden_state.to(dtype) for ids in self.table.split(256)]
-        self.table = torch.cat(states)
+            for ids, part in zip(self.table.split(256), states.split(256), strict=True):
+                part.copy_(text_encoder(ids).last_hidden_state)
+        self.table = states
 
     def draw(
         self, index: torch.Tensor, variant: torch.Tensor, chance: torch.Tensor, drop_text: float, drop_all: float
