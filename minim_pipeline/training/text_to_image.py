@@ -1,6 +1,6 @@
 """Trains the U-Net: latents of medical images from a modality and a sentence.
 
-A latent diffusion model (arXiv 2112.10752) on latents that are encoded once, as captions are where the text encoder does
+A latent diffusion model (arXiv 2112.10752) on latents that are encoded once, as captions are if the text encoder does
 not learn. What is not the textbook's:
 
 - every image is encoded in several versions (mild crop, rotation, gamma; mirrored only where the modality allows it
