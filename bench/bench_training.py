@@ -33,6 +33,14 @@ from minim_pipeline.training.unet.texts import Texts
 from minim_pipeline.training.unet.trainer import Trainer
 
 
+# The embedded model's shape. Nothing is read from a CSV, and what is written goes to a temporary folder.
+DEFAULTS = {
+    "preset": "minim-256",
+    "vae": EMBEDDED_CHECKPOINT / "vae",
+    "text_encoder": EMBEDDED_CHECKPOINT,
+    "train_data": "-",
+    "output_dir": "-",
+}
 WARMUP = 8  # steps before the clock starts: compiling, and cuDNN's own trials
 
 
@@ -40,11 +48,6 @@ WARMUP = 8  # steps before the clock starts: compiling, and cuDNN's own trials
 class BenchConfig(TextToImageConfig):
     """What is timed."""
 
-    train_data: str = option("-", "Not read.")
-    output_dir: str = option("-", "Not written; a temporary folder is.")
-    preset: str | None = "minim-256"
-    vae: str | None = str(EMBEDDED_CHECKPOINT / "vae")
-    text_encoder: str | None = str(EMBEDDED_CHECKPOINT)
     images: Count = option(1024, "Random ones that lie in memory.")
     steps: Count = option(64, "Timed ones of both.")
 
@@ -139,7 +142,7 @@ def waits(step: Callable) -> int:
 def main(argv=None) -> dict:
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     (folder,) = broadcast_object_list([tempfile.mkdtemp()])  # one for all processes
-    config = parse(BenchConfig, argv, __doc__)
+    config = parse(BenchConfig, argv, __doc__, DEFAULTS)
     config = replace(config, output_dir=folder, max_train_steps=WARMUP + config.steps)
     with Run.open(config, "bench", gradient_accumulation_steps=config.gradient_accumulation_steps) as run:
         trainee = build_pipeline(config, config.resolution, ["cxr"], {"cxr": []})

@@ -129,7 +129,7 @@ class Reads(TorchDispatchMode):
 
 def test_a_step_reads_no_number_that_a_gpu_would_have_to_finish_first(bench, tmp_path, monkeypatch):
     more = ["--noise_sampling", "log-normal", "--output_dir", str(tmp_path / "run")]
-    config = parse(bench.BenchConfig, [*TINY, *more])
+    config = parse(bench.BenchConfig, [*TINY, *more], defaults=bench.DEFAULTS)
     with Run.open(config, "test") as run:
         trainee = build_pipeline(config, config.resolution, ["cxr"], {"cxr": []})
         trainer = bench.Trainer(config, run, trainee, bench.random_batches(config, run, trainee))
