@@ -96,7 +96,9 @@ def random_batches(config: BenchConfig, run: Run, trainee: Trainee) -> Batches:
     captions, tokens, nothing = ids.split([config.images * config.caption_variants, config.images, 1])
     texts = Texts(captions.view(config.images, config.caption_variants, -1), tokens, nothing, run.device)
     texts.encode(pipe.text_encoder, run.accelerator, torch.bfloat16 if config.bf16 else torch.float32)
-    return Batches(config, Latents(mean, 0.1 * torch.ones_like(mean), 1.0, 0.0), texts)
+    latents = Latents(mean, 0.1 * torch.ones_like(mean), 1.0, 0.0)
+    shares = torch.ones(config.images, device=run.device)
+    return Batches(config, latents, texts, shares, shares[:0])
 
 
 def bare_step(config: BenchConfig, unet: UNet2DConditionModel, scheduler, batches: Batches) -> Callable:

@@ -16,6 +16,7 @@ from minim_pipeline.training.denoising import Denoise, noise_scheduler, validati
 from minim_pipeline.training.pipeline import ModelOptions, build_pipeline
 from minim_pipeline.training.run import Run
 from minim_pipeline.training.unet import texts as texts_module
+from minim_pipeline.training.unet.batches import shares_of
 from minim_pipeline.training.unet.texts import Texts
 
 
@@ -79,6 +80,15 @@ def test_validation_errors_are_the_same_each_time_and_of_all_noise_levels(shared
     (errors, steps), (again, _) = (validation_errors(model, scheduler, latents, ids, seed=3) for _ in range(2))
     assert torch.equal(errors, again) and errors.shape == (30,)
     assert torch.equal((steps // 100).bincount(), torch.full((10,), 3))
+
+
+def test_findings_are_drawn_as_alike_as_is_asked():
+    rows = [{"modality": "oct", "finding": "edema"}] * 64 + [{"modality": "oct", "finding": "drusen"}] * 4
+    rows += [{"modality": "cxr", "finding": "edema"}] * 4  # another finding of this name
+    for balance, wanted in ((0, (64, 4, 4)), (0.5, (8, 2, 2)), (1, (1, 1, 1))):
+        shares = shares_of(rows, balance)
+        found = torch.stack([part.sum() for part in shares.split((64, 4, 4))])
+        torch.testing.assert_close(found / found.sum(), torch.tensor(wanted) / sum(wanted))
 
 
 def test_depth_and_dropout_of_a_new_unet_are_options(shared_pipeline, tmp_path):

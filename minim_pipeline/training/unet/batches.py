@@ -1,5 +1,7 @@
 """What a step learns from: latents and texts of rows that are drawn, and lie, on the device."""
 
+from collections import Counter
+
 import torch
 
 from ... import resolve_modality
@@ -18,11 +20,13 @@ class Batches:
 
     Args:
         latents, texts: of the rows to learn, and behind them of those of `--replay`.
-        replayed: how many of the rows are those.
+        shares: how often each row to learn is drawn, and each to replay, as `shares_of` gives them: [N] each.
     """
 
-    def __init__(self, config: TextToImageConfig, latents: Latents, texts: Texts, replayed: int = 0):
-        self.config, self.latents, self.texts, self.replayed = config, latents, texts, replayed
+    def __init__(
+        self, config: TextToImageConfig, latents: Latents, texts: Texts, shares: torch.Tensor, replayed: torch.Tensor
+    ):
+        self.config, self.latents, self.texts, self.shares, self.replayed = config, latents, texts, shares, replayed
 
     @classmethod
     def encode(cls, config: TextToImageConfig, run: Run, rows: Rows, trainee: Trainee) -> "Batches":
@@ -36,20 +40,29 @@ class Batches:
         latents = Latents.encode(run, vae, config, rows.train, "train", config.latent_variants)
         if old := config.replay_data:
             latents = latents.join(Latents.encode(run, vae, old, rows.old_train, "replay", config.latent_variants))
-        return cls(config, latents, texts, len(rows.old_train))
+        shares = (shares_of(part, config.balance).to(run.device) for part in (rows.train, rows.old_train))
+        return cls(config, latents, texts, *shares)
 
     def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents [B, C, h, w] and texts, token ids [B, L] or states [B, L, D]; the replayed ones are the last."""
         config, batch = self.config, self.config.train_batch_size
-        new = len(self.texts.tokens) - self.replayed
+        new = batch - config.replayed
 
-        def randint(high: int, count: int = batch) -> torch.Tensor:
-            return torch.randint(high, (count,), device=generator.device, generator=generator)
+        def randint(high: int) -> torch.Tensor:
+            return torch.randint(high, (batch,), device=generator.device, generator=generator)
 
-        index = randint(new, batch - config.replayed)
+        index = torch.multinomial(self.shares, new, replacement=True, generator=generator)
         if config.replayed:
-            index = torch.cat([index, new + randint(self.replayed, config.replayed)])
+            old = torch.multinomial(self.replayed, config.replayed, replacement=True, generator=generator)
+            index = torch.cat([index, len(self.shares) + old])
         latents = self.latents.draw(index, randint(config.latent_variants), generator)
         variant = randint(config.caption_variants)
         chance = torch.rand(batch, device=generator.device, generator=generator)
         return latents, self.texts.draw(index, variant, chance, config.drop_text, config.drop_all)
+
+
+def shares_of(rows: list[dict], balance: float) -> torch.Tensor:
+    """How often each row is drawn, up to a factor: its finding's number to the power of `-balance`, [N]."""
+    findings = [(modality_of(row), row.get("finding")) for row in rows]
+    counts = Counter(findings)
+    return torch.tensor([counts[finding] ** -balance for finding in findings])

@@ -22,6 +22,9 @@ class TextToImageConfig(ModelOptions, DataOptions, RunOptions):
     snr_gamma: Weight = option(5.0, "min-SNR's gamma; 0 weighs all steps alike.")
     drop_text: Share = option(0.10, "Share of captions cut down to the token.")
     drop_all: Share = option(0.05, "Share of captions that are dropped whole.")
+    balance: Share = option(
+        0.0, "How far findings are drawn alike: each in proportion to its images to the power of 1 - balance."
+    )
     gradient_accumulation_steps: Count = 1
     captions: str | None = option(None, "JSON with phrasings of every finding; default: the package's own.")
     caption_variants: Count = option(32, "Phrasings of every caption.")
