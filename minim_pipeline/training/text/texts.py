@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 from ...data.sources import read_csv
 from ...modalities import MODALITIES, resolve_modality
 from ..captions import never_trained_on, normalize, vary_caption
-from .corpus import SYNONYMS, abbreviate, decorate, expand, generate
+from .corpus import abbreviate, decorate, expand, generate, load_corpus
 
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -115,7 +115,7 @@ class Texts:
         self.rows_of = list(by_finding.items())
         self.corpus = [s for s in generate(corpus_size, rng) if normalize(s[0]) not in new]
         # What the teacher embeds, clean and spelt out: abbreviations and lay words on their own, phrasings, corpus.
-        self.terms = [term for term in SYNONYMS if normalize(term) not in new]
+        self.terms = [term for term in load_corpus()["synonyms"] if normalize(term) not in new]
         sources = [*self.terms, *(p for p, _, _ in self.phrasings), *(text for text, _, _ in self.corpus)]
         self.targets = list(dict.fromkeys(map(expand, sources)))
         self.target_index = {text: i for i, text in enumerate(self.targets)}
