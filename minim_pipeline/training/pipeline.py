@@ -15,7 +15,7 @@ from ..licenses import license_of
 from ..loading import load_with_unet, unet_folder
 from ..tokens import add_modality_tokens, modality_tokens
 from .config import Count, Options, Share, Weight, Whole, option
-from .filter.inheritance import inherited_filter
+from .filter.heads import inherited_filter
 
 
 # The text reaches the U-Net by cross-attention and, pooled, by the time embedding (`addition_embed_type`): at this

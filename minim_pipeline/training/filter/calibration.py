@@ -10,11 +10,15 @@ one, within the cost allowed (--most_cost). Fingerprints are made of all images 
 import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
 from accelerate import Accelerator
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from ... import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline, resolve_modality
 from ...data.image_loading import load_images
@@ -30,11 +34,9 @@ from ..hub import check_hub, push_parts
 from ..rows import image_paths, know_modalities, tell_repeats
 from .candidates import draw_candidates
 from .copies import fingerprints, fit_code, plant, pooled_features, veto_report
-from .curves import acceptance_curves, noise_curves
 from .data import versions
 from .raters import learned_from
-from .stages import choose_stages, foretelling
-from .thresholds import threshold
+from .thresholds import choose_stages, foretelling, threshold
 
 
 @dataclass(kw_only=True)
@@ -220,6 +222,53 @@ class Calibration:
         report = {"arguments": asdict(config)} | report | {"plans": plans, "noise": table}
         write_json(output / "report.json", report)
         return report
+
+
+def acceptance_curves(
+    score: torch.Tensor, finding: torch.Tensor, modalities: list[str], calibration: dict[str, dict], path: Path
+) -> None:
+    """Share of generated images accepted against the score asked for, a line for each modality.
+
+    Args:
+        score, finding: [N], of finished images.
+        modalities: id of each.
+        calibration: thresholds by modality id, as in the head's config.
+    """
+    axes = new_axes()
+    asked = torch.linspace(1, 3, 201)
+    for i, (name, thresholds) in enumerate(calibration.items()):
+        own = torch.tensor([m == name for m in modalities])
+        able = score[own].masked_fill(finding[own] < thresholds["finding"], 0)
+
+        def share(least: float | torch.Tensor, able: torch.Tensor = able) -> float:
+            return (able >= least).double().mean().item() * 100
+
+        axes.plot(asked, [share(s) for s in asked], color=f"C{i}", label=resolve_modality(name).name)
+        axes.plot([thresholds["score"]], [share(thresholds["score"])], "o", color=f"C{i}")
+    axes.set(xlabel="score asked for (1 to 3)", ylabel="generated images accepted (%)", xlim=(1, 3), ylim=(0, 100))
+    axes.legend(title="modality; dots: thresholds")
+    axes.figure.savefig(path, dpi=120)
+
+
+def noise_curves(table: list[dict], stages: Sequence[tuple[float, float]], path: Path) -> None:
+    """How well scores foretell (`foretelling`), against the noise level; where candidates are dropped."""
+    axes = new_axes()
+    for name, label in (("final score", "final score above its median"), ("right finding", "finding read as right")):
+        if name in table[0]:
+            points = [(row["level"], row[name]) for row in table if 0 < row["level"] < 1e3]
+            axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
+    for i, (level, _) in enumerate(stages):
+        axes.axvline(level, color="0.5", linestyle=":", label=None if i else "candidates are dropped")
+    axes.set(xscale="log", xlabel="noise level (sigma / alpha)", ylabel="AUROC of the score at that level")
+    axes.invert_xaxis()
+    axes.legend()
+    axes.figure.savefig(path, dpi=120)
+
+
+def new_axes() -> Axes:
+    axes = Figure(figsize=(6.4, 4), layout="constrained").add_subplot()
+    axes.grid(alpha=0.2)
+    return axes
 
 
 def calibrate(config: CalibrationConfig) -> dict:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+import torch.nn.functional as F
 
 from ... import MinimPipeline, resolve_modality
 from ...evaluation.sampling import batches, bytes_of, decode_latents, draw_batch, joined
 from ...minim_filter import FilterHead
-from ...minim_filter.estimate import estimate_clean
-from ...minim_filter.funnel import Funnel, combine, guidance_strength, rank
+from ...minim_filter.funnel import combine, rank
+from .estimates import watch_steps
 
 
 @dataclass
@@ -68,44 +68,22 @@ def draw_candidates(
     Args:
         bf16: autocast, on a GPU; the filter's own arithmetic stays fp32.
     """
-    parts, ratings = [], []
-    funnel: Funnel  # of the batch at hand
-
-    def note(unet: nn.Module, arguments: tuple, answer: tuple) -> None:
-        noisy, t, n = arguments[0], arguments[1], len(funnel.image)
-        prediction = answer[0][-n:]  # with guidance the first half is the negative side's
-        guided = len(answer[0]) > n
-        moved = guidance_strength(prediction, answer[0][:n]) if guided else prediction.new_zeros(n).float()
-        angle = Funnel.angle(pipe.scheduler, t).to(noisy.device)
-        clean = estimate_clean(noisy[-n:], prediction, angle.expand(n), pipe.scheduler.config.prediction_type)
-        rated = pipe.filter_head(noisy[-n:], clean, angle.expand(n), text=funnel.text)
-        level = angle.clamp(max=1.5707).tan()
-        ratings.append((rated.quality.cpu(), rated.finding.cpu(), moved.cpu(), level.cpu()))
-
-    hook = pipe.unet.register_forward_hook(note)
-    try:
-        for batch in batches(len(prompts), batch_size, "candidates"):
-            texts, kinds = list(prompts[batch]), [resolve_modality(name) for name in modalities[batch]]
-            funnel = pipe.prepare_funnel(texts, kinds, list(range(len(texts))), 1, pipe.device)
-            ratings.clear()
+    parts = []
+    for batch in batches(len(prompts), batch_size, "candidates"):
+        texts, kinds = list(prompts[batch]), [resolve_modality(name) for name in modalities[batch]]
+        funnel = pipe.prepare_funnel(texts, kinds, list(range(len(texts))), 1, pipe.device)
+        with watch_steps(pipe, len(texts)) as steps:
             latents = draw_batch(pipe, texts, modalities[batch], seeds[batch], bf16)
-            decoded = decode_latents(pipe, latents, modalities[batch], bf16)
-            # As the pipeline has the last word: on the picture, not on the latents that it was decoded from
-            pictures = pipe.image_processor.postprocess(decoded, output_type="pil")
-            rated = pipe.rate_pictures(pictures, texts, kinds, pipe.device)
-            quality, finding, guidance, levels = (torch.stack(values, -1) for values in zip(*ratings, strict=True))
-            parts.append(
-                Candidates(
-                    torch.cat([quality, rated.quality.cpu()[:, None]], 1),
-                    torch.cat([finding, rated.finding.cpu()[:, None]], 1),
-                    guidance,
-                    torch.cat([levels[0], torch.zeros(1)]),
-                    rated.code.cpu(),
-                    bytes_of(decoded),
-                )
-            )
-    finally:
-        hook.remove()
+        rated = [pipe.filter_head(*step[:3], text=funnel.text) for step in steps]
+        decoded = decode_latents(pipe, latents, modalities[batch], bf16)
+        # As the pipeline has the last word: on the picture, not on the latents that it was decoded from
+        pictures = pipe.image_processor.postprocess(decoded, output_type="pil")
+        rated.append(pipe.rate_pictures(pictures, texts, kinds, pipe.device))
+        quality, finding = (torch.stack([getattr(r, part) for r in rated], 1) for part in ("quality", "finding"))
+        levels = torch.stack([angle[0].clamp(max=1.5707).tan() for _, _, angle, _ in steps]).cpu()
+        guidance = torch.stack([moved for *_, moved in steps], 1)
+        tensors = (part.cpu() for part in (quality, finding, guidance))
+        parts.append(Candidates(*tensors, F.pad(levels, (0, 1)), rated[-1].code.cpu(), bytes_of(decoded)))
     return replace(joined(parts), levels=parts[0].levels)
 
 

@@ -20,7 +20,7 @@ from ..randomness import step_generator
 from ..rows import mirrored, tell_mirrored
 from . import rubric
 from .config import FilterConfig
-from .trajectories import Trajectories, draw_trajectories
+from .estimates import Trajectories, draw_trajectories
 
 
 KINDS = ("real", "real, damaged", "generated", "generated, damaged")

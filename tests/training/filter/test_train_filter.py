@@ -14,10 +14,10 @@ from minim_pipeline.evaluation.classifier import make_resnet
 from minim_pipeline.evaluation.judges import Judges
 from minim_pipeline.minim_filter import FilterHead
 from minim_pipeline.training.filter import rubric
-from minim_pipeline.training.filter.class_captions import Captions, look_alike
 from minim_pipeline.training.filter.data import Pool
+from minim_pipeline.training.filter.estimates import draw_trajectories
+from minim_pipeline.training.filter.lessons import Captions, look_alike
 from minim_pipeline.training.filter.report import auroc, folds_by_group, other_findings, quality_report
-from minim_pipeline.training.filter.trajectories import draw_trajectories
 
 
 torch.set_num_threads(1)
