@@ -37,8 +37,7 @@ from .filter.config import FilterConfig
 from .filter.train import train as train_filter
 from .hub import check_hub, push_pipeline
 from .log import read_log
-from .replay import check_known
-from .rows import know_modalities
+from .rows import check_known, know_modalities
 from .stages import Stages
 from .text_to_image import TextToImageConfig
 from .text_to_image import train as train_text_to_image

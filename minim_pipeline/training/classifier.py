@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ..data.image_loading import load_images
-from ..data.splits import read_splits
 from ..evaluation.classifier import ARCHITECTURES, Recipe, stored_side, train_classifier
 from ..evaluation.judges import Judges, accuracy_report, claimed_classes, class_of, format_report, load_judges
 from ..files import write_json
@@ -21,7 +20,7 @@ from ..locking import locked
 from ..modalities import resolve_modality
 from .config import Count, CsvOptions, HubOptions, Precision, Share, Weight, Whole, option
 from .hub import check_hub, push_parts
-from .rows import image_paths, know_modalities, mirrored, tell_mirrored, tell_repeats
+from .rows import mirrored, of_part, read_findings, tell_mirrored, tell_repeats
 
 
 # Options that name places of the machine, or its size: a report shows none of them.
@@ -67,19 +66,18 @@ def read_rows(config: ClassifierConfig) -> tuple[list[dict], list[dict], list[Cl
     Raises:
         ValueError: one side has no rows of these parts and classes.
     """
-    know_modalities(config)
-    require = ("path", "Text", "modality", "finding")
-    train_rows, val_rows = read_splits(config.train_data, require=require, **config.csv_options)
+    train_rows, val_rows = read_findings(config)
     classes = claimed_classes(train_rows, val_rows, config.min_train, config.min_val)
-    rows = [row for row in train_rows if "all" in config.part or row.get("part") in config.part]
-    rows, val_rows = ([row for row in some if class_of(row) in classes] for some in (rows, val_rows))
+    rows, val_rows = (
+        [row for row in some if class_of(row) in classes] for some in (of_part(train_rows, *config.part), val_rows)
+    )
     if not rows or not val_rows:
         raise ValueError(
             f"{config.train_data} has {len(rows)} train rows of part {' '.join(config.part)} and {len(val_rows)} val"
             f" rows of findings with {config.min_train} train and {config.min_val} val images: lower --min_train or"
             " --min_val."
         )
-    tell_repeats(config.train_data, image_paths(rows, config.train_data), image_paths(val_rows, config.train_data))
+    tell_repeats(config.train_data, rows, val_rows)
     return rows, val_rows, classes
 
 

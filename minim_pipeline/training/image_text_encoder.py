@@ -32,7 +32,6 @@ from transformers import (
 from .. import EMBEDDED_CHECKPOINT, names_a_side
 from ..cli import say
 from ..data.image_loading import load_images
-from ..data.splits import read_splits
 from ..evaluation.classifier import augment, prepare_training, stored_side
 from ..evaluation.encoder import ImageTextEncoder
 from ..evaluation.judges import class_of
@@ -42,7 +41,7 @@ from ..modalities import resolve_modality
 from .captions import load_captions, phrase
 from .config import Count, CsvOptions, Positive, RunOptions, Share, Weight, Whole, option
 from .hub import push_parts
-from .rows import image_paths, know_modalities, tell_repeats
+from .rows import of_part, read_findings, tell_repeats
 from .run import Run
 
 
@@ -207,17 +206,14 @@ class Trainer:
 
     def read_data(self) -> None:
         config, device = self.config, self.run.device
-        know_modalities(config)
-        require = ("path", "Text", "modality", "finding")
-        rows, self.val_rows = read_splits(config.train_data, require=require, **config.csv_options)
-        self.rows = rows = [row for row in rows if config.part in ("all", row.get("part"))]
+        rows, self.val_rows = read_findings(config)
+        self.rows = rows = of_part(rows, config.part)
         if not rows or not self.val_rows:
             raise ValueError(
                 f"{config.train_data} holds {len(rows)} train rows of part {config.part!r}, {len(self.val_rows)} of"
                 " val."
             )
-        train_paths, val_paths = (image_paths(some, config.train_data) for some in (rows, self.val_rows))
-        tell_repeats(config.train_data, train_paths, val_paths)
+        tell_repeats(config.train_data, rows, self.val_rows)
         if not config.no_mirror:
             sides = sum(names_a_side(row["Text"]) for row in rows)
             say(

@@ -18,7 +18,7 @@ from . import classifier
 from .config import Count, CsvOptions, HubOptions, Precision, Whole, option
 from .filter.report import auroc
 from .hub import check_hub, push_parts
-from .rows import know_modalities
+from .rows import FINDINGS, know_modalities
 
 
 KINDS = [("any", "generated"), ("any", "real")]
@@ -147,8 +147,7 @@ def train(config: StandInConfig) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     know_modalities(config)
     with locked(config.output):
-        require = ("path", "Text", "modality", "finding", "part")
-        rows = read_split(config.train_data, "train", require=require, **config.csv_options)
+        rows = read_split(config.train_data, "train", require=(*FINDINGS, "part"), **config.csv_options)
         rows = [row for row in rows if row["part"] == config.part]
         if not rows:
             raise ValueError(f"{config.train_data} has no train rows of part {config.part!r}.")

@@ -36,7 +36,7 @@ from .denoising import Denoise, log_normal_timesteps, loss_weights, noise_schedu
 from .hub import push_parts, push_pipeline
 from .latents import Latents, memorised_share
 from .pipeline import ModelOptions, add_lora, build_pipeline
-from .replay import Rows, modality_of
+from .rows import Rows, modality_of
 from .run import Run
 
 

@@ -31,7 +31,7 @@ from ...locking import locked
 from ...minim_filter.selection import Thresholds
 from ..config import Count, CsvOptions, HubOptions, Precision, Range, Share, Whole, option
 from ..hub import check_hub, push_parts
-from ..rows import image_paths, know_modalities, tell_repeats
+from ..rows import FINDINGS, know_modalities, of_part, tell_repeats
 from .candidates import draw_candidates
 from .copies import fingerprints, fit_code, plant, pooled_features, veto_report
 from .data import versions
@@ -118,13 +118,12 @@ class Calibration:
         """
         config, source = self.config, self.config.train_data
         know_modalities(config)
-        require = ("path", "Text", "modality", "finding")
-        every = assign_splits(read_csv(source, require=require, **config.csv_options), source)
+        every = assign_splits(read_csv(source, require=FINDINGS, **config.csv_options), source)
         self.train_rows, self.val_rows = (
             [row for row in every if row["split"] == split] for split in ("train", "val")
         )
-        tell_repeats(source, image_paths(self.train_rows, source), image_paths(self.val_rows, source))
-        rows = [row for row in self.train_rows if config.part in ("all", row.get("part"))]
+        tell_repeats(source, self.train_rows, self.val_rows)
+        rows = of_part(self.train_rows, config.part)
         if not rows:
             raise ValueError(f"{source} has no train rows of part {config.part!r}.")
         least = config.min_train, config.min_val if self.val_rows else 0

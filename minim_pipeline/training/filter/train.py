@@ -27,7 +27,7 @@ from ...minim_filter import FilterHead
 from ..captions import load_captions
 from ..hub import push_parts
 from ..randomness import step_generator
-from ..rows import read_splits
+from ..rows import of_part, read_splits
 from ..run import Run
 from .config import FilterConfig
 from .data import encode, load_materials, versions
@@ -78,9 +78,7 @@ class Trainer:
         config = self.config
         train_rows, val_rows = read_splits(config)
         self.classes = claimed_classes(train_rows, train_rows, config.min_train, 0)
-        self.rows = [
-            row for row in train_rows if config.part in ("all", row.get("part")) and class_of(row) in self.classes
-        ]
+        self.rows = [row for row in of_part(train_rows, config.part) if class_of(row) in self.classes]
         val_rows = [row for row in val_rows if class_of(row) in self.classes]
         self.val_rows = distinguishable(val_rows, config.train_data, config.seed)
         if not self.rows:
