@@ -31,7 +31,7 @@ from ..locking import locked
 from ..modalities import BUILT_IN, MODALITIES, split_prefix
 from .classifier import ClassifierConfig
 from .classifier import train as train_classifier
-from .config import Count, CsvOptions, HubOptions, Positive, Precision, Range, Share, Weight, Whole, option
+from .config import Count, CsvOptions, HubOptions, Positive, PrecisionOptions, Range, Share, Weight, Whole, option
 from .filter.calibration import CalibrationConfig, calibrate
 from .filter.config import FilterConfig
 from .filter.train import train as train_filter
@@ -58,7 +58,7 @@ EVERY = ("fit", "window", "no_mirror", "mixed_precision", "seed")
 
 
 @dataclass(kw_only=True)
-class AddModalityConfig(CsvOptions, HubOptions):
+class AddModalityConfig(CsvOptions, HubOptions, PrecisionOptions):
     """Options of a modality's addition."""
 
     pretrained_model_name_or_path: str = option(str(EMBEDDED_CHECKPOINT), "The pipeline.")
@@ -108,9 +108,7 @@ class AddModalityConfig(CsvOptions, HubOptions):
     most_cost: Annotated[float, Range(1, 99)] = option(1.95, "As in calibrate_filter.py.")
     min_train: Count = option(20, "Findings with fewer train images are left out.")
     min_val: Whole = option(5, "Likewise with val images.")
-    mixed_precision: Precision = "no"
     compile: bool = option(False, "torch.compile the U-Net in training.")
-    seed: Whole = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

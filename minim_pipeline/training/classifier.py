@@ -18,7 +18,7 @@ from ..evaluation.judges import Judges, accuracy_report, claimed_classes, class_
 from ..files import write_json
 from ..locking import locked
 from ..modalities import resolve_modality
-from .config import Count, CsvOptions, HubOptions, Precision, Share, Weight, Whole, option
+from .config import Count, CsvOptions, HubOptions, PrecisionOptions, Share, Weight, Whole, option
 from .hub import check_hub, push_parts
 from .rows import mirrored, of_part, read_findings, tell_mirrored, tell_repeats
 
@@ -28,7 +28,7 @@ PATHS = ("train_data", "image_root", "output_dir", "modalities_from", "threads")
 
 
 @dataclass(kw_only=True)
-class ClassifierConfig(CsvOptions, HubOptions):
+class ClassifierConfig(CsvOptions, HubOptions, PrecisionOptions):
     """Options of the classifiers' training; how each is trained: `Recipe`."""
 
     part: list[str] = option(["B"], "Rows of the train split with these `part`s; 'all' takes every row.")
@@ -44,13 +44,7 @@ class ClassifierConfig(CsvOptions, HubOptions):
     ema_decay: Share = Recipe.ema_decay
     min_train: Count = option(20, "Findings with fewer train images are left out.")
     min_val: Whole = option(9, "Findings with fewer val images are left out.")
-    mixed_precision: Precision = "no"
-    seed: Whole = Recipe.seed
     threads: Count | None = option(None, "CPU threads.")
-
-    @property
-    def bf16(self) -> bool:
-        return self.mixed_precision == "bf16"
 
     @property
     def recipe(self) -> Recipe:

@@ -98,10 +98,21 @@ class HubOptions(Options):
 
 
 @dataclass(kw_only=True)
-class RunOptions(HubOptions):
-    """A run: how long, how fast it learns, and what it leaves on its way."""
+class PrecisionOptions(Options):
+    """Where chance begins, and the precision of networks."""
 
     seed: Whole = 0
+    mixed_precision: Precision = "no"
+
+    @property
+    def bf16(self) -> bool:
+        return self.mixed_precision == "bf16"
+
+
+@dataclass(kw_only=True)
+class RunOptions(HubOptions, PrecisionOptions):
+    """A run: how long, how fast it learns, and what it leaves on its way."""
+
     train_batch_size: Count = option(64, "Images a step and a process.")
     max_train_steps: Count = 10_000
     max_train_minutes: Positive | None = option(
@@ -114,7 +125,6 @@ class RunOptions(HubOptions):
     adam_weight_decay: Weight = 1e-2
     max_grad_norm: Weight = 1.0
     ema_decay: Share = 0.999
-    mixed_precision: Precision = "no"
     compile: bool = option(False, "torch.compile the networks.")
     gradient_checkpointing: bool = option(False, "Less memory, a quarter slower.")
     validation_steps: Count = 1000
@@ -128,10 +138,6 @@ class RunOptions(HubOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_tracker(self.report_to)
-
-    @property
-    def bf16(self) -> bool:
-        return self.mixed_precision == "bf16"
 
 
 def check_tracker(name: str | None) -> None:

@@ -15,7 +15,7 @@ from ..evaluation.stand_in import FOLDS, StandIn, realism_of
 from ..files import write_json
 from ..locking import locked
 from . import classifier
-from .config import Count, CsvOptions, HubOptions, Precision, Whole, option
+from .config import Count, CsvOptions, HubOptions, PrecisionOptions, Whole, option
 from .filter.report import auroc
 from .hub import check_hub, push_parts
 from .rows import FINDINGS, know_modalities
@@ -26,7 +26,7 @@ FEWEST = 8  # real images of a finding, for a scale of its own; below, that of t
 
 
 @dataclass(kw_only=True)
-class StandInConfig(CsvOptions, HubOptions):
+class StandInConfig(CsvOptions, HubOptions, PrecisionOptions):
     """Options of the stand-in's training."""
 
     pretrained_model_name_or_path: str = option(str(EMBEDDED_CHECKPOINT), "What is judged.")
@@ -38,8 +38,6 @@ class StandInConfig(CsvOptions, HubOptions):
     min_train: Count = option(20, "Findings with fewer train images are left out.")
     min_val: Whole = option(9, "Findings with fewer val images are left out.")
     batch_size: Count = 128
-    mixed_precision: Precision = "no"
-    seed: Whole = 0
 
     @property
     def classifier(self) -> classifier.ClassifierConfig:
@@ -80,7 +78,7 @@ def real_and_drawn(
     asked = [row for row in rows for _ in range(config.images_per_caption)]
     seeds = [(config.seed + 1) * 10**8 + i for i in range(len(asked))]
     prompts, modalities = [row["Text"] for row in asked], [row["modality"] for row in asked]
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
         drawn = draw_images(pipe, prompts, modalities, seeds, config.batch_size)
     return rows + asked, torch.cat([real, drawn]), torch.tensor([1] * len(real) + [0] * len(drawn))
 
@@ -102,8 +100,7 @@ def train_realism(
     fold = folds_of(rows, config.seed)
     kinds = [resolve_modality(row["modality"]) for row in rows]
     names = list(dict.fromkeys(kind.id for kind in kinds))
-    bf16 = config.mixed_precision == "bf16"
-    recipe = Recipe(max_train_steps=config.realism_steps, mix=0.0, seed=config.seed, bf16=bf16)
+    recipe = Recipe(max_train_steps=config.realism_steps, mix=0.0, seed=config.seed, bf16=config.bf16)
     flip = torch.tensor([kind.flip and not config.no_mirror for kind in kinds], device=device)
     grey = torch.tensor([kind.grey for kind in kinds], device=device)
     origin = torch.tensor([names.index(kind.id) for kind in kinds], device=device)

@@ -29,7 +29,7 @@ from ...evaluation.judges import claimed_classes, class_of, finds_asked, load_ju
 from ...files import write_json
 from ...locking import locked
 from ...minim_filter.selection import Thresholds
-from ..config import Count, CsvOptions, HubOptions, Precision, Range, Share, Whole, option
+from ..config import Count, CsvOptions, HubOptions, PrecisionOptions, Range, Share, Whole, option
 from ..hub import check_hub, push_parts
 from ..rows import FINDINGS, know_modalities, of_part, tell_repeats
 from .candidates import draw_candidates
@@ -40,7 +40,7 @@ from .thresholds import choose_stages, foretelling, threshold
 
 
 @dataclass(kw_only=True)
-class CalibrationConfig(CsvOptions, HubOptions):
+class CalibrationConfig(CsvOptions, HubOptions, PrecisionOptions):
     """Options of a filter head's calibration."""
 
     filter_head: str = option(help="A trained head, as train_filter.py writes it.")
@@ -65,8 +65,6 @@ class CalibrationConfig(CsvOptions, HubOptions):
     code_bits: Count = option(224, "Of a fingerprint, a multiple of 8.")
     code_versions: Count = option(6, "Of each image, for the code to learn from.")
     batch_size: Count = 64
-    mixed_precision: Precision = "no"
-    seed: Whole = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,10 +74,6 @@ class CalibrationConfig(CsvOptions, HubOptions):
             raise ValueError("--precision needs --teacher: classifiers that read what the images show.")
         if self.code_bits % 8:
             raise ValueError(f"--code_bits has to be a positive multiple of 8, got {self.code_bits}.")
-
-    @property
-    def bf16(self) -> bool:
-        return self.mixed_precision == "bf16"
 
 
 def plan_prompts(rows: list[dict], count: int, candidates: int, seed: int) -> list[dict]:

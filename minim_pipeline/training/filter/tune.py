@@ -33,7 +33,7 @@ from ...files import write_json
 from ...locking import locked
 from ...minim_filter import FilterHead, FilterHeadOutput
 from ...tokens import tokenize
-from ..config import Count, HubOptions, Options, Precision, ReadingOptions, Share, Weight, Whole, option
+from ..config import Count, HubOptions, PrecisionOptions, ReadingOptions, Share, Weight, option
 from ..hub import check_hub, push_parts
 from ..preference.rewards import overall
 from ..randomness import step_generator
@@ -48,11 +48,9 @@ LEARNING = ("pool", "text", "quality", "finding", "logit_scale")
 
 
 @dataclass(kw_only=True)
-class TuningOptions(Options):
+class TuningOptions(PrecisionOptions):
     """The filter head's further training with ratings."""
 
-    seed: Whole = 0
-    mixed_precision: Precision = "no"
     tuning_steps: Count = 200
     tuning_learning_rate: Weight = 2e-4
     tuning_batch_size: Count = 256
@@ -108,7 +106,7 @@ def learn(head: FilterHead, pipe: MinimPipeline, rated: TensorDataset, raters: R
     for parameter in learning:
         parameter.requires_grad_(True)
     head.train()
-    estimates, count = NoisedEstimates(pipe, options.mixed_precision == "bf16"), options.tuning_batch_size
+    estimates, count = NoisedEstimates(pipe, options.bf16), options.tuning_batch_size
 
     def loss(step: int) -> torch.Tensor:
         g = step_generator(options.seed, step, 11, device)
@@ -192,7 +190,7 @@ def train(config: TuneConfig) -> dict:
             raise ValueError(f"{config.pretrained_model_name_or_path} has no filter head: train_filter.py makes one.")
         size = pipe.unet.config.sample_size * pipe.vae_scale_factor
         images = load_images(rows, config.ratings, size, reading=config.reading_elsewhere())
-        latents = encode(pipe.vae, images, config.mixed_precision == "bf16").float()
+        latents = encode(pipe.vae, images, config.bf16).float()
         head, report = tune(pipe, rows, latents, config)
         save_model(head.half(), config.output / "filter_head")
         write_json(config.output / "report.json", report)

@@ -62,7 +62,7 @@ class SelfImproveConfig(TuningOptions, ComparisonOptions, HubOptions):
     @property
     def dtype(self) -> torch.dtype:
         """In which images are drawn."""
-        return torch.bfloat16 if self.mixed_precision == "bf16" else torch.float32
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     @property
     def first_seed(self) -> int:
