@@ -81,7 +81,8 @@ def tell_repeats(source: str | Path, train_rows: list[dict], val_rows: list[dict
     It is no error: people do have several captions of one image, and joined data sets that overlap a little. But a
     validation loss on images that were learned by heart chooses the wrong weights, so each is told by name.
     """
-    train, first, again = image_paths(train_rows, source), {}, []
+    train, again = image_paths(train_rows, source), []
+    first: dict[str, Path] = {}
     for path, key in zip(train, file_keys(train), strict=True):
         if first.setdefault(key, path) is not path:
             again.append((path, first[key]))

@@ -227,7 +227,7 @@ def acceptance_curves(
         modalities: id of each.
         calibration: thresholds by modality id, as in the head's config.
     """
-    axes = new_axes()
+    figure, axes = new_figure()
     asked = torch.linspace(1, 3, 201)
     for i, (name, thresholds) in enumerate(calibration.items()):
         own = torch.tensor([m == name for m in modalities])
@@ -240,12 +240,12 @@ def acceptance_curves(
         axes.plot([thresholds["score"]], [share(thresholds["score"])], "o", color=f"C{i}")
     axes.set(xlabel="score asked for (1 to 3)", ylabel="generated images accepted (%)", xlim=(1, 3), ylim=(0, 100))
     axes.legend(title="modality; dots: thresholds")
-    axes.figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 def noise_curves(table: list[dict], stages: Sequence[tuple[float, float]], path: Path) -> None:
     """How well scores foretell (`foretelling`), against the noise level; where candidates are dropped."""
-    axes = new_axes()
+    figure, axes = new_figure()
     for name, label in (("final score", "final score above its median"), ("right finding", "finding read as right")):
         if name in table[0]:
             points = [(row["level"], row[name]) for row in table if 0 < row["level"] < 1e3]
@@ -255,13 +255,14 @@ def noise_curves(table: list[dict], stages: Sequence[tuple[float, float]], path:
     axes.set(xscale="log", xlabel="noise level (sigma / alpha)", ylabel="AUROC of the score at that level")
     axes.invert_xaxis()
     axes.legend()
-    axes.figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120)
 
 
-def new_axes() -> Axes:
-    axes = Figure(figsize=(6.4, 4), layout="constrained").add_subplot()
+def new_figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot()
     axes.grid(alpha=0.2)
-    return axes
+    return figure, axes
 
 
 def calibrate(config: CalibrationConfig) -> dict:

@@ -82,8 +82,9 @@ def draw_candidates(
         quality, finding = (torch.stack([getattr(r, part) for r in rated], 1) for part in ("quality", "finding"))
         levels = torch.stack([angle[0].clamp(max=1.5707).tan() for _, _, angle, _ in steps]).cpu()
         guidance = torch.stack([moved for *_, moved in steps], 1)
-        tensors = (part.cpu() for part in (quality, finding, guidance))
-        parts.append(Candidates(*tensors, F.pad(levels, (0, 1)), rated[-1].code.cpu(), bytes_of(decoded)))
+        quality, finding, guidance = quality.cpu(), finding.cpu(), guidance.cpu()
+        code, levels = rated[-1].code.cpu(), F.pad(levels, (0, 1))
+        parts.append(Candidates(quality, finding, guidance, levels, code, bytes_of(decoded)))
     return replace(joined(parts), levels=parts[0].levels)
 
 

@@ -10,9 +10,8 @@ from ..denoising import clean_estimate, loss_weights, squared_error
 from ..randomness import step_generator
 from .config import PreferenceConfig
 from .prompts import Texts
-from .replay import Replay
 from .rewards import finding_reward, spread
-from .sampling import Samples
+from .sampling import Replay, Samples
 
 
 class Objective:

@@ -85,7 +85,7 @@ def train_on_preferences(config: SelfImproveConfig) -> None:
         temporary.write_text(yaml.safe_dump(asdict(config.preference_config)))
     launch = ("-m", "accelerate.commands.launch", "--num_processes", str(config.num_processes))
     kind = "--multi_gpu" if torch.cuda.is_available() else "--cpu"
-    module = ("--module", "minim_pipeline.training.preference", str(options))
+    module = ("--module", "minim_pipeline.training.preference.trainer", str(options))
     launched = subprocess.Popen([sys.executable, *launch, kind, *module])
     # Else the processes would go on when this one is ended; they write a checkpoint.
     before = signal.signal(signal.SIGTERM, lambda *_: launched.terminate())
