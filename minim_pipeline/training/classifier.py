@@ -140,9 +140,7 @@ def train(config: ClassifierConfig) -> dict:
             "val": validate(judges, config, val_rows),
         }
         write_json(config.output / "report.json", report)
-        push_parts(
-            config, "train_classifier", *(config.output / name for name in models), config.output / "judges.json"
-        )
+        push_parts(config, "train_classifier", *(config.output / name for name in (*models, "judges.json")))
     for name, figures in report["val"].items():
         print(format_report(f"{name} on val", figures))
     return report

@@ -21,13 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTokenizer,
-    ConvNextV2Config,
-    VisionTextDualEncoderConfig,
-    VisionTextDualEncoderModel,
-)
+from transformers import CLIPTokenizer, ConvNextV2Config, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
 from .. import EMBEDDED_CHECKPOINT, names_a_side
 from ..cli import say
@@ -43,6 +37,7 @@ from .config import Count, CsvOptions, Positive, RunOptions, Share, Weight, Whol
 from .hub import push_parts
 from .rows import of_part, read_findings, tell_repeats
 from .run import Run
+from .text.student import text_config
 
 
 # What tells of the machine rather than of the run.
@@ -88,35 +83,17 @@ def make_model(config: ImageTextEncoderConfig, tokenizer: CLIPTokenizer) -> Visi
     """A ConvNeXt V2 (arXiv 2301.00808) and two layers of text, with projections into a shared space."""
     widths = [config.width * 2**i for i in range(4)]
     # The dual encoder asks every vision tower for its `hidden_size`, and ImageTextEncoder for its `image_size`.
-    vision = ConvNextV2Config(
-        hidden_sizes=widths,
-        depths=[2, 2, 6, 2],
-        drop_path_rate=0.1,
-        hidden_size=widths[-1],
-        image_size=config.resolution,
-    )
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=config.text_width,
-        intermediate_size=4 * config.text_width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    shape = {"hidden_sizes": widths, "depths": [2, 2, 6, 2], "drop_path_rate": 0.1}
+    vision = ConvNextV2Config(**shape, hidden_size=widths[-1], image_size=config.resolution)
+    text = text_config(tokenizer, config.text_width, layers=2, heads=4)
     both = VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=config.projection)
     return VisionTextDualEncoderModel(both)
 
 
 def text_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Contrastive in both directions; all pairs of one label are positives, and share the target equally.
+    """Contrastive in both directions; all pairs of one label [B] are positives, and share the target equally.
 
-    Args:
-        images, texts: [B, P], of length 1.
-        scale: by which cosines are multiplied.
-        labels: [B], the finding of each.
+    Images and texts [B, P] are of length 1; their cosines are multiplied by `scale`.
     """
     logits = scale * images @ texts.T  # [B, B]
     target = (labels[:, None] == labels).float()
@@ -216,10 +193,8 @@ class Trainer:
         tell_repeats(config.train_data, rows, self.val_rows)
         if not config.no_mirror:
             sides = sum(names_a_side(row["Text"]) for row in rows)
-            say(
-                f"{config.train_data}: all {len(rows)} images may be mirrored; {sides} of them have captions with a"
-                " side."
-            )
+            told = f"all {len(rows)} images may be mirrored; {sides} of them have captions with a side"
+            say(f"{config.train_data}: {told}.")
         self.labels = torch.tensor(numbered(rows, {}), device=device)
         self.grey = torch.tensor([resolve_modality(row["modality"]).grey for row in rows], device=device)
         self.tokenizer = CLIPTokenizer.from_pretrained(config.tokenizer)
@@ -238,10 +213,7 @@ class Trainer:
         mirror = torch.full((self.batch,), not config.no_mirror, device=run.device)
         views = torch.cat([augment(x, config.resolution, mirror, self.grey[index], g) for _ in range(2)])
         variant = torch.randint(self.ids.shape[1], (self.batch,), device=run.device, generator=g)
-        rate = run.schedule.learning_rate(config.learning_rate, config.lr_warmup_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
+        run.schedule.set_learning_rates(self.optimizer, [config.learning_rate] * 2, config.lr_warmup_steps)
         pooled, seen, read, scale = self.model(views, self.ids[index, variant])
         about = text_loss(seen, read.repeat(2, 1), scale, self.labels[index].repeat(2))
         first, second = pooled.chunk(2)

@@ -25,16 +25,20 @@ def highest_octave(images: torch.Tensor) -> torch.Tensor:
     return (power * (torch.maximum(n, n[:, None]) >= size // 2)).sum((-2, -1)) / size**2
 
 
+def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images uint8 [B, 3, H, W] as the autoencoder takes them, in [-1, 1], and what it makes of them."""
+    x = images.to(vae.device).float() / 127.5 - 1
+    return x, vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+
+
 @torch.no_grad()
 def reconstruction_figures(
     vae: AutoencoderKL, images: torch.Tensor, modalities: list[str], batch_size: int = 32
 ) -> dict[str, float]:
     """Mean PSNR in dB and ratio of the energy in the highest octave, of all images and per modality."""
-    device = next(vae.parameters()).device
     psnr, energy = [], []
     for part in images.split(batch_size):
-        x = part.to(device).float() / 127.5 - 1
-        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+        x, y = reconstruct(vae, part)
         psnr += (-10 * torch.log10(((y - x) / 2).square().mean((1, 2, 3)))).tolist()
         energy += torch.stack([highest_octave(y), highest_octave(x)], 1).tolist()
     ratios, energies, names = np.array(psnr), np.array(energy), np.array(modalities)
@@ -46,13 +50,11 @@ def reconstruction_figures(
     return figures
 
 
+@torch.no_grad()
 def save_pairs(vae: AutoencoderKL, images: torch.Tensor, path: Path) -> None:
     """A sheet with originals above reconstructions. It shows real images: for looking at, not for publishing."""
-    device = next(vae.parameters()).device
-    with torch.no_grad():
-        x = images.to(device).float() / 127.5 - 1
-        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
-    contact_sheet(((torch.cat([x, y]) + 1) * 127.5).round().byte(), columns=len(images)).save(path)
+    pairs = torch.cat(reconstruct(vae, images))
+    contact_sheet(((pairs + 1) * 127.5).round().byte(), columns=len(images)).save(path)
 
 
 @torch.no_grad()
@@ -62,10 +64,9 @@ def normalise_latents(vae: AutoencoderKL, images: torch.Tensor, batch_size: int 
     The affine map is folded into the 1 x 1 convolutions on both sides of the latents, so that `scaling_factor` is 1
     and no code that uses the autoencoder has to know of it.
     """
-    device = next(vae.parameters()).device
     means, variances = [], []
     for part in images.split(batch_size):
-        posterior = vae.encode(part.to(device).float() / 127.5 - 1).latent_dist
+        posterior = vae.encode(part.to(vae.device).float() / 127.5 - 1).latent_dist
         means.append(posterior.mean.double().transpose(0, 1).flatten(1))
         variances.append(posterior.var.double().transpose(0, 1).flatten(1))
     every_mean = torch.cat(means, 1)  # [C, pixels]

@@ -10,7 +10,7 @@ from ..data.image_loading import load_images
 from ..data.splits import read_split
 from ..evaluation.classifier import Recipe, make_resnet, train_classifier
 from ..evaluation.judges import Judges, class_of, load_judges
-from ..evaluation.sampling import draw_images
+from ..evaluation.sampling import batches, bytes_of, decode_latents, draw_images
 from ..evaluation.stand_in import FOLDS, StandIn, realism_of
 from ..files import write_json
 from ..locking import locked
@@ -44,13 +44,8 @@ class StandInConfig(CsvOptions, HubOptions, PrecisionOptions):
         """Of the classifier of findings, in `findings/`."""
         shared = ["train_data", "modality", "image_root", "modalities_from", "no_mirror", "fit", "window", "width"]
         shared += ["min_train", "min_val", "mixed_precision", "seed"]
-        return classifier.ClassifierConfig(
-            **self.values(*shared),
-            output_dir=str(self.output / "findings"),
-            part=[self.part],
-            architectures=["resnet"],
-            max_train_steps=self.classifier_steps,
-        )
+        own = {"output_dir": str(self.output / "findings"), "max_train_steps": self.classifier_steps}
+        return classifier.ClassifierConfig(**self.values(*shared), **own, part=[self.part], architectures=["resnet"])
 
 
 @torch.no_grad()
@@ -59,10 +54,9 @@ def through_the_autoencoder(
 ) -> torch.Tensor:
     """Images uint8 [N, 3, H, W] as the pipeline would deliver them."""
     result = []
-    for part in torch.arange(len(images)).split(batch_size):
-        latents = pipe.encode_images(images[part].to(pipe.device) / 127.5 - 1)
-        decoded = pipe.decode_latents(latents, [resolve_modality(rows[i]["modality"]) for i in part.tolist()])
-        result.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
+    for batch in batches(len(images), batch_size):
+        latents = pipe.encode_images(images[batch].to(pipe.device) / 127.5 - 1)
+        result.append(bytes_of(decode_latents(pipe, latents, [row["modality"] for row in rows[batch]])))
     return torch.cat(result)
 
 
@@ -108,16 +102,9 @@ def train_realism(
     for k in range(FOLDS):
         part = (fold != k).nonzero()[:, 0]
         torch.manual_seed(config.seed)
-        model = train_classifier(
-            make_resnet(2, config.width // 2),
-            images[part].to(device),
-            label[part].to(device),
-            flip[part],
-            grey[part],
-            recipe,
-            f"realism {k + 1} of {FOLDS}",
-            origin=origin[part],
-        )
+        learned = images[part].to(device), label[part].to(device), flip[part], grey[part]
+        name = f"realism {k + 1} of {FOLDS}"
+        model = train_classifier(make_resnet(2, config.width // 2), *learned, recipe, name, origin[part])
         judges.append(Judges({"resnet": model}, KINDS, recipe.resolution))
         realism[fold == k] = realism_of(judges[k], images[fold == k])
         scale: dict[str, list[float]] = {}
@@ -137,8 +124,7 @@ def train(config: StandInConfig) -> dict:
     """Trains a stand-in, writes it to `--output_dir` as `StandIn` reads it, and gives the report.
 
     Raises:
-        ValueError: there are no train rows of this part; another run has the folder; or the result could not be
-            published.
+        ValueError: no train rows of this part; another run has the folder; or the result could not be published.
     """
     check_hub(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -220,13 +220,7 @@ class Calibration:
 def acceptance_curves(
     score: torch.Tensor, finding: torch.Tensor, modalities: list[str], calibration: dict[str, dict], path: Path
 ) -> None:
-    """Share of generated images accepted against the score asked for, a line for each modality.
-
-    Args:
-        score, finding: [N], of finished images.
-        modalities: id of each.
-        calibration: thresholds by modality id, as in the head's config.
-    """
+    """Share of N finished images accepted against the score asked for, a line for each modality."""
     figure, axes = new_figure()
     asked = torch.linspace(1, 3, 201)
     for i, (name, thresholds) in enumerate(calibration.items()):
@@ -266,10 +260,7 @@ def new_figure() -> tuple[Figure, Axes]:
 
 
 def calibrate(config: CalibrationConfig) -> dict:
-    """Calibrates a head; writes `filter_head/`, `report.json`, `acceptance.png` and `noise.png` to `--output_dir`.
-
-    Returns:
-        The report.
+    """Calibrates a head; writes `filter_head/`, the report that it returns, `acceptance.png` and `noise.png`.
 
     Raises:
         ValueError: there is nothing to draw; no threshold or plan is as asked for; or another run has the folder.

@@ -19,23 +19,14 @@ from .estimates import watch_steps
 
 @dataclass
 class Candidates:
-    """N candidates, S steps; the last of S + 1 ratings is that of the finished image. On the CPU.
+    """N candidates, S steps; the last of S + 1 ratings is that of the finished image. On the CPU."""
 
-    Args:
-        quality, finding: [N, S + 1], expected ratings from 1 to 3.
-        guidance: [N, S], mean square of what guidance told the sampler to change: the prediction for the prompt minus
-            that for the negative side; 0 where a step is not guided.
-        levels: [S + 1], sigma / alpha of each step, 0 at the end.
-        code: [N, B], of the finished images.
-        images: uint8 [N, 3, H, W].
-    """
-
-    quality: torch.Tensor
-    finding: torch.Tensor
-    guidance: torch.Tensor
-    levels: torch.Tensor
-    code: torch.Tensor
-    images: torch.Tensor
+    quality: torch.Tensor  # [N, S + 1], expected ratings from 1 to 3
+    finding: torch.Tensor  # [N, S + 1]
+    guidance: torch.Tensor  # [N, S], `guidance_strength` of each step, 0 where it is not guided
+    levels: torch.Tensor  # [S + 1], sigma / alpha of each step, 0 at the end
+    code: torch.Tensor  # [N, B], of the finished images
+    images: torch.Tensor  # uint8 [N, 3, H, W]
 
     @property
     def score(self) -> torch.Tensor:
@@ -65,8 +56,7 @@ def draw_candidates(
 ) -> Candidates:
     """Draws one candidate for each prompt, modality and seed at the pipeline's own settings.
 
-    Args:
-        bf16: autocast, on a GPU; the filter's own arithmetic stays fp32.
+    With `bf16` networks are autocast on a GPU; the filter's own arithmetic stays fp32.
     """
     parts = []
     for batch in batches(len(prompts), batch_size, "candidates"):

@@ -81,13 +81,12 @@ def veto_report(
     planted_modalities: list[str],
     false_alarms: float,
 ) -> tuple[dict[str, int], dict]:
-    """Limits by modality, and how many copies they miss.
+    """Limits by modality, within which a share `false_alarms` of `val` lies, and how many copies they miss.
 
     Args:
         known: fingerprints of the training images.
         val: features [N, F] of images that are no copies, but for what a data set repeats.
         planted: features [M, F] of copies, by name; of images that neither head nor code has learned from.
-        false_alarms: share of `val` within the limit.
     """
     with torch.no_grad():
         strangers = distances(code(val), known)

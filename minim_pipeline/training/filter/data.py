@@ -28,23 +28,14 @@ KINDS = ("real", "real, damaged", "generated", "generated, damaged")
 
 @dataclass
 class Pool:
-    """Clean latents and what is known of them.
+    """Clean latents and what is known of them."""
 
-    Args:
-        latents: half [P, C, h, w], scaled as the U-Net takes them.
-        quality: int64 [P], 1 to 3; 0 where it is not known.
-        shows: [P, K], the probability of each class; zeros where nothing can be seen.
-        readable: bool [P], whether the finding's grade is known.
-        kind: int64 [P], index into `KINDS`.
-        modality: int64 [P], index into the modalities.
-    """
-
-    latents: torch.Tensor
-    quality: torch.Tensor
-    shows: torch.Tensor
-    readable: torch.Tensor
-    kind: torch.Tensor
-    modality: torch.Tensor
+    latents: torch.Tensor  # half [P, C, h, w], scaled as the U-Net takes them
+    quality: torch.Tensor  # int64 [P], 1 to 3; 0 where it is not known
+    shows: torch.Tensor  # [P, K], the probability of each class; zeros where nothing can be seen
+    readable: torch.Tensor  # bool [P], whether the finding's grade is known
+    kind: torch.Tensor  # int64 [P], index into `KINDS`
+    modality: torch.Tensor  # int64 [P], index into the modalities
 
     def weights(self) -> torch.Tensor:
         """How often each is drawn: every kind of every modality alike, damaged ones as the rubric says."""
@@ -56,12 +47,12 @@ class Pool:
 
 @dataclass
 class Drawn:
-    """Trajectories and what came of them: the sampler's quality [N], classes shown [N, K], the row of the caption."""
+    """Trajectories and what came of them."""
 
     trajectories: Trajectories
-    quality: torch.Tensor
-    shows: torch.Tensor
-    row: torch.Tensor
+    quality: torch.Tensor  # int64 [N], of the sampler
+    shows: torch.Tensor  # [N, K], the probability of each class
+    row: torch.Tensor  # int64 [N], of the caption
 
 
 @torch.no_grad()
@@ -104,15 +95,14 @@ def draw(
     pipe: MinimPipeline, teacher: Judges, rows: list[dict], classes: list[tuple[str, str]], config: FilterConfig
 ) -> Drawn:
     """Draws `drawn_images` trajectories with the rubric's samplers, and has the teacher say what came of them."""
-    generator = random.Random(config.seed)
+    generator, total_weight = random.Random(config.seed), sum(sampler.weight for sampler in rubric.SAMPLERS)
+    sizes = config.draw_batch_size, config.trajectory_steps
     parts, quality, chosen = [], [], []
     for i, sampler in enumerate(rubric.SAMPLERS):
-        total = max(1, round(config.drawn_images * sampler.weight / sum(s.weight for s in rubric.SAMPLERS)))
+        total = max(1, round(config.drawn_images * sampler.weight / total_weight))
         index = [generator.randrange(len(rows)) for _ in range(total)]
         seeds = [(config.seed * 1000 + i) * 10**6 + j for j in range(total)]
-        asked = [rows[j] for j in index]
-        sizes = config.draw_batch_size, config.trajectory_steps
-        parts.append(draw_trajectories(pipe, asked, sampler, seeds, *sizes, config.bf16))
+        parts.append(draw_trajectories(pipe, [rows[j] for j in index], sampler, seeds, *sizes, config.bf16))
         quality += [sampler.quality] * total
         chosen += index
     drawn = joined(parts)
@@ -121,10 +111,7 @@ def draw(
 
 
 def restrict(
-    probabilities: torch.Tensor,
-    known: list[tuple[str, str]],
-    classes: list[tuple[str, str]],
-    modalities: list[str],
+    probabilities: torch.Tensor, known: list[tuple[str, str]], classes: list[tuple[str, str]], modalities: list[str]
 ) -> torch.Tensor:
     """The teacher's probabilities [N, known] over `classes`, within each image's modality: [N, K]."""
     result = torch.zeros(len(probabilities), len(classes))
@@ -148,9 +135,7 @@ def build_pool(
 ) -> Pool:
     """Real images in several versions, generated ones of the good samplers, and damaged ones of both.
 
-    Args:
-        images: of the rows, uint8 [N, 3, H, W].
-        rated: paths of images of which people have said how good they are.
+    Images are those of the rows, uint8 [N, 3, H, W]; `rated` are the paths of those that people have graded.
     """
     names = list(dict.fromkeys(modality for modality, _ in classes))
     labels = torch.tensor([classes.index(class_of(row)) for row in rows])

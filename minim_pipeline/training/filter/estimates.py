@@ -33,10 +33,7 @@ class NoisedEstimates:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Noisy latents and estimates of the clean ones, both [N, C, h, w], and angles [N].
 
-        Args:
-            latents, noise: [N, C, h, w].
-            timesteps: int64 [N].
-            ids: token ids [N, L] of the captions that the estimates are made for.
+        Of latents and noise [N, C, h, w], timesteps int64 [N], and the token ids [N, L] of captions.
         """
         angle = noise_angles(self.alphas_cumprod, timesteps)
         noisy = angle.cos()[:, None, None, None] * latents + angle.sin()[:, None, None, None] * noise
@@ -81,20 +78,13 @@ def watch_steps(pipe: MinimPipeline, count: int) -> Iterator[list[tuple[torch.Te
 
 @dataclass
 class Trajectories:
-    """N images on their way, each at K steps; half precision but for the angles, on the CPU.
+    """N images on their way, each at K steps; half precision but for the angles, on the CPU."""
 
-    Args:
-        noisy, clean: [N, K, C, h, w], what the U-Net was given, and the clean latents that its answer stands for.
-        angle: [N, K], arctan(sigma / alpha).
-        final: [N, C, h, w], the finished latents.
-        images: uint8 [N, 3, H, W].
-    """
-
-    noisy: torch.Tensor
-    clean: torch.Tensor
-    angle: torch.Tensor
-    final: torch.Tensor
-    images: torch.Tensor
+    noisy: torch.Tensor  # [N, K, C, h, w], what the U-Net was given
+    clean: torch.Tensor  # [N, K, C, h, w], the clean latents that its answer stands for
+    angle: torch.Tensor  # [N, K], arctan(sigma / alpha)
+    final: torch.Tensor  # [N, C, h, w], the finished latents
+    images: torch.Tensor  # uint8 [N, 3, H, W]
 
 
 @torch.no_grad()

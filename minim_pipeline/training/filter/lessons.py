@@ -8,6 +8,7 @@ from ... import MinimPipeline
 from ...evaluation.judges import class_of, merged_class
 from ...minim_filter import FilterHead
 from ..captions import phrase
+from ..image_text_encoder import copy_loss
 from . import rubric
 from .config import FilterConfig
 from .data import Drawn, Pool
@@ -19,13 +20,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class Captions:
-    """Captions of the rows by class.
-
-    Args:
-        rows: with `Text`, `modality` and `finding`; only those of a class are used.
-        classes: (modality id, finding).
-        variants: phrasings of each caption.
-    """
+    """Captions of rows by class, (modality id, finding), each in `variants` phrasings."""
 
     def __init__(
         self,
@@ -129,11 +124,7 @@ class Lessons:
         }
 
     def from_grades(self, graded: tuple, count: int, g: torch.Generator) -> Batch:
-        """Images that people graded, finished; nothing is asked of the finding.
-
-        Args:
-            graded: latents [N, versions, C, h, w], grades int64 [N] and raters int64 [N].
-        """
+        """Images that people graded, as of `load_graded`, finished; nothing is asked of the finding."""
         latents, grades, rater = graded
         index = torch.randint(len(latents), (count,), device=latents.device, generator=g)
         version = torch.randint(latents.shape[1], (count,), device=latents.device, generator=g)
@@ -208,7 +199,4 @@ def code_loss(head: FilterHead, a: torch.Tensor, b: torch.Tensor, temperature: f
     """
     x = torch.cat([a, b])
     codes = F.normalize(head.encode_image(x, x, x.new_zeros(len(x)))[1].tanh(), dim=1)  # [2 N, B]
-    alike = codes @ codes.T / temperature
-    alike.fill_diagonal_(-torch.inf)
-    other = torch.arange(len(x), device=x.device).roll(len(a))
-    return F.cross_entropy(alike, other)
+    return copy_loss(*codes.chunk(2), temperature)

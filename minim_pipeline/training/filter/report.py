@@ -43,9 +43,7 @@ def finding_report(
     """Right captions against wrong ones, by the finding's rating, at several noise levels sigma / alpha.
 
     Every image is rated twice, for its own caption and for one of another finding of its modality, in the same noise.
-
-    Returns:
-        By level: `auroc` over all images, `auroc_unlike` without pairs that look alike, `modalities`, and `n` images.
+    By level: `auroc` over all images, `auroc_unlike` without pairs that look alike, `modalities`, and `n` images.
     """
     device = next(head.parameters()).device
     wrong = other_findings(rows, seed)
@@ -72,10 +70,10 @@ def finding_report(
                     noisy, clean, angle = x, x, x.new_zeros(len(x))
                 rated.append(head(noisy, clean, angle, caption).finding.cpu())
             ratings.append(torch.cat(rated))
-        right = torch.cat([torch.ones(len(own)), torch.zeros(len(own))])
 
-        def among(which: torch.Tensor, ratings: list = ratings, right: torch.Tensor = right) -> float:
-            return auroc(torch.cat([r[which] for r in ratings]), torch.cat([r[which] for r in right.chunk(2)]))
+        def among(which: torch.Tensor, ratings: list = ratings) -> float:
+            scores = torch.cat([rated[which] for rated in ratings])
+            return auroc(scores, torch.arange(len(scores)) < len(scores) // 2)
 
         modality = {name: among(torch.tensor([n == name for n in names])) for name in dict.fromkeys(names)}
         every = torch.ones(len(own), dtype=torch.bool)
@@ -102,17 +100,11 @@ def rate(head: FilterHead, latents: torch.Tensor) -> torch.Tensor:
 
 
 def cross_validate(
-    ratings: list[dict],
-    folds: int,
-    seed: int,
-    train: Callable[[list[int], int], FilterHead],
-    latents: torch.Tensor,
+    ratings: list[dict], folds: int, seed: int, train: Callable[[list[int], int], FilterHead], latents: torch.Tensor
 ) -> torch.Tensor:
-    """The quality [N] that a head gives each rated image which has not learned from the image's fold.
+    """The quality [N] that a head gives each rated image, latents [N, C, h, w], whose fold it has not learned from.
 
-    Args:
-        train: (indices of ratings, fold) -> a head that has learned from them.
-        latents: of the images, [N, C, h, w].
+    `train` makes a head that has learned from some ratings, given their indices and the fold's number.
     """
     fold = folds_by_group(ratings, folds, seed)
     guesses = torch.zeros(len(ratings))

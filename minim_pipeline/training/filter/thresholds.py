@@ -25,10 +25,10 @@ def threshold(
     right: torch.Tensor | None = None,
     precision: float | None = None,
 ) -> float:
-    """The score from which images are accepted, given that their finding reaches its floor.
+    """The score from which generated images are accepted, given that their finding reaches its floor.
 
     Args:
-        score, finding: [N], of generated images.
+        score, finding: [N].
         acceptance: share of all N to accept; less are accepted if the floor leaves less.
         right: bool [N], whether they show what they should; with `precision`, the share of accepted ones that has to.
 

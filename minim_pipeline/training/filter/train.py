@@ -165,11 +165,9 @@ def load_graded(ratings: list[dict], config: FilterConfig, pipe: MinimPipeline) 
 def learn_grades(
     head: FilterHead, lessons: Lessons, graded: tuple, names: list[str], seed: int
 ) -> tuple[FilterHead, Raters]:
-    """A copy of the head after `rating_steps` more, half of them with people's grades; and what biases they have.
+    """A copy of the head after more steps with people's grades, items of `load_graded`; and their biases.
 
-    Args:
-        graded: items of `load_graded`, together.
-        names: of all raters.
+    `names` are those of all raters.
     """
     config = lessons.config
     device, count = graded[0].device, config.train_batch_size // 2
@@ -178,9 +176,7 @@ def learn_grades(
     def loss(step: int) -> torch.Tensor:
         g = step_generator(seed, step, 7, device)
         batch = join_batches(
-            lessons.from_grades(graded, count, g),
-            lessons.from_pool(count, g),
-            lessons.from_trajectories(count, g),
+            lessons.from_grades(graded, count, g), lessons.from_pool(count, g), lessons.from_trajectories(count, g)
         )
         return sum(lessons.losses(head, batch, g, raters).values()) + raters.penalty(len(graded[1]))
 
@@ -196,13 +192,11 @@ def learn_all_grades(
     config, names = lessons.config, [row["rater"] for row in ratings]
     graded, report, guesses = load_graded(ratings, config, pipe), {}, None
     if config.folds:
-        guesses = cross_validate(
-            ratings,
-            config.folds,
-            config.seed,
-            lambda index, fold: learn_grades(head, lessons, graded[index], names, fold)[0],
-            graded.tensors[0][:, 0],
-        )
+
+        def train_without(index: list[int], fold: int) -> FilterHead:
+            return learn_grades(head, lessons, graded[index], names, fold)[0]
+
+        guesses = cross_validate(ratings, config.folds, config.seed, train_without, graded.tensors[0][:, 0])
         report["quality, cross-validated"] = quality_report(ratings, guesses)
     own = [i for i, row in enumerate(ratings) if learned_from(row, config.part)]
     head, raters = learn_grades(head, lessons, graded[own], names, config.folds)
@@ -210,10 +204,7 @@ def learn_all_grades(
 
 
 def train(config: FilterConfig) -> dict:
-    """Trains the head, writes it to `filter_head/` in `--output_dir` and its report to `report.json`.
-
-    Returns:
-        The report.
+    """Trains the head, writes it to `filter_head/` in `--output_dir`, and its report, which it returns.
 
     Raises:
         ValueError: there are several processes, no rows or ratings to learn from, or as `Run.open`.

@@ -97,9 +97,7 @@ def log_loss(probabilities: torch.Tensor, grades: torch.Tensor) -> torch.Tensor:
 def learn(head: FilterHead, pipe: MinimPipeline, rated: TensorDataset, raters: Raters, options: TuningOptions) -> None:
     """Trains the parts of `head` that are `LEARNING`, and the biases of raters; the pipeline's own head anchors it.
 
-    Args:
-        rated: of each rating the image's latents, fp32 [C, h, w], the token ids [L] of its prompt, the grade, 1 to 3,
-            and the number of the rater.
+    Of each rating `rated` has latents, fp32 [C, h, w], token ids [L] of the prompt, grade, 1 to 3, and rater's number.
     """
     device, anchor_head = pipe.filter_head.device, pipe.filter_head
     learning = [p for name, p in head.named_parameters() if name.split(".")[0] in LEARNING]
@@ -167,10 +165,7 @@ def prediction_figures(head: FilterHead, latents: torch.Tensor, ids: torch.Tenso
     grades = grades.cpu()
     figures: dict[str, float | None] = {"log_loss": round(log_loss(probabilities, grades).mean().item(), 4)}
     figures["kappa"] = weighted_kappa((probabilities.argmax(1) + 1).tolist(), grades.tolist())
-    for name, truth, value in (
-        ("good", grades == 3, probabilities[:, 2]),
-        ("bad", grades == 1, probabilities[:, 0]),
-    ):
+    for name, truth, value in (("good", grades == 3, probabilities[:, 2]), ("bad", grades == 1, probabilities[:, 0])):
         figures[f"auroc, {name}"] = round(auroc(value, truth), 4) if 0 < truth.sum() < len(truth) else None
     return figures
 

@@ -20,17 +20,11 @@ from .config import PreferenceConfig
 
 @dataclass
 class Texts:
-    """Of P prompts.
+    """Of P prompts."""
 
-    Args:
-        conditional: hidden states [P, L, D].
-        unconditional: those of their modalities' tokens alone, [P, L, D].
-        filter_ids: what the filter head is to find, [P, T].
-    """
-
-    conditional: torch.Tensor
-    unconditional: torch.Tensor
-    filter_ids: torch.Tensor
+    conditional: torch.Tensor  # hidden states [P, L, D]
+    unconditional: torch.Tensor  # those of their modalities' tokens alone, [P, L, D]
+    filter_ids: torch.Tensor  # what the filter head is to find, [P, T]
 
 
 @torch.no_grad()
@@ -50,24 +44,18 @@ def encode_prompts(pipe: MinimPipeline, prompts: list[dict]) -> Texts:
 def read_prompts(path: str, pipe: MinimPipeline) -> list[dict]:
     """Rows with `Text`, `modality` (an id) and `finding` if there is one; every bad row is told."""
     trained = pipe.config.modalities
-    rows = read_csv(
-        path,
-        require=("Text", "modality"),
-        check_images=False,
-        check=lambda row: resolve_modality(row["modality"], trained),
-    )
-    if not rows:
-        raise ValueError(f"{path} has no prompts.")
+
+    def check(row: dict) -> None:
+        resolve_modality(row["modality"], trained)
+
+    rows = read_csv(path, require=("Text", "modality"), check_images=False, check=check)
     return [row | {"modality": resolve_modality(row["modality"]).id} for row in rows]
 
 
 def learn_ratings(ratings: str, config: PreferenceConfig, pipe: MinimPipeline) -> list[dict]:
-    """Gives the pipeline a head that has learned from people's ratings, and returns their prompts.
+    """Gives the pipeline a head that has learned from a CSV of people's ratings, and returns their prompts.
 
     The head is written to `--output_dir`, and read from there when the run goes on.
-
-    Args:
-        ratings: CSV with path,Text,modality,rating[,rater].
 
     Raises:
         ValueError: the head that lies there has learned from other ratings, or their images have changed.

@@ -17,17 +17,11 @@ from .rewards import are_copies, finding_reward, rate, spread
 
 @dataclass
 class Samples:
-    """N finished images, those of a prompt one after the other.
+    """N finished images, those of a prompt one after the other."""
 
-    Args:
-        latents: fp32 [N, C, h, w].
-        prompt: int64 [N], of the list of prompts.
-        counts: bool [N], whether the reward of each does: all, until `score` has looked for copies.
-    """
-
-    latents: torch.Tensor
-    prompt: torch.Tensor
-    counts: torch.Tensor = field(init=False)
+    latents: torch.Tensor  # fp32 [N, C, h, w]
+    prompt: torch.Tensor  # int64 [N], of the list of prompts
+    counts: torch.Tensor = field(init=False)  # bool [N], whose reward does: all, until `score` has looked for copies
 
     def __post_init__(self) -> None:
         self.counts = torch.ones_like(self.prompt, dtype=torch.bool)
@@ -69,9 +63,6 @@ class Replay:
     """Real images, so that a U-Net does not forget what they look like.
 
     Latents of the train images of `--replay`, each in some versions, with captions in some phrasings.
-
-    Args:
-        pipe: encodes images and captions.
 
     Raises:
         ValueError: the CSV has no train rows of the pipeline's modalities.

@@ -40,12 +40,9 @@ from .update import Objective, update
 
 
 class Watch:
-    """The image-text encoder's word on images of the same seeds each time.
+    """The image-text encoder's word on images of the same seeds each time, so many of each finding.
 
-    Args:
-        encoder: folder of an `ImageTextEncoder`.
-        prompts: rows with `Text`, `modality` and, if known, `finding`; without one, a prompt is its own finding.
-        images: of each finding, its prompts in turn.
+    Prompts have `Text`, `modality` and, if known, `finding`; without one, a prompt is its own finding.
     """
 
     def __init__(self, encoder: str, prompts: list[dict], images: int, device: torch.device):
@@ -65,18 +62,12 @@ class Watch:
     def look(self, pipe: MinimPipeline, folder: Path, batch_size: int) -> dict[str, float]:
         """Draws the images, leaves a sheet of each modality in `folder`, and says how good they are.
 
-        Returns:
-            `score`: the probability of the finding that was asked for among those of its modality, the mean over the
-            images; `right`: how often it is the largest; `spread`: mean distance of features among a finding's images.
+        `score`: the probability of the finding that was asked for among those of its modality, the mean over the
+        images; `right`: how often it is the largest; `spread`: mean distance of features among a finding's images.
         """
-        images = draw_images(
-            pipe,
-            [row["Text"] for row in self.rows],
-            [row["modality"] for row in self.rows],
-            list(range(len(self.rows))),
-            min(batch_size, 64 if pipe.device.type == "cpu" else 256),
-            name="watching",
-        )
+        texts, modalities = ([row[name] for row in self.rows] for name in ("Text", "modality"))
+        batch_size = min(batch_size, 64 if pipe.device.type == "cpu" else 256)
+        images = draw_images(pipe, texts, modalities, range(len(texts)), batch_size, name="watching")
         self.save(images, folder)
         with torch.autocast(pipe.device.type, enabled=False):  # a ruler, at its own precision
             return self.measure(images)
@@ -108,10 +99,7 @@ class Watch:
 
 
 class BestLook(Best):
-    """The best look so far.
-
-    `of` tells which was the best when the checkpoint of a step was written, and so is needed by who goes on from it.
-    """
+    """The best look so far; `of` tells which was the best when the checkpoint of a step was written."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
 """What a step learns from the images that it has drawn: reward feedback learning (arXiv 2304.05977) on latents."""
 
+from dataclasses import dataclass
+
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -14,23 +16,14 @@ from .rewards import finding_reward, spread
 from .sampling import Replay, Samples
 
 
+@dataclass
 class Objective:
-    """What the U-Net is trained for: the filter head's rating, near the network that it began with.
+    """What the U-Net is trained for: the frozen head's rating, near `reference`, the network that it began with."""
 
-    Args:
-        head: frozen.
-        reference: frozen.
-        scheduler: the noise schedule.
-    """
-
-    def __init__(
-        self,
-        head: FilterHead,
-        reference: UNet2DConditionModel,
-        scheduler: DDPMScheduler,
-        config: PreferenceConfig,
-    ):
-        self.head, self.reference, self.scheduler, self.config = head, reference, scheduler, config
+    head: FilterHead
+    reference: UNet2DConditionModel
+    scheduler: DDPMScheduler
+    config: PreferenceConfig
 
     def losses(
         self,

@@ -86,9 +86,7 @@ class TextEncoderConfig(RunOptions):
 def one_cycle(progress: float, rise: float) -> tuple[float, float]:
     """Learning rate, as a share of its peak, and first beta of Adam: one cycle (arXiv 1708.07120) as in torch.
 
-    Args:
-        progress: of the run, 0 to 1.
-        rise: the share of it in which the rate rises, and beta falls.
+    `progress` of the run and `rise`, the share of it in which the rate rises and beta falls, are from 0 to 1.
     """
 
     def between(start: float, end: float, share: float) -> float:  # half a cosine
@@ -185,10 +183,7 @@ class Trainer:
 
 
 def train(config: TextEncoderConfig) -> list[float]:
-    """Trains the text encoder, measures it, and writes `text_encoder/`, `tokenizer/` and `report.json`.
-
-    Returns:
-        The loss of every step that was taken.
+    """Trains the text encoder; writes `text_encoder/`, `tokenizer/` and `report.json`; gives the loss of every step.
 
     Raises:
         ValueError: phrasings that are kept for measuring are among the captions; and as `Run.open`.

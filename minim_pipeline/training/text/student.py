@@ -1,6 +1,7 @@
 """The text encoder that learns, the teacher that it learns from, and what it is asked: heads and losses."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,24 +29,28 @@ def embed(teacher_dir: str | Path, texts: list[str], batch_size: int = 64) -> to
     return out
 
 
-def build_student(
-    tokenizer: CLIPTokenizer, teacher_dir: str | Path, hidden_size: int, num_layers: int, num_heads: int
-) -> CLIPTextModel:
-    """A CLIP text encoder whose token embeddings start from what the teacher makes of each token, by PCA."""
-    config = CLIPTextConfig(
+def text_config(tokenizer: CLIPTokenizer, hidden_size: int, layers: int, heads: int, **others: Any) -> CLIPTextConfig:
+    """Of a CLIP text encoder that reads what `tokenizer` writes."""
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
-        projection_dim=hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         max_position_embeddings=tokenizer.model_max_length,
-        hidden_act="gelu",
         # The real id, so that CLIP pools at the end of the text: with the old default of 2 it pools at the largest id.
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **others,
     )
+
+
+def build_student(
+    tokenizer: CLIPTokenizer, teacher_dir: str | Path, hidden_size: int, num_layers: int, num_heads: int
+) -> CLIPTextModel:
+    """A CLIP text encoder whose token embeddings start from what the teacher makes of each token, by PCA."""
+    config = text_config(tokenizer, hidden_size, num_layers, num_heads, projection_dim=hidden_size, hidden_act="gelu")
     student = CLIPTextModel(config)
     words = {m.token: m.words for m in MODALITIES.values()}
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
