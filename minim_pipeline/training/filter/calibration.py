@@ -32,11 +32,10 @@ from ...minim_filter.selection import Thresholds
 from ..config import Count, CsvOptions, HubOptions, PrecisionOptions, Range, Share, Whole, option
 from ..hub import check_hub, push_parts
 from ..rows import FINDINGS, know_modalities, of_part, tell_repeats
-from .candidates import draw_candidates
+from .candidates import choose_stages, draw_candidates, foretelling, threshold
 from .copies import fingerprints, fit_code, plant, pooled_features, veto_report
 from .data import versions
 from .raters import learned_from
-from .thresholds import choose_stages, foretelling, threshold
 
 
 @dataclass(kw_only=True)

@@ -1,9 +1,12 @@
-"""Candidates drawn to their end, and what the filter said of them at every step: to calibrate it, and to compare it.
+"""Candidates drawn to their end, what the filter said of them at every step, and what it is to decide by.
 
-A survivor of the funnel is the image that its seed draws alone (tests/minim_filter/test_filter.py), so what any
-plan of dropping would give back can be read from ratings of candidates that were all drawn to the end.
+A survivor of the funnel is the image that its seed draws alone (tests/minim_filter/test_filter.py), so what any plan
+of dropping, its stages, would give back can be read from ratings of candidates that were all drawn to the end.
+Thresholds are such that an asked-for share of generated images is accepted, or is right.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +18,10 @@ from ...evaluation.sampling import batches, bytes_of, decode_latents, draw_batch
 from ...minim_filter import FilterHead
 from ...minim_filter.funnel import combine, rank
 from .estimates import watch_steps
+from .report import auroc
+
+
+Plan = list[tuple[int, int]]  # steps at whose ratings candidates are dropped, and how many are left then
 
 
 @dataclass
@@ -104,3 +111,97 @@ def follow(
             alive = torch.zeros_like(alive).scatter(1, ranked.indices[:, :count], True)
             left = count
     return score[:, :, -1].masked_fill(~alive, -torch.inf).argmax(1), samples
+
+
+def threshold(
+    score: torch.Tensor,
+    finding: torch.Tensor,
+    floor: float,
+    acceptance: float,
+    right: torch.Tensor | None = None,
+    precision: float | None = None,
+) -> float:
+    """The score from which generated images are accepted, given that their finding reaches its floor.
+
+    Args:
+        score, finding: [N].
+        acceptance: share of all N to accept; less are accepted if the floor leaves less.
+        right: bool [N], whether they show what they should; with `precision`, the share of accepted ones that has to.
+
+    Raises:
+        ValueError: no threshold reaches the precision with at least 20 images accepted.
+    """
+    reached = finding >= floor
+    if precision is None or right is None:
+        ranked = score.masked_fill(~reached, 1.0).sort(descending=True).values
+        return ranked[max(1, round(acceptance * len(score))) - 1].item()
+    order = score[reached].argsort(descending=True)
+    share = right[reached][order].double().cumsum(0) / torch.arange(1, len(order) + 1)
+    enough = ((share >= precision) & (torch.arange(1, len(order) + 1) >= 20)).nonzero()[:, 0]
+    if not len(enough):
+        best = share[19:].max().item() if len(share) >= 20 else math.nan
+        raise ValueError(f"No threshold reaches a precision of {precision} with 20 images; the most is {best:.3f}.")
+    return score[reached][order][enough[-1]].item()
+
+
+def choose_stages(
+    drawn: Candidates, candidates: int, most_cost: float, head: FilterHead
+) -> tuple[list[tuple[float, float]], list[dict]]:
+    """When to drop candidates: of all plans of one or two stages within the cost, that whose final ratings are best.
+
+    Returns:
+        Stages as in the head's config, and of the best plan of each cost: `gain`, the share it has of what is won by
+        drawing all candidates to their end, and `cost` in plain images.
+
+    Raises:
+        ValueError: no plan is within `most_cost`.
+    """
+    score = drawn.rank(head).view(-1, candidates, drawn.score.shape[1])
+    guided = (drawn.guidance > 0).any(0)
+    plain = int(guided.sum()) + len(guided)
+    final = score[:, :, -1]
+    levels = drawn.levels.tolist()
+    best: dict[float, tuple[float, Plan]] = {}
+    for plan in plans(len(guided), candidates):
+        by_level = [(min(levels[i], 1e3), k) for i, k in plan]
+        chosen, samples = follow(score, drawn.levels.clamp(max=1e3), guided, by_level)
+        won = final.gather(1, chosen[:, None]).mean() - final.mean()
+        gain = (won / (final.amax(1).mean() - final.mean())).item()
+        if samples / plain not in best or gain > best[samples / plain][0]:
+            best[samples / plain] = gain, plan
+    affordable = [(gain, -cost, plan) for cost, (gain, plan) in best.items() if cost <= most_cost]
+    if not affordable:
+        raise ValueError(f"No plan of {candidates} candidates costs at most {most_cost} plain images.")
+    plan = max(affordable)[2]  # of equals the cheaper
+    # Between a step's level and that before it, so that another number of steps finds its place.
+    stages = [
+        (
+            round(math.sqrt(min(levels[i], 1e3) * min(levels[i - 1], 1e3)) if i else 1e3, 2),
+            0.0 if k == 1 else k / candidates,
+        )
+        for i, k in plan
+    ]
+    table = [{"cost": round(cost, 3), "gain": round(best[cost][0], 4), "plan": best[cost][1]} for cost in sorted(best)]
+    return stages, table
+
+
+def plans(steps: int, candidates: int) -> list[Plan]:
+    """All of one stage, and of two of which the first leaves more than one."""
+    one = [[(i, 1)] for i in range(steps)]
+    return one + [[(i, k), (j, 1)] for i, j in itertools.combinations(range(steps), 2) for k in range(2, candidates)]
+
+
+def foretelling(drawn: Candidates, right: torch.Tensor | None, known: torch.Tensor | None) -> list[dict]:
+    """By noise level: how well a score tells the better half of final scores, and what classifiers read (AUROC).
+
+    Args:
+        right, known: bool [N], whether classifiers read the asked finding, and whether they know it; or None.
+    """
+    table = []
+    for i, level in enumerate(drawn.levels.tolist()):
+        row = {"level": round(min(level, 1e3), 3)}
+        row["final score"] = auroc(drawn.score[:, i], drawn.score[:, -1] > drawn.score[:, -1].median())
+        if right is not None:
+            row["right finding"] = auroc(drawn.finding[known, i], right[known])
+        table.append(row)
+    return table

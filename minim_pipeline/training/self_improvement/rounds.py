@@ -30,8 +30,8 @@ from ...locking import locked
 from ...minim_filter.funnel import combine
 from ...minim_filter.selection import Thresholds
 from ...ratings import image_digest
+from ..filter.candidates import threshold
 from ..filter.raters import read_ratings
-from ..filter.thresholds import threshold
 from ..filter.tune import tune
 from ..hub import check_hub, push_pipeline
 from ..log import read_log
