@@ -71,10 +71,8 @@ class ImageTextEncoderConfig(CsvOptions, RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.train_batch_size < 2:
-            raise ValueError(
-                f"--train_batch_size has to be at least 2, to tell images apart, got {self.train_batch_size}."
-            )
+        if (batch := self.train_batch_size) < 2:
+            raise ValueError(f"--train_batch_size has to be at least 2, to tell images apart, got {batch}.")
         if self.gradient_checkpointing:
             raise ValueError("--gradient_checkpointing does nothing here: leave it out.")
 
@@ -171,11 +169,10 @@ class Trainer:
         self.read_data()
         self.batch = min(config.train_batch_size, len(self.images))
         model = Reader(make_model(config, self.tokenizer)).to(run.device)
-        self.average, optimizer, _ = prepare_training(
-            model, config.max_train_steps, config.learning_rate, config.adam_weight_decay, config.ema_decay
-        )
-        self.reader, self.model = model, run.accelerator.prepare(model)
-        self.optimizer = run.accelerator.prepare(optimizer)
+        rates = config.learning_rate, config.adam_weight_decay, config.ema_decay
+        self.average, optimizer, _ = prepare_training(model, config.max_train_steps, *rates)
+        self.reader = model
+        self.model, self.optimizer = run.accelerator.prepare(model, optimizer)
         if config.compile:
             model.compile(dynamic=False)
         run.begin(self.average)
@@ -186,10 +183,8 @@ class Trainer:
         rows, self.val_rows = read_findings(config)
         self.rows = rows = of_part(rows, config.part)
         if not rows or not self.val_rows:
-            raise ValueError(
-                f"{config.train_data} holds {len(rows)} train rows of part {config.part!r}, {len(self.val_rows)} of"
-                " val."
-            )
+            found = f"{len(rows)} train rows of part {config.part!r}, {len(self.val_rows)} of val"
+            raise ValueError(f"{config.train_data} holds {found}.")
         tell_repeats(config.train_data, rows, self.val_rows)
         if not config.no_mirror:
             sides = sum(names_a_side(row["Text"]) for row in rows)

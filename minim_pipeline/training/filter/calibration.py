@@ -138,9 +138,9 @@ class Calibration:
         self.right = self.known = None
         if self.teacher is not None:
             probabilities, findings = self.teacher.judge(self.drawn.images), [row["finding"] for row in planned]
-            found = finds_asked(probabilities, self.teacher.classes, self.modalities, findings)
-            self.right = torch.from_numpy(found)
-            self.known = torch.tensor([class_of(row) in self.teacher.classes for row in planned])
+            classes = self.teacher.classes
+            self.right = torch.from_numpy(finds_asked(probabilities, classes, self.modalities, findings))
+            self.known = torch.tensor([class_of(row) in classes for row in planned])
 
     def choose_thresholds(self) -> tuple[dict[str, float], dict[str, dict]]:
         """The least score of each modality, and what it accepts of the drawn images."""
@@ -182,15 +182,10 @@ class Calibration:
             return {}, {}
         val_images = load_images(self.val_rows, config.train_data, resolution, reading=config.reading)
         some = unseen[:: max(1, len(unseen) // 500)]
-        return veto_report(
-            code,
-            known,
-            pooled_features(head, pipe, val_images, config.bf16),
-            [class_of(row)[0] for row in self.val_rows],
-            {name: pooled_features(head, pipe, x, config.bf16) for name, x in plant(images[some]).items()},
-            [class_of(rows[i])[0] for i in some],
-            config.copy_false_alarms,
-        )
+        val = pooled_features(head, pipe, val_images, config.bf16), [class_of(row)[0] for row in self.val_rows]
+        copies = {name: pooled_features(head, pipe, x, config.bf16) for name, x in plant(images[some]).items()}
+        planted = copies, [class_of(rows[i])[0] for i in some]
+        return veto_report(code, known, *val, *planted, config.copy_false_alarms)
 
     def run(self) -> dict:
         """Draws, chooses, and writes head, pictures and report, which it returns."""

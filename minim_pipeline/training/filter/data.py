@@ -156,15 +156,13 @@ def build_pool(
     readable = torch.ones(len(whole), dtype=torch.bool)
     parts = [pool(KINDS[0], whole, times(3 * known.long(), n), times(one_hot, n), readable, times(modality, n))]
     good = (drawn.quality == 3).nonzero()[:, 0]
-    t = drawn.trajectories
-    drawn_modality = modality[drawn.row]
+    final, pictures = drawn.trajectories.final[good], drawn.trajectories.images[good]
+    of_good = drawn.shows[good], modality[drawn.row[good]]
     ones = torch.ones(len(good), dtype=torch.bool)
-    parts.append(pool(KINDS[2], t.final[good], 3 * ones.long(), drawn.shows[good], ones, drawn_modality[good]))
+    parts.append(pool(KINDS[2], final, 3 * ones.long(), of_good[0], ones, of_good[1]))
+    real, generated = (KINDS[1], images, one_hot, modality), (KINDS[3], pictures, *of_good)
     for grade in (2, 1):
-        for kind, pictures, shows, place in (
-            (KINDS[1], images, one_hot, modality),
-            (KINDS[3], t.images[good], drawn.shows[good], drawn_modality[good]),
-        ):
+        for kind, pictures, shows, place in (real, generated):
             latents = encode(vae, damaged(pictures, grade, config.seed, device), config.bf16)
             # Through strong damage nobody sees the finding; through mild damage one does.
             readable = torch.full((len(latents),), grade == 2)

@@ -49,10 +49,8 @@ class Trainer:
         self.pipe.set_progress_bar_config(disable=True)
         for part in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
             part.requires_grad_(False).eval()
-        phrasings, variants = load_captions(config.captions), config.caption_variants
-        captions = Captions(
-            self.rows, self.classes, phrasings, self.pipe.tokenizer, variants, config.seed, device=run.device
-        )
+        phrasings = load_captions(config.captions), self.pipe.tokenizer, config.caption_variants, config.seed
+        captions = Captions(self.rows, self.classes, *phrasings, device=run.device)
         rated = {row["path"] for row in self.ratings}
         pool, drawn = load_materials(config, self.pipe, self.rows, self.classes, rated)
         self.lessons = Lessons(config, self.pipe, captions, pool, drawn)
@@ -62,9 +60,8 @@ class Trainer:
             head = new_head(self.pipe, (config.block_out_channels[0], config.block_out_channels[1]))
         self.ema = EMAModel(head.parameters(), decay=config.ema_decay, use_ema_warmup=True)
         self.ema.to(run.device)
-        optimizer = torch.optim.AdamW(
-            head.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=config.adam_weight_decay
-        )
+        rates = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": config.adam_weight_decay}
+        optimizer = torch.optim.AdamW(head.parameters(), **rates)
         head, self.optimizer = run.accelerator.prepare(head, optimizer)
         # As it was: its own arithmetic is fp32, always.
         self.head = run.accelerator.unwrap_model(head, keep_fp32_wrapper=False)
@@ -82,15 +79,13 @@ class Trainer:
         val_rows = [row for row in val_rows if class_of(row) in self.classes]
         self.val_rows = distinguishable(val_rows, config.train_data, config.seed)
         if not self.rows:
-            raise ValueError(
-                f"{config.train_data} has no rows of part {config.part!r} with a finding of {config.min_train}."
-            )
+            wanted = f"part {config.part!r} with a finding of {config.min_train}"
+            raise ValueError(f"{config.train_data} has no rows of {wanted}.")
         self.ratings = read_ratings(config.ratings) if config.ratings else []
         if self.ratings and not any(learned_from(row, config.part) for row in self.ratings):
             parts = ", ".join(sorted({repr(row.get("part", "")) for row in self.ratings}))
-            raise ValueError(
-                f"{config.ratings} has no ratings of part {config.part!r} to learn from; its parts are {parts}."
-            )
+            none = f"no ratings of part {config.part!r} to learn from"
+            raise ValueError(f"{config.ratings} has {none}; its parts are {parts}.")
 
     def step(self) -> dict[str, torch.Tensor]:
         config, run, lessons = self.config, self.run, self.lessons
