@@ -14,7 +14,7 @@ def pooled_features(head: FilterHead, pipe: MinimPipeline, images: torch.Tensor,
     pooled = []
     hook = head.norm.register_forward_hook(lambda norm, given, made: pooled.append(made.cpu()))
     try:
-        for part in encode(pipe.vae, images, bf16).split(128):
+        for part in encode(pipe, images, bf16).split(128):
             x = part.to(head.device).float()
             head.encode_image(x, x, x.new_zeros(len(x)))
     finally:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from ... import MinimPipeline
@@ -56,27 +55,21 @@ class Drawn:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: torch.Tensor, bf16: bool, batch_size: int = 64) -> torch.Tensor:
-    """Latents, half [N, C, h, w] on the CPU, of images uint8 [N, 3, H, W]."""
-    latents = []
-    for part in tqdm(images.split(batch_size), "encoding", mininterval=2):
-        x = part.to(vae.device).float() / 127.5 - 1
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            mean = vae.encode(x).latent_dist.mean.float()
-        latents.append(((mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).half().cpu())
-    return torch.cat(latents)
+def encode(pipe: MinimPipeline, images: torch.Tensor, bf16: bool, batch_size: int = 64) -> torch.Tensor:
+    """Latents, half [N, C, h, w] on the CPU, scaled as the U-Net takes them, of images uint8 [N, 3, H, W]."""
+    parts = tqdm(images.split(batch_size), "encoding", mininterval=2)
+    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
+        return torch.cat([pipe.encode_images(x.to(pipe.device).float() / 127.5 - 1).half().cpu() for x in parts])
 
 
 def versions(
     rows: list[dict], images: torch.Tensor, count: int, seed: int, device: torch.device, no_mirror: bool = False
 ) -> torch.Tensor:
     """`count` mildly changed versions of images uint8 [N, 3, H, W], the first unchanged: [N * count, 3, H, W]."""
-    may_mirror = torch.tensor(mirrored(rows, no_mirror))
-    g = step_generator(seed, 1, 0, device)
-    result = []
-    for part in torch.arange(len(rows)).split(64):
-        x = images[part].to(device).float() / 255
-        mirror = may_mirror[part].to(device)
+    may_mirror = torch.tensor(mirrored(rows, no_mirror), device=device)
+    g, result = step_generator(seed, 1, 0, device), []
+    for x, mirror in zip(images.split(64), may_mirror.split(64), strict=True):
+        x = x.to(device).float() / 255
         made = [x] + [augment(x, mirror, v, g) for v in range(1, count)]
         result.append((torch.stack(made, 1).flatten(0, 1) * 255).round().to(torch.uint8).cpu())
     return torch.cat(result)
@@ -129,7 +122,7 @@ def build_pool(
     images: torch.Tensor,
     classes: list[tuple[str, str]],
     drawn: Drawn,
-    vae: AutoencoderKL,
+    pipe: MinimPipeline,
     rated: set[str],
     config: FilterConfig,
 ) -> Pool:
@@ -151,8 +144,8 @@ def build_pool(
     def times(tensor: torch.Tensor, n: int) -> torch.Tensor:
         return tensor.repeat_interleave(n, 0)
 
-    n, device = config.latent_variants, vae.device
-    whole = encode(vae, versions(rows, images, n, config.seed, device, config.no_mirror), config.bf16)
+    n, device = config.latent_variants, pipe.device
+    whole = encode(pipe, versions(rows, images, n, config.seed, device, config.no_mirror), config.bf16)
     readable = torch.ones(len(whole), dtype=torch.bool)
     parts = [pool(KINDS[0], whole, times(3 * known.long(), n), times(one_hot, n), readable, times(modality, n))]
     good = (drawn.quality == 3).nonzero()[:, 0]
@@ -163,7 +156,7 @@ def build_pool(
     real, generated = (KINDS[1], images, one_hot, modality), (KINDS[3], pictures, *of_good)
     for grade in (2, 1):
         for kind, pictures, shows, place in (real, generated):
-            latents = encode(vae, damaged(pictures, grade, config.seed, device), config.bf16)
+            latents = encode(pipe, damaged(pictures, grade, config.seed, device), config.bf16)
             # Through strong damage nobody sees the finding; through mild damage one does.
             readable = torch.full((len(latents),), grade == 2)
             parts.append(pool(kind, latents, torch.full((len(latents),), grade), shows, readable, place))
@@ -185,7 +178,7 @@ def load_materials(
     def make() -> dict[str, torch.Tensor]:
         drawn = draw(pipe, load_judges(config.teacher, pipe.device), rows, classes, config)
         images = load_images(rows, config.train_data, config.resolution, reading=config.reading)
-        pool = build_pool(rows, images, classes, drawn, pipe.vae, rated, config)
+        pool = build_pool(rows, images, classes, drawn, pipe, rated, config)
         made = {f"pool.{name}": tensor for name, tensor in vars(pool).items()}
         made |= {f"drawn.{name}": tensor for name, tensor in vars(drawn.trajectories).items() if name != "images"}
         return made | {"quality": drawn.quality, "shows": drawn.shows, "row": drawn.row}

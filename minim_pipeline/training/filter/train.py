@@ -69,7 +69,7 @@ class Trainer:
         run.begin(self.ema)
         if self.val_rows:
             images = load_images(self.val_rows, config.train_data, config.resolution, reading=config.reading)
-            self.val_latents = encode(self.pipe.vae, images, config.bf16)
+            self.val_latents = encode(self.pipe, images, config.bf16)
 
     def read_rows(self) -> None:
         config = self.config
@@ -151,7 +151,7 @@ def load_graded(ratings: list[dict], config: FilterConfig, pipe: MinimPipeline) 
     device = pipe.device
     images = load_images(ratings, str(config.ratings), config.resolution, reading=config.reading_elsewhere())
     pictures = versions(ratings, images, config.latent_variants, config.seed, device, config.no_mirror)
-    latents = encode(pipe.vae, pictures, config.bf16).unflatten(0, (len(ratings), -1)).to(device)
+    latents = encode(pipe, pictures, config.bf16).unflatten(0, (len(ratings), -1)).to(device)
     grades = torch.tensor([int(row["rating"]) for row in ratings], device=device)
     names = [row["rater"] for row in ratings]
     return TensorDataset(latents, grades, Raters(names).index(names).to(device))

@@ -185,7 +185,7 @@ def train(config: TuneConfig) -> dict:
             raise ValueError(f"{config.pretrained_model_name_or_path} has no filter head: train_filter.py makes one.")
         size = pipe.unet.config.sample_size * pipe.vae_scale_factor
         images = load_images(rows, config.ratings, size, reading=config.reading_elsewhere())
-        latents = encode(pipe.vae, images, config.bf16).float()
+        latents = encode(pipe, images, config.bf16).float()
         head, report = tune(pipe, rows, latents, config)
         save_model(head.half(), config.output / "filter_head")
         write_json(config.output / "report.json", report)

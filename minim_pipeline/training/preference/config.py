@@ -70,11 +70,5 @@ class PreferenceConfig(TuningOptions, ReadingOptions, RunOptions):
 
     def replay_data(self, resolution: int) -> DataOptions:
         """How the images of `--replay` are read, of which none are validated on."""
-        return DataOptions(
-            train_data=str(self.replay),
-            val_split="none",
-            resolution=resolution,
-            fit=self.fit,
-            window=self.window,
-            no_mirror=self.no_mirror,
-        )
+        shared = self.values("fit", "window", "no_mirror")
+        return DataOptions(train_data=str(self.replay), val_split="none", resolution=resolution, **shared)

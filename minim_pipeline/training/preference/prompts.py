@@ -68,7 +68,7 @@ def learn_ratings(ratings: str, config: PreferenceConfig, pipe: MinimPipeline) -
     if not folder.is_dir():
         size = pipe.unet.config.sample_size * pipe.vae_scale_factor
         images = load_images(rows, ratings, size, reading=reading)
-        latents = encode(pipe.vae, images, config.bf16).float()
+        latents = encode(pipe, images, config.bf16).float()
         head, report = tune(pipe, rows, latents, config)
         print(json.dumps(report, indent=2))
         check_weights(head)

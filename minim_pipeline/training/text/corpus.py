@@ -17,7 +17,7 @@ def load_corpus() -> dict:
     `synonyms`: what is written -> what the teacher reads, as abbreviations, lay words and British spelling mean their
     long, plain form. `regions`: of each body part its share of the sentences, modality ids, sites, findings and
     diseases, those of the captions and many more. `affirmed`, `negated` and `normal`: templates. `qualifiers`, and
-    what stands before and behind a sentence, `intros` and `tails`.
+    what stands before and behind a sentence, `intros` and `tails`. `paired`: the organ of a modality that has a side.
     """
     return json.loads(Path(__file__).with_name("corpus.json").read_text(encoding="utf-8"))
 

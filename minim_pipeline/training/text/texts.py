@@ -17,16 +17,6 @@ from .corpus import abbreviate, decorate, expand, generate, load_corpus
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 IGNORE = -100
 SIDES = {"left": 1, "os": 1, "lul": 1, "lll": 1, "right": 2, "od": 2, "rul": 2, "rml": 2, "rll": 2}
-# What of a modality has a left and a right one.
-PAIRED = {
-    "oct": "eye",
-    "fundus": "eye",
-    "cxr": "lung",
-    "chest_ct": "lung",
-    "brain_mri": "hemisphere",
-    "breast_us": "breast",
-    "breast_mri": "breast",
-}
 NEGATIONS = set(
     "no not non without absent absence negative none nothing neither nor against free normal excluded excludes out "
     "never lack lacks lacking".split()
@@ -151,7 +141,8 @@ class Texts:
             finding_index = self.findings.index((modality, finding))
             text = decorate(text, rng)
             if rng.random() < 0.2:
-                text = f"{text.removesuffix('.')}, {rng.choice(('left', 'right'))} {PAIRED.get(modality, 'side')}"
+                organ = load_corpus()["paired"].get(modality, "side")
+                text = f"{text.removesuffix('.')}, {rng.choice(('left', 'right'))} {organ}"
         else:
             # By finding first: a few name age and side in hundreds of captions, others have only three.
             (modality, finding), texts = rng.choice(self.rows_of)
