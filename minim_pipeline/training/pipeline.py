@@ -75,21 +75,13 @@ class ModelOptions(Options):
 
 @dataclass
 class Trainee:
-    """A pipeline to be trained.
+    """A pipeline to be trained."""
 
-    Args:
-        pipe: without a filter head, as what is sampled while it trains is the U-Net alone.
-        new_tokens: ids of the modalities' tokens that the base does not have.
-        filter_head: what `pipe` gets back at the end.
-        message: what becomes of the base's filter head; empty where it has none.
-        lora: whether a LoRA is trained instead of the U-Net.
-    """
-
-    pipe: MinimPipeline
-    new_tokens: list[int]
-    filter_head: FilterHead | None
-    message: str
-    lora: bool
+    pipe: MinimPipeline  # without a filter head, as what is sampled while it trains is the U-Net alone
+    new_tokens: list[int]  # ids of the modalities' tokens that the base does not have
+    filter_head: FilterHead | None  # what `pipe` gets back at the end
+    message: str  # what becomes of the base's filter head; empty where it has none
+    lora: bool  # whether a LoRA is trained instead of the U-Net
 
     def save_weights(self, folder: Path) -> None:
         """Writes the trained parts, the text encoder among them, as the function of this name does."""
@@ -146,15 +138,11 @@ def build_pipeline(
 
 
 def load_base(source: str, options: ModelOptions) -> MinimPipeline:
-    if options.unet:
-        base = load_with_unet(source, options.unet, bare=False)
-    else:
-        base = MinimPipeline.from_pretrained(source)
+    unet = options.unet
+    base = load_with_unet(source, unet, bare=False) if unet else MinimPipeline.from_pretrained(source)
     learned = base.scheduler.config.prediction_type
-    if options.prediction_type not in (None, learned):
-        raise ValueError(
-            f"{source} was trained for {learned!r}, --prediction_type asks for {options.prediction_type!r}."
-        )
+    if (asked := options.prediction_type) not in (None, learned):
+        raise ValueError(f"{source} was trained for {learned!r}, --prediction_type asks for {asked!r}.")
     return base
 
 
@@ -171,10 +159,9 @@ def new_pipeline(options: ModelOptions, resolution: int, modalities: list[str]) 
         **PRESETS[str(options.preset)],
     )
     prediction_type = options.prediction_type or "v_prediction"
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = DPMSolverMultistepScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
+        **betas,
         prediction_type=prediction_type,
         # Epsilon says nothing of the image where there is nothing but noise.
         rescale_betas_zero_snr=prediction_type == "v_prediction",

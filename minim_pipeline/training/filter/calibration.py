@@ -112,9 +112,8 @@ class Calibration:
         config, source = self.config, self.config.train_data
         know_modalities(config)
         every = assign_splits(read_csv(source, require=FINDINGS, **config.csv_options), source)
-        self.train_rows, self.val_rows = (
-            [row for row in every if row["split"] == split] for split in ("train", "val")
-        )
+        self.train_rows = [row for row in every if row["split"] == "train"]
+        self.val_rows = [row for row in every if row["split"] == "val"]
         tell_repeats(source, self.train_rows, self.val_rows)
         rows = of_part(self.train_rows, config.part)
         if not rows:

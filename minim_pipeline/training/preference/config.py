@@ -52,18 +52,17 @@ class PreferenceConfig(TuningOptions, ReadingOptions, RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        group = self.images_per_prompt
         if bool(self.prompts) == bool(self.ratings):
             raise ValueError(
                 "Give either --prompts, to be rated by the filter head, or --ratings, which it learns from."
             )
-        if self.images_per_prompt < 2:
+        if group < 2:
+            raise ValueError(f"--images_per_prompt has to be at least 2, got {group}: a group is compared.")
+        if self.train_batch_size % group:
             raise ValueError(
-                f"--images_per_prompt has to be at least 2, got {self.images_per_prompt}: a group is compared."
-            )
-        if self.train_batch_size % self.images_per_prompt:
-            raise ValueError(
-                f"--train_batch_size has to be a multiple of --images_per_prompt ({self.images_per_prompt}), whose"
-                f" images are compared; got {self.train_batch_size}."
+                f"--train_batch_size has to be a multiple of --images_per_prompt ({group}), whose images are compared;"
+                f" got {self.train_batch_size}."
             )
         if not 0 < self.reward_until <= 1:
             raise ValueError(f"--reward_until has to be above 0 and at most 1, got {self.reward_until}.")

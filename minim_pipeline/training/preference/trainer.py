@@ -137,9 +137,8 @@ class Trainer:
         for part in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
             part.requires_grad_(False).eval()
         if self.pipe.filter_head is None:
-            raise ValueError(
-                f"{config.pretrained_model_name_or_path} has no filter head to reward with: train_filter.py makes one."
-            )
+            model = config.pretrained_model_name_or_path
+            raise ValueError(f"{model} has no filter head to reward with: train_filter.py makes one.")
         with run.accelerator.main_process_first():  # who tunes the head; the others read it
             if config.ratings:
                 self.prompts = learn_ratings(config.ratings, config, self.pipe)
@@ -164,9 +163,8 @@ class Trainer:
         if config.gradient_checkpointing:
             trained.enable_gradient_checkpointing()
         weights = [p for p in trained.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            weights, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.adam_weight_decay
-        )
+        rates = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": config.adam_weight_decay}
+        optimizer = torch.optim.AdamW(weights, **rates)
         self.model, self.optimizer = run.accelerator.prepare(trained, optimizer)
         if config.compile:
             for network in (trained, reference):
@@ -188,9 +186,8 @@ class Trainer:
         drawn = sample(self.pipe, self.prompts, config, run.generator())
         figures = {name: value.mean().item() for name, value in score(self.pipe, drawn, self.prompts).items()}
         # Without dropout: what differs from the reference is to be what was learned, not noise.
-        figures |= update(
-            self.model, self.objective, run.accelerator, self.optimizer, drawn, self.texts, step, self.replay
-        )
+        learning = self.model, self.objective, run.accelerator, self.optimizer
+        figures |= update(*learning, drawn, self.texts, step, self.replay)
         self.best.of[step + 1] = self.best.step
         return figures
 

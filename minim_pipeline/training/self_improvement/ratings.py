@@ -60,10 +60,7 @@ def take_ratings(config: SelfImproveConfig) -> None:
     Raises:
         ValueError: none of the ratings is of a candidate, or the stand-in knows none of their findings.
     """
-    if config.ratings:
-        rows = match_ratings(config, config.ratings)
-    else:
-        rows = rate_by_stand_in(config, str(config.stand_in))
+    rows = match_ratings(config, config.ratings) if config.ratings else rate_by_stand_in(config, str(config.stand_in))
     columns = ("path", *PROMPT, "rating", "rater", "seed")
     write_json(config.output / "taken.json", {"ratings": image_digest(config.ratings) if config.ratings else None})
     rows = [{name: row[name] for name in columns} | {"path": f"candidates/{row['path']}"} for row in rows]

@@ -83,7 +83,7 @@ def train_on_preferences(config: SelfImproveConfig) -> None:
     options = config.output / "preference.yaml"
     with atomic_path(options) as temporary:
         temporary.write_text(yaml.safe_dump(asdict(config.preference_config)))
-    launch = ("-m", "accelerate.commands.launch", "--num_processes", str(config.num_processes))
+    launch = f"-m accelerate.commands.launch --num_processes {config.num_processes}".split()
     kind = "--multi_gpu" if torch.cuda.is_available() else "--cpu"
     module = ("--module", "minim_pipeline.training.preference.trainer", str(options))
     launched = subprocess.Popen([sys.executable, *launch, kind, *module])
@@ -101,15 +101,13 @@ def write_pipeline(config: SelfImproveConfig) -> None:
     """`pipeline/`: the new U-Net and head, with thresholds that accept as large a share of its images as before."""
     folder = config.output
     pipe = load_for_drawing(folder / "preference" / "pipeline", config.dtype)
-    prompts = read_csv(folder / "prompts.csv", check_images=False, require=PROMPT)
     by_modality: dict[str, list[dict]] = {}
-    for row in prompts:
+    for row in read_csv(folder / "prompts.csv", check_images=False, require=PROMPT):
         by_modality.setdefault(resolve_modality(row["modality"]).id, []).append(row)
     people: Counter[str] = Counter()
     if json.loads((folder / "head" / "report.json").read_text())["taken"]:
         rated = [row for row in read_ratings(folder / "ratings.csv") if row["rater"] != RATER]
-        images = {row["path"]: resolve_modality(row["modality"]).id for row in rated}
-        people.update(images.values())
+        people.update({row["path"]: resolve_modality(row["modality"]).id for row in rated}.values())
     thresholds, figures = Thresholds.read(pipe.filter_head.config.calibration), {}
     for name, rows in by_modality.items():
         before = thresholds.get(name, Thresholds())
@@ -166,11 +164,8 @@ def check_taken(config: SelfImproveConfig) -> None:
     if config.ratings and (config.output / "ratings.csv").is_file():
         taken = json.loads((config.output / "taken.json").read_text())["ratings"]
         if taken != image_digest(config.ratings):
-            whose = "another file" if taken else "the stand-in"
-            raise ValueError(
-                f"{config.output_dir} has taken its ratings from {whose} already, not from {config.ratings}: begin"
-                " another round."
-            )
+            whose = f"{'another file' if taken else 'the stand-in'} already, not from {config.ratings}"
+            raise ValueError(f"{config.output_dir} has taken its ratings from {whose}: begin another round.")
 
 
 def write_report(config: SelfImproveConfig, minutes: dict[str, float]) -> dict:

@@ -64,10 +64,9 @@ class TextEncoderConfig(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"--hidden_size has to be a multiple of --num_heads ({self.num_heads}), got {self.hidden_size}."
-            )
+        size, heads = self.hidden_size, self.num_heads
+        if size % heads:
+            raise ValueError(f"--hidden_size has to be a multiple of --num_heads ({heads}), got {size}.")
         defaults = {field.name: field.default for field in fields(self)}
         for name in ("ema_decay", "compile", "gradient_checkpointing"):
             if getattr(self, name) != defaults[name]:
@@ -180,16 +179,15 @@ class Trainer:
         self.student = build_student(self.tokenizer, teacher, config.hidden_size, config.num_layers, config.num_heads)
         embeddings = embed(teacher, self.texts.targets)
         heads = Heads(config.hidden_size, embeddings.shape[1], self.texts.findings, self.texts.modalities)
+        size = sum(p.numel() for p in self.student.parameters()) / 1e6
         run.accelerator.print(
             f"{len(self.texts.phrasings)} phrasings, {len(rows)} captions, {len(self.texts.targets)} sentences for the"
-            f" teacher; {len(self.tokenizer)} tokens,"
-            f" {sum(p.numel() for p in self.student.parameters()) / 1e6:.2f} M parameters"
+            f" teacher; {len(self.tokenizer)} tokens, {size:.2f} M parameters"
         )
         model = Distillation(self.student, heads, embeddings, self.tokenizer.eos_token_id)
         self.weights = list(model.parameters())
-        optimizer = torch.optim.AdamW(
-            self.weights, config.learning_rate, betas=(0.9, 0.98), weight_decay=config.adam_weight_decay
-        )
+        rates = {"lr": config.learning_rate, "betas": (0.9, 0.98), "weight_decay": config.adam_weight_decay}
+        optimizer = torch.optim.AdamW(self.weights, **rates)
         self.model, self.optimizer = run.accelerator.prepare(model, optimizer)
         self.rise = min(0.3, config.lr_warmup_steps / config.max_train_steps)
         self.history: list[float] = []
@@ -213,9 +211,8 @@ class Trainer:
         padding = "max_length" if (run.schedule.step + 1) % 8 == 0 else True
         texts = [sample["text"] for sample in samples]
         ids = self.tokenizer(texts, padding=padding, truncation=True, return_tensors="pt").input_ids  # [B, L]
-        batch = {
-            key: torch.tensor([s[key] for s in samples], device=run.device) for key in samples[0] if key != "text"
-        }
+        labels = [key for key in samples[0] if key != "text"]
+        batch = {key: torch.tensor([sample[key] for sample in samples], device=run.device) for key in labels}
         for group in self.optimizer.param_groups:
             share, beta = one_cycle(run.schedule.progress, self.rise)
             group["lr"], group["betas"] = share * config.learning_rate, (beta, 0.98)
@@ -233,11 +230,9 @@ class Trainer:
     def validate(self) -> None:
         """How many phrasings that nobody trained on are understood, by the main process."""
         if self.run.is_main:
-            self.report = {
-                part: measure(self.student, self.tokenizer, self.captions, part) for part in ("new", "test")
-            }
-            for part, modalities in self.report.items():
-                self.run.log.write(part, **modalities)
+            for part in ("new", "test"):
+                self.report[part] = measure(self.student, self.tokenizer, self.captions, part)
+                self.run.log.write(part, **self.report[part])
             self.student.train()
         self.run.accelerator.wait_for_everyone()
 

@@ -20,9 +20,8 @@ def embed(teacher_dir: str | Path, texts: list[str], batch_size: int = 64) -> to
     out = torch.empty(len(texts), teacher.config.hidden_size)
     for i in range(0, len(order), batch_size):
         index = order[i : i + batch_size]
-        inputs = tokenizer(
-            [texts[j] for j in index], padding=True, truncation=True, max_length=64, return_tensors="pt"
-        )
+        limits = {"padding": True, "truncation": True, "max_length": 64}
+        inputs = tokenizer([texts[j] for j in index], **limits, return_tensors="pt")
         hidden = teacher(**inputs).last_hidden_state  # [B, L, D]
         mask = inputs["attention_mask"].unsqueeze(-1)  # [B, L, 1]
         out[index] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
@@ -96,9 +95,8 @@ def views(hidden: torch.Tensor, ids: torch.Tensor, eos: int) -> torch.Tensor:
 def losses(z: torch.Tensor, batch: dict, embeddings: torch.Tensor, heads: Heads) -> dict[str, torch.Tensor]:
     """The parts of the loss, each a mean over the three views `z` [3, B, C] and the samples that have the label."""
     known = batch["target"] != IGNORE
-    cosine = F.cosine_similarity(
-        heads.embedding(z[:, known]), embeddings[batch["target"][known]], dim=-1
-    )  # [3, known]
+    target = embeddings[batch["target"][known]]
+    cosine = F.cosine_similarity(heads.embedding(z[:, known]), target, dim=-1)  # [3, known]
 
     def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         labels = labels.expand(len(z), -1)

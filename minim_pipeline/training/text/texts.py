@@ -42,22 +42,15 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> CLIPT
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     # Every character also as a word's last one: the trainer adds only those that it saw there, the rest would be unk.
     units = alphabet + [c + "</w>" for c in alphabet]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(alphabet) - 2,
-        min_frequency=2,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
+    options = {"min_frequency": 2, "initial_alphabet": alphabet, "end_of_word_suffix": "</w>", "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(alphabet) - 2, **options)
     bpe.train_from_iterator(texts, trainer)
     merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = dict.fromkeys([*units, *("".join(m) for m in merges), BOS, EOS])
-    tokenizer = CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=max_length
-    )
-    tokenizer.add_tokens(
-        [AddedToken(m.token, special=True, normalized=False) for m in MODALITIES.values()], special_tokens=True
-    )
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+    special = [AddedToken(m.token, special=True, normalized=False) for m in MODALITIES.values()]
+    tokenizer.add_tokens(special, special_tokens=True)
     return tokenizer
 
 
