@@ -328,14 +328,13 @@ class Addition:
         """Losses on val images of the base and the new model, in the same noise; of old ones if --replay has any."""
         records = read_log(self.output / "unet")
         best = next(r["at_step"] for r in reversed(records) if r["kind"] == "best")
-        moments = {
-            "before": next((r for r in reversed(records) if r["kind"] == "base"), {}),
-            "after": next(r for r in reversed(records) if r["kind"] == "val" and r["step"] == best),
-        }
+        before = next((r for r in reversed(records) if r["kind"] == "base"), {})
+        after = next(r for r in reversed(records) if r["kind"] == "val" and r["step"] == best)
         report = {"best step": best}
-        for name in moments["after"]:
+        for name in after:
             if name.startswith("loss_") and name != "loss_new":
-                losses = {moment: record[name] for moment, record in moments.items() if name in record}
+                moments = {"before": before, "after": after}.items()
+                losses = {moment: record[name] for moment, record in moments if name in record}
                 report["new" if name == f"loss_{self.modality.id}" else name.removeprefix("loss_")] = losses
         return report
 

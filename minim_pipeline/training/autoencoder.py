@@ -39,14 +39,11 @@ from .rows import read_splits
 from .run import Run
 
 
+_MINIM = dict(block_out_channels=(32, 64, 128, 128), layers_per_block=2, norm_num_groups=16)
 PRESETS = {
     # The embedded model's: 5.1 M parameters, no attention (so that crops and whole images see the same network).
-    "minim-256": dict(
-        block_out_channels=(32, 64, 128, 128), layers_per_block=2, latent_channels=8, norm_num_groups=16
-    ),
-    "minim-256-4ch": dict(
-        block_out_channels=(32, 64, 128, 128), layers_per_block=2, latent_channels=4, norm_num_groups=16
-    ),
+    "minim-256": dict(_MINIM, latent_channels=8),
+    "minim-256-4ch": dict(_MINIM, latent_channels=4),
     # For tests: trains in seconds on a CPU.
     "tiny": dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4),
 }
@@ -144,13 +141,8 @@ class Trainer:
         self.weights = [p for p in self.vae.parameters() if p.requires_grad]
         self.ema = EMAModel(self.weights, decay=config.ema_decay, use_ema_warmup=True, foreach=True)
         self.ema.to(run.device)
-        optimizer = torch.optim.AdamW(
-            self.weights,
-            config.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=config.adam_weight_decay,
-            fused=run.device.type == "cuda",
-        )
+        rates = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": config.adam_weight_decay}
+        optimizer = torch.optim.AdamW(self.weights, **rates, fused=run.device.type == "cuda")
         self.reconstruct, self.optimizer = run.accelerator.prepare(Reconstruct(self.vae), optimizer)
         if config.compile:
             self.vae.encoder.compile(dynamic=False)

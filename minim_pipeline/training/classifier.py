@@ -66,11 +66,9 @@ def read_rows(config: ClassifierConfig) -> tuple[list[dict], list[dict], list[Cl
         [row for row in some if class_of(row) in classes] for some in (of_part(train_rows, *config.part), val_rows)
     )
     if not rows or not val_rows:
-        raise ValueError(
-            f"{config.train_data} has {len(rows)} train rows of part {' '.join(config.part)} and {len(val_rows)} val"
-            f" rows of findings with {config.min_train} train and {config.min_val} val images: lower --min_train or"
-            " --min_val."
-        )
+        found = f"{len(rows)} train rows of part {' '.join(config.part)} and {len(val_rows)} val rows of findings"
+        least = f"{config.min_train} train and {config.min_val} val images"
+        raise ValueError(f"{config.train_data} has {found} with {least}: lower --min_train or --min_val.")
     tell_repeats(config.train_data, rows, val_rows)
     return rows, val_rows, classes
 
@@ -102,12 +100,9 @@ def validate(judges: Judges, config: ClassifierConfig, val_rows: list[dict]) -> 
     """`accuracy_report` of each classifier and, as `judges`, of their mean."""
     each = judges.judge_each(load_images(val_rows, config.train_data, 256, reading=config.reading))
     each["judges"] = torch.stack(list(each.values())).mean(0)
-    modalities, findings = zip(*map(class_of, val_rows), strict=True)
+    asked = [list(part) for part in zip(*map(class_of, val_rows), strict=True)]  # modalities and findings
     sources = [row.get("source", "") for row in val_rows]
-    return {
-        name: accuracy_report(said, judges.classes, list(modalities), list(findings), sources=sources)
-        for name, said in each.items()
-    }
+    return {name: accuracy_report(said, judges.classes, *asked, sources) for name, said in each.items()}
 
 
 def train(config: ClassifierConfig) -> dict:

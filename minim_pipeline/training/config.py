@@ -137,22 +137,16 @@ class RunOptions(HubOptions, PrecisionOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_tracker(self.report_to)
-
-
-def check_tracker(name: str | None) -> None:
-    """Raises ValueError for a tracker (`--report_to`) that accelerate does not know, or that is not installed.
-
-    accelerate leaves out what is not installed, and says nothing.
-    """
-    if name is None:
-        return
-    installed = [tracker.value for tracker in get_available_trackers()]
-    known = [str(tracker) for tracker in LOGGER_TYPE_TO_CLASS]
-    if name not in (*known, "all"):
-        raise ValueError(f"--report_to has to be one of {', '.join(known)} or all, got {name!r}.")
-    if not installed or name not in (*installed, "all"):
-        raise ValueError(f"--report_to {name} is not installed here; installed: {', '.join(installed) or 'none'}.")
+        name = self.report_to
+        if name is None:
+            return
+        # accelerate leaves out a tracker that is not installed, and says nothing.
+        installed = [tracker.value for tracker in get_available_trackers()]
+        known = [str(tracker) for tracker in LOGGER_TYPE_TO_CLASS]
+        if name not in (*known, "all"):
+            raise ValueError(f"--report_to has to be one of {', '.join(known)} or all, got {name!r}.")
+        if not installed or name not in (*installed, "all"):
+            raise ValueError(f"--report_to {name} is not installed here; installed: {', '.join(installed) or 'none'}.")
 
 
 def parse(

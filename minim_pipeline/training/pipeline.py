@@ -114,8 +114,16 @@ def build_pipeline(
     Raises:
         ValueError: the base was trained for another prediction type than the one asked for.
     """
-    source = options.pretrained_model_name_or_path
-    base = load_base(source, options) if source else new_pipeline(options, resolution, modalities)
+    source, asked_type = options.pretrained_model_name_or_path, options.prediction_type
+    if source is None:
+        base = new_pipeline(options, resolution, modalities)
+    elif options.unet:
+        base = load_with_unet(source, options.unet, bare=False)
+    else:
+        base = MinimPipeline.from_pretrained(source)
+    learned = base.scheduler.config.prediction_type
+    if asked_type not in (None, learned):
+        raise ValueError(f"{source} was trained for {learned!r}, --prediction_type asks for {asked_type!r}.")
     modalities = list(dict.fromkeys([*(base.config.modalities or []), *modalities]))
     known = base.config.findings or {}
     findings = {m: list(dict.fromkeys([*known.get(m, []), *findings.get(m, [])])) for m in modalities}
@@ -135,15 +143,6 @@ def build_pipeline(
     )
     new_tokens = base.tokenizer.convert_tokens_to_ids([f"<{m}>" for m in new])
     return Trainee(pipe, new_tokens, filter_head, message, bool(options.lora_rank))
-
-
-def load_base(source: str, options: ModelOptions) -> MinimPipeline:
-    unet = options.unet
-    base = load_with_unet(source, unet, bare=False) if unet else MinimPipeline.from_pretrained(source)
-    learned = base.scheduler.config.prediction_type
-    if (asked := options.prediction_type) not in (None, learned):
-        raise ValueError(f"{source} was trained for {learned!r}, --prediction_type asks for {asked!r}.")
-    return base
 
 
 def new_pipeline(options: ModelOptions, resolution: int, modalities: list[str]) -> MinimPipeline:

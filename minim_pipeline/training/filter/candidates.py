@@ -174,13 +174,8 @@ def choose_stages(
         raise ValueError(f"No plan of {candidates} candidates costs at most {most_cost} plain images.")
     plan = max(affordable)[2]  # of equals the cheaper
     # Between a step's level and that before it, so that another number of steps finds its place.
-    stages = [
-        (
-            round(math.sqrt(min(levels[i], 1e3) * min(levels[i - 1], 1e3)) if i else 1e3, 2),
-            0.0 if k == 1 else k / candidates,
-        )
-        for i, k in plan
-    ]
+    between = [1e3, *(math.sqrt(min(a, 1e3) * min(b, 1e3)) for a, b in itertools.pairwise(levels))]
+    stages = [(round(between[i], 2), 0.0 if k == 1 else k / candidates) for i, k in plan]
     table = [{"cost": round(cost, 3), "gain": round(best[cost][0], 4), "plan": best[cost][1]} for cost in sorted(best)]
     return stages, table
 

@@ -95,24 +95,25 @@ def veto_report(
     for modality in dict.fromkeys(val_modalities):
         own = torch.tensor([m == modality for m in val_modalities])
         limits[modality] = copy_limit(strangers[own], false_alarms)
+    limit_of_val = torch.tensor([limits[m] for m in val_modalities])
+    beyond = {name: d > torch.tensor([limits.get(m, -1) for m in planted_modalities]) for name, d in copies.items()}
+    for modality in limits:
         own = torch.tensor([m == modality for m in planted_modalities])
-        missed[modality] = {
-            name: round((d[own] > limits[modality]).double().mean().item(), 4)
-            for name, d in copies.items()
-            if own.any()
-        }
-    limit = {"val": [limits[m] for m in val_modalities], "planted": [limits.get(m, -1) for m in planted_modalities]}
+        missed[modality] = {name: share(far[own]) for name, far in beyond.items() if own.any()}
     report = {
         "n": len(planted_modalities),
         "bytes": known.numel(),
-        "false alarms, val": round((strangers <= torch.tensor(limit["val"])).double().mean().item(), 4),
-        "missed": {
-            name: round((d > torch.tensor(limit["planted"])).double().mean().item(), 4) for name, d in copies.items()
-        },
+        "false alarms, val": share(strangers <= limit_of_val),
+        "missed": {name: share(far) for name, far in beyond.items()},
         "missed by modality": missed,
         "median distance": {"val": strangers.median().item()} | {n: d.median().item() for n, d in copies.items()},
     }
     return limits, report
+
+
+def share(flags: torch.Tensor) -> float:
+    """How many of bool [N] are true."""
+    return round(flags.double().mean().item(), 4)
 
 
 def fingerprints(code: nn.Linear, features: torch.Tensor) -> torch.Tensor:

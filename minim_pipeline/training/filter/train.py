@@ -76,8 +76,11 @@ class Trainer:
         train_rows, val_rows = read_splits(config)
         self.classes = claimed_classes(train_rows, train_rows, config.min_train, 0)
         self.rows = [row for row in of_part(train_rows, config.part) if class_of(row) in self.classes]
-        val_rows = [row for row in val_rows if class_of(row) in self.classes]
-        self.val_rows = distinguishable(val_rows, config.train_data, config.seed)
+        self.val_rows = [row for row in val_rows if class_of(row) in self.classes]
+        if self.val_rows and all(other < 0 for other in other_findings(self.val_rows, config.seed)):
+            told = "of one finding a modality only, which cannot be told from another: nothing is validated"
+            warnings.warn(f"{config.train_data} has val rows {told}.", stacklevel=2)
+            self.val_rows = []
         if not self.rows:
             wanted = f"part {config.part!r} with a finding of {config.min_train}"
             raise ValueError(f"{config.train_data} has no rows of {wanted}.")
@@ -108,8 +111,8 @@ class Trainer:
         return head.eval()
 
     def finding_report(self, head: FilterHead) -> dict:
-        estimates = self.lessons.estimates
-        return finding_report(head, estimates, self.val_rows, self.val_latents, self.pipe.tokenizer, self.config.seed)
+        val = self.val_rows, self.val_latents
+        return finding_report(head, self.lessons.estimates, *val, self.pipe.tokenizer, self.config.seed)
 
     def validate(self) -> None:
         if self.val_rows:
@@ -132,18 +135,6 @@ class Trainer:
         self.run.finish()
         print(json.dumps({name: value for name, value in report.items() if name != "arguments"}, indent=2))
         return report
-
-
-def distinguishable(val_rows: list[dict], source: str, seed: int) -> list[dict]:
-    """The val rows, or none, with a word, if no modality has two findings to be told apart."""
-    if val_rows and all(other < 0 for other in other_findings(val_rows, seed)):
-        warnings.warn(
-            f"{source} has val rows of one finding a modality only, which cannot be told from another:"
-            " nothing is validated.",
-            stacklevel=2,
-        )
-        return []
-    return val_rows
 
 
 def load_graded(ratings: list[dict], config: FilterConfig, pipe: MinimPipeline) -> TensorDataset:

@@ -60,10 +60,8 @@ class PreferenceConfig(TuningOptions, ReadingOptions, RunOptions):
         if group < 2:
             raise ValueError(f"--images_per_prompt has to be at least 2, got {group}: a group is compared.")
         if self.train_batch_size % group:
-            raise ValueError(
-                f"--train_batch_size has to be a multiple of --images_per_prompt ({group}), whose images are compared;"
-                f" got {self.train_batch_size}."
-            )
+            why = f"of --images_per_prompt ({group}), whose images are compared"
+            raise ValueError(f"--train_batch_size has to be a multiple {why}; got {self.train_batch_size}.")
         if not 0 < self.reward_until <= 1:
             raise ValueError(f"--reward_until has to be above 0 and at most 1, got {self.reward_until}.")
 

@@ -83,11 +83,9 @@ class Watch:
             torch.pdist(features[self.label == k]).mean() if (self.label == k).sum() > 1 else torch.zeros(())
             for k in range(len(self.labels))
         ]
-        return {
-            "score": round(asked.mean().item(), 5),
-            "right": round((probabilities.argmax(1) == self.label).double().mean().item(), 5),
-            "spread": round(torch.stack(spreads).mean().item(), 5),
-        }
+        right = (probabilities.argmax(1) == self.label).double()
+        figures = {"score": asked, "right": right, "spread": torch.stack(spreads)}
+        return {name: round(values.mean().item(), 5) for name, values in figures.items()}
 
     def save(self, images: torch.Tensor, folder: Path, columns: int = 8) -> None:
         """A row of `columns` images for each finding, a file for each modality."""

@@ -51,11 +51,8 @@ class SelfImproveConfig(TuningOptions, ComparisonOptions, HubOptions):
     @property
     def preference_config(self) -> PreferenceConfig:
         """Of preference training, in `preference/`: what --preference says, and for the rest what the round does."""
-        defaults = {
-            "filter_head": str(self.output / "head" / "filter_head"),
-            "prompts": str(self.output / "prompts.csv"),
-            "output_dir": str(self.output / "preference"),
-        }
+        places = {"filter_head": "head/filter_head", "prompts": "prompts.csv", "output_dir": "preference"}
+        defaults = {name: str(self.output / place) for name, place in places.items()}
         shared = ("pretrained_model_name_or_path", "mixed_precision", "seed", "encoder", "fit", "window")
         return parse(PreferenceConfig, shlex.split(self.preference), defaults=defaults | self.values(*shared))
 

@@ -143,8 +143,8 @@ def spread_over(prompts: list[dict]) -> list[dict]:
 
 def evaluate(config: SelfImproveConfig) -> None:
     """`comparison/report.json`: before against after."""
-    folder = config.output
-    compare(config, config.pretrained_model_name_or_path, str(folder / "pipeline"), folder / "comparison")
+    before, after = config.pretrained_model_name_or_path, str(config.output / "pipeline")
+    compare(config, before, after, config.output / "comparison")
 
 
 # In this order; the comparison only where there is --data.
@@ -157,15 +157,6 @@ STAGES: dict[str, Callable[[SelfImproveConfig], None]] = {
     "pipeline": write_pipeline,
     "comparison": evaluate,
 }
-
-
-def check_taken(config: SelfImproveConfig) -> None:
-    """Raises ValueError if the round has taken its ratings already, and others are given now."""
-    if config.ratings and (config.output / "ratings.csv").is_file():
-        taken = json.loads((config.output / "taken.json").read_text())["ratings"]
-        if taken != image_digest(config.ratings):
-            whose = f"{'another file' if taken else 'the stand-in'} already, not from {config.ratings}"
-            raise ValueError(f"{config.output_dir} has taken its ratings from {whose}: begin another round.")
 
 
 def write_report(config: SelfImproveConfig, minutes: dict[str, float]) -> dict:
@@ -217,7 +208,11 @@ def improve(config: SelfImproveConfig) -> dict:
         raise ValueError(f"{model} has no filter head: train_filter.py makes one.")
     stages = Stages(config, MAY_CHANGE)
     stages.require("model", list(model_identity(model)), f"{model} has changed")
-    check_taken(config)
+    if config.ratings and (folder / "ratings.csv").is_file():
+        taken = json.loads((folder / "taken.json").read_text())["ratings"]
+        if taken != image_digest(config.ratings):
+            whose = f"{'another file' if taken else 'the stand-in'} already, not from {config.ratings}"
+            raise ValueError(f"{config.output_dir} has taken its ratings from {whose}: begin another round.")
     for name, stage in STAGES.items():
         if name == "comparison" and not config.data:
             continue
