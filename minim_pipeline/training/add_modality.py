@@ -328,13 +328,12 @@ class Addition:
         """Losses on val images of the base and the new model, in the same noise; of old ones if --replay has any."""
         records = read_log(self.output / "unet")
         best = next(r["at_step"] for r in reversed(records) if r["kind"] == "best")
-        before = next((r for r in reversed(records) if r["kind"] == "base"), {})
         after = next(r for r in reversed(records) if r["kind"] == "val" and r["step"] == best)
+        moments = {"before": next((r for r in reversed(records) if r["kind"] == "base"), {}), "after": after}
         report = {"best step": best}
         for name in after:
             if name.startswith("loss_") and name != "loss_new":
-                moments = {"before": before, "after": after}.items()
-                losses = {moment: record[name] for moment, record in moments if name in record}
+                losses = {moment: record[name] for moment, record in moments.items() if name in record}
                 report["new" if name == f"loss_{self.modality.id}" else name.removeprefix("loss_")] = losses
         return report
 

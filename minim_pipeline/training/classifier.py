@@ -100,9 +100,9 @@ def validate(judges: Judges, config: ClassifierConfig, val_rows: list[dict]) -> 
     """`accuracy_report` of each classifier and, as `judges`, of their mean."""
     each = judges.judge_each(load_images(val_rows, config.train_data, 256, reading=config.reading))
     each["judges"] = torch.stack(list(each.values())).mean(0)
-    asked = [list(part) for part in zip(*map(class_of, val_rows), strict=True)]  # modalities and findings
-    sources = [row.get("source", "") for row in val_rows]
-    return {name: accuracy_report(said, judges.classes, *asked, sources) for name, said in each.items()}
+    modalities, findings = map(list, zip(*map(class_of, val_rows), strict=True))
+    asked = judges.classes, modalities, findings, [row.get("source", "") for row in val_rows]
+    return {name: accuracy_report(said, *asked) for name, said in each.items()}
 
 
 def train(config: ClassifierConfig) -> dict:

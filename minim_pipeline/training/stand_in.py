@@ -44,8 +44,9 @@ class StandInConfig(CsvOptions, HubOptions, PrecisionOptions):
         """Of the classifier of findings, in `findings/`."""
         shared = ["train_data", "modality", "image_root", "modalities_from", "no_mirror", "fit", "window", "width"]
         shared += ["min_train", "min_val", "mixed_precision", "seed"]
-        own = {"output_dir": str(self.output / "findings"), "max_train_steps": self.classifier_steps}
-        return classifier.ClassifierConfig(**self.values(*shared), **own, part=[self.part], architectures=["resnet"])
+        options = self.values(*shared) | {"part": [self.part], "max_train_steps": self.classifier_steps}
+        output_dir = str(self.output / "findings")
+        return classifier.ClassifierConfig(output_dir=output_dir, architectures=["resnet"], **options)
 
 
 @torch.no_grad()

@@ -199,4 +199,4 @@ def code_loss(head: FilterHead, a: torch.Tensor, b: torch.Tensor, temperature: f
     """
     x = torch.cat([a, b])
     codes = F.normalize(head.encode_image(x, x, x.new_zeros(len(x)))[1].tanh(), dim=1)  # [2 N, B]
-    return copy_loss(*codes.chunk(2), temperature)
+    return copy_loss(codes[: len(a)], codes[len(a) :], temperature)

@@ -60,8 +60,8 @@ class Trainer:
             head = new_head(self.pipe, (config.block_out_channels[0], config.block_out_channels[1]))
         self.ema = EMAModel(head.parameters(), decay=config.ema_decay, use_ema_warmup=True)
         self.ema.to(run.device)
-        rates = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": config.adam_weight_decay}
-        optimizer = torch.optim.AdamW(head.parameters(), **rates)
+        decay = config.adam_weight_decay
+        optimizer = torch.optim.AdamW(head.parameters(), config.learning_rate, (0.9, 0.99), weight_decay=decay)
         head, self.optimizer = run.accelerator.prepare(head, optimizer)
         # As it was: its own arithmetic is fp32, always.
         self.head = run.accelerator.unwrap_model(head, keep_fp32_wrapper=False)

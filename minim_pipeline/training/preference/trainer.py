@@ -161,8 +161,8 @@ class Trainer:
         if config.gradient_checkpointing:
             trained.enable_gradient_checkpointing()
         weights = [p for p in trained.parameters() if p.requires_grad]
-        rates = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": config.adam_weight_decay}
-        optimizer = torch.optim.AdamW(weights, **rates)
+        decay = config.adam_weight_decay
+        optimizer = torch.optim.AdamW(weights, config.learning_rate, (0.9, 0.99), weight_decay=decay)
         self.model, self.optimizer = run.accelerator.prepare(trained, optimizer)
         if config.compile:
             for network in (trained, reference):

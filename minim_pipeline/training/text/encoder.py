@@ -186,8 +186,8 @@ class Trainer:
         )
         model = Distillation(self.student, heads, embeddings, self.tokenizer.eos_token_id)
         self.weights = list(model.parameters())
-        rates = {"lr": config.learning_rate, "betas": (0.9, 0.98), "weight_decay": config.adam_weight_decay}
-        optimizer = torch.optim.AdamW(self.weights, **rates)
+        decay = config.adam_weight_decay
+        optimizer = torch.optim.AdamW(self.weights, config.learning_rate, (0.9, 0.98), weight_decay=decay)
         self.model, self.optimizer = run.accelerator.prepare(model, optimizer)
         self.rise = min(0.3, config.lr_warmup_steps / config.max_train_steps)
         self.history: list[float] = []

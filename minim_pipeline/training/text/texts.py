@@ -4,6 +4,7 @@ import json
 import random
 import string
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
@@ -42,8 +43,8 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> CLIPT
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     # Every character also as a word's last one: the trainer adds only those that it saw there, the rest would be unk.
     units = alphabet + [c + "</w>" for c in alphabet]
-    options = {"min_frequency": 2, "initial_alphabet": alphabet, "end_of_word_suffix": "</w>", "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(alphabet) - 2, **options)
+    options: dict[str, Any] = {"min_frequency": 2, "end_of_word_suffix": "</w>", "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(alphabet) - 2, initial_alphabet=alphabet, **options)
     bpe.train_from_iterator(texts, trainer)
     merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = dict.fromkeys([*units, *("".join(m) for m in merges), BOS, EOS])
