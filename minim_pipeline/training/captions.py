@@ -113,15 +113,8 @@ def vary_caption(
     and then dropped, never changed), and varies spelling, case, filler words and the final period. A text of an
     unknown finding gets only these light changes.
 
-    Args:
-        text: the row's caption.
-        modality_id: a key of `minim_pipeline.modalities.MODALITIES`.
-        finding: the row's finding, or `None`.
-        rng: the only source of randomness.
-        captions: what [`load_captions`] returned.
-
-    Returns:
-        The caption; never one of the phrasings kept under `"new"` or `"test"`.
+    It is never one of the phrasings kept under `"new"` or `"test"`. `captions` are those of `load_captions`, and `rng`
+    is the only source of randomness.
     """
     known = captions.get(modality_id, {}).get(finding or "", {"train": [], "new": []})
     text = re.sub(r"\s+", " ", text.replace("___", " ")).strip()

@@ -106,10 +106,7 @@ def build_pipeline(
 ) -> Trainee:
     """The pipeline to train: loaded, with tokens added for modalities that it does not know, or new.
 
-    Args:
-        resolution: of the images, in pixels.
-        modalities: ids of what it learns.
-        findings: of each of them.
+    It learns `findings` of each of `modalities`, by their ids, from images of `resolution` pixels.
 
     Raises:
         ValueError: the base was trained for another prediction type than the one asked for.
@@ -191,9 +188,7 @@ def add_lora(unet: UNet2DConditionModel, rank: int) -> None:
 def save_weights(pipe: MinimPipeline, lora: bool, folder: Path, text_encoder: bool = False) -> None:
     """Writes trained parts of a pipeline, finite and whole, or not at all.
 
-    Args:
-        lora: instead of the U-Net, what was trained beside it, and the tokens that it was trained with.
-        text_encoder: write it, too.
+    With `lora` not the U-Net, but what was trained beside it, and the tokens that it was trained with.
     """
     check_weights(pipe.unet)
     check_weights(pipe.text_encoder)

@@ -149,11 +149,7 @@ class Rows:
 
     @classmethod
     def read(cls, data: DataOptions, replay: DataOptions | None, base: str | None) -> "Rows":
-        """Reads and checks them.
-
-        Args:
-            data, replay: how the CSVs are read.
-            base: the pipeline that is trained on, a folder or an id on the Hub; None for a new one.
+        """Reads and checks them; `base` is the pipeline that is trained on, a folder or an id on the Hub, if any.
 
         Raises:
             ValueError: rows that cannot be trained on, or to replay that the base has not learned.

@@ -33,7 +33,7 @@ from ..config import Count, CsvOptions, HubOptions, PrecisionOptions, Range, Sha
 from ..hub import check_hub, push_parts
 from ..rows import FINDINGS, know_modalities, of_part, tell_repeats
 from .candidates import choose_stages, draw_candidates, foretelling, threshold
-from .copies import fingerprints, fit_code, plant, pooled_features, veto_report
+from .copies import fingerprints, fit_code, plant, pooled_features, share, veto_report
 from .data import versions
 from .raters import learned_from
 
@@ -80,9 +80,9 @@ def plan_prompts(rows: list[dict], count: int, candidates: int, seed: int) -> li
     planned = []
     for modality in dict.fromkeys(class_of(row)[0] for row in rows):
         own = [row for row in rows if class_of(row)[0] == modality]
-        findings = list(dict.fromkeys(row["finding"] for row in own))
-        queues = {f: itertools.cycle([row for row in own if row["finding"] == f]) for f in findings}
-        planned += [next(queues[findings[i % len(findings)]]) for i in range(count)]
+        findings = dict.fromkeys(row["finding"] for row in own)
+        queues = [itertools.cycle([row for row in own if row["finding"] == f]) for f in findings]
+        planned += [next(queues[i % len(queues)]) for i in range(count)]
     first = (seed + 1) * 10**9
     return [row | {"seed": first + i * candidates + j} for i, row in enumerate(planned) for j in range(candidates)]
 
@@ -132,12 +132,11 @@ class Calibration:
         config = self.config
         planned = plan_prompts(self.rows, config.prompts_per_modality, config.candidates, config.seed)
         self.modalities = [class_of(row)[0] for row in planned]
-        texts, seeds = [row["Text"] for row in planned], [row["seed"] for row in planned]
+        texts, findings, seeds = ([row[name] for row in planned] for name in ("Text", "finding", "seed"))
         self.drawn = draw_candidates(self.pipe, texts, self.modalities, seeds, config.batch_size, config.bf16)
         self.right = self.known = None
         if self.teacher is not None:
-            probabilities, findings = self.teacher.judge(self.drawn.images), [row["finding"] for row in planned]
-            classes = self.teacher.classes
+            probabilities, classes = self.teacher.judge(self.drawn.images), self.teacher.classes
             self.right = torch.from_numpy(finds_asked(probabilities, classes, self.modalities, findings))
             self.known = torch.tensor([class_of(row) in classes for row in planned])
 
@@ -158,10 +157,9 @@ class Calibration:
                 least = min(least, self.head.config.enough[1])
             passed = (score >= least) & (finding >= config.finding_floor)
             thresholds[name] = least
-            figures[name] = {"n": int(own.sum()), "accepted": round(passed[own].double().mean().item(), 4)}
+            figures[name] = {"n": int(own.sum()), "accepted": share(passed[own])}
             if right is not None and known is not None and (own := own & known).any():
-                figures[name] |= {"right": round(right[own].double().mean().item(), 4)}
-                figures[name] |= {"right of accepted": round(right[own & passed].double().mean().item(), 4)}
+                figures[name] |= {"right": share(right[own]), "right of accepted": share(right[own & passed])}
         return thresholds, figures
 
     def learn_copies(self) -> tuple[dict[str, int], dict]:
@@ -220,11 +218,11 @@ def acceptance_curves(
         own = torch.tensor([m == name for m in modalities])
         able = score[own].masked_fill(finding[own] < thresholds["finding"], 0)
 
-        def share(least: float | torch.Tensor, able: torch.Tensor = able) -> float:
+        def percent(least: float | torch.Tensor, able: torch.Tensor = able) -> float:
             return (able >= least).double().mean().item() * 100
 
-        axes.plot(asked, [share(s) for s in asked], color=f"C{i}", label=resolve_modality(name).name)
-        axes.plot([thresholds["score"]], [share(thresholds["score"])], "o", color=f"C{i}")
+        axes.plot(asked, [percent(s) for s in asked], color=f"C{i}", label=resolve_modality(name).name)
+        axes.plot([thresholds["score"]], [percent(thresholds["score"])], "o", color=f"C{i}")
     axes.set(xlabel="score asked for (1 to 3)", ylabel="generated images accepted (%)", xlim=(1, 3), ylim=(0, 100))
     axes.legend(title="modality; dots: thresholds")
     figure.savefig(path, dpi=120)

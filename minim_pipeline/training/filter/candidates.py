@@ -189,8 +189,7 @@ def plans(steps: int, candidates: int) -> list[Plan]:
 def foretelling(drawn: Candidates, right: torch.Tensor | None, known: torch.Tensor | None) -> list[dict]:
     """By noise level: how well a score tells the better half of final scores, and what classifiers read (AUROC).
 
-    Args:
-        right, known: bool [N], whether classifiers read the asked finding, and whether they know it; or None.
+    `right` and `known`, bool [N], say whether classifiers read the asked finding, and whether they know it.
     """
     table = []
     for i, level in enumerate(drawn.levels.tolist()):

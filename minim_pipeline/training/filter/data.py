@@ -59,7 +59,8 @@ def encode(pipe: MinimPipeline, images: torch.Tensor, bf16: bool, batch_size: in
     """Latents, half [N, C, h, w] on the CPU, scaled as the U-Net takes them, of images uint8 [N, 3, H, W]."""
     parts = tqdm(images.split(batch_size), "encoding", mininterval=2)
     with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
-        return torch.cat([pipe.encode_images(x.to(pipe.device).float() / 127.5 - 1).half().cpu() for x in parts])
+        latents = [pipe.encode_images(x.to(pipe.device).float() / 127.5 - 1).half().cpu() for x in parts]
+    return torch.cat(latents)
 
 
 def versions(
@@ -145,18 +146,17 @@ def build_pool(
         return tensor.repeat_interleave(n, 0)
 
     n, device = config.latent_variants, pipe.device
-    whole = encode(pipe, versions(rows, images, n, config.seed, device, config.no_mirror), config.bf16)
-    readable = torch.ones(len(whole), dtype=torch.bool)
-    parts = [pool(KINDS[0], whole, times(3 * known.long(), n), times(one_hot, n), readable, times(modality, n))]
+    latents = encode(pipe, versions(rows, images, n, config.seed, device, config.no_mirror), config.bf16)
+    readable = torch.ones(len(latents), dtype=torch.bool)
+    parts = [pool(KINDS[0], latents, times(3 * known.long(), n), times(one_hot, n), readable, times(modality, n))]
     good = (drawn.quality == 3).nonzero()[:, 0]
-    final, pictures = drawn.trajectories.final[good], drawn.trajectories.images[good]
-    of_good = drawn.shows[good], modality[drawn.row[good]]
+    t, shows, place = drawn.trajectories, drawn.shows[good], modality[drawn.row[good]]
     ones = torch.ones(len(good), dtype=torch.bool)
-    parts.append(pool(KINDS[2], final, 3 * ones.long(), of_good[0], ones, of_good[1]))
-    real, generated = (KINDS[1], images, one_hot, modality), (KINDS[3], pictures, *of_good)
+    parts.append(pool(KINDS[2], t.final[good], 3 * ones.long(), shows, ones, place))
+    real, generated = (KINDS[1], images, one_hot, modality), (KINDS[3], t.images[good], shows, place)
     for grade in (2, 1):
-        for kind, pictures, shows, place in (real, generated):
-            latents = encode(pipe, damaged(pictures, grade, config.seed, device), config.bf16)
+        for kind, whole, shows, place in (real, generated):
+            latents = encode(pipe, damaged(whole, grade, config.seed, device), config.bf16)
             # Through strong damage nobody sees the finding; through mild damage one does.
             readable = torch.full((len(latents),), grade == 2)
             parts.append(pool(kind, latents, torch.full((len(latents),), grade), shows, readable, place))

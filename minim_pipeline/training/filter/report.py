@@ -45,7 +45,7 @@ def finding_report(
     Every image is rated twice, for its own caption and for one of another finding of its modality, in the same noise.
     By level: `auroc` over all images, `auroc_unlike` without pairs that look alike, `modalities`, and `n` images.
     """
-    device = next(head.parameters()).device
+    device = head.device
     wrong = other_findings(rows, seed)
     index = [i for i, j in enumerate(wrong) if j >= 0]
     texts = [f"{resolve_modality(row['modality']).token} {row['Text']}" for row in rows]
@@ -64,11 +64,10 @@ def finding_report(
             rated = []
             for a, b in zip(own.split(128), captions.split(128), strict=True):
                 x, caption = latents[a].to(device).float(), ids[b.to(device)]
+                held = x, x, x.new_zeros(len(x))
                 if level:
-                    noisy, clean, angle = estimates(x, t.expand(len(x)), caption, noise[a].to(device))
-                else:
-                    noisy, clean, angle = x, x, x.new_zeros(len(x))
-                rated.append(head(noisy, clean, angle, caption).finding.cpu())
+                    held = estimates(x, t.expand(len(x)), caption, noise[a].to(device))
+                rated.append(head(*held, caption).finding.cpu())
             ratings.append(torch.cat(rated))
 
         def among(which: torch.Tensor, ratings: list = ratings) -> float:

@@ -91,8 +91,7 @@ def update(
 ) -> dict[str, float]:
     """Learns from each image `timesteps_per_image` times, with new noise each time; returns means of the losses.
 
-    Args:
-        replay: real images, of which as many are learned from.
+    Of real images, `replay`, as many are learned from.
     """
     config, scheduler, device = objective.config, objective.scheduler, drawn.latents.device
     g = step_generator(config.seed, step, accelerator.process_index + 10_000, device)
@@ -113,8 +112,7 @@ def update(
         text = torch.where(guided[:, None, None], texts.conditional[prompt], texts.unconditional[prompt])
         if replay is not None:
             latents, text = (torch.cat(pair) for pair in zip((latents, text), replay.draw(n, g), strict=True))
-            more = torch.randint(trained_steps, (n,), device=device, generator=g)
-            timesteps = torch.cat([timesteps, more])
+            timesteps = torch.cat([timesteps, torch.randint(trained_steps, (n,), device=device, generator=g)])
         noise = torch.randn(latents.shape, device=device, generator=g)
         with accelerator.autocast():
             parts = objective.losses(unet, latents, timesteps, noise, text, texts.filter_ids[prompt], group)
