@@ -141,8 +141,8 @@ class Trainer:
         self.weights = [p for p in self.vae.parameters() if p.requires_grad]
         self.ema = EMAModel(self.weights, decay=config.ema_decay, use_ema_warmup=True, foreach=True)
         self.ema.to(run.device)
-        rates = config.learning_rate, (0.9, 0.99), 1e-8, config.adam_weight_decay
-        optimizer = torch.optim.AdamW(self.weights, *rates, fused=run.device.type == "cuda")
+        decay, fused = config.adam_weight_decay, run.device.type == "cuda"
+        optimizer = torch.optim.AdamW(self.weights, config.learning_rate, (0.9, 0.99), weight_decay=decay, fused=fused)
         self.reconstruct, self.optimizer = run.accelerator.prepare(Reconstruct(self.vae), optimizer)
         if config.compile:
             self.vae.encoder.compile(dynamic=False)

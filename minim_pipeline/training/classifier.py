@@ -101,8 +101,8 @@ def validate(judges: Judges, config: ClassifierConfig, val_rows: list[dict]) -> 
     each = judges.judge_each(load_images(val_rows, config.train_data, 256, reading=config.reading))
     each["judges"] = torch.stack(list(each.values())).mean(0)
     modalities, findings = map(list, zip(*map(class_of, val_rows), strict=True))
-    asked = judges.classes, modalities, findings, [row.get("source", "") for row in val_rows]
-    return {name: accuracy_report(said, *asked) for name, said in each.items()}
+    sources, classes = [row.get("source", "") for row in val_rows], judges.classes
+    return {name: accuracy_report(said, classes, modalities, findings, sources) for name, said in each.items()}
 
 
 def train(config: ClassifierConfig) -> dict:

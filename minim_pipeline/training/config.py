@@ -169,8 +169,8 @@ def parse(
         SystemExit: after `--help`, or an option that there is not.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = HfArgumentParser(config, description=description, formatter_class=raw, allow_abbrev=False)
+    raw, epilog = argparse.RawDescriptionHelpFormatter, "A YAML file of options may stand in front of the others."
+    parser = HfArgumentParser(config, description=description, epilog=epilog, formatter_class=raw, allow_abbrev=False)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments = [*yaml_arguments(arguments[0]), *arguments[1:]]
     arguments = [*as_arguments(defaults or {}), *arguments]

@@ -33,10 +33,8 @@ def push_parts(config: HubOptions, script: str, *parts: str | Path) -> None:
     with tempfile.TemporaryDirectory(prefix="minim-") as temporary:
         folder = Path(temporary)
         for part in map(Path, parts):
-            if part.is_dir():
-                shutil.copytree(part, folder / part.name)
-            else:
-                shutil.copyfile(part, folder / part.name)
+            copy = shutil.copytree if part.is_dir() else shutil.copyfile
+            copy(part, folder / part.name)
         with told(f"reach {repo_id}"):
             known = api.repo_exists(repo_id) and api.file_exists(repo_id, "README.md")
         if not known:

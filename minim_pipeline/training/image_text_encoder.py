@@ -131,7 +131,7 @@ def measure(
         nearest = (encoder.encode_images(copies)[0] @ pool.T).argmax(1)
         report["copies_found"][name] = round((nearest == own).float().mean().item(), 4)
 
-    labels = torch.tensor(numbered(val_rows, {}))
+    labels = torch.tensor(numbered(val_rows))
     cosines = (features @ features.T).fill_diagonal_(-1)
     same = labels[cosines.topk(min(5, len(labels)), dim=1).indices] == labels[:, None]
     report["same_finding_among_5_nearest"] = round(same.float().mean().item(), 4)
@@ -141,8 +141,9 @@ def measure(
     return report
 
 
-def numbered(rows: list[dict], numbers: dict[tuple[str, str], int]) -> list[int]:
-    """The number of each row's modality and finding; those that are not in `numbers` yet come last."""
+def numbered(rows: list[dict]) -> list[int]:
+    """The number of each row's modality and finding, in the order in which they come."""
+    numbers: dict[tuple[str, str], int] = {}
     return [numbers.setdefault(class_of(row), len(numbers)) for row in rows]
 
 
@@ -190,7 +191,7 @@ class Trainer:
             sides = sum(names_a_side(row["Text"]) for row in rows)
             told = f"all {len(rows)} images may be mirrored; {sides} of them have captions with a side"
             say(f"{config.train_data}: {told}.")
-        self.labels = torch.tensor(numbered(rows, {}), device=device)
+        self.labels = torch.tensor(numbered(rows), device=device)
         self.grey = torch.tensor([resolve_modality(row["modality"]).grey for row in rows], device=device)
         self.tokenizer = CLIPTokenizer.from_pretrained(config.tokenizer)
         captions = load_captions(config.captions)

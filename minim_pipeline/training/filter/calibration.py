@@ -179,10 +179,10 @@ class Calibration:
             return {}, {}
         val_images = load_images(self.val_rows, config.train_data, resolution, reading=config.reading)
         some = unseen[:: max(1, len(unseen) // 500)]
-        val = pooled_features(head, pipe, val_images, config.bf16), [class_of(row)[0] for row in self.val_rows]
+        val = pooled_features(head, pipe, val_images, config.bf16)
+        of_val, of_some = [class_of(row)[0] for row in self.val_rows], [class_of(rows[i])[0] for i in some]
         copies = {name: pooled_features(head, pipe, x, config.bf16) for name, x in plant(images[some]).items()}
-        planted = copies, [class_of(rows[i])[0] for i in some]
-        return veto_report(code, known, *val, *planted, config.copy_false_alarms)
+        return veto_report(code, known, val, of_val, copies, of_some, config.copy_false_alarms)
 
     def run(self) -> dict:
         """Draws, chooses, and writes head, pictures and report, which it returns."""

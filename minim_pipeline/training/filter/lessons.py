@@ -2,12 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from transformers import CLIPTokenizer
 
 from ... import MinimPipeline
 from ...evaluation.judges import class_of, merged_class
 from ...minim_filter import FilterHead
-from ..captions import phrase
 from ..image_text_encoder import copy_loss
 from . import rubric
 from .config import FilterConfig
@@ -20,21 +18,11 @@ Batch = dict[str, torch.Tensor]
 
 
 class Captions:
-    """Captions of rows by class, (modality id, finding), each in `variants` phrasings."""
+    """Captions of N rows by class, (modality id, finding); their token ids are [N, variants, L]."""
 
-    def __init__(
-        self,
-        rows: list[dict],
-        classes: list[tuple[str, str]],
-        phrasings: dict,
-        tokenizer: CLIPTokenizer,
-        variants: int,
-        seed: int,
-        device: torch.device,
-    ):
-        number = {key: i for i, key in enumerate(classes)}
-        self.ids = phrase(rows, phrasings, tokenizer, variants, seed).to(device)  # [N, variants, L]
-        self.label = torch.tensor([number[class_of(row)] for row in rows], device=device)
+    def __init__(self, rows: list[dict], classes: list[tuple[str, str]], ids: torch.Tensor):
+        self.ids, device = ids, ids.device
+        self.label = torch.tensor([classes.index(class_of(row)) for row in rows], device=device)
         of_class = [(self.label == k).nonzero()[:, 0] for k in range(len(classes))]
         self.count = torch.tensor([len(places) for places in of_class], device=device)
         self.table = torch.nn.utils.rnn.pad_sequence(of_class, batch_first=True)  # [K, most]

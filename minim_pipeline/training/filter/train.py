@@ -24,7 +24,7 @@ from ...disk import save_model
 from ...evaluation.judges import claimed_classes, class_of
 from ...files import write_json
 from ...minim_filter import FilterHead
-from ..captions import load_captions
+from ..captions import load_captions, phrase
 from ..hub import push_parts
 from ..randomness import step_generator
 from ..rows import of_part, read_splits
@@ -49,8 +49,9 @@ class Trainer:
         self.pipe.set_progress_bar_config(disable=True)
         for part in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
             part.requires_grad_(False).eval()
-        phrasings = load_captions(config.captions), self.pipe.tokenizer, config.caption_variants, config.seed
-        captions = Captions(self.rows, self.classes, *phrasings, device=run.device)
+        phrasings, variants = load_captions(config.captions), config.caption_variants
+        ids = phrase(self.rows, phrasings, self.pipe.tokenizer, variants, config.seed).to(run.device)
+        captions = Captions(self.rows, self.classes, ids)
         rated = {row["path"] for row in self.ratings}
         pool, drawn = load_materials(config, self.pipe, self.rows, self.classes, rated)
         self.lessons = Lessons(config, self.pipe, captions, pool, drawn)

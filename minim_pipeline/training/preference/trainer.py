@@ -184,8 +184,9 @@ class Trainer:
         drawn = sample(self.pipe, self.prompts, config, run.generator())
         figures = {name: value.mean().item() for name, value in score(self.pipe, drawn, self.prompts).items()}
         # Without dropout: what differs from the reference is to be what was learned, not noise.
-        learning = self.model, self.objective, run.accelerator, self.optimizer
-        figures |= update(*learning, drawn, self.texts, step, self.replay)
+        figures |= update(
+            self.model, self.objective, run.accelerator, self.optimizer, drawn, self.texts, step, self.replay
+        )
         self.best.of[step + 1] = self.best.step
         return figures
 

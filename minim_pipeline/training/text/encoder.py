@@ -3,7 +3,7 @@
 A text encoder that learns from a handful of captions knows those captions and nothing else. This one learns
 
 - to point where a sentence encoder (MiniLM) points, for the captions' phrasings and for many more medical sentences
-  (`corpus.py`), so that an unseen wording lands near a known one;
+  (`corpus.json`), so that an unseen wording lands near a known one;
 - to tell the findings of a modality apart, denial from affirmation, and left from right, which a sentence encoder
   hardly does ("no macular edema" lies next to "macular edema").
 

@@ -8,9 +8,18 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from minim_pipeline.modalities import MODALITIES
 from minim_pipeline.training.captions import load_captions, normalize
-from minim_pipeline.training.text.corpus import abbreviate, expand, generate, load_corpus
 from minim_pipeline.training.text.encoder import TextEncoderConfig, one_cycle, train
-from minim_pipeline.training.text.texts import IGNORE, Texts, corrupt, read_rows, side_of
+from minim_pipeline.training.text.texts import (
+    IGNORE,
+    Texts,
+    abbreviate,
+    corrupt,
+    expand,
+    generate,
+    load_corpus,
+    read_rows,
+    side_of,
+)
 
 
 CAPTIONS = {
