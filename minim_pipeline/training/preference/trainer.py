@@ -34,8 +34,7 @@ from ..hub import push_pipeline
 from ..pipeline import add_lora, save_weights
 from ..run import Best, Run
 from .config import PreferenceConfig
-from .prompts import encode_prompts, learn_ratings, read_prompts
-from .sampling import Replay, sample, score
+from .sampling import Replay, encode_prompts, learn_ratings, read_prompts, sample, score
 from .update import Objective, update
 
 

@@ -11,9 +11,8 @@ from ...finite import check_loss
 from ..denoising import clean_estimate, loss_weights, squared_error
 from ..randomness import step_generator
 from .config import PreferenceConfig
-from .prompts import Texts
 from .rewards import finding_reward, spread
-from .sampling import Replay, Samples
+from .sampling import Replay, Samples, Texts
 
 
 @dataclass
