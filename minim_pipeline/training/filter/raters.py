@@ -85,7 +85,7 @@ def learn_from_raters(
     learning_rate: float,
     max_grad_norm: float,
 ) -> None:
-    """Steps of AdamW on parameters of a head and biases of raters, at a rate that falls by a cosine at once.
+    """Steps of AdamW on parameters of a head and biases of raters, at a rate that falls by half a cosine.
 
     `loss` gives that of a step, from 0 on; raises ValueError if one is not finite.
     """
