@@ -23,6 +23,7 @@ from .rows import tell_cut
 
 
 CAPTIONS = Path(__file__).with_name("captions.json")
+Phrasings = dict[str, dict[str, dict[str, list[str]]]]  # as `load_captions` gives them
 
 # What a caption is varied by; the rest is beside, in `wording.json`. Of its `grades`, which say more than the finding
 # (stage, extent, kind, age, MR sequence), a row may lose one, but must never get one that it does not have, or a
@@ -44,7 +45,7 @@ _AGE = re.compile(r"(\d+)-year-old (male|female)")
 _SIZE = re.compile(r"mass about (\d+) mm")
 
 
-def load_captions(path: str | Path | None = None) -> dict[str, dict[str, dict[str, list[str]]]]:
+def load_captions(path: str | Path | None = None) -> Phrasings:
     """Reads `{modality id: {finding: {"train": [...], "new": [...]}}}` from `path` (default: `captions.json`).
 
     If there is a file `<name>_test.json` beside `<name>.json`, what it holds as `{modality id: {finding: [...]}}` is
@@ -99,13 +100,7 @@ def grades(text: str) -> frozenset[str]:
     return frozenset(_WORDING["same_grade"].get(g, g) for g in found)
 
 
-def vary_caption(
-    text: str,
-    modality_id: str,
-    finding: str | None,
-    rng: random.Random,
-    captions: dict[str, dict[str, dict[str, list[str]]]],
-) -> str:
+def vary_caption(text: str, modality_id: str, finding: str | None, rng: random.Random, captions: Phrasings) -> str:
     """One of many ways to say what the caption `text` of an image says.
 
     Takes the text itself or another phrasing of its finding (never one that names a stage, an extent, an age or an MR

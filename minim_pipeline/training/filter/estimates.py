@@ -19,7 +19,7 @@ class NoisedEstimates:
     """Noisy latents of any level, and what the pipeline's U-Net, which is frozen, estimates of the clean ones."""
 
     def __init__(self, pipe: MinimPipeline, bf16: bool):
-        self.unet, self.text_encoder, self.bf16 = pipe.unet, pipe.text_encoder, bf16
+        self.unet, self.text_encoder, self.tokenizer, self.bf16 = pipe.unet, pipe.text_encoder, pipe.tokenizer, bf16
         self.prediction_type = pipe.scheduler.config.prediction_type
         self.alphas_cumprod = noise_scheduler(pipe.scheduler.config, pipe.device).alphas_cumprod
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torchmetrics.functional.classification import binary_auroc
-from transformers import CLIPTokenizer
 
 from ...evaluation.judges import class_of, merged_class
 from ...minim_filter import FilterHead
@@ -33,12 +32,7 @@ def other_findings(rows: list[dict], seed: int) -> list[int]:
 
 @torch.no_grad()
 def finding_report(
-    head: FilterHead,
-    estimates: NoisedEstimates,
-    rows: list[dict],
-    latents: torch.Tensor,
-    tokenizer: CLIPTokenizer,
-    seed: int,
+    head: FilterHead, estimates: NoisedEstimates, rows: list[dict], latents: torch.Tensor, seed: int
 ) -> dict:
     """Right captions against wrong ones, by the finding's rating, at several noise levels sigma / alpha.
 
@@ -49,7 +43,7 @@ def finding_report(
     wrong = other_findings(rows, seed)
     index = [i for i, j in enumerate(wrong) if j >= 0]
     texts = [f"{resolve_modality(row['modality']).token} {row['Text']}" for row in rows]
-    ids = tokenize(tokenizer, texts).to(device)
+    ids = tokenize(estimates.tokenizer, texts).to(device)
     own, other = torch.tensor(index), torch.tensor([wrong[i] for i in index])
     names = [class_of(rows[i])[0] for i in index]
     alike = torch.tensor([merged_class(*class_of(rows[i])) == merged_class(*class_of(rows[wrong[i]])) for i in index])

@@ -112,8 +112,7 @@ class Trainer:
         return head.eval()
 
     def finding_report(self, head: FilterHead) -> dict:
-        val = self.val_rows, self.val_latents
-        return finding_report(head, self.lessons.estimates, *val, self.pipe.tokenizer, self.config.seed)
+        return finding_report(head, self.lessons.estimates, self.val_rows, self.val_latents, self.config.seed)
 
     def validate(self) -> None:
         if self.val_rows:
