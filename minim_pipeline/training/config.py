@@ -45,9 +45,7 @@ class CsvOptions(TableOptions):
     train_data: str = option(help="CSV in MINIM's format: path,Text,modality[,finding,split,part].")
     modalities_from: str | None = option(None, "Know the modalities that this pipeline has defined, too.")
     no_mirror: bool = option(
-        False,
-        "Mirror no image. Without it, those of modalities that look the same mirrored are, unless the caption names "
-        "a side.",
+        False, "Mirror no image; else those are whose modality allows it and caption has no side."
     )
 
 
@@ -130,9 +128,7 @@ class RunOptions(HubOptions, PrecisionOptions):
     validation_steps: Count = 1000
     checkpointing_steps: Count = option(1000, "Also after the last step, and at SIGTERM.")
     checkpoints_total_limit: Count = 2
-    resume_from_checkpoint: str = option(
-        "latest", "A checkpoint's folder; by default the newest in --output_dir that is whole, if there is one."
-    )
+    resume_from_checkpoint: str = option("latest", "A checkpoint's folder; default: the newest whole in --output_dir.")
     report_to: str | None = option(None, "A tracker of accelerate: tensorboard, wandb, … ; none by default.")
 
     def __post_init__(self) -> None:

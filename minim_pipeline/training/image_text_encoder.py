@@ -48,9 +48,7 @@ PATHS = ("train_data", "image_root", "output_dir", "tokenizer", "modalities_from
 class ImageTextEncoderConfig(CsvOptions, RunOptions):
     """Options of the image-text encoder's training."""
 
-    no_mirror: bool = option(
-        False, "Mirror no image. Without it every one is, now and then: a mirrored copy is to be found, too."
-    )
+    no_mirror: bool = option(False, "Mirror no image; else all are, at times, so that a mirrored copy is found, too.")
     part: str = option("A", "Rows of the train split with this `part`; 'all' takes every row.")
     tokenizer: str = option(str(EMBEDDED_CHECKPOINT / "tokenizer"), "Folder of a tokenizer.")
     captions: str | None = option(None, "JSON with phrasings of every finding; default: the package's own.")

@@ -41,15 +41,11 @@ SAMPLING = dict(num_inference_steps=20, guidance_scale=3.0, guidance_rescale=0.0
 class ModelOptions(Options):
     """What is trained, and the settings that the pipeline samples with by default."""
 
-    pretrained_model_name_or_path: str | None = option(
-        None, "Start from this pipeline: SD-1.x, SD-2.x or a MinimPipeline."
-    )
+    pretrained_model_name_or_path: str | None = option(None, "Start from this pipeline: SD-1.x, SD-2.x or minim's.")
     preset: Literal["minim-256", "tiny"] | None = option(None, "Shape of a new U-Net; needs --vae and --text_encoder.")
     vae: str | None = option(None, "Folder of a trained autoencoder (train_autoencoder.py).")
     text_encoder: str | None = option(None, "Folder with `tokenizer` and `text_encoder` (train_text_encoder.py).")
-    unet: str | None = option(
-        None, "Start from this U-Net, such as MINIM's checkpoint/unet, in the pretrained pipeline's place."
-    )
+    unet: str | None = option(None, "Start from this U-Net, such as MINIM's checkpoint/unet, not the pipeline's own.")
     lora_rank: Whole = option(0, "Train a LoRA of this rank instead of the U-Net.")
     prediction_type: Literal["epsilon", "v_prediction"] | None = option(None, "New models: v_prediction.")
     num_inference_steps: Count | None = option(None, "Default, as for the next three: the base's, or 20.")

@@ -58,9 +58,7 @@ class CalibrationConfig(CsvOptions, HubOptions, PrecisionOptions):
     most_cost: Annotated[float, Range(1, 99)] = option(
         1.95, "Of a returned image, in plain images by samples of the U-Net; in seconds it is some 3 % more."
     )
-    copy_false_alarms: Share = option(
-        0.05, "Share of val images that may pass for copies: some of them are, as data sets repeat patients."
-    )
+    copy_false_alarms: Share = option(0.05, "Share of val images that may pass for copies: data sets repeat patients.")
     code_bits: Count = option(224, "Of a fingerprint, a multiple of 8.")
     code_versions: Count = option(6, "Of each image, for the code to learn from.")
     batch_size: Count = 64

@@ -22,18 +22,14 @@ class SelfImproveConfig(TuningOptions, ComparisonOptions, HubOptions):
     """Options of a round: of the head's further training, the comparison, and what is between."""
 
     pretrained_model_name_or_path: str = option(str(EMBEDDED_CHECKPOINT), "A pipeline with a filter head.")
-    prompts: str | None = option(
-        None, "CSV with Text,modality,finding; default: all phrasings of what the pipeline has learned."
-    )
+    prompts: str | None = option(None, "CSV with Text,modality,finding; default: all phrasings of what was learned.")
     candidates: Count = option(2, "Images of each prompt that are rated.")
     ratings: str | None = option(None, "CSV of ratings of the candidates, as `minim ratings` writes it.")
     preference: str = option("", "Arguments of train_preference.py as one: '--max_train_minutes 4'.")
     num_processes: Count = option(1, "Of preference training, a GPU each, through accelerate.")
     acceptance: Positive = option(0.7, "Share of generated images that the new thresholds accept.")
     calibration_images: Count = option(200, "Of each modality, to set the thresholds by.")
-    seed: Annotated[int, Range(0, SEEDS - 1)] = option(
-        0, "Another one for every round: no image is to be drawn twice."
-    )
+    seed: Annotated[int, Range(0, SEEDS - 1)] = option(0, "Another for every round: no image is to be drawn twice.")
     batch_size: Count = option(128, "Images drawn together.")
 
     def __post_init__(self) -> None:
