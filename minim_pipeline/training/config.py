@@ -45,7 +45,7 @@ class CsvOptions(TableOptions):
     train_data: str = option(help="CSV in MINIM's format: path,Text,modality[,finding,split,part].")
     modalities_from: str | None = option(None, "Know the modalities that this pipeline has defined, too.")
     no_mirror: bool = option(
-        False, "Mirror no image; else those are whose modality allows it and caption has no side."
+        False, "Mirror no image; else those of symmetric modalities are, if no caption names a side."
     )
 
 
