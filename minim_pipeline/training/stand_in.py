@@ -50,17 +50,6 @@ class StandInConfig(CsvOptions, HubOptions, PrecisionOptions):
 
 
 @torch.no_grad()
-def through_the_autoencoder(
-    pipe: MinimPipeline, rows: list[dict], images: torch.Tensor, batch_size: int
-) -> torch.Tensor:
-    """Images uint8 [N, 3, H, W] as the pipeline would deliver them."""
-    result = []
-    for batch in batches(len(images), batch_size):
-        latents = pipe.encode_images(images[batch].to(pipe.device) / 127.5 - 1)
-        result.append(bytes_of(decode_latents(pipe, latents, [row["modality"] for row in rows[batch]])))
-    return torch.cat(result)
-
-
 def real_and_drawn(
     config: StandInConfig, rows: list[dict], device: torch.device
 ) -> tuple[list[dict], torch.Tensor, torch.Tensor]:
@@ -69,13 +58,16 @@ def real_and_drawn(
     pipe.set_progress_bar_config(disable=True)
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     images = load_images(rows, config.train_data, size, reading=config.reading)
-    real = through_the_autoencoder(pipe, rows, images, config.batch_size)
+    real = []
+    for batch in batches(len(images), config.batch_size):  # through the autoencoder, as the pipeline delivers them
+        latents = pipe.encode_images(images[batch].to(device) / 127.5 - 1)
+        real.append(bytes_of(decode_latents(pipe, latents, [row["modality"] for row in rows[batch]])))
     asked = [row for row in rows for _ in range(config.images_per_caption)]
     seeds = [(config.seed + 1) * 10**8 + i for i in range(len(asked))]
     prompts, modalities = [row["Text"] for row in asked], [row["modality"] for row in asked]
     with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
         drawn = draw_images(pipe, prompts, modalities, seeds, config.batch_size)
-    return rows + asked, torch.cat([real, drawn]), torch.tensor([1] * len(real) + [0] * len(drawn))
+    return rows + asked, torch.cat([*real, drawn]), torch.tensor([1] * len(rows) + [0] * len(drawn))
 
 
 def folds_of(rows: list[dict], seed: int) -> torch.Tensor:

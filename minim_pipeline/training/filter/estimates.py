@@ -23,10 +23,6 @@ class NoisedEstimates:
         self.prediction_type = pipe.scheduler.config.prediction_type
         self.alphas_cumprod = noise_scheduler(pipe.scheduler.config, pipe.device).alphas_cumprod
 
-    def timesteps(self, count: int, g: torch.Generator) -> torch.Tensor:
-        """int64 [count], each as probable as another."""
-        return torch.randint(len(self.alphas_cumprod), (count,), device=self.alphas_cumprod.device, generator=g)
-
     @torch.no_grad()
     def __call__(
         self, latents: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor, noise: torch.Tensor
@@ -46,8 +42,9 @@ class NoisedEstimates:
         self, latents: torch.Tensor, ids: torch.Tensor, finished: int, g: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As a call, of latents whose first `finished` stay as they are; noised are the others, to any level."""
-        timesteps = self.timesteps(len(latents) - finished, g)
-        noise = torch.randn(latents[finished:].shape, device=latents.device, generator=g)
+        levels, count, device = len(self.alphas_cumprod), len(latents) - finished, latents.device
+        timesteps = torch.randint(levels, (count,), device=device, generator=g)
+        noise = torch.randn(latents[finished:].shape, device=device, generator=g)
         noisy, clean, angle = self(latents[finished:], timesteps, ids[finished:], noise)
         whole = latents[:finished]
         return torch.cat([whole, noisy]), torch.cat([whole, clean]), torch.cat([angle.new_zeros(finished), angle])
