@@ -4,10 +4,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .. import MinimPipeline
-from ..licenses import license_of
-from ..publishing import check_folder, check_target, connect, license_note, publish, told, upload
-from .config import HubOptions
+from minim_pipeline import MinimPipeline
+from minim_pipeline.licenses import license_of
+from minim_pipeline.publishing import check_folder, check_target, connect, license_note, publish, told, upload
+from minim_pipeline.training.config import HubOptions
 
 
 CARD = Path(__file__).with_name("parts_card.md")

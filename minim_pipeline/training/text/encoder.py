@@ -106,12 +106,6 @@ def encode(student: CLIPTextModel, tokenizer: CLIPTokenizer, texts: list[str]) -
     return torch.cat(hidden).mean(1)
 
 
-def nearest_prototype(x: torch.Tensor, y: torch.Tensor, x_new: torch.Tensor) -> torch.Tensor:
-    """For each of `x_new` [M, C], the label whose mean of `x` [N, C] is nearest by cosine: [M]."""
-    prototypes = torch.stack([x[y == i].mean(0) for i in range(int(y.max()) + 1)])
-    return F.cosine_similarity(x_new[:, None], prototypes[None], dim=-1).argmax(1)
-
-
 def linear_probe(x: torch.Tensor, y: torch.Tensor, x_new: torch.Tensor) -> torch.Tensor:
     """The labels of `x_new` [M, C] by a logistic regression fitted to `x` [N, C] and `y` [N]: [M]."""
     probe = torch.nn.Linear(x.shape[1], int(y.max()) + 1)
@@ -155,7 +149,8 @@ def measure(
         (x, y), (x_new, y_new) = parts["train"], parts[phrasings]
         mean, std = x.mean(0), x.std(0) + 1e-4
         x, x_new = (x - mean) / std, (x_new - mean) / std
-        nearest = nearest_prototype(x, y, x_new)
+        prototypes = torch.stack([x[y == i].mean(0) for i in range(int(y.max()) + 1)])
+        nearest = F.cosine_similarity(x_new[:, None], prototypes[None], dim=-1).argmax(1)
         report[modality] = {
             "prototype": (nearest == y_new).float().mean().item(),
             "probe": (linear_probe(x, y, x_new) == y_new).float().mean().item(),

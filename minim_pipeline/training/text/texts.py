@@ -38,7 +38,7 @@ def load_corpus() -> dict:
     diseases, those of the captions and many more. `affirmed`, `negated` and `normal`: templates. `qualifiers`, and
     what stands before and behind a sentence, `intros` and `tails`. `paired`: the organ of a modality that has a side.
     """
-    return json.loads(Path(__file__).with_name("corpus.json").read_text(encoding="utf-8"))
+    return json.loads(Path(__file__).parents[1].joinpath("corpus.json").read_text(encoding="utf-8"))
 
 
 @lru_cache
