@@ -100,7 +100,7 @@ class Samples:
 
     latents: torch.Tensor  # fp32 [N, C, h, w]
     prompt: torch.Tensor  # int64 [N], of the list of prompts
-    counts: torch.Tensor = field(init=False)  # bool [N], whose reward does: all, until `score` has looked for copies
+    counts: torch.Tensor = field(init=False)  # bool [N], of which the reward counts: all, until `score` finds copies
 
     def __post_init__(self) -> None:
         self.counts = torch.ones_like(self.prompt, dtype=torch.bool)
