@@ -21,8 +21,7 @@ from minim_pipeline import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline
 from minim_pipeline.training.denoising import noise_scheduler
 from minim_pipeline.training.pipeline import add_lora
 from minim_pipeline.training.preference.config import PreferenceConfig
-from minim_pipeline.training.preference.prompts import encode_prompts
-from minim_pipeline.training.preference.sampling import sample, score
+from minim_pipeline.training.preference.sampling import encode_prompts, sample, score
 from minim_pipeline.training.preference.update import Objective, update
 
 
