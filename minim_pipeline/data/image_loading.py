@@ -102,11 +102,7 @@ def check_values(
     return found
 
 
-def key_of(
-    rows: list[dict],
-    csv_path: str | Path,
-    reading: Reading = DEFAULT_READING,
-) -> str:
+def key_of(rows: list[dict], csv_path: str | Path, reading: Reading = DEFAULT_READING) -> str:
     """A digest of the rows and of the state of their images, under which what is made of them is kept on disk.
 
     It changes with a row, with the place, the size or the time of change of an image, with how images are read, and

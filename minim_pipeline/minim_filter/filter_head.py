@@ -152,13 +152,7 @@ class FilterHead(ModelMixin, ConfigMixin):
                 "places": nn.Embedding(max_length, text_width),
                 "layers": nn.TransformerEncoder(
                     nn.TransformerEncoderLayer(
-                        text_width,
-                        4,
-                        4 * text_width,
-                        dropout,
-                        activation="gelu",
-                        batch_first=True,
-                        norm_first=True,
+                        text_width, 4, 4 * text_width, dropout, activation="gelu", batch_first=True, norm_first=True
                     ),
                     2,
                     enable_nested_tensor=False,

@@ -53,12 +53,7 @@ class Filtering(ConfigMixin):
         return funnel.rate(self.encode_images(pixels.to(device)))
 
     def prepare_funnel(
-        self,
-        prompts: list[str],
-        modalities: list[Modality],
-        wanted: list[int],
-        candidates: int,
-        device: torch.device,
+        self, prompts: list[str], modalities: list[Modality], wanted: list[int], candidates: int, device: torch.device
     ) -> Funnel:
         """The funnel of a round: `candidates` for each of the `wanted` prompts, numbered as they stand there."""
         texts = [prompt_text(prompts[i], modalities[i], self.tokenizer) for i in wanted]

@@ -90,12 +90,7 @@ def publish(
 
 @contextmanager
 def staged(
-    pipe,
-    repo_id: str,
-    *,
-    card: str | Path | None = None,
-    report: str | Path | None = None,
-    samples: int = 1,
+    pipe, repo_id: str, *, card: str | Path | None = None, report: str | Path | None = None, samples: int = 1
 ) -> Iterator[Path]:
     """A temporary folder with all that would be uploaded, checked; arguments and errors as for `publish`."""
     found_card, found_report, page = find_papers(pipe)
