@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,12 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_csv(path: Path, rows: list[dict], lineterminator: str = "\r\n") -> None:
-    """Writes rows, which need not have the same columns, whole or not at all."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+def write_csv(
+    path: Path, rows: Iterable[Mapping], columns: Sequence[str] | None = None, lineterminator: str = "\r\n"
+) -> None:
+    """Writes rows whole or not at all; without `columns` those of all rows, which need not have the same."""
+    rows = list(rows)
+    columns = columns or list(dict.fromkeys(name for row in rows for name in row))
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator=lineterminator)
         writer.writeheader()

@@ -17,14 +17,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .call_checks import (
-    check_attention_arguments,
     check_callback,
     check_counts,
+    check_encoding,
     check_finite,
     check_flags,
     check_guidance,
-    check_kinds,
     check_noise,
+    check_output_type,
     check_prompts,
     check_size,
     check_steps,
@@ -34,6 +34,7 @@ from .call_checks import (
     replace_tensors,
     to_pictures,
 )
+from .captions import resolve_prompts
 from .data.image_pixels import convert_pictures
 from .lora import LoraLoading
 from .minim_filter import FilterHead
@@ -44,14 +45,10 @@ from .minim_filter.selection import Selection
 from .modalities import Modality, custom_definitions, read_definitions
 from .notices import logger, warn_once
 from .pipeline_output import MinimPipelineOutput, MinimScores
-from .prompts import resolve_prompts
 from .saving import LoadingAndSaving
 from .schedules import check_scheduler, keep_from_clipping, rescale_noise_cfg, retrieve_timesteps
 from .tokens import modality_tokens, negative_text, prompt_text
 from .turns import draws_in_turn, in_turn
-
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class MinimPipeline(
@@ -194,77 +191,10 @@ class MinimPipeline(
                 "This model names no modality that it has learned: what it draws need not be what `modality` says."
             )
 
-    def check_inputs(
-        self,
-        *,
-        prompt,
-        height,
-        width,
-        num_inference_steps,
-        timesteps,
-        sigmas,
-        guidance_scale,
-        guidance_rescale,
-        guidance_interval,
-        negative_prompt,
-        num_images_per_prompt,
-        eta,
-        generator,
-        latents,
-        prompt_embeds,
-        negative_prompt_embeds,
-        output_type,
-        return_dict,
-        cross_attention_kwargs,
-        clip_skip,
-        callback_on_step_end,
-        callback_on_step_end_tensor_inputs,
-        num_candidates,
-        max_rounds,
-        use_filter,
-        filter_threshold,
-        reject_copies,
-        seeds,
-    ) -> int:
-        """The number of prompts; ValueError for anything the call cannot work with, before any work is done.
-
-        But for `modality`, which is looked at with the prompts' own prefixes in `resolve_prompts`.
-        """
-        check_counts(
-            num_inference_steps=num_inference_steps,
-            num_images_per_prompt=num_images_per_prompt,
-            num_candidates=self.config.num_candidates if num_candidates is None else num_candidates,
-            max_rounds=max_rounds,
-        )
-        check_size(height, width, self.vae_scale_factor)
-        layers = self.text_encoder.config.num_hidden_layers if self.text_encoder is not None else 0
-        check_guidance(guidance_scale, guidance_rescale, guidance_interval, eta, clip_skip, layers)
-        check_threshold(filter_threshold)
-        check_steps(self.scheduler, timesteps, sigmas)
-        check_attention_arguments(cross_attention_kwargs)
-        known_type = isinstance(output_type, str) and output_type in OUTPUT_TYPES
-        check_kinds({"output_type": (output_type, known_type, f"one of {', '.join(map(repr, OUTPUT_TYPES))}")})
-        check_flags(return_dict=return_dict, reject_copies=reject_copies)
-        check_kinds({"use_filter": (use_filter, use_filter is None or isinstance(use_filter, bool), "True or False")})
-        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-
-        hidden = self.unet.config.cross_attention_dim
-        hidden = hidden if isinstance(hidden, int) else None  # some have a number for each block
-        batch_size = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, hidden)
-        num_images = batch_size * num_images_per_prompt
-        rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
-        check_noise(generator, seeds, latents, (num_images, self.unet.config.in_channels, rows, columns))
-
-        wishes = {"num_candidates": num_candidates, "max_rounds": max_rounds, "filter_threshold": filter_threshold}
-        wishes["use_filter"] = use_filter or None
-        why_unfiltered = self.why_unfiltered(use_filter, prompt, output_type)
-        check_wishes(wishes, why_unfiltered, {"seeds": seeds, "latents": latents})
-        return batch_size
-
     def resolve_prompts(
         self, prompt: str | list[str] | None, modality: str | Sequence[Any] | None, batch_size: int
     ) -> tuple[list[str], list[Modality]]:
-        """The prompts without MINIM's "OCT: " in front, and the modality of each: see `prompts.resolve_prompts`."""
+        """The prompts without MINIM's "OCT: " in front, and the modality of each: see `captions.resolve_prompts`."""
         own, bare = self.own_modalities, self.config.bare_prompts
         return resolve_prompts(prompt, modality, batch_size, self.config.modalities or None, own, bare)
 
@@ -663,36 +593,25 @@ class MinimPipeline(
         guidance_rescale = self.config.guidance_rescale if guidance_rescale is None else guidance_rescale
 
         # 1. Check inputs. Raise error if not correct
-        batch_size = self.check_inputs(
-            prompt=prompt,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            output_type=output_type,
-            return_dict=return_dict,
-            cross_attention_kwargs=cross_attention_kwargs,
-            clip_skip=clip_skip,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            num_candidates=num_candidates,
-            max_rounds=max_rounds,
-            use_filter=use_filter,
-            filter_threshold=filter_threshold,
-            reject_copies=reject_copies,
-            seeds=seeds,
-        )
+        candidates = self.config.num_candidates if num_candidates is None else num_candidates
+        check_counts(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
+        check_counts(num_candidates=candidates, max_rounds=max_rounds)
+        check_size(height, width, self.vae_scale_factor)
+        check_guidance(guidance_scale, guidance_rescale, guidance_interval, eta)
+        check_encoding(clip_skip, cross_attention_kwargs, self.text_encoder)
+        check_threshold(filter_threshold)
+        check_steps(self.scheduler, timesteps, sigmas)
+        check_output_type(output_type)
+        check_flags(return_dict=return_dict, reject_copies=reject_copies)
+        if use_filter is not None:
+            check_flags(use_filter=use_filter)
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        hidden, channels = self.unet.config.cross_attention_dim, self.unet.config.in_channels
+        batch_size = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, hidden)
+        num_images, factor = batch_size * num_images_per_prompt, self.vae_scale_factor
+        check_noise(generator, seeds, latents, (num_images, channels, height // factor, width // factor))
+        why_unfiltered = self.why_unfiltered(use_filter, prompt, output_type)
+        check_wishes(why_unfiltered, num_candidates, max_rounds, filter_threshold, use_filter, seeds, latents)
         prompts, modalities = self.resolve_prompts(prompt, modality, batch_size)
         check_scheduler(self.scheduler, self.config.zero_terminal_snr)
         self.warn_of_what_is_not_learned(height, width)
@@ -720,11 +639,9 @@ class MinimPipeline(
         )
 
         # 3. One entry an image, and how many candidates the filter chooses from
-        num_images = len(modalities) * num_images_per_prompt
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         modalities = [m for m in modalities for _ in range(num_images_per_prompt)]
-        filtering = self.why_unfiltered(use_filter, prompt, output_type) is None
-        candidates = self.config.num_candidates if num_candidates is None else num_candidates
+        filtering = why_unfiltered is None
         if not filtering or seeds is not None or latents is not None:
             candidates = 1
         choosing = candidates > 1 or max_rounds > 1

@@ -32,7 +32,6 @@ MODULES = (
     "minim_filter/seeds",
     "minim_filter/filtering",
     "call_checks",
-    "prompts",
     "saving",
     "pipeline_output",
     "pipeline_minim",
@@ -41,34 +40,8 @@ MODULES = (
 # diffusers looks for a component's class beside its weights, and for the pipeline's at the top.
 PIPELINE_FILE, COMPONENT_FILE = "pipeline.py", "filter_head/minim_filter.py"
 
-HEAD = '''\
-"""MinimPipeline in one file, for loading without the package minim_pipeline.
-
-    DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)
-
-Made from minim_pipeline {package} when the model was saved. {pipeline} and {component} are the same:
-diffusers asks for the second before it loads the first.
-"""
-'''
-
-# What a module of the package knows by its place in it, and this file has to find out by itself.
-PROLOGUE = '''
-# diffusers runs the files of this name of all repositories in one module, where the second would replace what the
-# first goes on calling: each version moves to a module of its own.
-VERSION = "{version}"
-if __name__.startswith("diffusers_modules."):
-    _module = sys.modules.pop(__name__)
-    __name__ = f"{{__name__}}_{{VERSION}}"
-    sys.modules[__name__] = _module
-FILTER_LIBRARY = f"minim_filter_{{VERSION}}"
-setattr(diffusers.pipelines, FILTER_LIBRARY, sys.modules[__name__])
-SOURCE = Path(__file__).read_text(encoding="utf-8")
-
-
-def source_code() -> str:
-    """The text of this file, which a saved pipeline takes along."""
-    return SOURCE
-'''
+# Its beginning: what a module of the package knows by its place in it, this file has to find out by itself.
+HEAD = Path(__file__).with_name("standalone_head.txt")
 PROLOGUE_IMPORTS = ("import sys", "import diffusers", "from pathlib import Path")
 PROLOGUE_NAMES = {"FILTER_LIBRARY", "source_code"}
 
@@ -109,8 +82,9 @@ def inline(modules: dict[str, str]) -> str:
         sections.append(f"\n\n# {'-' * 20} {name}.py {'-' * 20}\n\n\n{body}\n")
     body = "".join(sections)
     version = f"{__version__}_{hashlib.sha256(body.encode()).hexdigest()[:12]}".replace(".", "_")
-    head = HEAD.format(package=__version__, pipeline=PIPELINE_FILE, component=COMPONENT_FILE)
-    return head + "\n" + import_statements(imports) + "\n" + PROLOGUE.format(version=version) + body
+    files = {"pipeline": PIPELINE_FILE, "component": COMPONENT_FILE}
+    head = HEAD.read_text(encoding="utf-8")
+    return head.format(package=__version__, version=version, imports=import_statements(imports), **files) + body
 
 
 def add_imports(node: ast.Import | ast.ImportFrom, imports: dict, owners: dict, name: str) -> None:

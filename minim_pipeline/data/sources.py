@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..captions import check_caption
-from ..files import atomic_path
+from ..files import write_csv, write_json
 from ..modalities import AMBIGUOUS, resolve_modality, split_prefix
 from ..provenance import save_png
 from .image_reader import image_problem
@@ -302,7 +302,9 @@ class DatasetWriter:
         path = self.output_dir / self.name(index)
         save_png(image, path, metadata)
         line = {name: str(row.get(name, "")) for name in self.columns} | {"path": path.name}
-        _append(self._csv, _csv_text([line], self.columns))
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, lineterminator="\n").writerow(line)
+        _append(self._csv, text.getvalue())
         self.rows[path.name] = line
         return path
 
@@ -311,17 +313,17 @@ class DatasetWriter:
         parts = [file for file in self._csv_files() if file.name != "data.csv"]
         rows = {row["path"]: row for file in self._csv_files() for row in _whole_rows(file)}
         if rows:
-            _write_rows(self.output_dir / "data.csv", _in_order(rows.values()), self.columns)
+            ordered = sorted(rows.values(), key=lambda row: (len(row["path"]), row["path"]))  # 9999.png before 10000
+            write_csv(self.output_dir / "data.csv", ordered, self.columns, lineterminator="\n")
         for file in parts:
             file.unlink()
 
     def _open(self) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self.output_dir / "run.json") as temporary:
-            temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
+        write_json(self.output_dir / "run.json", self.settings)
         # Written anew, so that half a row, or a row without its image, is gone before more is appended.
         rows = [row for row in _whole_rows(self._csv) if row["path"] in self.rows]
-        _write_rows(self._csv, rows, self.columns)
+        write_csv(self._csv, rows, self.columns, lineterminator="\n")
         self._opened = True
 
     def _csv_files(self) -> list[Path]:
@@ -373,24 +375,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object, but {str(value)[:40]!r}.")
     return value
-
-
-def _in_order(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
-    return sorted(rows, key=lambda row: (len(row["path"]), row["path"]))  # 9999.png before 10000.png
-
-
-def _csv_text(rows: Iterable[Mapping[str, str]], columns: Sequence[str], header: bool = False) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _write_rows(path: Path, rows: Iterable[Mapping[str, str]], columns: Sequence[str]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(_csv_text(rows, columns, header=True), encoding="utf-8")
 
 
 def _append(path: Path, text: str) -> None:

@@ -20,35 +20,7 @@ NO_FILTER = (
     "**This model comes without a filter head**: every image that is drawn is given back, none is rated, and copies of"
     " training images are not found."
 )
-PLAIN = f"""
-# {{name}}
-
-Synthetic medical images from a modality and a sentence: a `MinimPipeline` of
-[diffusers](https://github.com/huggingface/diffusers) for {{modalities}}.
-
-**Not a medical device.** The images are for research and teaching, never for diagnosis.
-{{license_note}}
-## How to use
-
-```python
-from minim_pipeline import MinimPipeline
-
-pipe = MinimPipeline.from_pretrained("{PLACEHOLDER}")
-image = pipe({{prompt!r}}, modality={{modality!r}}).images[0]
-```
-
-Without the package `minim_pipeline` the repository's own code runs; read it first, and pin `revision` to a commit:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{PLACEHOLDER}", custom_pipeline="pipeline", trust_remote_code=True)
-```
-
-## Figures
-
-{{figures}}
-"""
+PLAIN = Path(__file__).with_name("plain_card.md").read_text(encoding="utf-8")
 
 
 @dataclass
@@ -101,7 +73,7 @@ def write_card(pipe, name: str, has_report: bool, base_model: str | None = None)
         license_note=note,
         figures="In [report.json](report.json)." if has_report else "Nothing has been measured, or nothing is told.",
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def license_note(inherited: dict[str, str]) -> str:
