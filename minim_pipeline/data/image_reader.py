@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -53,16 +54,13 @@ DEFAULT_READING = Reading()
 def read_image(
     path: str | Path, modality: str, found: Found | None = None, window: tuple[float, float] | None = None
 ) -> tuple[Image.Image, list[str]]:
-    """The pixels of a file, and what was done to them.
+    """The pixels of a file, as an image of mode L or RGB, and notes on what was done to them.
 
     Args:
         path: any image that Pillow reads, or a DICOM file.
         modality: id of what it shows.
         found: what `survey` found in its data set; None takes the file alone.
         window: values that become black and white in an image of more than 8 bits.
-
-    Returns:
-        An image of mode L or RGB, and notes.
 
     Raises:
         OSError, ValueError: there is no such image, it is broken, or its values cannot be known.
@@ -87,6 +85,12 @@ def decode_file(path: str | Path) -> tuple[Image.Image | np.ndarray, list[str]]:
         return decode_picture(file)
 
 
+def is_deep_file(path: Path) -> bool:
+    """As `is_deep`, of a file."""
+    with Image.open(path) as file:
+        return is_deep(file)
+
+
 def image_problem(path: Path) -> str | None:
     """What is wrong with a file as an image; None if it can be read."""
     if not path.is_file():
@@ -108,22 +112,17 @@ def survey(files: Iterable[tuple[Path, str]]) -> dict[str, Found]:
     """
 
     def look(file: tuple[Path, str]) -> Found:
-        try:
-            if is_dicom(file[0]):
-                return Found()
-            with Image.open(file[0]) as image:
-                if not is_deep(image):
-                    return Found()
-            pixels, _ = decode_file(file[0])
-            return found_in(pixels) if isinstance(pixels, np.ndarray) else Found()
-        except Exception:
-            return Found()
+        with suppress(Exception):
+            if not is_dicom(file[0]) and is_deep_file(file[0]):
+                pixels, _ = decode_file(file[0])
+                return found_in(pixels) if isinstance(pixels, np.ndarray) else Found()
+        return Found()
 
     files = list(files)
     found: dict[str, Found] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (_, modality), mine in zip(files, pool.map(look, files)):
-            found[modality] = found.get(modality, Found()) | mine
+        for (_, modality), own in zip(files, pool.map(look, files)):
+            found[modality] = found.get(modality, Found()) | own
     return found
 
 
@@ -146,7 +145,7 @@ def file_state(path: Path) -> tuple[int, int] | None:
 
 def images_key(rows: list[dict], files: list[Path], found: Mapping[str, Found], reading: Reading) -> str:
     """A digest that changes whenever what `rows` say, or the images in `files` as they are read, may have changed."""
-    scales = sorted((name, astuple(mine)) for name, mine in found.items())
+    scales = sorted((name, astuple(values)) for name, values in found.items())
     key = [READER_VERSION, astuple(reading), scales, rows, files_key(files)]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
