@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass
@@ -124,6 +125,28 @@ def survey(files: Iterable[tuple[Path, str]]) -> dict[str, Found]:
         for (_, modality), own in zip(files, pool.map(look, files)):
             found[modality] = found.get(modality, Found()) | own
     return found
+
+
+def file_keys(paths: Sequence[Path]) -> list[str]:
+    """A key for each path, the same for the same file or content. Only files that share their size are read.
+
+    Raises:
+        OSError: a file is not there.
+    """
+    places = [path.resolve() for path in paths]
+    distinct = list(dict.fromkeys(places))
+    sizes = {path: path.stat().st_size for path in distinct}
+    shared = Counter(sizes.values())
+
+    def key(path: Path) -> str:
+        if shared[sizes[path]] == 1:
+            return str(path)
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        keys = dict(zip(distinct, pool.map(key, distinct), strict=True))
+    return [keys[path] for path in places]
 
 
 def files_key(files: Iterable[Path]) -> str:

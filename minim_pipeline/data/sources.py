@@ -30,8 +30,7 @@ LISTED = 20  # bad rows are listed up to so many, and counted beyond
 def resolve_path(row: Mapping[str, str], csv_path: str | Path, image_root: str | Path | None = None) -> Path:
     """Where the image of `row` lies: its `path`, relative to the folder of the CSV, or looked for under `image_root`.
 
-    Under `image_root` the whole path is tried, and then without its first folders, one after the other, down to the
-    name of the file: of `theirs/oct/1.png` that is `theirs/oct/1.png`, `oct/1.png` and `1.png`.
+    There the whole path is tried, and then without its first folders: `theirs/oct/1.png`, `oct/1.png`, `1.png`.
     """
     if image_root is None:
         return Path(csv_path).parent / row["path"]
@@ -87,16 +86,34 @@ def read_csv(
     columns, records = read_table(path)
     if modality is not None:
         resolve_modality(modality)  # a wrong one is told before any row
-    _check_columns(path, columns, require, split, modality)
+    missing = [name for name in require if name not in columns and not (name == "modality" and modality)]
+    if split is not None and "split" not in columns:
+        missing.append("split")
+    if missing:
+        hint = " If all rows are of one modality, name it with --modality." if missing == ["modality"] else ""
+        raise ValueError(
+            f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; "
+            f"found: {', '.join(map(repr, columns))}.{hint}"
+        )
 
+    rows: dict[int, dict[str, str]] = {}
+    bad: dict[int, str] = {}
     places: dict[Path, str] = {}  # where images were found under image_root, and by which path
-
-    def examine(row: dict[str, str]) -> None:
-        _check_row(row, require, check, modality)
-        if image_root is not None and "path" in require:
-            _place(row, path, image_root, places)
-
-    rows, bad, mended, splits = _sort_rows(records, columns, split, modality, examine)
+    splits, mended = set(), []
+    for number, record in enumerate(records, start=1):
+        try:
+            row = _row_of(record, columns)
+            if len(record.values) > len(columns):
+                mended.append((number, row["Text"]))
+            _complete(row, modality)
+            splits.add(row.get("split", ""))
+            if split is None or row["split"] == split:
+                _check_row(row, require, check, modality)
+                if image_root is not None and "path" in require:
+                    _place(row, path, image_root, places)
+                rows[number] = row
+        except ValueError as error:
+            bad[number] = str(error)
     if check_images:
         bad |= _broken_images(path, rows)
     if bad:
@@ -113,7 +130,7 @@ def read_csv(
         )
     good = [row for number, row in rows.items() if number not in bad]
     if not good:
-        of_split = f" of split {split!r}; splits found: {', '.join(map(repr, splits))}"
+        of_split = f" of split {split!r}; splits found: {', '.join(map(repr, sorted(splits - {''})))}"
         raise ValueError(f"{path} has no usable rows{of_split if split is not None else ''}.")
     return good
 
@@ -121,47 +138,6 @@ def read_csv(
 def read_columns(path: str | Path) -> list[str]:
     """The names of a CSV's columns, as `read_csv` gives them."""
     return read_table(Path(path))[0]
-
-
-def _check_columns(
-    path: Path, columns: Sequence[str], require: Sequence[str], split: str | None, modality: str | None
-) -> None:
-    """Raises ValueError for a column that has to be there and is not."""
-    missing = [name for name in require if name not in columns and not (name == "modality" and modality)]
-    if split is not None and "split" not in columns:
-        missing.append("split")
-    if missing:
-        hint = " If all rows are of one modality, name it with --modality." if missing == ["modality"] else ""
-        raise ValueError(
-            f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; "
-            f"found: {', '.join(map(repr, columns))}.{hint}"
-        )
-
-
-def _sort_rows(
-    records: list[Record],
-    columns: list[str],
-    split: str | None,
-    modality: str | None,
-    examine: Callable[[dict[str, str]], None],
-) -> tuple[dict[int, dict[str, str]], dict[int, str], list[tuple[int, str]], list[str]]:
-    """The rows of a split and what is wrong with bad ones, by number; captions with mended commas; all splits."""
-    rows: dict[int, dict[str, str]] = {}
-    bad: dict[int, str] = {}
-    splits, mended = set(), []
-    for number, record in enumerate(records, start=1):
-        try:
-            row = _row_of(record, columns)
-            if len(record.values) > len(columns):
-                mended.append((number, row["Text"]))
-            _complete(row, modality)
-            splits.add(row.get("split", ""))
-            if split is None or row["split"] == split:
-                examine(row)
-                rows[number] = row
-        except ValueError as error:
-            bad[number] = str(error)
-    return rows, bad, mended, sorted(splits - {""})
 
 
 def _list_bad(path: Path, bad: dict[int, str], records: list[Record], placed: Mapping[int, Mapping[str, str]]) -> str:
@@ -243,18 +219,15 @@ class DatasetWriter:
     """Writes images as a folder and a CSV in MINIM's format, and goes on where an earlier run was stopped.
 
     The folder holds `NNNN.png`, `data.csv` (`path,Text,modality,seed`, then `columns`) and `run.json` (`settings`).
-    The names of more than 10,000 images have more digits, so that they sort in the order of the images; a folder that
-    holds images goes on with names as theirs.
     Images appear whole or not at all, and a row only after its image, so that at any moment all rows of the CSV are
     true. Nothing is written, and no folder made, before the first `add`.
 
     Args:
         output_dir: the folder; made if missing.
         columns: names of the columns after `path,Text,modality,seed`.
-        settings: what all of the run's images have in common, as JSON types; compared with those of the run that the
-            folder already holds.
+        settings: what all of the run's images have in common, as JSON types.
         part: with several processes, the index of this one: rows go to `data-NNNNN.csv` until `finish` merges them.
-        count: of the run's images, as far as it is known: it says how many digits their names need.
+        count: of the run's images, as far as it is known: it says how many digits their names need (`name_digits`).
 
     Attributes:
         digits: of the images' names.

@@ -40,7 +40,13 @@ def read_table(path: Path) -> tuple[list[str], list[Record]]:
         ValueError: the file is empty, has two columns of one name, or is no UTF-8 text with commas between columns;
             the message says what it is instead.
     """
-    _check_kind(path)
+    with open(path, "rb") as binary:
+        start = binary.read(4096)
+    found = next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), None)
+    if found is None and b"\0" in start:
+        found = "UTF-16 or a binary file"
+    if found is not None:
+        raise ValueError(f"{path} is {found}, no CSV in UTF-8: {_SAVE}.")
     records, line = [], 1
     try:
         # utf-8-sig: the reference's files may start with a byte-order mark.
@@ -74,16 +80,6 @@ def _noting(lines: Iterable[str], noted: list[str]) -> Iterator[str]:
     for line in lines:
         noted.append(line)
         yield line
-
-
-def _check_kind(path: Path) -> None:
-    with open(path, "rb") as file:
-        start = file.read(4096)
-    found = next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), None)
-    if found is None and b"\0" in start:
-        found = "UTF-16 or a binary file"
-    if found is not None:
-        raise ValueError(f"{path} is {found}, no CSV in UTF-8: {_SAVE}.")
 
 
 def _check_separator(path: Path, header: str) -> None:
