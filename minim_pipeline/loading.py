@@ -98,10 +98,9 @@ def lora_identity(lora: str) -> str:
     path = Path(lora)
     if not path.exists():
         return lora
-    weights = [path] if path.is_file() else path.glob("*.safetensors")
+    folder, weights = (path.parent, [path]) if path.is_file() else (path, [*path.glob("*.safetensors")])
     # PEFT's own adapters have their weight in a file beside.
-    beside = (path.parent if path.is_file() else path).glob("adapter_config.json")
-    return f"{path.name} {_digest([*weights, *beside])}"
+    return f"{path.name} {_digest([*weights, *folder.glob('adapter_config.json')])}"
 
 
 def _digest(files: Iterable[Path]) -> str:
@@ -125,8 +124,7 @@ def unet_folder(path: str | Path) -> Path | None:
 
 
 def _need_unet(path: str | Path) -> Path:
-    folder = unet_folder(path)
-    if folder is None:
+    if (folder := unet_folder(path)) is None:
         raise ValueError(f"--unet {str(path)!r} is no folder of a U-Net: it has no config.json of one.")
     return folder
 
@@ -143,8 +141,7 @@ def load_pipeline(
 
     `scheduler` may also be the name of diffusers' class, as provenance has it; `unet` as of `generate`.
     """
-    names = {key: key for key in SCHEDULERS} | {value: key for key, value in SCHEDULERS.items()}
-    if scheduler is not None and scheduler not in names:
+    if scheduler is not None and scheduler not in {*SCHEDULERS, *SCHEDULERS.values()}:
         raise ValueError(f"scheduler has to be one of {', '.join(SCHEDULERS)}, got {scheduler!r}.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype has to be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -174,12 +171,11 @@ def load_pipeline(
     except SafetensorError as error:
         raise ValueError(f"{model!r} has broken weights: {error}.") from error
     if scheduler is not None:
-        scheduler = names[scheduler]
         # DDIM and DDPM clip to [-1, 1] unless told otherwise, which is right for pixels and wrong for latents.
-        options: dict[str, dict] = {"ddim": {"clip_sample": False}, "ddpm": {"clip_sample": False}}
-        options["dpmsolver++"] = {"algorithm_type": "dpmsolver++"}
-        scheduler_class = getattr(diffusers, SCHEDULERS[scheduler])
-        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **options.get(scheduler, {}))
+        options: dict[str, dict] = {k: {"clip_sample": False} for k in ("DDIMScheduler", "DDPMScheduler")}
+        options["DPMSolverMultistepScheduler"] = {"algorithm_type": "dpmsolver++"}
+        name = SCHEDULERS.get(scheduler, scheduler)
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options.get(name, {}))
     if lora is not None:
         try:
             pipe.load_lora_weights(lora)

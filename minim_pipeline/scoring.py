@@ -68,16 +68,12 @@ def score_csv(options: ScoreOptions) -> tuple[Path, list[dict[str, str]]]:
             rated = pipe.score(images, prompts, modalities, reject_copies=not options.keep_copies)
             for i, row in enumerate(batch):
                 place = os.path.relpath(resolve_path(row, data).resolve(), output.parent.resolve())
-                scored.append(row | {"path": Path(place).as_posix()} | columns_of(rated, i))
+                parts = {"score": rated.scores, "quality": rated.quality, "finding": rated.finding}
+                told = {name: f"{values[i]:.4f}" for name, values in parts.items()}
+                told |= {"accepted": str(rated.accepted[i]).lower(), "reason": rated.reasons[i] or ""}
+                scored.append(row | {"path": Path(place).as_posix()} | told)
             bar.update(len(batch))
     tell(changes, len(rows), data, reading)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_csv(output, scored, lineterminator="\n")
     return output, scored
-
-
-def columns_of(rated, i: int) -> dict[str, str]:
-    """The columns that the ratings of image `i` of a `MinimScores` become."""
-    parts = {"score": rated.scores, "quality": rated.quality, "finding": rated.finding}
-    ratings = {name: f"{values[i]:.4f}" for name, values in parts.items()}
-    return ratings | {"accepted": str(rated.accepted[i]).lower(), "reason": rated.reasons[i] or ""}

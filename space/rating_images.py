@@ -65,9 +65,6 @@ def read_folder(folder: str | Path, kind: str, reading: Reading = WHOLE) -> list
 
     What was done to them is told on stderr.
 
-    Args:
-        reading: how they are read.
-
     Raises:
         FileNotFoundError, ValueError: there is no such CSV, it has bad rows, or what the values of its images mean
             cannot be known.

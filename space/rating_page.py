@@ -56,10 +56,8 @@ class RatingDesk:
         digests = {(image.kind, image.path): image.digest for image in images}
         for rating in store.ratings():
             if rating.digest and digests.get((rating.kind, rating.path), rating.digest) != rating.digest:
-                raise ValueError(
-                    f"{store.path} holds ratings of another {rating.path}: "
-                    "choose another --store (and --ratings_repo)."
-                )
+                another = "choose another --store (and --ratings_repo)"
+                raise ValueError(f"{store.path} holds ratings of another {rating.path}: {another}.")
         self.store, self.images = store, {image.id: image for image in images}
         self.real_share, self.repeat_share, self.keep = real_share, repeat_share, keep
         self.queues: dict[str, list[tuple[RatedImage, int]]] = {}
@@ -82,21 +80,11 @@ class RatingDesk:
 
         def tell(i: int) -> dict:
             image, turn = shown[i]
-            name = resolve_modality(image.modality).name
-            return {
-                "image": image.id,
-                "turn": turn,
-                "text": image.text,
-                "modality": name,
-                "rating": rated.get(keys[i]),
-            }
+            about = {"image": image.id, "text": image.text, "modality": resolve_modality(image.modality).name}
+            return about | {"turn": turn, "rating": rated.get(keys[i])}
 
-        return {
-            "next": [tell(i) for i in left[:AHEAD]],
-            "last": [tell(i) for i in done[-20:]],
-            "done": len(done),
-            "total": len(shown),
-        }
+        told = {"next": [tell(i) for i in left[:AHEAD]], "last": [tell(i) for i in done[-20:]]}
+        return told | {"done": len(done), "total": len(shown)}
 
     def take(self, answer: Answer) -> None:
         """Stores a rating.
@@ -143,9 +131,8 @@ class RatingDesk:
             found = self.images.get(request.path_params["id"])
             if found is None:
                 return JSONResponse({"error": "There is no such image."}, 404)
-            return Response(
-                self.read(found), media_type="image/png", headers={"Cache-Control": "private, max-age=3600"}
-            )
+            headers = {"Cache-Control": "private, max-age=3600"}
+            return Response(self.read(found), media_type="image/png", headers=headers)
 
         return [
             Route("/rate", lambda request: FileResponse(PAGES / "rate.html")),

@@ -10,14 +10,11 @@ def call_arguments(pipe, options: GenerateOptions, filtering: bool) -> dict[str,
     """What `options` say, as arguments of a call of the pipeline."""
     names = ("num_inference_steps", "guidance_scale", "negative_prompt", "height", "width")
     arguments = {name: getattr(options, name) for name in names} | {"use_filter": filtering}
-    if not filtering:
-        return arguments
-    return arguments | {
-        "num_candidates": options.num_candidates or pipe.config.num_candidates,
-        "max_rounds": options.rounds,
-        "filter_threshold": options.filter_threshold,
-        "reject_copies": not options.keep_copies,
-    }
+    if filtering:
+        arguments |= {"num_candidates": options.num_candidates or pipe.config.num_candidates}
+        arguments |= {"max_rounds": options.rounds, "filter_threshold": options.filter_threshold}
+        arguments |= {"reject_copies": not options.keep_copies}
+    return arguments
 
 
 def draw(pipe, batch: Sequence[Item], progress: Callable[[float], object], **arguments):
@@ -45,7 +42,5 @@ def draw(pipe, batch: Sequence[Item], progress: Callable[[float], object], **arg
             raise
         height, width = pipe.learned_size
         size = f"{arguments.get('width') or width} x {arguments.get('height') or height}"
-        raise ValueError(
-            f"{len(batch)} images of {size} px at once do not fit into the memory of {str(pipe.device)!r}: "
-            "choose a smaller batch size, height or width."
-        ) from error
+        what = f"{len(batch)} images of {size} px at once do not fit into the memory of {str(pipe.device)!r}"
+        raise ValueError(f"{what}: choose a smaller batch size, height or width.") from error

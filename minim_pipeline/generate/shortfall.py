@@ -49,12 +49,11 @@ class Shortfall:
         self.entries = Shortfall(self.file.parent).entries  # those of the other processes, too
         short = [item.index for item in items if item.index not in accepted and self.holds(item, rounds)]
         self.entries = {index: self.entries[index] for index in short}
-        if not short:
-            self.file.unlink(missing_ok=True)
-            return
         with atomic_path(self.file) as temporary:
             lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.entries.values())
             temporary.write_text("".join(lines), encoding="utf-8")
+        if not short:
+            self.file.unlink()
 
 
 def _told(item) -> dict[str, object]:

@@ -34,8 +34,7 @@ def generate(items: Sequence[Item], output_dir: str | Path, options: GenerateOpt
     """Draws the images of a plan into a folder: `NNNN.png`, `data.csv` in MINIM's format, `grid.png`, `run.json`.
 
     An image depends on its own seed only, whatever the batch and the number of processes. Images that the folder holds
-    already are not drawn again. Under `accelerate launch` each process draws its share. One run at a time has the
-    folder (`locking.locked`).
+    already are not drawn again. Under `accelerate launch` each process draws its share.
 
     Args:
         items: what to draw, see `plan_prompt` and `plan_file`.
@@ -102,10 +101,8 @@ def settings_of(pipe, options: GenerateOptions, filtering: bool) -> dict[str, ob
     settings["keep_copies"] = options.keep_copies
     if options.accepted_only:
         if settings["num_candidates"] == 1 and options.rounds == 1:
-            raise ValueError(
-                "accepted_only draws one candidate a round here, and goes on in others: max_rounds has to be at"
-                " least 2, got 1."
-            )
+            one = "accepted_only draws one candidate a round here, and goes on in others"
+            raise ValueError(f"{one}: max_rounds has to be at least 2, got 1.")
         # An accepted image is the same whatever the bound, which may be raised to go on.
         del settings["max_rounds"]
         settings["accepted_only"] = True
@@ -177,10 +174,8 @@ def check_rows(writer: DatasetWriter, items: Sequence[Item]) -> None:
         row = writer.rows.get(writer.name(item.index))
         if row is None:
             continue
-        planned = {"Text": item.text, "modality": item.modality.name, "seed": str(item.seed)}
-        differing = [
-            f"{key}: {row[key]!r} there, {value!r} now" for key, value in planned.items() if row[key] != value
-        ]
+        planned = {"Text": item.text, "modality": item.modality.name, "seed": str(item.seed)}.items()
+        differing = [f"{key}: {row[key]!r} there, {value!r} now" for key, value in planned if row[key] != value]
         if differing:
             raise ValueError(
                 f"{writer.output_dir} holds a run of other settings ({row['path']} has {'; '.join(differing)}): "
