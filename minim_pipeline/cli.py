@@ -135,7 +135,7 @@ def plan(options: GenerateCommand, trained: list[str] | None) -> tuple[list[Item
 
     if file is not None:
         with warnings.catch_warnings(record=True) as caught:
-            of_all, count = kind and kind.id, options.num_images or 1
+            of_all, count = kind.id if kind else None, options.num_images or 1
             items = plan_file(file, count, options.seed, trained, options.skip_bad_rows, of_all)
         for warning in caught:
             say(f"minim generate: warning: {warning.message}")

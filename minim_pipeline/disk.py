@@ -31,11 +31,7 @@ def save_model(model, folder: str | Path) -> None:
 def whole_folder(folder: str | Path, size: int = 0) -> Iterator[Path]:
     """Yields a folder beside `folder` that takes its place at the end, or is removed if anything fails.
 
-    Args:
-        size: in bytes, about what will be written.
-
-    Raises:
-        OSError: the disk is full.
+    `size`: in bytes, about what will be written. Raises OSError if the disk is full.
     """
     folder = Path(folder)
     unfinished = folder.with_name(f".{folder.name}")
@@ -66,10 +62,8 @@ def enough_room(path: Path, size: int) -> Iterator[None]:
     """
 
     def told(free: int) -> OSError:
-        place = path.with_name(path.name.removeprefix("."))
-        return OSError(
-            errno.ENOSPC, f"No room on the disk: {shown(size)} needed, {shown(free)} free", str(place.absolute())
-        )
+        place = str(path.with_name(path.name.removeprefix(".")).absolute())
+        return OSError(errno.ENOSPC, f"No room on the disk: {shown(size)} needed, {shown(free)} free", place)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free

@@ -31,11 +31,7 @@ HUB_OPTIONS = ("subfolder", "cache_dir", "force_download", "proxies", "local_fil
 
 
 def find_file(source: str | os.PathLike, name: str, options: dict) -> Path | None:
-    """The file `name` of a folder or of a repository on the Hub, or beside the file `source`; None if there is none.
-
-    Args:
-        options: as of `load_lora_weights`; those of the Hub count.
-    """
+    """The file `name` of a folder or a repository on the Hub, or beside the file `source`; None if there is none."""
     source = Path(source).parent if os.path.isfile(source) else source
     chosen = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
     try:
@@ -47,12 +43,8 @@ def find_file(source: str | os.PathLike, name: str, options: dict) -> Path | Non
 def from_peft(state_dict: dict[str, torch.Tensor], config: dict) -> tuple[dict[str, torch.Tensor], dict]:
     """An adapter as PEFT saves it, as what diffusers loads: weights, and the settings of each part.
 
-    Args:
-        state_dict: of keys such as `base_model.model.mid_block.attentions.0....to_q.lora_A.weight`.
-        config: `adapter_config.json`.
-
-    Raises:
-        ValueError: it is an adapter of another kind than LoRA.
+    Its keys are such as `base_model.model.mid_block.attentions.0....to_q.lora_A.weight`, `config` is its
+    `adapter_config.json`. Raises ValueError for an adapter of another kind than LoRA.
     """
     from peft import LoraConfig
 
@@ -73,14 +65,9 @@ def from_peft(state_dict: dict[str, torch.Tensor], config: dict) -> tuple[dict[s
 def modules_of(part: str, state_dict: dict[str, torch.Tensor]) -> list[str]:
     """The modules that the weights of `unet` or `text_encoder` in a LoRA belong to, one for each weight."""
     weights = {key.removeprefix(f"{part}."): value for key, value in state_dict.items() if key.startswith(f"{part}.")}
-    if (
-        weights
-        and part == "unet"
-        and "lora_A" not in next(iter(weights))
-        and not any(".lokr_" in key for key in weights)
-    ):
-        weights = convert_unet_state_dict_to_peft(weights)
-    elif weights and part == "text_encoder":
+    if part == "unet" and not any(".lokr_" in key for key in weights):
+        weights = weights if "lora_A" in next(iter(weights), "lora_A") else convert_unet_state_dict_to_peft(weights)
+    elif part == "text_encoder" and weights:
         weights = convert_state_dict_to_peft(convert_state_dict_to_diffusers(weights))
     return [re.split(r"\.(?:lora|lokr)_", key)[0] for key in weights]
 
@@ -167,12 +154,7 @@ class LoraLoading(StableDiffusionLoraLoaderMixin):
 
     @classmethod
     def save_lora_weights(
-        cls,
-        save_directory: str | os.PathLike,
-        *args,
-        modality_tokens: list[str] | None = None,
-        weight_name: str | None = None,
-        **kwargs,
+        cls, save_directory: str | os.PathLike, *args, modality_tokens: list[str] | None = None, **kwargs
     ):
         """As [`StableDiffusionLoraLoaderMixin.save_lora_weights`].
 
@@ -180,8 +162,8 @@ class LoraLoading(StableDiffusionLoraLoaderMixin):
             modality_tokens: those that the prompts of the training began with, see `tokens.modality_tokens`; the file
                 says so, and `load_lora_weights` warns where a tokenizer lacks one.
         """
-        super().save_lora_weights(save_directory, *args, weight_name=weight_name, **kwargs)
-        path = Path(save_directory, weight_name or LORA_WEIGHT_NAME_SAFE)
+        super().save_lora_weights(save_directory, *args, **kwargs)
+        path = Path(save_directory, kwargs.get("weight_name") or LORA_WEIGHT_NAME_SAFE)
         if modality_tokens and path.suffix == ".safetensors" and kwargs.get("is_main_process", True):
             with safe_open(path, framework="pt") as file:
                 header = dict(file.metadata() or {})

@@ -32,20 +32,14 @@ class Modality:
         return f"<{self.id}>"
 
 
+_FUNDUS = ("fundus photograph", "fundus photography", "color fundus", "colour fundus", "cfp", "retinal photograph")
 MODALITIES: dict[str, Modality] = {
     m.id: m
     for m in (
         Modality(
             "oct", "OCT", "optical coherence tomography of the retina", ("optical coherence tomography",), flip=True
         ),
-        Modality(
-            "fundus",
-            "Fundus",
-            "color fundus photograph of the retina",
-            ("fundus photograph", "fundus photography", "color fundus", "colour fundus", "cfp", "retinal photograph"),
-            grey=False,
-            flip=True,
-        ),
+        Modality("fundus", "Fundus", "color fundus photograph of the retina", _FUNDUS, grey=False, flip=True),
         # The heart lies on one side of the chest: a mirrored chest is another diagnosis (situs inversus).
         Modality("cxr", "CXR", "chest x ray", ("chest x-ray", "chest xray", "chest radiograph", "x-ray", "xray")),
         Modality("chest_ct", "ChestCT", "axial chest ct", ("chest computed tomography", "thoracic ct", "lung ct")),
@@ -86,10 +80,7 @@ def register_modality(modality: Modality) -> Modality:
     """Adds a modality to the table, for as long as the process lasts.
 
     A pipeline with this modality among its `modalities` saves the definition, and `MinimPipeline.from_pretrained`
-    registers it again.
-
-    Returns:
-        `modality`. To register the very same again changes nothing.
+    registers it again. To register the very same again changes nothing.
 
     Raises:
         ValueError: the id is no lower-case word of letters, digits and underscores; name, words or an alias is empty;
@@ -107,26 +98,24 @@ def _check_new(modality: Modality) -> None:
     known = MODALITIES.get(modality.id)
     if known is not None:
         now, before = asdict(modality), asdict(known)
-        changed = "; ".join(
-            f"{field} is {before[field]!r}, now {now[field]!r}" for field in now if now[field] != before[field]
-        )
-        raise ValueError(f"modality {modality.id!r} is in the table already, with another definition: {changed}.")
+        changed = [f"{field} is {before[field]!r}, now {now[field]!r}" for field in now if now[field] != before[field]]
+        definition = f"with another definition: {'; '.join(changed)}"
+        raise ValueError(f"modality {modality.id!r} is in the table already, {definition}.")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", modality.id):
         raise ValueError(
             f"The id of a modality has to begin with a letter a-z and go on with a-z, 0-9 and _, got {modality.id!r}."
         )
     spellings = (modality.id, modality.name, *modality.aliases)
-    if not modality.words.strip() or not all(_key(spelling) for spelling in spellings):
+    if not modality.words.strip() or not all(map(_key, spellings)):
         raise ValueError(f"modality {modality.id!r}: its name, its words and its aliases must not be empty.")
     for spelling in spellings:
-        key = _key(spelling)
+        key, why = _key(spelling), None
         if key in AMBIGUOUS:
-            fits = " or ".join(map(repr, AMBIGUOUS[key]))
-            raise ValueError(f"modality {modality.id!r} cannot be called {spelling!r}: that may be {fits}.")
-        if key in _BY_KEY:
-            raise ValueError(
-                f"modality {modality.id!r} cannot be called {spelling!r}: that is modality {_BY_KEY[key].id!r}."
-            )
+            why = f"may be {' or '.join(map(repr, AMBIGUOUS[key]))}"
+        elif key in _BY_KEY:
+            why = f"is modality {_BY_KEY[key].id!r}"
+        if why:
+            raise ValueError(f"modality {modality.id!r} cannot be called {spelling!r}: that {why}.")
 
 
 def read_definitions(definitions: dict[str, dict]) -> tuple[Modality, ...]:

@@ -72,10 +72,9 @@ class Options:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
-            for limits in ranges(hint):
-                for number in value if isinstance(value, list | tuple) else [value]:
-                    if number is not None:
-                        limits.check(name.replace("_", self.separator), number)
+            for number in value if isinstance(value, list | tuple) else [value]:
+                for limits in ranges(hint) if number is not None else []:
+                    limits.check(name.replace("_", self.separator), number)
 
     def values(self, *names: str) -> dict[str, Any]:
         """Some of the options, for another dataclass that has them, too."""
@@ -170,11 +169,9 @@ def add_options(parser: argparse.ArgumentParser, options: type[Options], strict:
 
 
 def _add_option(parser: argparse._ArgumentGroup, f: dataclasses.Field, hint: Any, strict: bool) -> None:
-    keywords = dict(f.metadata) | {"default": f.default}
-    if f.default_factory is not MISSING:
-        keywords["default"] = f.default_factory()
-    elif f.default is MISSING:
-        keywords = dict(f.metadata) | {"required": True}
+    default = f.default if f.default_factory is MISSING else f.default_factory()
+    keywords: dict[str, Any] = dict(f.metadata)
+    keywords |= {"required": True} if default is MISSING else {"default": default}
     limits = ranges(hint)
     if NoneType in get_args(hint):
         hint = get_args(hint)[0]

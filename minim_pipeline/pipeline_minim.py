@@ -399,7 +399,8 @@ class MinimPipeline(
             logger.warning(change)
         rated = self.rate_pictures(pictures, prompts, modalities, self._execution_device)
         self.maybe_free_model_hooks()
-        scores, accepted, reasons = self.judge(rated, modalities, filter_threshold, reject_copies)
+        options = {"filter_threshold": filter_threshold, "reject_copies": reject_copies}
+        scores, accepted, reasons = self.judge(rated, modalities, **options)
         return MinimScores(scores.tolist(), accepted.tolist(), reasons, rated.quality.tolist(), rated.finding.tolist())
 
     def denoise(

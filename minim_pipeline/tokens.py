@@ -37,15 +37,11 @@ def add_modality_tokens(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, i
     textual inversions.
 
     Args:
-        tokenizer: gets one special token per modality.
         text_encoder: its input embedding grows to `len(tokenizer)` rows.
-        ids: ids, names or aliases of modalities.
+        ids: ids, names or aliases of modalities; ValueError for one that is unknown or ambiguous.
 
     Returns:
         The token id of each modality, by the modality's id.
-
-    Raises:
-        ValueError: a modality is unknown or ambiguous.
     """
     modalities = [resolve_modality(name) for name in ids]
     new = [m for m in modalities if m.token not in tokenizer.added_tokens_encoder]

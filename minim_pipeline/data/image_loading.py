@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,11 +117,11 @@ def key_of(rows: list[dict], csv_path: str | Path, reading: Reading = DEFAULT_RE
 @lru_cache(maxsize=64)
 def _images_of(csv: Path, modality: str | None, image_root: str | None, changed: int) -> tuple[tuple[Path, str], ...]:
     """Every image that a CSV, as it was changed last, names, with the id of its modality."""
-    options = {"image_root": image_root, "modality": modality, "check_images": False, "skip_bad_rows": True}
+    options: dict[str, Any] = {"image_root": image_root, "modality": modality, "skip_bad_rows": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of bad rows, which whoever read the rows at hand has been told of
         try:
-            rows = read_csv(csv, require=("path", "modality"), **options)
+            rows = read_csv(csv, require=("path", "modality"), check_images=False, **options)
         except ValueError:  # of modalities that nobody knows, or none: then of the rows at hand alone
             return ()
     return tuple((resolve_path(row, csv), resolve_modality(row["modality"]).id) for row in rows)

@@ -223,7 +223,8 @@ def oddities(image: Image.Image) -> list[str]:
 
 def fit_to(image: Image.Image, size: tuple[int, int], fit: str = "stretch") -> tuple[Image.Image, list[str]]:
     """The image at `size`, width and height in pixels, and notes; `fit`: one of `FITS`."""
-    (width, height), notes = size, []
+    width, height = size
+    notes: list[str] = []
     if image.size == size:
         return image, notes
     if image.width * height != image.height * width:
@@ -296,7 +297,8 @@ def told(notes: Iterable[tuple[str, int]], total: int, what: str = "images") -> 
     Args:
         notes: note -> number of images, as `Counter.items()`; of an oddity it is "oddity: name".
     """
-    counts, sizes = {}, {}
+    counts: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     odd: dict[str, list[str]] = {}
     for note, count in notes:
         kind, _, name = note.partition(": ")

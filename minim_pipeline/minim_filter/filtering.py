@@ -60,14 +60,10 @@ class Filtering(ConfigMixin):
         return Funnel.prepare(self.filter_head, self.tokenizer, texts, candidates, device)
 
     def judge(
-        self,
-        rated: FilterHeadOutput,
-        modalities: list[Modality],
-        filter_threshold: float | None = None,
-        reject_copies: bool = True,
+        self, rated: FilterHeadOutput, modalities: list[Modality], **options
     ) -> tuple[torch.Tensor, torch.Tensor, list[str | None]]:
         """Scores (N,), whether finished images are accepted, bool (N,), and if not, why not: see `selection.judge`."""
-        return judge(self.filter_head, rated, modalities, filter_threshold, reject_copies)
+        return judge(self.filter_head, rated, modalities, **options)
 
     draw_seeds = staticmethod(draw_seeds)
 

@@ -60,19 +60,14 @@ def write_card(pipe, name: str, has_report: bool, base_model: str | None = None)
     modalities = pipe.config.modalities or ["oct"]
     prompt = ((pipe.config.findings or {}).get(modalities[0]) or ["macular edema"])[0]
     inherited: dict[str, Any] = dict(pipe.weights_license or {"license": "unknown"})
-    note = license_note(inherited)
-    inherited.pop("of", None)
-    data = ModelCardData(**inherited, tags=["medical", "synthetic", "diffusers", *modalities], **FIXED)
+    fields = {name: value for name, value in inherited.items() if name != "of"}
+    data = ModelCardData(**fields, tags=["medical", "synthetic", "diffusers", *modalities], **FIXED)
     if base_model:
         data.base_model = base_model
-    text = PLAIN.format(
-        name=name,
-        modalities=", ".join(modalities) if pipe.config.modalities else "any modality (a base model, not trained yet)",
-        prompt=prompt,
-        modality=modalities[0],
-        license_note=note,
-        figures="In [report.json](report.json)." if has_report else "Nothing has been measured, or nothing is told.",
-    )
+    drawn = ", ".join(modalities) if pipe.config.modalities else "any modality (a base model, not trained yet)"
+    figures = "In [report.json](report.json)." if has_report else "Nothing has been measured, or nothing is told."
+    facts = {"name": name, "modalities": drawn, "prompt": prompt, "modality": modalities[0], "figures": figures}
+    text = PLAIN.format(license_note=license_note(inherited), **facts)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
@@ -80,10 +75,8 @@ def license_note(inherited: dict[str, str]) -> str:
     """A paragraph on a license as `license_of` gives it, with line breaks around; empty if nothing was inherited."""
     if "of" not in inherited:
         return ""
-    return (
-        f"\nThe weights were made from those of {inherited['of']}, whose license holds for them too:"
-        f" **{license_name(inherited)}**.\n"
-    )
+    made = f"The weights were made from those of {inherited['of']}, whose license holds for them too"
+    return f"\n{made}: **{license_name(inherited)}**.\n"
 
 
 def license_name(fields: dict[str, str]) -> str:
@@ -97,9 +90,7 @@ def complete(card: ModelCard, repo_id: str, report: dict, samples: Sequence[Samp
         text = re.sub(r"^(# .*\n)", rf"\1\n{NO_FILTER}\n", text, count=1, flags=re.MULTILINE)
     data = card.data.to_dict()
     data.pop("model-index", None)
-    results = list(eval_results(report))
-    completed = ModelCardData(
-        **data, model_name=repo_id.split("/")[-1] if results else None, eval_results=results or None
-    )
+    results = list(eval_results(report)) or None
+    completed = ModelCardData(**data, model_name=repo_id.split("/")[-1] if results else None, eval_results=results)
     completed["widget"] = [{"text": f"{s.modality}: {s.prompt}", "output": {"url": s.path}} for s in samples] or None
     return f"---\n{completed.to_yaml()}\n---\n{text}"

@@ -74,18 +74,11 @@ def publish(
         raise ValueError(f"variant has to be None or 'fp16', got {variant!r}.")
     api = connect(token)
     check_target(api, repo_id, "model")
+    replaced = [*(f"{name}/*" for name in pipe.components), "samples/*", "evaluation/*", "report.json"]
+    commit: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "private": private, "replaced": replaced}
+    commit["commit_message"] = commit_message or "Upload MinimPipeline"
     with staged(pipe, repo_id, card=card, report=report, samples=samples) as folder:
-        return upload(
-            api,
-            folder,
-            repo_id,
-            "model",
-            replaced=[*(f"{name}/*" for name in pipe.components), "samples/*", "evaluation/*", "report.json"],
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message or "Upload MinimPipeline",
-        )
+        return upload(api, folder, repo_id, "model", **commit)
 
 
 @contextmanager
@@ -139,11 +132,8 @@ def is_unchanged(pipe, source: Path) -> bool:
     """Whether the pipeline's weights are those of the folder, but for their dtype."""
     before = type(pipe).from_pretrained(source).components
     for name, component in pipe.components.items():
-        if isinstance(component, torch.nn.Module) != isinstance(before[name], torch.nn.Module):
-            return False
-        if not isinstance(component, torch.nn.Module):
-            continue
-        now, then = component.state_dict(), before[name].state_dict()
+        parts = component, before[name]
+        now, then = (part.state_dict() if isinstance(part, torch.nn.Module) else {} for part in parts)
         if now.keys() != then.keys() or not all(torch.equal(now[k].cpu(), then[k].to(now[k].dtype)) for k in now):
             return False
     return True
@@ -183,9 +173,8 @@ def check_class(api: HfApi, repo_id: str) -> None:
     except EntryNotFoundError:
         return
     if index.get("_class_name") != "MinimPipeline":
-        raise ValueError(
-            f"{repo_id} holds a {index.get('_class_name')}, which would be overwritten: choose another name."
-        )
+        other = index.get("_class_name")
+        raise ValueError(f"{repo_id} holds a {other}, which would be overwritten: choose another name.")
 
 
 def upload(
@@ -211,9 +200,8 @@ def upload(
         repo_id = api.create_repo(repo_id, private=private, space_sdk=space_sdk, **where).repo_id
         if commit.get("revision") and not commit.get("create_pr"):
             api.create_branch(repo_id, branch=commit["revision"], **where)
-        done = api.upload_folder(
-            repo_id=repo_id, repo_type=kind, folder_path=folder, delete_patterns=replaced, **commit
-        )
+        commit |= {"folder_path": folder, "delete_patterns": replaced}
+        done = api.upload_folder(repo_id=repo_id, repo_type=kind, **commit)
     return done.pr_url or done.commit_url
 
 
