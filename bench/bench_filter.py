@@ -31,18 +31,16 @@ def main(argv=None) -> dict:
     if pipe.filter_head is None:
         raise ValueError(f"{args.model} has no filter head.")
     ways = {"plain": {"use_filter": False}, "filter": {"num_candidates": args.num_candidates}}
-    seconds, samples = {name: [] for name in ways}, {}
-    counted = []
+    seconds, samples, counted = {name: [] for name in ways}, {}, []
     pipe.unet.register_forward_hook(lambda unet, given, made: counted.append(len(made[0])))
     modality = (pipe.config.modalities or ["cxr"])[0]
     for repeat in range(args.repeats + 1):
         for name, options in ways.items():
-            generators = [torch.Generator().manual_seed(repeat * args.batch_size + i) for i in range(args.batch_size)]
+            first, prompts = repeat * args.batch_size, ["normal"] * args.batch_size
+            generators = [torch.Generator().manual_seed(first + i) for i in range(args.batch_size)]
             counted.clear()
             start = time.perf_counter()
-            pipe(
-                ["normal"] * args.batch_size, modality, generator=generators, output_type="pt", **options
-            ).images.cpu()
+            pipe(prompts, modality, generator=generators, output_type="pt", **options).images.cpu()
             if repeat:  # the first pair warms up
                 seconds[name].append(time.perf_counter() - start)
             samples[name] = sum(counted) / args.batch_size

@@ -71,10 +71,9 @@ def register_modalities(model: str) -> dict:
 
 
 def model_identity(model: str) -> tuple[str, str]:
-    """The name and the revision that provenance gives of `model`.
+    """The name and the revision that provenance gives of `model`: on the Hub its id and its commit.
 
-    On the Hub: its id and its commit. A folder: its name (never its path, which may tell of people), and a digest of
-    the files of its components.
+    Of a folder: its name (never its path, which may tell of people), and a digest of the files of its components.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -187,11 +186,10 @@ def load_pipeline(
 
 
 def load_with_unet(model: str, path: str | Path, bare: bool, dtype=None):
-    """`MinimPipeline.from_pretrained(model)` with the U-Net in the folder `path` in place of its own.
+    """`MinimPipeline.from_pretrained(model)` with the U-Net in `path`, or in its folder `unet`, in place of its own.
 
     Args:
         model: the pipeline that the U-Net was trained from, a folder or an id on the Hub.
-        path: folder of the U-Net, or one that holds it as `unet`.
         bare: the U-Net has learned captions as they stand, without a modality, as MINIM's training has it.
         dtype: of all weights; by default float32.
 
@@ -215,7 +213,6 @@ def load_with_unet(model: str, path: str | Path, bare: bool, dtype=None):
         ("denoises latents of channels", unet.config.in_channels, pipe.vae.config.latent_channels),
     ):
         if needs != has:
-            raise ValueError(
-                f"--unet {str(path)!r} {what} {needs}, {model} has {has}: name the model it was trained from."
-            )
+            of = f"--unet {str(path)!r} {what} {needs}, {model} has {has}"
+            raise ValueError(f"{of}: name the model it was trained from.")
     return pipe

@@ -145,14 +145,8 @@ class MinimPipeline(
             )
         custom_modalities = {**(custom_modalities or {}), **custom_definitions(modalities or [])}
         self.own_modalities = read_definitions(custom_modalities)
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            filter_head=filter_head,
-        )
+        networks = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet}
+        self.register_modules(**networks, scheduler=scheduler, filter_head=filter_head)
         self.register_to_config(
             modalities=modalities,
             findings=findings,
@@ -309,11 +303,7 @@ class MinimPipeline(
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None = None,
     ) -> Batch:
-        """Noise and embeddings of candidates.
-
-        Args:
-            slots: of each candidate the number of its image, by which embeddings are looked up.
-        """
+        """Noise and embeddings of candidates; `slots` has the number of each one's image, for its embeddings."""
         channels, dtype, device = self.unet.config.in_channels, prompt_embeds.dtype, prompt_embeds.device
         noise = self.prepare_latents(len(slots), channels, height, width, dtype, device, generator, latents)
         # For classifier free guidance, we need to do two forward passes.
@@ -678,27 +668,14 @@ class MinimPipeline(
 
             # Denoise; the funnel drops the worst candidates on the way
             funnel = self.prepare_funnel(prompts, modalities, places, candidates, device) if filtering else None
-            result = self.denoise(
-                batch,
-                round_timesteps,
-                num_inference_steps,
-                eta,
-                funnel,
-                callback_on_step_end if number == 0 else None,
-                callback_on_step_end_tensor_inputs,
-            )
+            callback = (callback_on_step_end, callback_on_step_end_tensor_inputs) if number == 0 else ()
+            result = self.denoise(batch, round_timesteps, num_inference_steps, eta, funnel, *callback)
             check_finite(result, "Latents", {"text_encoder": self.text_encoder, "unet": self.unet})
 
             # Decode the best candidate of each image, and keep it where it is better than what there was
-            chosen = self.choose(
-                result,
-                funnel,
-                [prompts[i] for i in wanted] if filtering else [],
-                [modalities[i] for i in wanted],
-                decode=output_type != "latent",
-                filter_threshold=filter_threshold,
-                reject_copies=reject_copies,
-            )
+            asked = [prompts[i] for i in wanted] if filtering else [], [modalities[i] for i in wanted]
+            judging = {"filter_threshold": filter_threshold, "reject_copies": reject_copies}
+            chosen = self.choose(result, funnel, *asked, decode=output_type != "latent", **judging)
             selection.add(chosen, known_seeds, candidates)
             if not selection.wanted or self.interrupt:
                 break
@@ -716,12 +693,7 @@ class MinimPipeline(
         self.maybe_free_model_hooks()
 
         output = MinimPipelineOutput(
-            images=images,
-            scores=selection.scores,
-            accepted=selection.accepted,
-            seeds=selection.seeds,
-            candidates=selection.candidates,
-            rejected=selection.rejected,
+            images, selection.scores, selection.accepted, selection.seeds, selection.candidates, selection.rejected
         )
         return output if return_dict else output.to_tuple()
 

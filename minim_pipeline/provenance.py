@@ -53,15 +53,12 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object
 
 
 def read_provenance(path: str | Path) -> dict[str, object]:
-    """What `save_png` wrote into the file at `path`.
+    """What `save_png` wrote into the file at `path`; empty if the file is not one of this package's.
 
     Returns:
         The metadata, with `synthetic` a bool, `seed`, `steps`, `height` and `width` ints, `guidance` and
         `guidance_rescale` floats, `guidance_interval` a list of two floats and all else strings, and
-        `digital_source_type`, IPTC's term. Empty if the file is not one of this package's.
-
-    Raises:
-        FileNotFoundError, PIL.UnidentifiedImageError: no such file, or no image.
+        `digital_source_type`, IPTC's term.
     """
     with Image.open(path) as image:
         texts = dict(getattr(image, "text", {}))

@@ -35,8 +35,7 @@ def load_images(
     not they are among `rows`. What was done to the images is told on stderr.
 
     Args:
-        rows: as `read_csv` gives them.
-        csv_path: the file they came from; `path` is relative to its folder.
+        rows: as `read_csv` gives them, of the file `csv_path`.
         resolution: side in pixels.
         trim: take letterboxes away (`trim_letterbox`); never from an OCT, where what is flat and not black is the
             vitreous.

@@ -28,16 +28,13 @@ READER_VERSION = 1
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read.
+    """How images are read; ValueError for a way that there is not.
 
     Args:
         fit: what becomes of an image that is not square: `"stretch"`, `"crop"` or `"pad"`.
         window: of pixels of more than 8 bits, the values that become black and white; None finds them out.
         modality, image_root: with which `read_csv` gave the rows at hand, so that all other images of their CSV are
             found: they are scaled alike.
-
-    Raises:
-        ValueError: there is no such way.
     """
 
     fit: str = "stretch"

@@ -14,14 +14,11 @@ MAX_ROUNDS = 16
 
 
 class Shortfall:
-    """The images of a run that were not accepted within the bound, a line of JSON each.
-
-    Args:
-        folder: of the run.
+    """The images of a run, in `folder`, that were not accepted within the bound, a line of JSON each.
 
     Attributes:
-        entries: by the image's number `index`, `Text`, `modality`, `seed`, `rounds` and `candidates` drawn, and how
-            many of those were `rejected` for what.
+        entries: by the image's number its `index`, `Text`, `modality`, `seed`, `rounds` and `candidates` drawn, and
+            how many of those were `rejected` for what.
     """
 
     def __init__(self, folder: str | Path):

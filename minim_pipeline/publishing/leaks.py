@@ -33,9 +33,7 @@ REAL_PICTURE = re.compile(r'alt="training image [^"]')
 def check_folder(folder: str | Path, allowed: re.Pattern = MODEL_FILES) -> None:
     """Raises ValueError that names everything in `folder` which is not to be uploaded.
 
-    Args:
-        folder: what would be uploaded.
-        allowed: names of files, relative to the folder, that may be there at all.
+    `allowed`: names of files, relative to the folder, that may be there at all.
     """
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())
