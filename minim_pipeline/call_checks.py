@@ -217,26 +217,20 @@ def check_callback(callback, tensor_inputs, allowed: list[str]) -> None:
 
 
 def replace_tensors(batch: Batch, given, guided: bool) -> None:
-    """Puts what a callback gave back in the place of the batch's tensors.
+    """Puts what a callback gave back in the place of the batch's tensors, while guidance is on or off.
 
-    Args:
-        given: dict with any of `latents`, `prompt_embeds` and `negative_prompt_embeds`.
-        guided: whether guidance is still on.
-
-    Raises:
-        ValueError: it is no dict, or a tensor has another shape than the one before.
+    Raises ValueError if that is no dict, or a tensor in it has another shape than the one before.
     """
     if not isinstance(given, dict):
         raise ValueError(f"`callback_on_step_end` has to return a dict, got {given!r}.")
     for name in ("latents", "negative_prompt_embeds"):
-        before = getattr(batch, name)
+        if (before := getattr(batch, name)) is None:
+            continue
         tensor = given.get(name, before)
-        if before is not None and tensor.shape != before.shape:
-            raise ValueError(
-                f"`callback_on_step_end` gave `{name}` of shape {tuple(tensor.shape)}, {tuple(before.shape)} is"
-                " needed."
-            )
-        setattr(batch, name, tensor if before is not None else None)
+        if tensor.shape != before.shape:
+            shapes = f"{tuple(tensor.shape)}, {tuple(before.shape)} is needed"
+            raise ValueError(f"`callback_on_step_end` gave `{name}` of shape {shapes}.")
+        setattr(batch, name, tensor)
     embeds, count = given.get("prompt_embeds", batch.prompt_embeds), len(batch.latents)
     batch.prompt_embeds = callback_embeds(embeds, batch.prompt_embeds, count, guided)
 
@@ -244,8 +238,7 @@ def replace_tensors(batch: Batch, given, guided: bool) -> None:
 def callback_embeds(given: torch.Tensor, before: torch.Tensor, count: int, guided: bool) -> torch.Tensor:
     """The embeddings to go on with for `count` candidates after a callback gave some in the place of `before`.
 
-    Raises:
-        ValueError: they are neither one for each candidate nor, as with guidance they have to be, two.
+    Raises ValueError if they are neither one for each candidate nor, as with guidance they have to be, two.
     """
     if given.shape == before.shape or (not guided and given.shape == (count, *before.shape[1:])):
         return given

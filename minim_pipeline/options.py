@@ -154,10 +154,8 @@ def number(kind: type[Number], limits: Range) -> Callable[[str], Number]:
 def add_options(parser: argparse.ArgumentParser, options: type[Options], strict: bool = True) -> None:
     """Adds the fields of `options` to a parser, those of each class that it is made of as a group of `--help`.
 
-    Spelled with hyphens. `HfArgumentParser` would import transformers, which takes a second.
-
-    Args:
-        strict: refuse a number that is out of range while parsing; else only making `options` does.
+    Spelled with hyphens. `HfArgumentParser` would import transformers, which takes a second. `strict` refuses a number
+    that is out of range while parsing; else only making `options` does.
     """
     owners = {name: part for part in reversed(options.__mro__) for name in get_annotations(part)}
     for part in options.__mro__:

@@ -673,9 +673,10 @@ class MinimPipeline(
             check_finite(result, "Latents", {"text_encoder": self.text_encoder, "unet": self.unet})
 
             # Decode the best candidate of each image, and keep it where it is better than what there was
-            asked = [prompts[i] for i in wanted] if filtering else [], [modalities[i] for i in wanted]
-            judging = {"filter_threshold": filter_threshold, "reject_copies": reject_copies}
-            chosen = self.choose(result, funnel, *asked, decode=output_type != "latent", **judging)
+            texts = [prompts[i] for i in wanted] if filtering else []
+            kinds, decode = [modalities[i] for i in wanted], output_type != "latent"
+            judging: dict[str, Any] = {"filter_threshold": filter_threshold, "reject_copies": reject_copies}
+            chosen = self.choose(result, funnel, texts, kinds, decode, **judging)
             selection.add(chosen, known_seeds, candidates)
             if not selection.wanted or self.interrupt:
                 break

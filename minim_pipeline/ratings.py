@@ -93,13 +93,9 @@ def image_digest(path: str | Path) -> str:
 
 
 class RatingStore:
-    """Ratings in an SQLite file.
+    """Ratings in an SQLite file, made if it is not there; WAL files lie beside it while it is open.
 
-    Args:
-        path: of the file; made if it is not there, its folder too. WAL files lie beside it while it is open.
-
-    Raises:
-        ValueError: `path` is a file of another kind.
+    Raises ValueError for a file of another kind.
     """
 
     def __init__(self, path: str | Path):
@@ -143,11 +139,9 @@ class RatingStore:
         return [Rating(**{name: row[name] for name in COLUMNS}) for row in rows]
 
     def write_csv(self, path: str | Path, folders: Mapping[str, str | Path]) -> int:
-        """Writes all ratings as `train_filter.py` reads them, and returns how many.
+        """Writes all ratings as a CSV of `CSV_COLUMNS`, whole or not at all, and returns how many.
 
         Args:
-            path: of the CSV, with columns `path,Text,modality,rating,rater,turn,kind,seconds,time,digest`. It
-                appears whole or not at all.
             folders: by kind, `"generated"` and `"real"`, what the images' paths are relative to; in the CSV they are
                 relative to its own folder.
 

@@ -67,12 +67,13 @@ def inline(modules: dict[str, str]) -> str:
     sections = []
     for name, text in modules.items():
         tree, lines = ast.parse(text), text.splitlines()
-        for place, node in enumerate(tree.body):
+        docstring = tree.body[0] if ast.get_docstring(tree) else None
+        for node in tree.body:
             if isinstance(node, ast.ImportFrom) and node.level:
                 check_known(node, owners, name)
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 add_imports(node, imports, owners, name)
-            elif not (place == 0 and is_text(node)) and not registers(node):
+            elif node is not docstring and not registers(node):
                 for defined in names_of(node):
                     if owners.setdefault(defined, name) != name:
                         raise ValueError(f"{defined!r} is defined in {name} and in {owners[defined]}: rename one.")
@@ -122,10 +123,6 @@ def names_of(node: ast.stmt) -> list[str]:
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     return [part.id for target in targets if target for part in ast.walk(target) if isinstance(part, ast.Name)]
-
-
-def is_text(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def registers(node: ast.stmt) -> bool:

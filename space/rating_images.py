@@ -28,13 +28,9 @@ class RatedImage:
 
     Args:
         id: what the browser calls it: says nothing of where it lies, nor whether it is real.
-        path: relative to its folder; as the store has it.
-        file: where it lies.
-        text, modality: what it is to show.
+        path, digest: relative to its folder, and of the file; as the store has them.
         kind: `"generated"` or `"real"`.
-        digest: of the file.
-        found: what lies in its data set, and
-        reading: how it is read, as for training; whatever has other proportions is padded unless that says otherwise.
+        found, reading: what lies in its data set, and how it is read, as for training.
     """
 
     id: str

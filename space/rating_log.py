@@ -24,8 +24,7 @@ class RatingLog:
     Args:
         store: what the repository's ratings are read into.
         folder: where the file lies that is pushed; on a Space any place.
-        repo_id: of the dataset repository; made private if it is not there yet.
-        token: with the right to write to it.
+        repo_id, token: of the dataset repository, made private if it is not there yet, with the right to write.
         every: minutes between two pushes; what was rated since the last one is lost with a Space's disk.
     """
 

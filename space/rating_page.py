@@ -43,8 +43,6 @@ class RatingDesk:
     """Hands out images, and takes ratings into the store.
 
     Args:
-        store: where ratings go.
-        images: what is rated.
         real_share, repeat_share: see `rating_images.queue`.
         keep: called with each rating stored, before it is acknowledged.
 

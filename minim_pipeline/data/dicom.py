@@ -73,6 +73,8 @@ def _grey(values: np.ndarray, data, window: tuple[float, float] | None) -> tuple
     from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
     padding = values == data.PixelPaddingValue if data.get("PixelPaddingValue") is not None else np.zeros_like(values)
+    rescaled = float(data.get("RescaleSlope") or 1) != 1 or float(data.get("RescaleIntercept") or 0) != 0
+    rescaled = rescaled or bool(data.get("ModalityLUTSequence"))
     values = apply_modality_lut(values, data).astype(np.float64)
     # Both ends of what comes out of a window, whose arithmetic is pydicom's.
     ends = np.array([-1e9, 1e9])
@@ -86,7 +88,7 @@ def _grey(values: np.ndarray, data, window: tuple[float, float] | None) -> tuple
         values = apply_voi(values.astype(np.int64), data, index=0).astype(np.float64)
         low, high = 0, 2 ** int(data.VOILUTSequence[0].LUTDescriptor[2]) - 1
         note = "DICOM: shown through its first VOI table"
-    elif int(data.BitsStored) <= 8 and int(data.get("PixelRepresentation") or 0) == 0 and not _rescaled(data):
+    elif int(data.BitsStored) <= 8 and int(data.get("PixelRepresentation") or 0) == 0 and not rescaled:
         low, high, note = 0, 2 ** int(data.BitsStored) - 1, None
     else:
         seen = values[padding == 0] if (padding == 0).any() else values
@@ -101,11 +103,6 @@ def _grey(values: np.ndarray, data, window: tuple[float, float] | None) -> tuple
         notes.append("DICOM: MONOCHROME1 inverted")
     grey[padding != 0] = 0
     return Image.fromarray(grey), notes
-
-
-def _rescaled(data) -> bool:
-    plain = float(data.get("RescaleSlope") or 1) == 1 and float(data.get("RescaleIntercept") or 0) == 0
-    return not plain or bool(data.get("ModalityLUTSequence"))
 
 
 def _said(data) -> list[str]:

@@ -138,11 +138,7 @@ def trim_letterbox(image: np.ndarray, max_stretch: float = 1.15) -> np.ndarray:
     learn the bars as anatomy. Black is left alone: it is the air around a body. What remains is stretched by at most
     `max_stretch`; where that is not enough, its longer side is cropped evenly.
 
-    Args:
-        image: uint8 [H, W, 3].
-
-    Returns:
-        uint8 [S, S, 3], or `image` itself where there are no bars.
+    From uint8 [H, W, 3] to uint8 [S, S, 3], or `image` itself where there are no bars.
     """
     grey = image.mean(2)
     top, bottom = _bars(grey)

@@ -60,7 +60,6 @@ def assign_splits(rows: list[dict[str, str]], source: str | Path) -> list[dict[s
     held out as a whole.
 
     Args:
-        rows: with `path` and `modality`.
         source: where they are from, for the warning that tells what is held out.
     """
     if not rows or "split" in rows[0]:

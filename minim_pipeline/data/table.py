@@ -65,8 +65,12 @@ def read_table(path: Path) -> tuple[list[str], list[Record]]:
         raise ValueError(f"{path} is no CSV from line {line} on: {error} (an open quote?).") from error
     if not records:
         raise ValueError(f"{path} is empty: a header such as 'path,Text,modality' is needed.")
-    _check_separator(path, records[0].text)
-    columns = records[0].values
+    header, columns = records[0].text, records[0].values
+    if re.match(r"sep=", header, re.IGNORECASE):
+        raise ValueError(f"{path} begins with the line {header!r}, which only Excel understands: {_SAVE}.")
+    found = next((name for separator, name in _SEPARATORS.items() if separator in header), None)
+    if found is not None and "," not in header:
+        raise ValueError(f"{path} has {found} between its columns, not commas ({header[:100]!r}): {_SAVE}.")
     for alias, name in COLUMN_ALIASES.items():
         if name not in columns:
             columns = [name if column == alias else column for column in columns]
@@ -82,22 +86,11 @@ def _noting(lines: Iterable[str], noted: list[str]) -> Iterator[str]:
         yield line
 
 
-def _check_separator(path: Path, header: str) -> None:
-    if re.match(r"sep=", header, re.IGNORECASE):
-        raise ValueError(f"{path} begins with the line {header!r}, which only Excel understands: {_SAVE}.")
-    found = next((name for separator, name in _SEPARATORS.items() if separator in header), None)
-    if found is not None and "," not in header:
-        raise ValueError(f"{path} has {found} between its columns, not commas ({header[:100]!r}): {_SAVE}.")
-
-
 def mend_commas(record: Record, columns: list[str], is_modality: Callable[[str], bool]) -> list[str] | None:
     """The values of a record with more fields than columns, of which only the caption can hold the surplus commas.
 
     That is so where the columns are `path,Text,modality` or a part of them in this order, the record has no quotes,
-    and its last field is a modality if that column is there. The caption is given letter by letter.
-
-    Returns:
-        As many values as there are columns, or `None` if it cannot be told what belongs where.
+    and its last field is a modality if that column is there; else it cannot be told what belongs where: `None`.
     """
     if columns != [name for name in ("path", "Text", "modality") if name in columns] or "Text" not in columns:
         return None

@@ -192,7 +192,6 @@ def upload(
 
     Args:
         replaced: patterns of old files that the commit removes.
-        private, space_sdk: of the repository, if it is new.
         commit: `commit_message`, `revision` and `create_pr`, as of `HfApi.upload_folder`.
     """
     where: dict[str, Any] = {"repo_type": kind, "exist_ok": True}
