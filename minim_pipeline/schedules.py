@@ -1,26 +1,19 @@
 """Which schedulers sample a model as it was trained, with which settings, and at which timesteps."""
 
+import diffusers
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 
 from .notices import warn_once
 
 
 # The only schedulers of diffusers that know `rescale_betas_zero_snr`; the others drop it without a word.
 ZERO_SNR_SCHEDULERS = (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    EulerAncestralDiscreteScheduler,
-    UniPCMultistepScheduler,
+    diffusers.DDIMScheduler,
+    diffusers.DDPMScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.EulerDiscreteScheduler,
+    diffusers.EulerAncestralDiscreteScheduler,
+    diffusers.UniPCMultistepScheduler,
 )
 # Settings that keep pixels in their range. Latents have none, and are ruined.
 CLIPPING = ("clip_sample", "thresholding")

@@ -15,27 +15,10 @@ from . import __version__
 
 # In the order in which they need each other.
 MODULES = (
-    "notices",
-    "modalities",
-    "captions",
-    "tokens",
-    "data/image_pixels",
-    "licenses",
-    "turns",
-    "schedules",
-    "lora",
-    "minim_filter/estimate",
-    "minim_filter/filter_head",
-    "minim_filter/fingerprints",
-    "minim_filter/funnel",
-    "minim_filter/selection",
-    "minim_filter/seeds",
-    "minim_filter/filtering",
-    "call_checks",
-    "saving",
-    "pipeline_output",
-    "pipeline_minim",
-)
+    "notices modalities captions tokens data/image_pixels licenses turns schedules lora minim_filter/estimate"
+    " minim_filter/filter_head minim_filter/fingerprints minim_filter/funnel minim_filter/selection minim_filter/seeds"
+    " minim_filter/filtering call_checks saving pipeline_output pipeline_minim"
+).split()
 
 # diffusers looks for a component's class beside its weights, and for the pipeline's at the top.
 PIPELINE_FILE, COMPONENT_FILE = "pipeline.py", "filter_head/minim_filter.py"
