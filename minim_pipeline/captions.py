@@ -47,9 +47,8 @@ def resolve_prompts(
     """The prompts without MINIM's "OCT: " in front, none where there are embeddings, and the modality of each.
 
     Args:
-        prompt: one or several, or None where there are embeddings.
         modality: of all, or of each; None where the prompts begin with it.
-        batch_size: how many prompts there are.
+        batch_size: how many prompts, or embeddings in their place, there are.
         trained, own: as for `resolve_modality`.
         bare: prompts stay as they stand where `modality` is given.
 
@@ -70,10 +69,8 @@ def resolve_prompts(
         prefix, rest = split_prefix(text, trained, own)
         if name is None and prefix is None:
             allowed = ", ".join(map(repr, trained)) if trained else "see `minim_pipeline.MODALITIES`"
-            raise ValueError(
-                f"`modality` is missing for {text!r}: pass `modality=` ({allowed}), or begin the prompt with it,"
-                ' as in "OCT: macular edema".'
-            )
+            ways = f'pass `modality=` ({allowed}), or begin the prompt with it, as in "OCT: macular edema"'
+            raise ValueError(f"`modality` is missing for {text!r}: {ways}.")
         resolved = resolve_modality(prefix if name is None else name, trained, own)
         if prefix is not None and prefix.lower() in AMBIGUOUS and name is not None:
             rest = text  # "CT: ..." beside modality="chest_ct" is part of the sentence

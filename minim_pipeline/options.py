@@ -158,12 +158,12 @@ def add_options(parser: argparse.ArgumentParser, options: type[Options], strict:
     that is out of range while parsing; else only making `options` does.
     """
     owners = {name: part for part in reversed(options.__mro__) for name in get_annotations(part)}
+    hints = get_type_hints(options, include_extras=True)
     for part in options.__mro__:
-        own = [f for f in fields(options) if owners[f.name] is part]
-        if own:
+        if own := [f for f in fields(options) if owners[f.name] is part]:
             group = parser.add_argument_group((part.__doc__ or "").partition("\n")[0].rstrip("."))
             for f in own:
-                _add_option(group, f, get_type_hints(options, include_extras=True)[f.name], strict)
+                _add_option(group, f, hints[f.name], strict)
 
 
 def _add_option(parser: argparse._ArgumentGroup, f: dataclasses.Field, hint: Any, strict: bool) -> None:

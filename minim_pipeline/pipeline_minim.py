@@ -47,7 +47,7 @@ from .notices import logger, warn_once
 from .pipeline_output import MinimPipelineOutput, MinimScores
 from .saving import LoadingAndSaving
 from .schedules import check_scheduler, keep_from_clipping, rescale_noise_cfg, retrieve_timesteps
-from .tokens import modality_tokens, negative_text, prompt_text
+from .tokens import cut_texts, modality_tokens, negative_text, prompt_text
 from .turns import draws_in_turn, in_turn
 
 
@@ -88,11 +88,8 @@ class MinimPipeline(
         modalities: ids of the modalities trained, a list or, as `model_index.json` has it, one string with spaces
             between. `None` for a base model, which takes any known modality.
         findings: the findings learned, by modality id.
-        num_inference_steps: default of the call's argument; saved with the model, as are the next four.
-        guidance_scale: likewise.
-        guidance_rescale: likewise.
-        guidance_interval: likewise.
-        num_candidates: likewise.
+        num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, num_candidates: defaults of the
+            call's arguments; saved with the model.
         zero_terminal_snr: whether the model's noise schedule ends in pure noise. Read from `scheduler` if not given,
             and kept when the scheduler is swapped.
         custom_modalities: by id the definitions of modalities that are not in the package's table, as
@@ -264,12 +261,10 @@ class MinimPipeline(
         inputs = self.tokenizer(
             texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
         )
-        # The last id of the uncut sequence is the end-of-text token.
-        cut = [ids[max_length - 1 : -1] for ids in self.tokenizer(texts).input_ids]
-        if any(cut):
+        if cut := cut_texts(self.tokenizer, texts, max_length):
             logger.warning(
                 "The following part of your input was truncated because the text encoder can only handle sequences up"
-                f" to {max_length} tokens: {self.tokenizer.batch_decode([ids for ids in cut if ids])}"
+                f" to {max_length} tokens: {[lost for _, lost in cut]}"
             )
 
         input_ids = inputs.input_ids.to(device)  # (N, L)

@@ -67,7 +67,8 @@ def read_image(
     try:
         if is_dicom(path):
             return read_dicom(path, window)
-        pixels, notes = decode_file(path)
+        with Image.open(path) as file:
+            pixels, notes = decode_picture(file)
     except (FileNotFoundError, ImportError):
         raise
     except Exception as error:  # decoders raise many types: OSError, SyntaxError, ValueError, struct.error, ...
@@ -75,18 +76,6 @@ def read_image(
     if found is None:
         found = found_in(pixels) if isinstance(pixels, np.ndarray) else Found()
     return to_8_bits(pixels, notes, found, modality, window)
-
-
-def decode_file(path: str | Path) -> tuple[Image.Image | np.ndarray, list[str]]:
-    """As `decode_picture`, of a file."""
-    with Image.open(path) as file:
-        return decode_picture(file)
-
-
-def is_deep_file(path: Path) -> bool:
-    """As `is_deep`, of a file."""
-    with Image.open(path) as file:
-        return is_deep(file)
 
 
 def image_problem(path: Path) -> str | None:
@@ -111,8 +100,9 @@ def survey(files: Iterable[tuple[Path, str]]) -> dict[str, Found]:
 
     def look(file: tuple[Path, str]) -> Found:
         with suppress(Exception):
-            if not is_dicom(file[0]) and is_deep_file(file[0]):
-                pixels, _ = decode_file(file[0])
+            if not is_dicom(file[0]):
+                with Image.open(file[0]) as image:
+                    pixels = decode_picture(image)[0] if is_deep(image) else None
                 return found_in(pixels) if isinstance(pixels, np.ndarray) else Found()
         return Found()
 

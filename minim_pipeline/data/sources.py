@@ -311,18 +311,20 @@ class DatasetWriter:
             # run.json is the first file of a run, so what lies here without it is somebody's own.
             own = [*self.output_dir.glob("data.csv"), *self.output_dir.glob("[0-9][0-9][0-9][0-9]*.png")]
             if own:
-                raise ValueError(
-                    f"{self.output_dir} holds files that no run has written ({own[0].name}): choose another folder."
-                )
+                strange = f"files that no run has written ({own[0].name})"
+                raise ValueError(f"{self.output_dir} holds {strange}: choose another folder.")
             return
         earlier = read_json(file)
         names = [name for name in {**earlier, **self.settings} if earlier.get(name) != self.settings.get(name)]
         if names:
             differing = [f"{name}: {earlier.get(name)!r} there, {self.settings.get(name)!r} now" for name in names]
-            raise ValueError(
-                f"{self.output_dir} holds a run of other settings ({'; '.join(differing)}): "
-                "choose another folder, or the same settings."
-            )
+            raise other_settings(self.output_dir, "; ".join(differing))
+
+
+def other_settings(folder: Path, differing: str) -> ValueError:
+    """The error for a folder that another run has begun."""
+    same = "choose another folder, or the same settings"
+    return ValueError(f"{folder} holds a run of other settings ({differing}): {same}.")
 
 
 def image_name(index: int, digits: int) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..data.sources import DatasetWriter
+from ..data.sources import DatasetWriter, other_settings
 from ..loading import load_pipeline, lora_identity, model_identity, unet_identity
 from ..locking import locked
 from ..provenance import save_png
@@ -216,10 +216,7 @@ def check_rows(writer: DatasetWriter, items: Sequence[Item]) -> None:
         planned = {"Text": item.text, "modality": item.modality.name, "seed": str(item.seed)}.items()
         differing = [f"{key}: {row[key]!r} there, {value!r} now" for key, value in planned if row[key] != value]
         if differing:
-            raise ValueError(
-                f"{writer.output_dir} holds a run of other settings ({row['path']} has {'; '.join(differing)}): "
-                "choose another folder, or the same settings."
-            )
+            raise other_settings(writer.output_dir, f"{row['path']} has {'; '.join(differing)}")
 
 
 def save_grid(writer: DatasetWriter, items: Sequence[Item]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..tokens import tokenize
 from .estimate import estimate_clean, noise_angles
 from .filter_head import FilterHead, FilterHeadOutput
 
@@ -122,9 +123,7 @@ class Funnel:
     ) -> "Funnel":
         """The funnel of `candidates` for each of the images of `texts`, which are as `prompt_text` gives them."""
         config = head.config
-        ids = tokenizer(
-            texts, padding="max_length", max_length=config.max_length, truncation=True, return_tensors="pt"
-        ).input_ids
+        ids = tokenize(tokenizer, texts, config.max_length)
         # What was added to the tokenizer since, as by a textual inversion, says nothing to the head.
         ids = torch.where(ids < config.vocab_size, ids, config.pad_token_id).to(device)
         image = torch.arange(len(texts), device=device).repeat_interleave(candidates)
