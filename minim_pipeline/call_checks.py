@@ -147,8 +147,7 @@ def check_tensor(name: str, value, shape: tuple[int | None, ...]) -> None:
 def check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, hidden) -> int:
     """The number of prompts; ValueError if they are no text, or embeddings (N, L, hidden) of another form.
 
-    Args:
-        hidden: the U-Net's `cross_attention_dim`; where that is a number for each block, any size is taken.
+    Where `hidden`, the U-Net's `cross_attention_dim`, is a number for each block, any size is taken.
     """
     if (prompt is None) == (prompt_embeds is None):
         raise ValueError("Pass exactly one of `prompt` and `prompt_embeds`.")
@@ -188,8 +187,7 @@ def check_noise(generator, seeds, latents, shape: tuple[int, int, int, int]) -> 
 def check_wishes(why, num_candidates, max_rounds, filter_threshold, use_filter, seeds, latents) -> None:
     """Raises ValueError for what only a filter can do where none runs, and for candidates where the noise is given.
 
-    Args:
-        why: no filter runs, as the rest of a sentence; None if one does.
+    `why`: no filter runs, as the rest of a sentence; None if one does.
     """
     wishes = {"num_candidates": num_candidates, "max_rounds": max_rounds, "filter_threshold": filter_threshold}
     wishes["use_filter"] = use_filter or None
@@ -217,10 +215,7 @@ def check_callback(callback, tensor_inputs, allowed: list[str]) -> None:
 
 
 def replace_tensors(batch: Batch, given, guided: bool) -> None:
-    """Puts what a callback gave back in the place of the batch's tensors, while guidance is on or off.
-
-    Raises ValueError if that is no dict, or a tensor in it has another shape than the one before.
-    """
+    """Puts what a callback gave back in the place of the batch's tensors; ValueError for no dict, or another shape."""
     if not isinstance(given, dict):
         raise ValueError(f"`callback_on_step_end` has to return a dict, got {given!r}.")
     for name in ("latents", "negative_prompt_embeds"):
@@ -238,7 +233,7 @@ def replace_tensors(batch: Batch, given, guided: bool) -> None:
 def callback_embeds(given: torch.Tensor, before: torch.Tensor, count: int, guided: bool) -> torch.Tensor:
     """The embeddings to go on with for `count` candidates after a callback gave some in the place of `before`.
 
-    Raises ValueError if they are neither one for each candidate nor, as with guidance they have to be, two.
+    There is one for each candidate or, as with guidance there has to be, two; else ValueError.
     """
     if given.shape == before.shape or (not guided and given.shape == (count, *before.shape[1:])):
         return given
@@ -254,12 +249,8 @@ def callback_embeds(given: torch.Tensor, before: torch.Tensor, count: int, guide
 def to_pictures(images) -> list[PIL.Image.Image]:
     """Images as pictures: arrays as they would be saved, in 8 bits, so that an image is rated the same in every form.
 
-    Args:
-        images: one image or a list of them as `PIL.Image`, or as `np.ndarray` (H, W, 3) or `torch.Tensor` (3, H, W) in
-            [0, 1]; arrays and tensors also with a first axis N.
-
-    Raises:
-        ValueError: it is something else, or there is none.
+    `images` are one image or a list of them as `PIL.Image`, or as `np.ndarray` (H, W, 3) or `torch.Tensor` (3, H, W)
+    in [0, 1]; arrays and tensors also with a first axis N. ValueError for anything else, and for none.
     """
     arrays = "an np.ndarray (N, H, W, 3) in [0, 1] or a torch.Tensor (N, 3, H, W) in [0, 1]"
     allowed = f"PIL images, {arrays}, at least one image"
@@ -289,9 +280,7 @@ def to_pictures(images) -> list[PIL.Image.Image]:
 def check_finite(values: torch.Tensor, what: str, networks: dict[str, torch.nn.Module | None]) -> None:
     """Raises ValueError if latents or pixels (N, ...) are not finite: no picture is made of them.
 
-    Args:
-        what: they are.
-        networks: by name, those that made them, or None; the first whose weights are not finite is told.
+    `networks`: by name, those that made them, or None; the first whose weights are not finite is told.
     """
     there = {name: network for name, network in networks.items() if network is not None}
     broken = int((~values.isfinite()).flatten(1).any(1).sum())

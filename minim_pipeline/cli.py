@@ -114,8 +114,7 @@ def checked(text: str, name: str = "prompt") -> str:
 def plan(options: GenerateCommand, trained: list[str] | None) -> tuple[list[Item], Path]:
     """The images that are asked for, and their folder. What is missing is asked for at the terminal.
 
-    Raises:
-        ValueError: something is missing, and nobody can be asked; or what is given is not possible.
+    Raises ValueError if something is missing and nobody can be asked, or what is given is not possible.
     """
     modality, text, folder, file = options.modality, options.prompt, options.output_dir, options.prompts_file
     if file is not None and text is not None:

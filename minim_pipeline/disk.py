@@ -56,9 +56,8 @@ def whole_file(path: Path, size: int = 0) -> Iterator[Path]:
 def enough_room(path: Path, size: int) -> Iterator[None]:
     """What is written in it to `path`, a file or a folder, is removed if anything fails.
 
-    Raises:
-        OSError: the disk has no room for `size` bytes, or is full when they are written; the message says where, how
-            much is needed and how much is free.
+    Raises OSError if the disk has no room for `size` bytes, or is full when they are written; the message says where,
+    how much is needed and how much is free.
     """
 
     def told(free: int) -> OSError:

@@ -28,11 +28,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 def read_model_index(model: str) -> dict:
     """The `model_index.json` of a pipeline: which modalities and findings it has learned, among others.
 
-    Args:
-        model: a folder, or an id on the Hub.
-
-    Raises:
-        ValueError: neither of them holds a pipeline, or the Hub cannot be reached.
+    `model` is a folder, or an id on the Hub; ValueError if that holds no pipeline, or the Hub cannot be reached.
     """
     file = Path(model) / "model_index.json"
     if Path(model) == EMBEDDED_CHECKPOINT and not file.is_file():
@@ -189,12 +185,9 @@ def load_with_unet(model: str, path: str | Path, bare: bool, dtype=None):
     """`MinimPipeline.from_pretrained(model)` with the U-Net in `path`, or in its folder `unet`, in place of its own.
 
     Args:
-        model: the pipeline that the U-Net was trained from, a folder or an id on the Hub.
+        model: the pipeline that the U-Net was trained from, a folder or a Hub id; ValueError if it does not fit.
         bare: the U-Net has learned captions as they stand, without a modality, as MINIM's training has it.
         dtype: of all weights; by default float32.
-
-    Raises:
-        ValueError: there is no U-Net, or it does not fit the text encoder or the autoencoder.
     """
     import torch
     from diffusers import UNet2DConditionModel

@@ -79,9 +79,8 @@ class LoraLoading(StableDiffusionLoraLoaderMixin):
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs):
         """As diffusers', and for a file or folder as `PeftModel.save_pretrained` writes it.
 
-        Raises:
-            ValueError: there are PEFT's weights without the `adapter_config.json` that says how to weigh them, or an
-                adapter of another kind.
+        Raises ValueError for PEFT's weights without the `adapter_config.json` that says how to weigh them, and for an
+        adapter of another kind.
         """
         source, options = pretrained_model_name_or_path_or_dict, dict(kwargs)
         state_dict, alphas, metadata = super().lora_state_dict(source, **{**kwargs, "return_lora_metadata": True})

@@ -77,7 +77,7 @@ _BY_KEY = _spellings(*MODALITIES.values())
 
 
 def register_modality(modality: Modality) -> Modality:
-    """Adds a modality to the table, for as long as the process lasts.
+    """Adds a modality to the table, for as long as the process lasts, and returns it.
 
     A pipeline with this modality among its `modalities` saves the definition, and `MinimPipeline.from_pretrained`
     registers it again. To register the very same again changes nothing.
@@ -122,11 +122,8 @@ def read_definitions(definitions: dict[str, dict]) -> tuple[Modality, ...]:
     """The modalities that `custom_definitions` gave, also after JSON made lists of its tuples; registers nothing.
 
     Where the table has the modality already, its own names and words stay, or a model could not be loaded any more
-    once the table has grown, nor beside another model; only what images are has to agree.
-
-    Raises:
-        ValueError: as `register_modality`; for a modality of the table if it is grey or may be mirrored there and here
-            not, or the other way round.
+    once the table has grown, nor beside another model; only what images are, grey and to be mirrored, has to agree.
+    Raises as `register_modality`.
     """
     modalities = []
     for name, definition in definitions.items():

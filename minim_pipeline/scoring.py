@@ -37,9 +37,6 @@ def score_csv(options: ScoreOptions) -> tuple[Path, list[dict[str, str]]]:
     Returns:
         The path written, and its rows: those of the data, `score`, `quality` and `finding`, ratings from 1 to 3,
         `accepted`, and `reason`, why not: quality, finding or copy.
-
-    Raises:
-        ValueError: the model has no filter head, or rows are bad, or what the images' values mean cannot be known.
     """
     data, reading = options.data, options.reading
     output = options.output or data.with_name(f"{data.stem}-scored.csv")

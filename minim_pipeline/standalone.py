@@ -33,8 +33,7 @@ PROLOGUE_NAMES = {"FILTER_LIBRARY", "source_code"}
 def source_code() -> str:
     """The text of `pipeline.py`, which imports nothing of this package.
 
-    Raises:
-        ValueError: two modules define the same name, or one needs another that is not among `MODULES`.
+    Raises ValueError if two modules define the same name, or one needs another that is not among `MODULES`.
     """
     folder = Path(__file__).parent
     return inline({name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in MODULES})

@@ -46,11 +46,7 @@ def in_turn(method: Callable) -> Callable:
 
 
 def draws_in_turn(method: Callable) -> Callable:
-    """As `in_turn`; from inside of such a call, as in a callback, a second one is refused.
-
-    Raises:
-        RuntimeError: the pipeline, or another one with its scheduler, is drawing in this very thread.
-    """
+    """As `in_turn`; from inside of such a call, as in a callback, a second one is refused with RuntimeError."""
 
     @functools.wraps(method)
     def drawing(self, *args, **kwargs):

@@ -59,11 +59,7 @@ class Settings:
 
 
 def check(limits: Limits, trained: list[str], **asked) -> Settings:
-    """Settings within the limits.
-
-    Raises:
-        ValueError: one of them is not possible; the message has what was given and what is allowed.
-    """
+    """Settings within the limits; ValueError with what was given and what is allowed for one that is not possible."""
     if asked["modality"] not in trained:
         raise ValueError(f"Choose a modality: {', '.join(trained)} (got {str(asked['modality'])[:40]!r}).")
     prompt = " ".join(str(asked["prompt"] or "").split())

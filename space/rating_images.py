@@ -59,11 +59,8 @@ class RatedImage:
 def read_folder(folder: str | Path, kind: str, reading: Reading = WHOLE) -> list[RatedImage]:
     """The images of a folder with `data.csv` (`path,Text,modality`), as `minim generate` writes it.
 
-    What was done to them is told on stderr.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such CSV, it has bad rows, or what the values of its images mean
-            cannot be known.
+    What was done to them is told on stderr. Raises as `read_csv`, and ValueError if what the values of its images mean
+    cannot be known.
     """
     csv = Path(folder) / "data.csv"
     images = []

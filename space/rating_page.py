@@ -40,14 +40,11 @@ class Answer(Ask):
 
 
 class RatingDesk:
-    """Hands out images, and takes ratings into the store.
+    """Hands out images, and takes ratings into the store; ValueError if that has ratings of others of the same names.
 
     Args:
         real_share, repeat_share: see `rating_images.queue`.
         keep: called with each rating stored, before it is acknowledged.
-
-    Raises:
-        ValueError: the store has ratings of other images of the same names.
     """
 
     def __init__(self, store: RatingStore, images: list[RatedImage], real_share=0.1, repeat_share=0.1, keep=None):
@@ -85,11 +82,7 @@ class RatingDesk:
         return told | {"done": len(done), "total": len(shown)}
 
     def take(self, answer: Answer) -> None:
-        """Stores a rating.
-
-        Raises:
-            ValueError: there is no such image, or it is not this rater's.
-        """
+        """Stores a rating; ValueError if there is no such image, or it is not this rater's."""
         image = self.images.get(answer.image)
         if image is None or (image, answer.turn) not in self.queue_of(answer.rater):
             raise ValueError("This image is not among those to rate: reload the page.")

@@ -28,11 +28,8 @@ def read_dicom(path: str | Path, window: tuple[float, float] | None = None) -> t
     """The first frame of a DICOM file as an image of mode L or RGB, and notes on what was done and what it says.
 
     Rescale slope and intercept are applied, then `window`, or the file's first VOI window (or table), or else its
-    percentiles; at 8 bits a pixel and without any of these, values are taken as they are.
-
-    Raises:
-        ImportError: pydicom is missing.
-        ValueError: the file holds no image that pydicom can decode.
+    percentiles; at 8 bits a pixel and without any of these, values are taken as they are. Raises ImportError without
+    pydicom, ValueError for a file with no image that it can decode.
     """
     try:
         from pydicom import dcmread

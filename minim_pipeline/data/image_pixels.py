@@ -55,16 +55,13 @@ def found_in(values: np.ndarray) -> Found:
 def black_and_white(
     found: tuple[float, float], real: bool, modality: str, window: tuple[float, float] | None = None
 ) -> tuple[float, float, str]:
-    """Which values become 0 and 255, and a note that says so.
+    """Which values become 0 and 255, and a note that says so; ValueError if it cannot be known.
 
     Args:
         found: the least and the greatest value of the data set.
         real: whether they are floating-point numbers.
         modality: id, e.g. `"chest_ct"`; signed whole numbers are Hounsfield units there.
         window: values that become 0 and 255, whatever was found.
-
-    Raises:
-        ValueError: it cannot be known.
     """
     least, greatest = found
     if window is not None:
@@ -103,8 +100,7 @@ def to_8_bits(
 ) -> tuple[Image.Image, list[str]]:
     """What `decode_picture` gave as an image of mode L or RGB, and all notes; raises as `black_and_white`.
 
-    Args:
-        found: what lies in the data set that the image is of.
+    `found`: what lies in the data set that the image is of.
     """
     if isinstance(pixels, Image.Image):
         return pixels, notes

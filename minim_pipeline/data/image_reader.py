@@ -93,9 +93,7 @@ def image_problem(path: Path) -> str | None:
 def survey(files: Iterable[tuple[Path, str]]) -> dict[str, Found]:
     """What lies in the pixels of more than 8 bits of a data set, by modality; other files are only opened.
 
-    Args:
-        files: path and id of the modality of each. Those that cannot be read are passed over: whoever reads them
-            is told.
+    `files`: path and modality's id of each. Those that cannot be read are passed over: whoever reads them is told.
     """
 
     def look(file: tuple[Path, str]) -> Found:

@@ -338,11 +338,7 @@ def name_digits(folder: Path, count: int) -> int:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: it holds anything else.
-    """
+    """The object in a JSON file; ValueError if it holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

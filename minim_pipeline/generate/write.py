@@ -166,8 +166,7 @@ def call_arguments(pipe, options: GenerateOptions, filtering: bool) -> dict[str,
 def draw(pipe, batch: Sequence[Item], progress: Callable[[float], object], **arguments):
     """What the pipeline gives for `batch`, each from a generator of its own; `progress` is told the share of steps.
 
-    Raises:
-        ValueError: as the pipeline; or the images do not fit into memory.
+    Raises ValueError as the pipeline does, and if the images do not fit into memory.
     """
     import torch
 

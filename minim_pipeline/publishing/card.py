@@ -33,11 +33,7 @@ class Sample:
 
 
 def read_card(path: str | Path) -> ModelCard:
-    """A card from a file.
-
-    Raises:
-        ValueError: there is no such file, its front matter is no YAML, or a field is missing that the Hub needs.
-    """
+    """A card from a file; ValueError if there is none, or a field is missing that the Hub needs."""
     try:
         card = ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=False)
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:

@@ -43,11 +43,7 @@ def count_parts(model: str | Path) -> dict[str, dict[str, int]]:
 
 
 def read_report(path: str | Path) -> dict:
-    """A report.json with its sections: a published model's, or one of those that make it up.
-
-    Raises:
-        ValueError: the file is no JSON, or no report that this package writes.
-    """
+    """A report.json with its sections: a published model's, or one of those that make it up; ValueError for others."""
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
