@@ -16,9 +16,7 @@ from .finite import check_weights
 def save_model(model, folder: str | Path) -> None:
     """Writes a pipeline, or a part of one, with `save_pretrained`: finite and whole, or not at all.
 
-    Raises:
-        ValueError: the weights are not finite.
-        OSError: the disk is full.
+    Raises ValueError if the weights are not finite, OSError if the disk is full.
     """
     check_weights(model)
     parts = model.components.values() if hasattr(model, "components") else [model]

@@ -19,8 +19,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which takes its place at the end, or is removed if anything fails.
 
-    Raises:
-        OSError: the disk is full; the message says where, and how much is free.
+    Raises OSError, with where and how much is free, if the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

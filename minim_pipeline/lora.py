@@ -95,10 +95,7 @@ class LoraLoading(StableDiffusionLoraLoaderMixin):
         """As [`StableDiffusionLoraLoaderMixin.load_lora_weights`], from PEFT's adapters too.
 
         Warns if some of the weights have no place here, and if the LoRA was trained with modality tokens that the
-        tokenizer does not know.
-
-        Raises:
-            ValueError: none of the weights has a place in this pipeline's U-Net or text encoder.
+        tokenizer does not know; ValueError if none of the weights has a place in U-Net or text encoder.
         """
         source = pretrained_model_name_or_path_or_dict
         options = {key: value for key, value in kwargs.items() if key not in ("hotswap", "low_cpu_mem_usage")}

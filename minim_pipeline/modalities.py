@@ -150,15 +150,12 @@ def custom_definitions(ids: list[str]) -> dict[str, dict]:
 def resolve_modality(
     name: str | None, trained: Sequence[str] | None = None, own: tuple[Modality, ...] = ()
 ) -> Modality:
-    """The modality that `name` stands for.
+    """The modality that `name` stands for; ValueError if it is unknown, fits several, or is not among `trained`.
 
     Args:
         name: an id, a name of MINIM's, or an alias, in any case and with any spaces, hyphens or underscores.
         trained: ids that the model at hand has learned; `None` allows all of the table.
         own: modalities that the model at hand defines, in the table or not.
-
-    Raises:
-        ValueError: `name` is unknown, fits several modalities, or is not among `trained`.
     """
     if not isinstance(name, str):
         raise ValueError(f"`modality` has to be a string, got {name!r} of type {type(name).__name__}.")

@@ -365,9 +365,8 @@ class MinimPipeline(
             fit: what becomes of an image of other proportions: `"stretch"`, `"crop"` or `"pad"`.
             window: the values that become black and white in a `PIL.Image` of more than 8 bits; `None` finds out.
 
-        Raises:
-            ValueError: the pipeline has no filter head, an argument is not possible, as for `__call__`, or what the
-                values of an image mean cannot be known.
+        Raises ValueError without a filter head, for an argument that is not possible, as `__call__`, and if what the
+        values of an image mean cannot be known.
         """
         if self.filter_head is None:
             raise ValueError("This pipeline has no filter head to score with.")

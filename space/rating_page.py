@@ -86,17 +86,9 @@ class RatingDesk:
         image = self.images.get(answer.image)
         if image is None or (image, answer.turn) not in self.queue_of(answer.rater):
             raise ValueError("This image is not among those to rate: reload the page.")
-        rating = Rating(
-            rater=answer.rater,
-            path=image.path,
-            rating=answer.rating,
-            text=image.text,
-            modality=image.modality,
-            turn=answer.turn,
-            kind=image.kind,
-            seconds=round(answer.seconds, 3),
-            digest=image.digest,
-        )
+        shown = {name: getattr(image, name) for name in ("path", "text", "modality", "kind", "digest")}
+        said = {"rating": answer.rating, "turn": answer.turn, "seconds": round(answer.seconds, 3)}
+        rating = Rating(rater=answer.rater, **shown, **said)
         self.store.add(rating)
         if self.keep is not None:
             self.keep(rating)

@@ -78,11 +78,8 @@ def check_values(
 ) -> dict[str, Found]:
     """By modality, what lies in the pixels of more than 8 bits of all images that are to be scaled alike.
 
-    Args:
-        sets: rows as `read_csv` gives them, and the CSV they came from, whose other rows are looked at as well.
-
-    Raises:
-        ValueError: what the values mean cannot be known, for a modality of the rows.
+    `sets` are rows as `read_csv` gives them, and the CSV they came from, whose other rows are looked at as well.
+    Raises ValueError if what the values of a modality of the rows mean cannot be known.
     """
     files: dict[Path, str] = {}
     modalities: set[str] = set()

@@ -113,11 +113,7 @@ def survey(files: Iterable[tuple[Path, str]]) -> dict[str, Found]:
 
 
 def file_keys(paths: Sequence[Path]) -> list[str]:
-    """A key for each path, the same for the same file or content. Only files that share their size are read.
-
-    Raises:
-        OSError: a file is not there.
-    """
+    """A key for each path, the same for the same file or content. Only files that share their size are read."""
     places = [path.resolve() for path in paths]
     distinct = list(dict.fromkeys(places))
     sizes = {path: path.stat().st_size for path in distinct}

@@ -35,10 +35,8 @@ class Record:
 def read_table(path: Path) -> tuple[list[str], list[Record]]:
     """The column names, by their usual spelling, and the records; empty lines are left out.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is empty, has two columns of one name, or is no UTF-8 text with commas between columns;
-            the message says what it is instead.
+    Raises ValueError if the file is empty, has two columns of one name, or is no UTF-8 text with commas between
+    columns; the message says what it is instead.
     """
     with open(path, "rb") as binary:
         start = binary.read(4096)
