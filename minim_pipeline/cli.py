@@ -42,18 +42,13 @@ class Parser(argparse.ArgumentParser):
 class GenerateCommand(GenerateOptions):
     """What the images show, how many there are, and where they go."""
 
-    modality: str | None = option(
-        None,
-        "E.g. OCT, Fundus, CXR, ChestCT, BrainMRI; minim modalities lists them. With --prompts-file: of all rows.",
-    )
+    modality: str | None = option(None, "E.g. OCT; minim modalities lists them. With --prompts-file: of all rows.")
     prompt: str | None = option(None, "What the image shows, e.g. 'diabetic macular edema'.")
     prompts_file: Path | None = option(
         None, "Many prompts: columns Text,modality, optional num_images,seed; others are carried through to data.csv."
     )
     num_images: Count | None = option(None, "Images of the prompt (default 4), or of each row (1).")
-    seed: Whole = option(
-        0, "Image i uses seed + i; of a row with a seed of its own, image i uses that one + i (default 0)."
-    )
+    seed: Whole = option(0, "Image i uses seed + i; of a row with a seed of its own, that one + i (default 0).")
     output_dir: Path | None = option(None, "Their folder.")
     skip_bad_rows: bool = option(False, "Leave bad rows of the CSV out instead of stopping.")
 

@@ -41,13 +41,11 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_csv(
-    path: Path, rows: Iterable[Mapping], columns: Sequence[str] | None = None, lineterminator: str = "\r\n"
-) -> None:
+def write_csv(path: Path, rows: Iterable[Mapping], columns: Sequence[str] | None = None, end: str = "\r\n") -> None:
     """Writes rows whole or not at all; without `columns` those of all rows, which need not have the same."""
     rows = list(rows)
     columns = columns or list(dict.fromkeys(name for row in rows for name in row))
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator=lineterminator)
+        writer = csv.DictWriter(file, columns, restval="", lineterminator=end)
         writer.writeheader()
         writer.writerows(rows)

@@ -102,9 +102,8 @@ def _check_new(modality: Modality) -> None:
         definition = f"with another definition: {'; '.join(changed)}"
         raise ValueError(f"modality {modality.id!r} is in the table already, {definition}.")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", modality.id):
-        raise ValueError(
-            f"The id of a modality has to begin with a letter a-z and go on with a-z, 0-9 and _, got {modality.id!r}."
-        )
+        form = "begin with a letter a-z and go on with a-z, 0-9 and _"
+        raise ValueError(f"The id of a modality has to {form}, got {modality.id!r}.")
     spellings = (modality.id, modality.name, *modality.aliases)
     if not modality.words.strip() or not all(map(_key, spellings)):
         raise ValueError(f"modality {modality.id!r}: its name, its words and its aliases must not be empty.")

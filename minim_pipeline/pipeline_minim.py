@@ -40,7 +40,7 @@ from .lora import LoraLoading
 from .minim_filter import FilterHead
 from .minim_filter.filtering import Filtering
 from .minim_filter.funnel import Batch, Funnel, select_state
-from .minim_filter.seeds import draw_seeds, prepare_generators
+from .minim_filter.seeds import Generators, draw_seeds, prepare_generators
 from .minim_filter.selection import Selection
 from .modalities import Modality, custom_definitions, read_definitions
 from .notices import logger, warn_once
@@ -257,14 +257,12 @@ class MinimPipeline(
         What is beyond the token limit is cut, with a warning that quotes it.
         """
         texts = self.maybe_convert_prompt(texts, self.tokenizer)
-        max_length = max_length or self.tokenizer.model_max_length
-        inputs = self.tokenizer(
-            texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
-        )
-        if cut := cut_texts(self.tokenizer, texts, max_length):
+        length = max_length or self.tokenizer.model_max_length
+        inputs = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        if cut := cut_texts(self.tokenizer, texts, length):
             logger.warning(
                 "The following part of your input was truncated because the text encoder can only handle sequences up"
-                f" to {max_length} tokens: {[lost for _, lost in cut]}"
+                f" to {length} tokens: {[lost for _, lost in cut]}"
             )
 
         input_ids = inputs.input_ids.to(device)  # (N, L)
@@ -295,7 +293,7 @@ class MinimPipeline(
         negative_prompt_embeds: torch.Tensor | None,
         height: int,
         width: int,
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: Generators,
         latents: torch.Tensor | None = None,
     ) -> Batch:
         """Noise and embeddings of candidates; `slots` has the number of each one's image, for its embeddings."""
@@ -440,10 +438,8 @@ class MinimPipeline(
                     noise_pred = noise_pred[keep]
 
                 # compute the previous noisy sample x_t -> x_t-1
-                extra_step_kwargs = self.prepare_extra_step_kwargs(batch.generator, eta)
-                batch.latents = self.scheduler.step(
-                    noise_pred, t, batch.latents, **extra_step_kwargs, return_dict=False
-                )[0]
+                kwargs = self.prepare_extra_step_kwargs(batch.generator, eta)
+                batch.latents = self.scheduler.step(noise_pred, t, batch.latents, **kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     tensors = {name: getattr(batch, name) for name in callback_on_step_end_tensor_inputs or ()}
@@ -478,7 +474,7 @@ class MinimPipeline(
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -650,15 +646,12 @@ class MinimPipeline(
             if choosing:
                 round_seeds = draw_seeds(wanted, candidates, generator)
                 round_seeds += round_seeds[-candidates:] * (len(places) - len(wanted))
-            round_generator, known_seeds = prepare_generators(
-                len(slots), None if choosing else generator, round_seeds, latents
-            )
+            source = None if choosing else generator
+            source, known_seeds = prepare_generators(len(slots), source, round_seeds, latents)
             round_timesteps, num_inference_steps = retrieve_timesteps(
                 self.scheduler, num_inference_steps, device, timesteps, sigmas
             )
-            batch = self.prepare_batch(
-                slots, prompt_embeds, negative_prompt_embeds, height, width, round_generator, latents
-            )
+            batch = self.prepare_batch(slots, prompt_embeds, negative_prompt_embeds, height, width, source, latents)
 
             # Denoise; the funnel drops the worst candidates on the way
             funnel = self.prepare_funnel(prompts, modalities, places, candidates, device) if filtering else None

@@ -72,5 +72,5 @@ def score_csv(options: ScoreOptions) -> tuple[Path, list[dict[str, str]]]:
             bar.update(len(batch))
     tell(changes, len(rows), data, reading)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(output, scored, lineterminator="\n")
+    write_csv(output, scored, end="\n")
     return output, scored

@@ -287,7 +287,7 @@ class DatasetWriter:
         rows = {row["path"]: row for file in self._csv_files() for row in _whole_rows(file)}
         if rows:
             ordered = sorted(rows.values(), key=lambda row: (len(row["path"]), row["path"]))  # 9999.png before 10000
-            write_csv(self.output_dir / "data.csv", ordered, self.columns, lineterminator="\n")
+            write_csv(self.output_dir / "data.csv", ordered, self.columns, end="\n")
         for file in parts:
             file.unlink()
 
@@ -296,7 +296,7 @@ class DatasetWriter:
         write_json(self.output_dir / "run.json", self.settings)
         # Written anew, so that half a row, or a row without its image, is gone before more is appended.
         rows = [row for row in _whole_rows(self._csv) if row["path"] in self.rows]
-        write_csv(self._csv, rows, self.columns, lineterminator="\n")
+        write_csv(self._csv, rows, self.columns, end="\n")
         self._opened = True
 
     def _csv_files(self) -> list[Path]:

@@ -118,9 +118,7 @@ class Funnel:
     stages: list[tuple[float, int]]
 
     @classmethod
-    def prepare(
-        cls, head: FilterHead, tokenizer, texts: list[str], candidates: int, device: torch.device | str
-    ) -> "Funnel":
+    def prepare(cls, head: FilterHead, tokenizer, texts: list[str], candidates: int, device: torch.device) -> "Funnel":
         """The funnel of `candidates` for each of the images of `texts`, which are as `prompt_text` gives them."""
         config = head.config
         ids = tokenize(tokenizer, texts, config.max_length)
