@@ -63,7 +63,12 @@ def read_dicom(path: str | Path, window: tuple[float, float] | None = None) -> t
     else:
         image, more = _grey(values, data, window)
         notes += more
-    return image, notes + _said(data)
+    # What a caption may have to say, and is not put there.
+    if data.get("BurnedInAnnotation", "NO") != "NO":
+        notes.append("DICOM: it says that writing is burned into the image")
+    if side := data.get("ImageLaterality") or data.get("Laterality"):
+        notes.append(f"DICOM: it names a side ({side}), which is not put into the caption")
+    return image, notes
 
 
 def _grey(values: np.ndarray, data, window: tuple[float, float] | None) -> tuple[Image.Image, list[str]]:
@@ -100,14 +105,3 @@ def _grey(values: np.ndarray, data, window: tuple[float, float] | None) -> tuple
         notes.append("DICOM: MONOCHROME1 inverted")
     grey[padding != 0] = 0
     return Image.fromarray(grey), notes
-
-
-def _said(data) -> list[str]:
-    """What a caption may have to say, and is not put there."""
-    notes = []
-    if data.get("BurnedInAnnotation", "NO") != "NO":
-        notes.append("DICOM: it says that writing is burned into the image")
-    side = data.get("ImageLaterality") or data.get("Laterality")
-    if side:
-        notes.append(f"DICOM: it names a side ({side}), which is not put into the caption")
-    return notes

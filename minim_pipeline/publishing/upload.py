@@ -43,10 +43,9 @@ def publish(
     """Uploads a pipeline in one commit: weights, their fp16 variant, code, card, report and sample pictures.
 
     Everything is made and checked before the repository is touched. A cut connection leaves the repository as it was;
-    what had come through by then is not sent again.
+    what had come through by then is not sent again. Returns the address of the commit, or of the pull request.
 
     Args:
-        pipe: a `MinimPipeline`.
         repo_id: `"name"` or `"owner/name"`; made if it is not there yet.
         card: a file that becomes README.md. By default the one beside the weights that the pipeline was loaded from,
             if these are unchanged, and otherwise a bare one.
@@ -55,13 +54,9 @@ def publish(
         private: makes a new repository private; an old one stays what it is.
         revision: branch that is committed to, made if it is not there yet; default `main`.
         create_pr: opens a pull request instead.
-        commit_message: of the commit.
         token: with the right to write; by default the one that `hf auth login` stored, or `HF_TOKEN`.
         safe_serialization: only `True`; pickles are not published.
         variant: None or "fp16"; both are published whatever it is.
-
-    Returns:
-        Address of the commit, or of the pull request.
 
     Raises:
         ValueError: there is no token, or none that may write there; `repo_id` is of another kind, or holds something
@@ -86,9 +81,9 @@ def staged(
     pipe, repo_id: str, *, card: str | Path | None = None, report: str | Path | None = None, samples: int = 1
 ) -> Iterator[Path]:
     """A temporary folder with all that would be uploaded, checked; arguments and errors as for `publish`."""
-    found_card, found_report, page = find_papers(pipe)
-    figures = read_report(report) if report is not None else found_report
-    page = page if report is None else None
+    found_card, figures, page = find_papers(pipe)
+    if report is not None:
+        figures, page = read_report(report), None
     card = card or found_card
     if card is not None:
         front = read_card(card)
