@@ -26,7 +26,7 @@ def locked(folder: str | Path, state=None) -> Iterator[None]:
     Raises:
         ValueError: another run has the folder now. All processes of `state` raise it.
     """
-    folder, lock = Path(folder), FileLock(Path(folder) / LOCK_FILE, timeout=PATIENCE, mode=0o666)
+    folder, lock = Path(folder), FileLock(Path(folder) / LOCK_FILE, timeout=PATIENCE)
     places = [folder, *folder.absolute().parents]
     made: list[Path] = []
     problem: list[str | None] = [None]
