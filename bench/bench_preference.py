@@ -2,7 +2,7 @@
 
     python bench/bench_preference.py                              # the embedded model
     python bench/bench_preference.py --sd                         # Stable Diffusion 1.4's size, 512 px, random weights
-    python bench/bench_preference.py --images 8 --batch_size 4 --num_inference_steps 2     # anywhere
+    python bench/bench_preference.py --images 8 --batch_size 8 --num_inference_steps 2     # anywhere
 
 Everything is timed in one run, after one turn that is not. SD's way: 25 steps of DPM-Solver++, all guided, LoRA.
 """
