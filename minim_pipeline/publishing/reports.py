@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult
 from safetensors import safe_open
@@ -19,12 +20,7 @@ SECTIONS = {
 
 
 def gather_reports(docs: str | Path, model: str | Path) -> dict:
-    """What report.json of a published model holds: the reports found in `docs`, by section, and the model's `parts`.
-
-    Args:
-        docs: folder with the files of `SECTIONS`, of which any may be missing.
-        model: folder of the saved pipeline, whose parts are counted.
-    """
+    """What report.json of a published model holds: the model's `parts`, and by section the reports found in `docs`."""
     found = {name: Path(docs) / file for name, file in SECTIONS.items()}
     report = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.is_file()}
     return {"parts": count_parts(model)} | report
@@ -47,11 +43,7 @@ def count_parts(model: str | Path) -> dict[str, dict[str, int]]:
 
 
 def read_report(path: str | Path) -> dict:
-    """A report.json with its sections: a published model's, or one of those that make it up.
-
-    Raises:
-        ValueError: the file is no JSON, or no report that this package writes.
-    """
+    """A report.json with its sections: a published model's, or one of those that make it up; ValueError for others."""
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -83,13 +75,6 @@ def eval_results(report: dict) -> Iterator[EvalResult]:
 
 
 def result(modality: str, metric: str, name: str, value: float) -> EvalResult:
-    return EvalResult(
-        task_type="text-to-image",
-        dataset_name=f"val images, {modality}",
-        dataset_type="minim-open",
-        dataset_config=modality,
-        dataset_split="val",
-        metric_type=metric,
-        metric_name=name,
-        metric_value=value,
-    )
+    figure: dict[str, Any] = {"metric_type": metric, "metric_name": name, "metric_value": value}
+    figure |= {"dataset_type": "minim-open", "dataset_config": modality, "dataset_split": "val"}
+    return EvalResult(task_type="text-to-image", dataset_name=f"val images, {modality}", **figure)

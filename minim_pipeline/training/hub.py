@@ -6,7 +6,8 @@ from pathlib import Path
 
 from minim_pipeline import MinimPipeline
 from minim_pipeline.licenses import license_of
-from minim_pipeline.publishing import check_folder, check_target, connect, license_note, publish, told, upload
+from minim_pipeline.publishing import check_folder, check_target, connect, publish, told, upload
+from minim_pipeline.publishing.card import license_note
 from minim_pipeline.training.config import HubOptions
 
 

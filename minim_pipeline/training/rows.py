@@ -14,8 +14,8 @@ from transformers import CLIPTokenizer
 from .. import MODALITIES, may_mirror, resolve_modality
 from ..cli import say
 from ..data import splits
-from ..data.duplicates import file_keys
 from ..data.image_loading import check_values
+from ..data.image_reader import file_keys
 from ..data.sources import resolve_path
 from ..loading import register_modalities
 from ..tokens import cut_texts
