@@ -35,7 +35,7 @@ from minim_pipeline.evaluation.filtering import (
 )
 from minim_pipeline.evaluation.judges import class_of, load_judges
 from minim_pipeline.evaluation.planned import by_modality, plan
-from minim_pipeline.files import write_json
+from minim_pipeline.files import write_report
 from minim_pipeline.training.captions import CAPTIONS
 from minim_pipeline.training.config import Count, Precision, ReadingOptions, Whole, option, parse
 from minim_pipeline.training.filter.candidates import draw_candidates
@@ -105,9 +105,9 @@ class Evaluation:
         off, on = self.wrong[first], self.wrong[chosen]
         figures = {"cost": round(choice["samples"] / self.made["off"]["samples"], 3), "samples": choice["samples"]}
         figures |= compare_wrong(off, on)
-        figures["merged look-alikes"] = compare_wrong(self.merged[first], self.merged[chosen])
+        figures["merged_look_alikes"] = compare_wrong(self.merged[first], self.merged[chosen])
         figures["accepted"] = round(self.accepted[chosen].double().mean().item(), 4)
-        figures["mean score"] = round(drawn.score[chosen, -1].mean().item(), 4)
+        figures["mean_score"] = round(drawn.score[chosen, -1].mean().item(), 4)
         images = at_least(drawn.images[chosen], 176).to(self.device)  # five scales of MS-SSIM
         figures |= diversity(images, self.features[chosen], self.planned, self.val, self.config.pairs)
         for modality in figures["modalities"]:
@@ -118,7 +118,7 @@ class Evaluation:
     def report(self) -> dict[str, Any]:
         config, pipe, accepted, wrong = self.config, self.pipe, self.accepted, self.wrong
         ways = {name: self.way(choice) for name, choice in self.made.items()}
-        most = max(ways[name]["removed"] or 0.0 for name in ("filter at the end", "best rated at the end"))
+        most = max(ways[name]["removed"] or 0.0 for name in ("filter_at_the_end", "best_rated_at_the_end"))
         gain = ways["filter"]["removed"] / most if most > 0 else None
         device = torch.cuda.get_device_name(0) if self.device.type == "cuda" else platform.machine()
 
@@ -132,14 +132,14 @@ class Evaluation:
             "candidates": config.candidates,
             "stages": [list(stage) for stage in pipe.filter_head.config.stages],
             "ways": ways,
-            "gain of the filter, share of that at the end": gain and round(gain, 4),
-            "cost of an accepted image": round(ways["filter"]["cost"] / max(1e-9, ways["filter"]["accepted"]), 3),
-            "wrong of all candidates": round(wrong.double().mean().item(), 4),
-            "candidates taken for copies": round(self.reasons.count("copy") / len(self.reasons), 4),
-            "candidates accepted": round(accepted.double().mean().item(), 4),
-            "candidates whose finding is read as right": rejected(~wrong),
-            "candidates read as right and of quality 2 and more": rejected(~wrong & (self.drawn.quality[:, -1] >= 2)),
-            "candidates whose finding is read as wrong": rejected(wrong),
+            "share_of_gain_at_the_end": gain and round(gain, 4),
+            "cost_of_accepted_image": round(ways["filter"]["cost"] / max(1e-9, ways["filter"]["accepted"]), 3),
+            "candidates_wrong": round(wrong.double().mean().item(), 4),
+            "candidates_taken_for_copies": round(self.reasons.count("copy") / len(self.reasons), 4),
+            "candidates_accepted": round(accepted.double().mean().item(), 4),
+            "candidates_read_as_right": rejected(~wrong),
+            "candidates_read_as_right_of_quality_2": rejected(~wrong & (self.drawn.quality[:, -1] >= 2)),
+            "candidates_read_as_wrong": rejected(wrong),
             "rejected": rejections(pipe, self.val_rows, self.val_images, config.seed),
         }
         if self.rated_rows:
@@ -154,7 +154,7 @@ class Evaluation:
         output.mkdir(parents=True, exist_ok=True)
         modalities = [p["modality"] for p in self.planned]
         save_filter_sheet(drawn.images, chosen, self.wrong, modalities, output / "sheet.png")
-        write_json(output / "report.json", report)
+        write_report(output / "report.json", report)
         np.savez_compressed(
             output / "candidates.npz",
             quality=drawn.quality.half().numpy(),

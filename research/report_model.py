@@ -42,7 +42,7 @@ from minim_pipeline.evaluation.memorisation import (
     pixel_features,
 )
 from minim_pipeline.evaluation.planned import by_modality, draw_planned, plan
-from minim_pipeline.files import write_json
+from minim_pipeline.files import write_report
 from minim_pipeline.loading import model_identity
 from minim_pipeline.training.captions import CAPTIONS, load_captions
 from minim_pipeline.training.config import Count, ReadingOptions, Share, Weight, Whole, option, parse
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> dict:
         report["memorisation"] = copies_report(samples, real, vae, device)
     report["minutes"] = round((time.monotonic() - start) / 60, 2)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    write_json(config.output, report)
+    write_report(Path(config.output), report)
     return report
 
 

@@ -3,7 +3,6 @@
 torch and transformers are imported when everything that can be checked without them has been.
 """
 
-import json
 import platform
 import time
 from collections import Counter
@@ -21,7 +20,7 @@ from ..data.image_reader import Reading, tell
 from ..data.sources import resolve_path
 from ..data.splits import read_split
 from ..data.table import read_table
-from ..files import atomic_path
+from ..files import atomic_path, write_report
 from ..loading import register_modalities
 from .options import EvaluateOptions, ExtractorOptions
 
@@ -195,9 +194,9 @@ def write(report: dict, pictures: dict, curves: dict, folder: Path) -> None:
 
     page = render(report, pictures, curves)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("report.json", json.dumps(report, indent=2) + "\n"), ("report.html", page)):
-        with atomic_path(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    write_report(folder / "report.json", report)
+    with atomic_path(folder / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def describe(options: EvaluateOptions, real, synthetic, train) -> dict:

@@ -27,7 +27,7 @@ from ..cache import cached_tensor
 from ..contact_sheet import contact_sheet
 from ..data.image_loading import load_images
 from ..data.splits import read_split
-from ..files import atomic_path, write_json
+from ..files import atomic_path, write_report
 from ..loading import model_identity
 from ..options import Count, Precision, ReadingOptions, Whole, option
 from ..training.captions import CAPTIONS
@@ -247,7 +247,7 @@ def diversity(
         generator = torch.Generator().manual_seed(0)
         similarity[modality] = ms_ssim_of_pairs(x, prompts, pairs, generator, batch_size=100).mean().item()
         recall[modality] = precision_recall_density_coverage(val[modality], features[index])["recall"]
-    report = {"MS-SSIM": similarity, "recall": recall}
+    report = {"ms_ssim": similarity, "recall": recall}
     return {name: round(sum(v.values()) / len(v), 4) for name, v in report.items()} | {
         "modalities": {m: {name: round(v[m], 4) for name, v in report.items()} for m in recall}
     }
@@ -315,8 +315,8 @@ def rated(stand_in: str, images: dict[str, torch.Tensor], planned: list[dict], d
     asked = [p["modality"] for p in slots], [p["finding"] for p in slots]
     before, after = (torch.tensor(rater.rate(images[name][known], *asked)) for name in ("before", "after"))
     return {
-        "rated 3 by the stand-in": by_slot(before == 3, after == 3, slots),
-        "rated 1 by the stand-in": paired(before == 1, after == 1, slots),
+        "rated_3_by_stand_in": by_slot(before == 3, after == 3, slots),
+        "rated_1_by_stand_in": paired(before == 1, after == 1, slots),
     }
 
 
@@ -347,7 +347,7 @@ def compare(options: ComparisonOptions, before: str, after: str, folder: Path) -
     val = by_modality(encoder.encode_images(val_images)[0], val_names)
     features = {name: encoder.encode_images(drawn)[0] for name, drawn in images.items()}
     report |= distances(features, planned, val)
-    report["inception score"] = {name: round(inception_score(p), 4) for name, p in said.items()}
+    report["inception_score"] = {name: round(inception_score(p), 4) for name, p in said.items()}
     report["diversity"] = {
         # As large as MS-SSIM's coarsest scale needs.
         name: diversity(at_least(drawn, 176).to(device), features[name], planned, val, options.pairs)
@@ -357,28 +357,32 @@ def compare(options: ComparisonOptions, before: str, after: str, folder: Path) -
         vae = MinimPipeline.from_pretrained(before, filter_head=None).vae.to(device).eval()
         report["copies"] = copies(options, images, planned, by_modality(val_images, val_names), vae)
     save_sheet(images, planned, folder / "sheet.png")
-    write_json(folder / "report.json", report)
+    write_report(folder / "report.json", report)
     return report
+
+
+# What `summary` calls a figure, where its key does not say it as people write it.
+LABELS = {"rated_3_by_stand_in": "rated 3 by the stand-in", "inception_score": "inception score", "ms_ssim": "MS-SSIM"}
 
 
 def summary(report: dict) -> str:
     """The figures in some lines."""
     lines = []
-    for name in ("accuracy", "rated 3 by the stand-in"):
+    for name in ("accuracy", "rated_3_by_stand_in"):
         if name in report:
             r = report[name]
             low, high = (100 * v for v in r["interval"])
             lines.append(
-                f"{name}: {r['before']:.3f} -> {r['after']:.3f} "
+                f"{LABELS.get(name, name)}: {r['before']:.3f} -> {r['after']:.3f} "
                 f"({100 * r['difference']:+.1f} points [{low:+.1f}, {high:+.1f}], n {r['n']})"
             )
             for kind in ("phrasings", "modalities"):
                 each = r[kind].items()
                 lines.append("  " + "; ".join(f"{k} {v['before']:.3f} -> {v['after']:.3f}" for k, v in each))
-    plain = {name: report[name] for name in ("kid", "frechet", "inception score")}
-    for name in ("MS-SSIM", "recall"):
+    plain = {name: report[name] for name in ("kid", "frechet", "inception_score")}
+    for name in ("ms_ssim", "recall"):
         plain[name] = {when: report["diversity"][when][name] for when in ("before", "after")}
     for space, r in report.get("copies", {}).items():
         plain[f"copies, {space}"] = {when: r[when]["share"] for when in ("before", "after")}
-    lines += [f"{name}: {r['before']} -> {r['after']}" for name, r in plain.items()]
+    lines += [f"{LABELS.get(name, name)}: {r['before']} -> {r['after']}" for name, r in plain.items()]
     return "\n".join(lines)

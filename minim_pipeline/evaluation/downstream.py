@@ -37,8 +37,8 @@ from .sampling import draw_images
 
 
 MEANING = {
-    "data sharing": "The generator was trained on all real images, the classifier has only its share of them.",
-    "honest low data": "The generator's U-Net was trained on no other real images than the classifier's share.",
+    "data_sharing": "The generator was trained on all real images, the classifier has only its share of them.",
+    "honest_low_data": "The generator's U-Net was trained on no other real images than the classifier's share.",
 }
 
 
@@ -166,7 +166,7 @@ class Classifiers:
         for tensor in [self.val.images, *(tensor for part in parts for tensor in (part.images, part.labels))]:
             digest.update(tensor.contiguous().numpy().data)
         key = json.dumps([digest.hexdigest(), self.classes, design.architecture, design.width, asdict(design.recipe)])
-        file = self.folder / f"{name.replace(' ', '-')}-{seed}.safetensors"
+        file = self.folder / f"{name.replace('_', '-')}-{seed}.safetensors"
         return cached_tensor(file, key, lambda: self.train(name, parts, seed))
 
     def train(self, name: str, parts: list[Labelled], seed: int) -> torch.Tensor:
@@ -177,7 +177,8 @@ class Classifiers:
         origin = torch.cat([torch.full_like(part.labels, i) for i, part in enumerate(parts)]).to(self.device)
         recipe = replace(self.design.recipe, seed=seed)
         flags = self.flip[labels], self.grey[labels]
-        model = train_classifier(model, images, labels, *flags, recipe, f"{name}, seed {seed}", origin)
+        title = f"{name.replace('_', ' ')}, seed {seed}"
+        model = train_classifier(model, images, labels, *flags, recipe, title, origin)
         return Judges({"cnn": model}, self.classes, recipe.resolution).judge(self.val.images)
 
     def score(self, name: str, parts: list[Labelled]) -> "Score":
@@ -209,7 +210,7 @@ def conditions_of(
         # The largest first: the smaller ones are its beginning.
         most = None
         for percent in sorted(percents, reverse=True):
-            name, copies = f"{setting} {percent}", percent // 100
+            name, copies = f"{setting}_{percent}", percent // 100
             try:
                 if most is None:
                     most = Labelled(source(low_rows, copies), low.labels.repeat(copies))
@@ -233,7 +234,7 @@ def downstream(
     Args:
         train, val: rows and their images, uint8 [N, 3, S, S].
         low_rows: the rows of `train` that the low-data settings have.
-        sources: "data sharing" and, if there is one, "honest low data": where their synthetic images come from.
+        sources: "data_sharing" and, if there is one, "honest_low_data": where their synthetic images come from.
         folder: holds what each classifier said on the val images; a run that was stopped goes on from there.
         state: its processes share the classifiers.
 
@@ -285,7 +286,7 @@ def _report(scores: dict[str, "Score"], conditions: Conditions, settings: list[s
 
     low_data = {}
     for setting in settings:
-        names = {percent: f"{setting} {percent}" for percent in percents}
+        names = {percent: f"{setting}_{percent}" for percent in percents}
         gains = {p: _compare(scores, name, "low", conditions, lambda a, b: a - b) for p, name in names.items()}
         low_data[setting] = {
             "meaning": MEANING.get(setting, ""),

@@ -49,9 +49,9 @@ def choices(drawn: Candidates, accepted: torch.Tensor, head: FilterHead, candida
         values[:, :, -1] += 4 * accepted.view(-1, candidates)  # at the end accepted ones go first
     sums = drawn.guidance_sum.view_as(score)
     plans = plan_stages(head.config.stages, candidates)
-    ways = {"filter": (score, plans), "filter at the end": (score, [])}
-    ways |= {"best rated": (every, plans), "best rated at the end": (every, [])}
-    ways |= {"CFG-Rejection, high": (sums, plans), "CFG-Rejection, low": (-sums, plans)}
+    ways = {"filter": (score, plans), "filter_at_the_end": (score, [])}
+    ways |= {"best_rated": (every, plans), "best_rated_at_the_end": (every, [])}
+    ways |= {"cfg_rejection_high": (sums, plans), "cfg_rejection_low": (-sums, plans)}
     plain = int(guided.sum()) + len(guided)
     made = {"off": {"index": torch.zeros(len(score), dtype=torch.long), "samples": plain}}
     for name, (values, plan) in ways.items():
@@ -96,9 +96,9 @@ def rejections(pipe: MinimPipeline, rows: list[dict], images: torch.Tensor, seed
     cases = {
         "noise": (torch.rand(real.shape, generator=g), texts),
         "flat": (level, texts),
-        "another modality": (real[other], texts),
-        "another finding's caption": (real, wrong_texts),
-        "real, own caption (false rejection)": (real, texts),
+        "another_modality": (real[other], texts),
+        "another_findings_caption": (real, wrong_texts),
+        "real_own_caption": (real, texts),
     }
     return {name: _rejected(pipe, x, captions, modalities) for name, (x, captions) in cases.items()}
 

@@ -317,7 +317,8 @@ def _downstream(report: Mapping) -> dict | None:
         parts.append(left_out_part(low_data["left_out"], "Few real images"))
         low_data = {}
     for index, (name, setting) in enumerate(low_data.items()):
-        setting_title = f"Few real images: {name}"
+        words = name.replace("_", " ")
+        setting_title = f"Few real images: {words}"
         if "left_out" in setting:
             parts.append(left_out_part(setting["left_out"], setting_title))
             continue
@@ -339,7 +340,7 @@ def _downstream(report: Mapping) -> dict | None:
         parts.append(make_table(setting_title, head, rows, reading, text=text))
         if "left_out" not in setting["real"] and any("accuracy" in point for point in points):
             drawn = downstream_curve(setting, f"downstream-{index}")
-            parts.append({"kind": "plots", "title": "", "plots": [plot_part(drawn, name)], "reading": ""})
+            parts.append({"kind": "plots", "title": "", "plots": [plot_part(drawn, words)], "reading": ""})
     if downstream.get("settings"):
         parts.append(make_facts(downstream["settings"].items(), "Settings of the training", folded=True))
     return {"id": "downstream", "title": title, "parts": parts}
@@ -454,7 +455,7 @@ def _extraction(report: Mapping) -> dict | None:
         rows = [
             [
                 head_cell(name_of(prompt["modality"])),
-                text_cell(prompt["Text"], wide=True),
+                text_cell(prompt["text"], wide=True),
                 *(text_cell(plain(prompt.get(key))) for key in ("train_images", "images", "copies")),
                 text_cell(plain(prompt.get("distance"))),
             ]

@@ -33,16 +33,16 @@ def run_downstream(options: EvaluateOptions, train_csv: Path, state, sets: tuple
     # A little larger than what the classifiers see, so that zooming in finds detail.
     size = min(options.resolution, options.classifier_resolution * 5 // 4 // 8 * 8)
     sources = {}
-    models = {"data sharing": options.pipeline, "honest low data": options.low_data_pipeline}
+    models = {"data_sharing": options.pipeline, "honest_low_data": options.low_data_pipeline}
     settings = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
     for setting, model in models.items():
         if model:
-            images_folder = folder / setting.replace(" ", "-")
+            images_folder = folder / setting.replace("_", "-")
             identity = " ".join([*model_identity(model), options.dtype])
             pipe = load_for_drawing(options, model)
             sources[setting] = drawn_by(pipe, state, images_folder, size, batch_size(options), identity, **settings)
     if not sources:
-        sources["data sharing"] = taken_from(_shrink(synthetic.images, size), synthetic.rows, options.label_column)
+        sources["data_sharing"] = taken_from(_shrink(synthetic.images, size), synthetic.rows, options.label_column)
     recipe = Recipe(
         max_train_steps=options.classifier_steps,
         resolution=options.classifier_resolution,

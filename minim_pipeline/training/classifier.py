@@ -16,7 +16,7 @@ from ..data.image_loading import load_images
 from ..data.splits import read_splits
 from ..evaluation.classifier import ARCHITECTURES, Recipe, stored_side, train_classifier
 from ..evaluation.judges import Judges, accuracy_report, claimed_classes, class_of, format_report, load_judges
-from ..files import write_json
+from ..files import write_report
 from ..locking import locked
 from ..modalities import resolve_modality
 from .config import Count, CsvOptions, HubOptions, Precision, Share, Weight, Whole, option
@@ -147,7 +147,7 @@ def train(config: ClassifierConfig) -> dict:
             "arguments": {name: value for name, value in asdict(config).items() if name not in PATHS},
             "val": validate(judges, config, val_rows),
         }
-        write_json(config.output / "report.json", report)
+        write_report(config.output / "report.json", report)
         push_parts(
             config, "train_classifier", *(config.output / name for name in models), config.output / "judges.json"
         )

@@ -10,6 +10,7 @@ from conftest import ROOT
 from PIL import Image
 
 from minim_pipeline.data.image_loading import load_images, trim_letterbox
+from minim_pipeline.files import read_report
 
 
 torch.set_num_threads(1)
@@ -117,7 +118,7 @@ def test_report_end_to_end(make_pipeline, tmp_path):
     report = report_model.main(arguments)
 
     assert set(report["generated"]["new"]["modalities"]) == set(report["checks"]) == {"oct", "cxr"}
-    assert json.loads(output.read_text()) == json.loads(json.dumps(report))
+    assert read_report(output) == json.loads(json.dumps(report))
     assert str(tmp_path) not in output.read_text()
     assert report["generated"]["train"]["n"] == report["generated"]["new"]["n"] == 9
     assert report["generated"]["train"]["modalities"]["oct"]["findings"]["normal"]["n"] == 3

@@ -22,7 +22,7 @@ from ...data.sources import read_csv
 from ...data.splits import assign_splits
 from ...disk import save_model
 from ...evaluation.judges import claimed_classes, class_of, finds_asked, load_judges
-from ...files import write_json
+from ...files import write_report
 from ...locking import locked
 from ...minim_filter.selection import Thresholds
 from ..config import Count, CsvOptions, HubOptions, Precision, Range, Share, Whole, option
@@ -168,7 +168,7 @@ class Calibration:
             figures[name] = {"n": int(own.sum()), "accepted": round(passed[own].double().mean().item(), 4)}
             if right is not None and known is not None and (own := own & known).any():
                 figures[name] |= {"right": round(right[own].double().mean().item(), 4)}
-                figures[name] |= {"right of accepted": round(right[own & passed].double().mean().item(), 4)}
+                figures[name] |= {"right_of_accepted": round(right[own & passed].double().mean().item(), 4)}
         return thresholds, figures
 
     def learn_copies(self) -> tuple[dict[str, int], dict]:
@@ -218,7 +218,7 @@ class Calibration:
         report = {"calibration": calibration, "generated": figures, "copies": copies, "stages": stages}
         print(json.dumps(report | {"noise": table}, indent=2))
         report = {"arguments": asdict(config)} | report | {"plans": plans, "noise": table}
-        write_json(output / "report.json", report)
+        write_report(output / "report.json", report)
         return report
 
 

@@ -59,9 +59,9 @@ def plant(images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Copies as a generator might make them, by name: uint8 [N, 3, H, W]."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * 255 * 0.02
     return {
-        "12 % brighter": (images.float() * 1.12).clamp(0, 255).to(torch.uint8),
-        "noise of 2 %": (images.float() + noise).clamp(0, 255).to(torch.uint8),
-        "shifted by 4 px": images.roll((4, 4), (2, 3)),
+        "brighter_by_12_percent": (images.float() * 1.12).clamp(0, 255).to(torch.uint8),
+        "noise_of_2_percent": (images.float() + noise).clamp(0, 255).to(torch.uint8),
+        "shifted_by_4_px": images.roll((4, 4), (2, 3)),
         "mirrored": images.flip(-1),
     }
 
@@ -106,12 +106,12 @@ def veto_report(
     report = {
         "n": len(planted_modalities),
         "bytes": known.numel(),
-        "false alarms, val": round((strangers <= torch.tensor(limit["val"])).double().mean().item(), 4),
+        "false_alarms_val": round((strangers <= torch.tensor(limit["val"])).double().mean().item(), 4),
         "missed": {
             name: round((d > torch.tensor(limit["planted"])).double().mean().item(), 4) for name, d in copies.items()
         },
-        "missed by modality": missed,
-        "median distance": {"val": strangers.median().item()} | {n: d.median().item() for n, d in copies.items()},
+        "missed_by_modality": missed,
+        "median_distance": {"val": strangers.median().item()} | {n: d.median().item() for n, d in copies.items()},
     }
     return limits, report
 

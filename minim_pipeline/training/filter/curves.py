@@ -39,7 +39,7 @@ def noise_curves(table: list[dict], stages: Sequence[tuple[float, float]], path:
     """How well scores foretell (`stages.foretelling`), against the noise level; where candidates are dropped."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.add_subplot()
-    for name, label in (("final score", "final score above its median"), ("right finding", "finding read as right")):
+    for name, label in (("final_score", "final score above its median"), ("right_finding", "finding read as right")):
         if name in table[0]:
             points = [(row["level"], row[name]) for row in table if 0 < row["level"] < 1e3]
             axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)

@@ -68,7 +68,7 @@ def learn_all_grades(
             lambda index, fold: learn_grades(head, lessons, graded[index], names, fold)[0],
             graded.tensors[0][:, 0],
         )
-        report["quality, cross-validated"] = quality_report(ratings, guesses)
+        report["quality_cross_validated"] = quality_report(ratings, guesses)
     own = [i for i, row in enumerate(ratings) if learned_from(row, config.part)]
     head, raters = learn_grades(head, lessons, graded[own], names, config.folds)
     return head, report | raters_report(ratings, raters, guesses)

@@ -20,7 +20,7 @@ from ... import MinimPipeline
 from ...data.image_loading import load_images
 from ...disk import save_model
 from ...evaluation.judges import claimed_classes, class_of
-from ...files import write_json
+from ...files import read_report, write_report
 from ...minim_filter import FilterHead
 from ..captions import load_captions
 from ..hub import push_parts
@@ -132,9 +132,9 @@ class Trainer:
             head, of_grades = learn_all_grades(head, self.lessons, self.ratings, self.pipe)
             report |= of_grades
         if self.val_rows:
-            report["finding, val"] = self.finding_report(head)
+            report["finding_val"] = self.finding_report(head)
         save_model(head.half(), self.run.output / "filter_head")
-        write_json(self.run.output / "report.json", report)
+        write_report(self.run.output / "report.json", report)
         self.run.finish()
         print(json.dumps({name: value for name, value in report.items() if name != "arguments"}, indent=2))
         return report
@@ -165,7 +165,7 @@ def train(config: FilterConfig) -> dict:
         if run.accelerator.num_processes > 1:
             raise ValueError(f"train_filter.py is run by one process, got {run.accelerator.num_processes}.")
         if run.finished:
-            report = json.loads((run.output / "report.json").read_text())
+            report = read_report(run.output / "report.json")
         else:
             trainer = Trainer(config, run)
             run.train(trainer.step, trainer.validate)

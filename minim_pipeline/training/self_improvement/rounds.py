@@ -24,7 +24,7 @@ from ...disk import save_model
 from ...evaluation.comparison import compare, summary
 from ...evaluation.sampling import draw_latents
 from ...evaluation.stand_in import RATER
-from ...files import atomic_path, write_json
+from ...files import atomic_path, read_report, write_json, write_report
 from ...loading import model_identity, register_modalities
 from ...locking import locked
 from ...minim_filter.funnel import combine
@@ -72,7 +72,7 @@ def tune_head(config: SelfImproveConfig) -> None:
     pipe = MinimPipeline.from_pretrained(config.pretrained_model_name_or_path).to(pipe.device)
     head, report = tune(pipe, rows, latents, config)
     save_model(head.half(), config.output / "head" / "filter_head")
-    write_json(config.output / "head" / "report.json", report)
+    write_report(config.output / "head" / "report.json", report)
 
 
 def train_on_preferences(config: SelfImproveConfig) -> None:
@@ -106,7 +106,7 @@ def write_pipeline(config: SelfImproveConfig) -> None:
     for row in prompts:
         by_modality.setdefault(resolve_modality(row["modality"]).id, []).append(row)
     people: Counter[str] = Counter()
-    if json.loads((folder / "head" / "report.json").read_text())["taken"]:
+    if read_report(folder / "head" / "report.json")["taken"]:
         rated = [row for row in read_ratings(folder / "ratings.csv") if row["rater"] != RATER]
         images = {row["path"]: resolve_modality(row["modality"]).id for row in rated}
         people.update(images.values())
@@ -173,15 +173,11 @@ def check_taken(config: SelfImproveConfig) -> None:
             )
 
 
-def write_report(config: SelfImproveConfig, minutes: dict[str, float]) -> dict:
+def write_round_report(config: SelfImproveConfig, minutes: dict[str, float]) -> dict:
     """`report.json`: the figures of all stages."""
-
-    def read(name: str) -> dict | None:
-        file = config.output / name
-        return json.loads(file.read_text()) if file.is_file() else None
-
-    ratings = read_csv(config.output / "ratings.csv", check_images=False)
-    log = read_log(config.output / "preference")
+    folder, compared = config.output, config.output / "comparison" / "report.json"
+    ratings = read_csv(folder / "ratings.csv", check_images=False)
+    log = read_log(folder / "preference")
     report = {
         "model": list(model_identity(config.pretrained_model_name_or_path)),
         "seed": config.seed,
@@ -190,16 +186,16 @@ def write_report(config: SelfImproveConfig, minutes: dict[str, float]) -> dict:
             "raters": dict(Counter(row["rater"] for row in ratings)),
             "given": {str(k): sum(row["rating"] == str(k) for row in ratings) for k in (1, 2, 3)},
         },
-        "head": read("head/report.json"),
+        "head": read_report(folder / "head" / "report.json"),
         "preference": {
             "best": next(record for record in reversed(log) if record["kind"] == "best"),
             "looks": [record for record in log if record["kind"] == "val"],
             "arguments": config.preference,
         },
-        "thresholds": read("thresholds.json"),
-        "comparison": read("comparison/report.json"),
+        "thresholds": json.loads((folder / "thresholds.json").read_text()),
+        "comparison": read_report(compared) if compared.is_file() else None,
     }
-    write_json(config.output / "report.json", report)
+    write_report(config.output / "report.json", report)
     return report
 
 
@@ -234,9 +230,9 @@ def improve(config: SelfImproveConfig) -> dict:
                 f"    minim ratings --store {store} --images {images} --output {folder / 'given.csv'}\n"
                 "Then run this again with --ratings; or with --stand_in, where nobody is at hand."
             )
-            return {"waiting for": "ratings"}
+            return {"waiting_for": "ratings"}
         stages.run(name, stage, config)
-    report = write_report(config, stages.minutes)
+    report = write_round_report(config, stages.minutes)
     if report["comparison"]:
         print(summary(report["comparison"]))
     if report["preference"]["best"]["at_step"] == 0:
