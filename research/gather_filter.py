@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minim_pipeline.evaluation.filtering import compare_wrong
+from minim_pipeline.evaluation.judges import compare_wrong
 from minim_pipeline.files import read_report, write_report
 from minim_pipeline.training.config import Options, option, parse
 

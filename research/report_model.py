@@ -23,17 +23,20 @@ from pathlib import Path
 from typing import Literal
 
 import diffusers
+import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
 from minim_pipeline.cache import cached_tensor
+from minim_pipeline.captions import CAPTIONS
 from minim_pipeline.contact_sheet import contact_sheet
-from minim_pipeline.data.image_loading import load_images
+from minim_pipeline.data.image_loading import load_images, trim_letterbox
 from minim_pipeline.data.splits import read_split
 from minim_pipeline.evaluation.comparison import JUDGES
-from minim_pipeline.evaluation.flaws import checks
+from minim_pipeline.evaluation.images import to_unit
 from minim_pipeline.evaluation.judges import Judges, accuracy_report, format_report, load_judges
 from minim_pipeline.evaluation.memorisation import (
     format_memorisation,
@@ -41,10 +44,10 @@ from minim_pipeline.evaluation.memorisation import (
     memorisation_report,
     pixel_features,
 )
-from minim_pipeline.evaluation.planned import by_modality, draw_planned, plan
+from minim_pipeline.evaluation.sampling import by_modality, draw_planned, plan
 from minim_pipeline.files import write_report
 from minim_pipeline.loading import model_identity
-from minim_pipeline.training.captions import CAPTIONS, load_captions
+from minim_pipeline.training.captions import load_captions
 from minim_pipeline.training.config import Count, ReadingOptions, Share, Weight, Whole, option, parse
 from minim_pipeline.training.reconstruction import reconstruction_figures
 
@@ -196,6 +199,29 @@ def generated_report(
         generated.append(images)
         names += asked[0]
     return report, by_modality(torch.cat(generated), names)
+
+
+def specks(images: torch.Tensor, threshold: float = 0.25) -> float:
+    """Share of pixels that differ by more than `threshold` of the range from the median of their 3 x 3 neighbours."""
+    total = 0.0
+    for part in images.split(16):
+        grey = to_unit(part).mean(1, keepdim=True)  # [B, 1, H, W]
+        median = F.unfold(F.pad(grey, (1,) * 4, mode="replicate"), 3).median(1).values  # [B, H*W]
+        total += ((grey.flatten(1) - median).abs() > threshold).float().mean(1).sum().item()
+    return total / len(images)
+
+
+def checks(images: torch.Tensor, real: torch.Tensor, modality: str) -> dict:
+    """Flaws that show without a judge; specks beside those of real images, whose texture may look like them."""
+    boxed = [trim_letterbox(image) is not image for image in images.permute(0, 2, 3, 1).numpy()]
+    equal = bool((images == images[:, :1]).all())
+    return {
+        "equal_channels": equal if MODALITIES[modality].grey else None,
+        "letterboxes": round(float(np.mean(boxed)), 4),
+        "specks": round(specks(images), 6),
+        "specks_real": round(specks(real), 6),
+        "n": len(images),
+    }
 
 
 def in_turn(findings: list[str]) -> list[int]:

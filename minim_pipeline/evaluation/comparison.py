@@ -24,26 +24,27 @@ from PIL import ImageOps
 
 from .. import EMBEDDED_ENCODER, MinimPipeline, resolve_modality
 from ..cache import cached_tensor
+from ..captions import CAPTIONS
 from ..contact_sheet import contact_sheet
 from ..data.image_loading import load_images
 from ..data.splits import read_split
 from ..files import atomic_path, write_report
 from ..loading import model_identity
 from ..options import Count, Precision, ReadingOptions, Whole, option
-from ..training.captions import CAPTIONS
 from .encoder import ImageTextEncoder
 from .judges import class_of, finds_asked, load_judges
 from .memorisation import latent_features, memorisation_report, pixel_features
 from .metrics import (
     bootstrap_interval,
+    drawn_within,
     frechet_distance,
     inception_score,
+    interval_of,
     kernel_distance,
     ms_ssim_of_pairs,
     precision_recall_density_coverage,
 )
-from .planned import by_modality, draw_planned, plan
-from .resampling import drawn_within, interval
+from .sampling import by_modality, draw_planned, plan
 from .stand_in import StandIn
 
 
@@ -181,7 +182,7 @@ def paired(before: torch.Tensor, after: torch.Tensor, planned: list[dict], draws
         "before": round(float(share[0]), 4),
         "after": round(float(share[1]), 4),
         "difference": round(float(share[1] - share[0]), 4),
-        "interval": interval(drawn[1] - drawn[0]),
+        "interval": interval_of(drawn[1] - drawn[0]),
         "n": len(planned),
     }
 

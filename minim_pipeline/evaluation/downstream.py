@@ -32,7 +32,7 @@ from ..modalities import resolve_modality
 from ..pipeline_minim import MinimPipeline
 from .classifier import ARCHITECTURES, Recipe, train_classifier
 from .judges import Judges, balanced_accuracy, claimed_classes, class_of, finds_asked
-from .resampling import drawn_within, interval
+from .metrics import drawn_within, interval_of
 from .sampling import draw_images
 
 
@@ -336,11 +336,11 @@ class Score:
 
         return {
             "accuracy": round(float(self.total()[0]), 4),
-            "interval": interval(self.total(1000)),
+            "interval": interval_of(self.total(1000)),
             "n_train": self.n_train,
             "seeds": [round(float(each_seed(right)), 4) for right in self.right],
             "modalities": {
-                name: {"accuracy": round(float(self.of(name)[0]), 4), "interval": interval(self.of(name, 1000))}
+                name: {"accuracy": round(float(self.of(name)[0]), 4), "interval": interval_of(self.of(name, 1000))}
                 for name in self.names
             },
         }
@@ -354,7 +354,7 @@ def _compare(scores: dict, first: str, second: str, conditions: dict, how: Calla
 
     def figure(of_a: Callable[[int], np.ndarray], of_b: Callable[[int], np.ndarray]) -> dict:
         value = how(of_a(0), of_b(0))[0]
-        return {"value": round(float(value), 4), "interval": interval(how(of_a(1000), of_b(1000)))}
+        return {"value": round(float(value), 4), "interval": interval_of(how(of_a(1000), of_b(1000)))}
 
     each = {name: figure(partial(a.of, name), partial(b.of, name)) for name in a.names}
     return {**figure(a.total, b.total), "modalities": each}

@@ -6,6 +6,7 @@ They are trained by `train/train_classifier.py` on real images of a part of the 
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from ..disk import save_model
 from ..files import atomic_path
 from ..modalities import resolve_modality
 from .images import to_input
-from .resampling import drawn_within, interval
+from .metrics import bootstrap_interval, drawn_within, interval_of
 
 
 class Judges:
@@ -149,7 +150,7 @@ def balanced_accuracy(right: np.ndarray, findings: list[str]) -> float:
 def accuracy_interval(right: np.ndarray, findings: list[str], draws: int = 1000, seed: int = 0) -> tuple:
     """95 % interval of `balanced_accuracy`, images drawn anew within each finding."""
     drawn = drawn_within(findings, draws, np.random.default_rng(seed))
-    return tuple(interval(np.mean([right[index].mean(1) for index in drawn], 0)))
+    return tuple(interval_of(np.mean([right[index].mean(1) for index in drawn], 0)))
 
 
 def accuracy_report(
@@ -235,6 +236,23 @@ def _within_source(
             "n": len(of_known),
         }
     return report
+
+
+def removed(off: torch.Tensor, on: torch.Tensor) -> float:
+    """Share of the wrong images without a filter that are right with it, less those that it made wrong."""
+    return 1 - (on.double().mean() / off.double().mean().clamp(min=1e-9)).item()
+
+
+def compare_wrong(off: torch.Tensor, on: torch.Tensor) -> dict[str, Any]:
+    """Wrong findings, bool [M] each, of the same slots; `None` for what too few of them tell nothing of."""
+    figures: dict[str, Any] = {"wrong": round(on.double().mean().item(), 4), "removed": None, "interval": None}
+    if off.any():
+        figures["removed"] = round(removed(off, on), 4)
+    # Of fewer a half may hold none, and a share of none is no number.
+    if off.sum() >= 20:
+        interval = bootstrap_interval(removed, off, on, paired=True, draws=1000)
+        figures["interval"] = [round(value, 4) for value in interval]
+    return figures
 
 
 def format_report(title: str, report: dict) -> str:

@@ -7,9 +7,10 @@ Distances to the nearest training image are in `memorisation.py`.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -266,36 +267,14 @@ def retrieval(
     }
 
 
-@overload
 def bootstrap_interval(
-    function: Callable[..., float],
-    *arrays: torch.Tensor,
-    paired: bool = ...,
-    draws: int = ...,
-    bounds: tuple[float, float] = ...,
-    seed: int = ...,
-) -> tuple[float, float]: ...
-
-
-@overload
-def bootstrap_interval(
-    function: Callable[..., dict[str, float]],
-    *arrays: torch.Tensor,
-    paired: bool = ...,
-    draws: int = ...,
-    bounds: tuple[float, float] | dict[str, tuple[float, float]] = ...,
-    seed: int = ...,
-) -> dict[str, tuple[float, float]]: ...
-
-
-def bootstrap_interval(
-    function: Callable[..., float | dict[str, float]],
+    function: Callable[..., Any],
     *arrays: torch.Tensor,
     paired: bool = False,
     draws: int = 200,
     bounds: tuple[float, float] | dict[str, tuple[float, float]] = (-math.inf, math.inf),
     seed: int = 0,
-) -> tuple[float, float] | dict[str, tuple[float, float]]:
+) -> Any:
     """Where a figure would lie for other images of the same kind and number: its 95 % interval.
 
     Each draw takes a random half of every array without repetition; the spread of a mean over such halves is that of
@@ -328,6 +307,21 @@ def bootstrap_interval(
         return interval(whole, halves, bounds)
     each = bounds if isinstance(bounds, dict) else dict.fromkeys(whole, bounds)
     return {key: interval(whole[key], [half[key] for half in halves], each[key]) for key in whole}
+
+
+def drawn_within(
+    groups: Sequence[Hashable] | np.ndarray, draws: int, generator: np.random.Generator
+) -> list[np.ndarray]:
+    """For each group, in the order of its first item, indices of its items, as many drawn anew: int [draws, n]."""
+    places: dict[Hashable, list[int]] = {}
+    for i, group in enumerate(groups):
+        places.setdefault(group, []).append(i)
+    return [np.array(some)[generator.integers(0, len(some), (draws, len(some)))] for some in places.values()]
+
+
+def interval_of(figures: np.ndarray) -> list[float]:
+    """The middle 95 % of the figures of all draws [draws]."""
+    return [round(float(q), 4) for q in np.quantile(figures, [0.025, 0.975])]
 
 
 def _need(what: str, given: int, least: int) -> None:

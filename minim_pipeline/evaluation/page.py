@@ -170,24 +170,24 @@ def _judges(judges: Mapping) -> list[dict]:
 
     head = [f"{title}, {side}" for title in columns.values() for side in SIDES]
     modalities = keys_of(*(reach(judges, side, "modalities") for side in SIDES))
-    extra = ("chance", "n")
-    rows = [row(name_of(modality), (), ("modalities", modality), extra) for modality in modalities]
-    rows.append(row("All", extra=extra))
+    beside = ("chance", "n")
+    rows = [row(name_of(modality), (), ("modalities", modality), beside) for modality in modalities]
+    rows.append(row("All", extra=beside))
     names = ", ".join(judges.get("names") or judges.get("each") or [])
     title = f"Mean of the judges{f' ({names})' if names else ''}"
     parts = [make_table(title, ["Modality", *head], rows, words["reading"])]
     if judges.get("each"):
         rows = [row(name, ("each", name)) for name in judges["each"]]
         parts.append(make_table("Each judge", ["Judge", *head], rows, words["each"], folded=True))
-    for title, kind, place, key, extra in (
-        ("Each finding", "Finding", "findings", "accuracy", ("n",)),
-        ("Within each source", "Source", "within_source", "balanced_accuracy", ("chance", "n")),
+    for title, kind, place, key in (
+        ("Each finding", "Finding", "findings", "accuracy"),
+        ("Within each source", "Source", "within_source", "balanced_accuracy"),
     ):
         rows = []
         for modality in modalities:
             found = [reach(judges, side, "modalities", modality, place) for side in SIDES]
             for name in keys_of(*found):
-                cells = [figure_cell(value_of(reach(part, name), key, extra), "percent") for part in found]
+                cells = [figure_cell(value_of(reach(part, name), key, beside), "percent") for part in found]
                 rows.append([head_cell(name_of(modality)), Cell(name), *cells])
         if rows:
             head = ["Modality", kind, *map(str.capitalize, SIDES)]

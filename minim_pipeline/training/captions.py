@@ -16,13 +16,11 @@ from pathlib import Path
 import torch
 from transformers import CLIPTokenizer
 
-from minim_pipeline.captions import without_prefix
+from minim_pipeline.captions import CAPTIONS, without_prefix
 from minim_pipeline.modalities import resolve_modality
 from minim_pipeline.tokens import tokenize
 from minim_pipeline.training.rows import tell_cut
 
-
-CAPTIONS = Path(__file__).with_name("captions.json")
 
 # What says more than the finding (stage, extent, kind, age, MR sequence): a row may lose it, but must never get one
 # that it does not have, or a child's pneumonia might become an adult's.

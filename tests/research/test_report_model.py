@@ -61,7 +61,7 @@ def test_images_are_read_in_order_trimmed_and_resized(tmp_path):
 
 
 def test_specks_and_letterboxes_are_counted():
-    from minim_pipeline.evaluation.flaws import checks, specks
+    from report_model import checks, specks
 
     clean = torch.from_numpy(gradient(32, 32)).permute(2, 0, 1)[None]
     flawed = clean.clone()
@@ -144,7 +144,7 @@ def test_report_end_to_end(make_pipeline, tmp_path):
 def test_images_are_the_same_in_any_batch(shared_pipeline):
     import report_model
 
-    from minim_pipeline.evaluation.planned import plan
+    from minim_pipeline.evaluation.sampling import plan
 
     settings = {"num_inference_steps": 2}
     captions = {"oct": {"normal": {"train": ["fine", "all well"]}}}

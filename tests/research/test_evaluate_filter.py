@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_csv
+from evaluate_filter import agreement_with_people, choices
 from PIL import Image
 
 from minim_pipeline import FilterHead
-from minim_pipeline.evaluation import filtering
 from minim_pipeline.evaluation.classifier import make_resnet
 from minim_pipeline.evaluation.comparison import right_findings
-from minim_pipeline.evaluation.filtering import agreement_with_people, choices, compare_wrong, removed
-from minim_pipeline.evaluation.judges import Judges
+from minim_pipeline.evaluation.judges import Judges, compare_wrong, removed
 from minim_pipeline.training.filter.candidates import Candidates
 
 
@@ -66,7 +65,8 @@ def test_the_head_is_compared_with_grades_it_has_not_learned_from(make_pipeline,
     pipe, seen = make_pipeline(filtered=True), []
     grades = [1, 2, 3, 3, 1]
     rows = [{"rating": str(grade), "source": "eyes"} for grade in grades]
-    monkeypatch.setattr(filtering, "rate", lambda head, latents: (seen.append(latents), torch.tensor(grades) * 0.9)[1])
+    quality = torch.tensor(grades) * 0.9
+    monkeypatch.setattr(evaluate_filter, "rate", lambda head, latents: (seen.append(latents), quality)[1])
     report = agreement_with_people(pipe, rows, torch.zeros(5, 3, 64, 64, dtype=torch.uint8))
     assert seen[0].shape[0] == 5 and seen[0].shape[-2:] == (8, 8), "what is rated is latents"
     assert report["n"] == 5 and report["kappa"] == 1.0
