@@ -137,12 +137,7 @@ def _rejected(pipe: MinimPipeline, images: torch.Tensor, texts: list[str], modal
         for name in dict.fromkeys(modalities)
     }
     counts = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
-    return {
-        "rejected": round(sum(rejected) / len(texts), 4),
-        "n": len(texts),
-        "reasons": counts,
-        "modalities": each,
-    }
+    return {"rejected": round(sum(rejected) / len(texts), 4), "n": len(texts), "reasons": counts, "modalities": each}
 
 
 def agreement_with_people(pipe: MinimPipeline, rows: list[dict], images: torch.Tensor) -> dict[str, Any]:

@@ -14,6 +14,7 @@
 Findings that the judges do not know (too few images) are left out, and modalities without val images.
 """
 
+import itertools
 import json
 import platform
 import re
@@ -38,12 +39,8 @@ from minim_pipeline.data.splits import read_split
 from minim_pipeline.evaluation.comparison import JUDGES
 from minim_pipeline.evaluation.images import to_unit
 from minim_pipeline.evaluation.judges import Judges, accuracy_report, format_report, load_judges
-from minim_pipeline.evaluation.memorisation import (
-    format_memorisation,
-    latent_features,
-    memorisation_report,
-    pixel_features,
-)
+from minim_pipeline.evaluation.memorisation import copies_in_both_spaces, format_memorisation
+from minim_pipeline.evaluation.metrics import places
 from minim_pipeline.evaluation.sampling import by_modality, draw_planned, plan
 from minim_pipeline.files import write_report
 from minim_pipeline.loading import model_identity
@@ -226,9 +223,8 @@ def checks(images: torch.Tensor, real: torch.Tensor, modality: str) -> dict:
 
 def in_turn(findings: list[str]) -> list[int]:
     """Places of the findings in turn, each in its order."""
-    queues = {finding: [i for i, f in enumerate(findings) if f == finding] for finding in dict.fromkeys(findings)}
-    turns = range(max(map(len, queues.values())))
-    return [queue[turn] for turn in turns for queue in queues.values() if turn < len(queue)]
+    turns = itertools.zip_longest(*places(findings).values())
+    return [place for turn in turns for place in turn if place is not None]
 
 
 def save_sheet(images: torch.Tensor, findings: list[str], path: Path, rows: int = 5, columns: int = 8) -> None:
@@ -244,25 +240,18 @@ def save_sheets(images: torch.Tensor, modalities: list[str], findings: list[str]
     """A sheet a modality, and `overview.png`: the first row of each, at half the size."""
     rows, columns = SHEET
     strips = []
-    for name, own in by_modality(images, modalities).items():
-        of = [f for n, f in zip(modalities, findings, strict=True) if n == name]
+    for name, index in places(modalities).items():
+        own, of = images[index], [findings[i] for i in index]
         save_sheet(own, of, folder / f"{name}.png", rows, columns)
         strips.append(contact_sheet(own[in_turn(of)[:columns]], columns, images.shape[-1] // 2))
     contact_sheet(strips, 1).save(folder / "overview.png", optimize=True)
 
 
-def copies_report(
-    samples: dict[str, torch.Tensor], real: RealImages, vae: AutoencoderKL, device: torch.device
-) -> dict:
+def copies_report(samples: dict[str, torch.Tensor], real: RealImages, vae: AutoencoderKL) -> dict:
     rows, names = real.rows_of("train")
     train, val = by_modality(real.load(rows), names), by_modality(real.images, real.names)
     mirror = {name: MODALITIES[name].flip for name in samples}
-    report = {
-        "latents": memorisation_report(
-            samples, val, train, lambda images: latent_features(images, vae), mirror, remove_mean=True
-        ),
-        "pixels": memorisation_report(samples, val, train, lambda i: pixel_features(i.to(device)), mirror),
-    }
+    report = copies_in_both_spaces(samples, val, train, mirror, vae)
     for name, figures in report.items():
         print(format_memorisation(name, figures))
     return report
@@ -294,7 +283,7 @@ def main(argv: list[str] | None = None) -> dict:
     for name, figures in report["checks"].items():
         print(f"checks {name:10s} {json.dumps(figures)}")
     if not config.skip_memorisation:
-        report["memorisation"] = copies_report(samples, real, vae, device)
+        report["memorisation"] = copies_report(samples, real, vae)
     report["minutes"] = round((time.monotonic() - start) / 60, 2)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     write_report(Path(config.output), report)

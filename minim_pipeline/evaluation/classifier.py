@@ -166,8 +166,7 @@ def prepare_training(
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99))
     warmup = max(1, max_train_steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min(1, (s + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * s / max_train_steps)),
+        optimizer, lambda s: min(1, (s + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * s / max_train_steps))
     )
     return average, optimizer, schedule
 

@@ -33,7 +33,7 @@ from ..loading import model_identity
 from ..options import Count, Precision, ReadingOptions, Whole, option
 from .encoder import ImageTextEncoder
 from .judges import class_of, finds_asked, load_judges
-from .memorisation import latent_features, memorisation_report, pixel_features
+from .memorisation import copies_in_both_spaces
 from .metrics import (
     bootstrap_interval,
     drawn_within,
@@ -42,6 +42,7 @@ from .metrics import (
     interval_of,
     kernel_distance,
     ms_ssim_of_pairs,
+    places,
     precision_recall_density_coverage,
 )
 from .sampling import by_modality, draw_planned, plan
@@ -90,11 +91,9 @@ class ComparisonConfig(ComparisonOptions):
 
 def modalities_of(data: str, skip_memorisation: bool = False) -> set[str]:
     """The ids of which a CSV has what both models are compared with: val images and, for copies, train images."""
-    found = []
-    for split in ("val",) if skip_memorisation else ("val", "train"):
-        rows = read_split(data, split, check_images=False)
-        found.append({resolve_modality(row["modality"]).id for row in rows})
-    return set.intersection(*found)
+    splits = ("val",) if skip_memorisation else ("val", "train")
+    rows = (read_split(data, split, check_images=False) for split in splits)
+    return set.intersection(*({resolve_modality(row["modality"]).id for row in some} for some in rows))
 
 
 def plan_both(options: ComparisonOptions, before: MinimPipeline, after: MinimPipeline) -> list[dict]:
@@ -121,9 +120,8 @@ def plan_both(options: ComparisonOptions, before: MinimPipeline, after: MinimPip
             f"The judges in {options.judges} know no finding that both models have learned, of a modality with images"
             f" in {options.data}."
         )
-    for modality in dict.fromkeys(p["modality"] for p in planned):
-        prompts = [p["prompt"] for p in planned if p["modality"] == modality]
-        if len(set(prompts)) == len(prompts):
+    for modality, index in places(p["modality"] for p in planned).items():
+        if len({planned[i]["prompt"] for i in index}) == len(index):
             raise ValueError(
                 f"--images_per_finding {options.images_per_finding} draws every prompt of {modality!r} once, and"
                 " images of a prompt are compared with each other: raise it."
@@ -172,10 +170,9 @@ def paired(before: torch.Tensor, after: torch.Tensor, planned: list[dict], draws
     generator = np.random.default_rng(seed)
     values = torch.stack([before, after]).double().numpy()  # [2, N]
     shares, drawn = [], []
-    for modality in dict.fromkeys(p["modality"] for p in planned):
-        index = [i for i, p in enumerate(planned) if p["modality"] == modality]
-        own, findings = values[:, index], np.array([planned[i]["finding"] for i in index])
-        shares.append(np.mean([own[:, findings == name].mean(1) for name in dict.fromkeys(findings)], 0))
+    for index in places(p["modality"] for p in planned).values():
+        own, findings = values[:, index], [planned[i]["finding"] for i in index]
+        shares.append(np.mean([own[:, i].mean(1) for i in places(findings).values()], 0))
         drawn.append(np.mean([own[:, i].mean(2) for i in drawn_within(findings, draws, generator)], 0))
     share, drawn = np.mean(shares, 0), np.mean(drawn, 0)  # [2], [2, draws]
     return {
@@ -197,10 +194,9 @@ def by_slot(before: torch.Tensor, after: torch.Tensor, planned: list[dict]) -> d
 
     report["phrasings"] = {name: part(phrasing=name) for name in dict.fromkeys(p["phrasing"] for p in planned)}
     report["modalities"] = {name: part(modality=name) for name in dict.fromkeys(p["modality"] for p in planned)}
-    for name, figures in report["modalities"].items():
-        findings = dict.fromkeys(p["finding"] for p in planned if p["modality"] == name)
-        each = {finding: part(modality=name, finding=finding) for finding in findings}
-        figures["findings"] = {f: [v["before"], v["after"]] for f, v in each.items()}
+    for name, finding in dict.fromkeys(map(class_of, planned)):
+        found = part(modality=name, finding=finding)
+        report["modalities"][name].setdefault("findings", {})[finding] = [found["before"], found["after"]]
     return report
 
 
@@ -210,22 +206,18 @@ def distances(features: dict[str, torch.Tensor], planned: list[dict], val: dict[
     `difference` of KID has a paired interval: the same slots are drawn of both.
     """
     report: dict[str, Any] = {"kid": {"modalities": {}}, "frechet": {"modalities": {}}}
-    differences = []
+    differences, index = [], places(p["modality"] for p in planned)
     for modality, real in val.items():
-        index = [i for i, p in enumerate(planned) if p["modality"] == modality]
-        before, after = features["before"][index], features["after"][index]
+        drawn = {when: each[index[modality]] for when, each in features.items()}
         for name, function in (("kid", kernel_distance), ("frechet", frechet_distance)):
-            report[name]["modalities"][modality] = {
-                "before": round(function(real, before), 5),
-                "after": round(function(real, after), 5),
-            }
+            report[name]["modalities"][modality] = {when: round(function(real, x), 5) for when, x in drawn.items()}
 
         def difference(a: torch.Tensor, b: torch.Tensor, real: torch.Tensor = real) -> float:
             return kernel_distance(real, b) - kernel_distance(real, a)
 
-        low, high = bootstrap_interval(difference, before, after, paired=True, draws=200)
+        low, high = bootstrap_interval(difference, *drawn.values(), paired=True, draws=200)
         report["kid"]["modalities"][modality]["interval"] = [round(low, 5), round(high, 5)]
-        differences.append((difference(before, after), (high - low) / 2))
+        differences.append((difference(*drawn.values()), (high - low) / 2))
     for figures in report.values():
         for name in ("before", "after"):
             figures[name] = round(float(np.mean([m[name] for m in figures["modalities"].values()])), 5)
@@ -241,8 +233,7 @@ def diversity(
 ) -> dict:
     """MS-SSIM among images of a prompt (low is diverse) and recall of val images, means over modalities."""
     similarity, recall = {}, {}
-    for modality in dict.fromkeys(p["modality"] for p in planned):
-        index = [i for i, p in enumerate(planned) if p["modality"] == modality]
+    for modality, index in places(p["modality"] for p in planned).items():
         x = images[index][:, :1] if resolve_modality(modality).grey else images[index]
         prompts = [planned[i]["prompt"] for i in index]
         generator = torch.Generator().manual_seed(0)
@@ -262,23 +253,16 @@ def copies(
     vae: AutoencoderKL,
 ) -> dict:
     """Shares of copies of train images, of both models, in latents and in pixels; `val`: images by modality."""
-    data = options.real_data()
+    data, names = options.real_data(), [p["modality"] for p in planned]
     rows = read_split(data, "train", check_images=False)
-    names = [p["modality"] for p in planned]
     rows = [row for row in rows if resolve_modality(row["modality"]).id in names]
-    size = next(iter(images.values())).shape[-1]
-    real = load_images(rows, data, size, reading=options.reading_elsewhere())
-    train = by_modality(real, [resolve_modality(r["modality"]).id for r in rows])
+    real = load_images(rows, data, images["before"].shape[-1], reading=options.reading_elsewhere())
+    train = by_modality(real, [resolve_modality(row["modality"]).id for row in rows])
     # A mirrored copy counts where the modality may be mirrored.
     mirror = {name: resolve_modality(name).flip for name in set(names)}
-    report: dict[str, dict] = {}
-    for space, extract, centre in (
-        ("latents", lambda x: latent_features(x, vae), True),
-        ("pixels", lambda x: pixel_features(x.to(vae.device)), False),
-    ):
-        report[space] = {}
-        for when, drawn in images.items():
-            found = memorisation_report(by_modality(drawn, names), val, train, extract, mirror, remove_mean=centre)
+    report: dict[str, dict] = {"latents": {}, "pixels": {}}
+    for when, drawn in images.items():
+        for space, found in copies_in_both_spaces(by_modality(drawn, names), val, train, mirror, vae).items():
             each = {name: figures["share"] for name, figures in found["modalities"].items()}
             report[space][when] = {"share": found["share"], "n": found["n"], "modalities": each}
     return report
@@ -297,10 +281,8 @@ def save_sheet(
     """Of every finding the first images: on the left before, on the right after, seeds in order, nothing picked."""
     halves = []
     for name in ("before", "after"):
-        rows = []
-        for key in dict.fromkeys(class_of(p) for p in planned):
-            index = [i for i, p in enumerate(planned) if class_of(p) == key][:columns]
-            rows.append(contact_sheet(images[name][index], columns, side, blank="white"))
+        chosen = (index[:columns] for index in places(map(class_of, planned)).values())
+        rows = [contact_sheet(images[name][index], columns, side, blank="white") for index in chosen]
         halves.append(ImageOps.expand(contact_sheet(rows, 1), border=(0, 0, 8, 0), fill="white"))
     with atomic_path(path) as temporary:
         contact_sheet(halves, 2).save(temporary, format="PNG", optimize=True)

@@ -32,7 +32,7 @@ from ..modalities import resolve_modality
 from ..pipeline_minim import MinimPipeline
 from .classifier import ARCHITECTURES, Recipe, train_classifier
 from .judges import Judges, balanced_accuracy, claimed_classes, class_of, finds_asked
-from .metrics import drawn_within, interval_of
+from .metrics import drawn_within, interval_of, places
 from .sampling import draw_images
 
 
@@ -63,11 +63,8 @@ class TooFewImages(ValueError):
 
 def take_share(rows: list[dict], share: float, column: str = "finding", seed: int = 0) -> list[dict]:
     """A share of `rows`, the same of every finding of every modality and at least one of each; in their order."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(class_of(row, column), []).append(i)
-    generator = random.Random(seed)
-    chosen = [i for index in groups.values() for i in generator.sample(index, max(1, round(share * len(index))))]
+    generator, groups = random.Random(seed), places(class_of(row, column) for row in rows).values()
+    chosen = [i for index in groups for i in generator.sample(index, max(1, round(share * len(index))))]
     return [rows[i] for i in sorted(chosen)]
 
 
@@ -110,9 +107,7 @@ def drawn_by(
 
 def taken_from(images: torch.Tensor, rows: list[dict], column: str = "finding") -> Source:
     """Takes synthetic images that are there already, each at most once, by the finding of the rows."""
-    stock: dict[tuple[str, str], list[int]] = {}
-    for i, row in enumerate(rows):
-        stock.setdefault(class_of(row, column), []).append(i)
+    stock = places(class_of(row, column) for row in rows)
 
     def take(wanted: list[dict], copies: int) -> torch.Tensor:
         left = {key: iter(index) for key, index in stock.items()}

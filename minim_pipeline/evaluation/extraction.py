@@ -73,11 +73,6 @@ def extract_training_images(
         prompt["own_distance"] = round(nearest_distances(mine, known.references[own])[0].min().item(), 5)
     found = sum(prompt["copies"] for prompt in prompts)
     return {
-        "encoder": {
-            "share": round(found / len(asked), 4),
-            "copies": found,
-            "n": len(asked),
-            "captions": len(prompts),
-        },
+        "encoder": {"share": round(found / len(asked), 4), "copies": found, "n": len(asked), "captions": len(prompts)},
         "prompts": prompts,
     }

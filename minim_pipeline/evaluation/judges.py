@@ -17,7 +17,7 @@ from ..disk import save_model
 from ..files import atomic_path
 from ..modalities import resolve_modality
 from .images import to_input
-from .metrics import bootstrap_interval, drawn_within, interval_of
+from .metrics import bootstrap_interval, drawn_within, interval_of, places
 
 
 class Judges:
@@ -97,10 +97,7 @@ def claimed_classes(
 
 
 # Findings of different sources that look alike: what is called apart in them is mostly the source.
-LOOK_ALIKE = {
-    ("fundus", "no diabetic retinopathy"): "normal",
-    ("oct", "no diabetic macular edema"): "normal",
-}
+LOOK_ALIKE = {("fundus", "no diabetic retinopathy"): "normal", ("oct", "no diabetic macular edema"): "normal"}
 
 
 def merged_class(modality: str, finding: str) -> tuple[str, str]:
@@ -143,8 +140,7 @@ def finds_asked(
 
 def balanced_accuracy(right: np.ndarray, findings: list[str]) -> float:
     """Mean over the findings of the share that is right."""
-    labels = np.array(findings)
-    return float(np.mean([right[labels == finding].mean() for finding in dict.fromkeys(findings)]))
+    return float(np.mean([right[index].mean() for index in places(findings).values()]))
 
 
 def accuracy_interval(right: np.ndarray, findings: list[str], draws: int = 1000, seed: int = 0) -> tuple:
@@ -189,11 +185,8 @@ def accuracy_report(
             "modality_accuracy": round(float(modality_right[index].mean()), 4),
             "n": len(index),
             "findings": {
-                finding: {
-                    "accuracy": round(float(right[np.array(asked) == finding].mean()), 4),
-                    "n": asked.count(finding),
-                }
-                for finding in dict.fromkeys(asked)
+                finding: {"accuracy": round(float(right[own].mean()), 4), "n": len(own)}
+                for finding, own in places(asked).items()
             },
         }
         if sources is not None:

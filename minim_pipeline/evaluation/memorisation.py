@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 
 from .images import to_unit
 
@@ -145,6 +146,19 @@ def memorisation_report(
             "nearest": [[int(i), int(nearest[i]), round(found[i].item(), 5)] for i in found.argsort()[:5]],
         }
     return {**total(modalities.values()), "modalities": modalities}
+
+
+def copies_in_both_spaces(
+    samples: dict[str, torch.Tensor],
+    val: dict[str, torch.Tensor],
+    train: dict[str, torch.Tensor],
+    may_mirror: dict[str, bool],
+    vae: AutoencoderKL,
+) -> dict[str, dict]:
+    """`memorisation_report` in `latents` of the autoencoder, less their mean, and in `pixels`."""
+    latents = memorisation_report(samples, val, train, lambda x: latent_features(x, vae), may_mirror, remove_mean=True)
+    pixels = memorisation_report(samples, val, train, lambda x: pixel_features(x.to(vae.device)), may_mirror)
+    return {"latents": latents, "pixels": pixels}
 
 
 def format_memorisation(name: str, report: dict) -> str:

@@ -7,14 +7,17 @@ Distances to the nearest training image are in `memorisation.py`.
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .images import to_unit
+
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def frechet_distance(real: torch.Tensor, synthetic: torch.Tensor) -> float:
@@ -177,11 +180,9 @@ def ms_ssim_of_pairs(
         pairs: how many pairs are drawn, without repetition; all where there are no more.
         generator: of torch, on the CPU, draws them.
     """
-    groups: dict[str, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        groups.setdefault(prompt, []).append(index)
-    _need("MS-SSIM, images of one prompt", max(map(len, groups.values()), default=0), 2)
-    chosen = torch.cat([torch.combinations(torch.tensor(mine)) for mine in groups.values() if len(mine) > 1])  # [P, 2]
+    alike = list(places(prompts).values())
+    _need("MS-SSIM, images of one prompt", max(map(len, alike), default=0), 2)
+    chosen = torch.cat([torch.combinations(torch.tensor(index)) for index in alike if len(index) > 1])  # [P, 2]
     chosen = chosen[torch.randperm(len(chosen), generator=generator)[:pairs]]
     return torch.cat([multiscale_ssim(images[part[:, 0]], images[part[:, 1]]) for part in chosen.split(batch_size)])
 
@@ -309,14 +310,18 @@ def bootstrap_interval(
     return {key: interval(whole[key], [half[key] for half in halves], each[key]) for key in whole}
 
 
-def drawn_within(
-    groups: Sequence[Hashable] | np.ndarray, draws: int, generator: np.random.Generator
-) -> list[np.ndarray]:
+def places(keys: Iterable[Key]) -> dict[Key, list[int]]:
+    """Of each key, in the order of its first place, all places where it stands."""
+    found: dict[Key, list[int]] = {}
+    for i, key in enumerate(keys):
+        found.setdefault(key, []).append(i)
+    return found
+
+
+def drawn_within(groups: Iterable[Hashable], draws: int, generator: np.random.Generator) -> list[np.ndarray]:
     """For each group, in the order of its first item, indices of its items, as many drawn anew: int [draws, n]."""
-    places: dict[Hashable, list[int]] = {}
-    for i, group in enumerate(groups):
-        places.setdefault(group, []).append(i)
-    return [np.array(some)[generator.integers(0, len(some), (draws, len(some)))] for some in places.values()]
+    drawn = (np.array(i)[generator.integers(0, len(i), (draws, len(i)))] for i in places(groups).values())
+    return list(drawn)
 
 
 def interval_of(figures: np.ndarray) -> list[float]:

@@ -34,6 +34,8 @@ from .metrics import (
 )
 
 
+UNIT = (0.0, 1.0)
+NO_TRAIN = "no training images were given"
 OWN: None = None  # in place of an extractor's name: the encoder's features, whatever other extractors are called
 
 
@@ -118,27 +120,17 @@ def fidelity(real: torch.Tensor, synthetic: torch.Tensor, train: torch.Tensor | 
             raise ValueError("it needs other real images: give --train")
         return {"value": kernel_distance(train, real), "n": len(real), "n_train": len(train)}
 
-    report = {
-        "frechet_distance": figure(
-            lambda: {
-                "value": frechet_distance(some_real, some_synthetic),
-                "n": n,
-                **interval(frechet_distance, some_real, some_synthetic, draws=draws, bounds=above),
-            }
-        ),
-        "frechet_floor": figure(floor),
-        "kernel_distance": figure(
-            lambda: {
-                "value": kernel_distance(real, synthetic),
-                "n": len(synthetic),
-                "n_real": len(real),
-                **interval(kernel_distance, real, synthetic, draws=draws),
-            }
-        ),
-        "kernel_floor": figure(kernel_floor),
-    }
-    unit = (0.0, 1.0)
-    bounds = {"precision": unit, "recall": unit, "density": above, "coverage": unit}
+    def frechet() -> dict:
+        found = {"value": frechet_distance(some_real, some_synthetic), "n": n}
+        return found | interval(frechet_distance, some_real, some_synthetic, draws=draws, bounds=above)
+
+    def kernel() -> dict:
+        found = {"value": kernel_distance(real, synthetic), "n": len(synthetic), "n_real": len(real)}
+        return found | interval(kernel_distance, real, synthetic, draws=draws)
+
+    report = {"frechet_distance": figure(frechet), "frechet_floor": figure(floor)}
+    report |= {"kernel_distance": figure(kernel), "kernel_floor": figure(kernel_floor)}
+    bounds = {"precision": UNIT, "recall": UNIT, "density": above, "coverage": UNIT}
     try:
         values = precision_recall_density_coverage(real, synthetic)
     except ValueError as error:
@@ -158,16 +150,14 @@ def diversity(images: torch.Tensor, prompts: list[str], grey: bool, probabilitie
         values = ms_ssim_of_pairs(x, prompts, generator=torch.Generator().manual_seed(0))
         repeated = sum(count > 1 for count in Counter(prompts).values())
         report = {"value": values.mean().item(), "pairs": len(values), "prompts": repeated, "n": len(images)}
-        return report | interval(lambda v: v.mean().item(), values, bounds=(0.0, 1.0))
+        return report | interval(lambda v: v.mean().item(), values, bounds=UNIT)
 
     def score() -> dict:
         if probabilities is None:
             raise ValueError("it needs classifiers of the finding: give --judges")
-        value = inception_score(probabilities)
-        classes = probabilities.shape[1]
-        bounds = (1.0, float(classes))
-        report = {"value": value, "n": len(probabilities), "classes": classes}
-        return report | interval(inception_score, probabilities, bounds=bounds)
+        n, classes = probabilities.shape
+        report = {"value": inception_score(probabilities), "n": n, "classes": classes}
+        return report | interval(inception_score, probabilities, bounds=(1.0, float(classes)))
 
     return {"ms_ssim": figure(ms_ssim), "inception_score": figure(score)}
 
@@ -179,7 +169,7 @@ def retrieval_figure(compute: Callable[[], dict]) -> dict:
         found = compute()
         hits = found.pop("hits").double()
         found["value"] = found.pop("rate")
-        return found | interval(lambda h: h.mean().item(), hits, bounds=(0.0, 1.0))
+        return found | interval(lambda h: h.mean().item(), hits, bounds=UNIT)
 
     return figure(both)
 
@@ -201,18 +191,12 @@ class Copies:
         """Figures, and the copies by name, the nearest first; `nearest` names the five nearest, copies or not."""
         figures = copy_figures(self.distances, self.val)
 
-        def named(numbers) -> list[dict]:
-            return [
-                {
-                    "synthetic": synthetic[i],
-                    "train": train[int(self.nearest[i])],
-                    "distance": round(self.distances[i].item(), 5),
-                }
-                for i in numbers
-            ]
+        def named(i: int) -> dict:
+            distance = round(self.distances[i].item(), 5)
+            return {"synthetic": synthetic[i], "train": train[int(self.nearest[i])], "distance": distance}
 
-        order = self.distances.argsort().tolist()
-        return {**figures, "copied": named(order[: min(figures["copies"], most)]), "nearest": named(order[:5])}
+        order, copied = self.distances.argsort().tolist(), min(figures["copies"], most)
+        return figures | {"copied": [*map(named, order[:copied])], "nearest": [*map(named, order[:5])]}
 
 
 def copies_by_features(synthetic: torch.Tensor, real: torch.Tensor, train: torch.Tensor) -> Copies:
@@ -256,16 +240,17 @@ def evaluate(
         The report; the distances to the training images, modality -> "encoder" or "pixels" -> Copies; and what the
         judges read in each synthetic image.
     """
-    sets = {"real": real, "synthetic": synthetic, **({"train": train} if train else {})}
+    sets = {"real": real, "synthetic": synthetic} | ({"train": train} if train else {})
     unlabelled = [name for name in ("real", "synthetic") if not sets[name].has(label_column)]
     report: dict[str, Any] = {"labels": {"column": label_column}}
     if unlabelled:
         which = " and ".join(unlabelled)
         report["labels"] = {"left_out": f"not every {which} image has a value in the column {label_column!r}"}
 
-    shared = [name for name in dict.fromkeys(synthetic.modalities) if name in set(real.modalities)]
-    only = {str(name): "no real images" for name in dict.fromkeys(synthetic.modalities) if name not in shared}
-    only |= {str(name): "no synthetic images" for name in dict.fromkeys(real.modalities) if name not in shared}
+    have = {name: dict.fromkeys(map(str, sets[name].modalities)) for name in ("synthetic", "real")}
+    shared = [name for name in have["synthetic"] if name in have["real"]]
+    only = {name: "no real images" for name in have["synthetic"] if name not in shared}
+    only |= {name: "no synthetic images" for name in have["real"] if name not in shared}
     if not shared:
         raise ValueError(f"real and synthetic images share no modality: {only}")
 
@@ -307,7 +292,7 @@ def evaluate(
         report["modalities"][modality] = part
 
     report["modalities_left_out"] = only
-    report["memorisation"] = {"left_out": "no training images were given"}
+    report["memorisation"] = {"left_out": NO_TRAIN}
     if copies:
         each_modality = [report["modalities"][modality]["memorisation"] for modality in copies]
         report["memorisation"] = {key: total(m[key] for m in each_modality) for key in ("encoder", "pixels")}
@@ -319,11 +304,9 @@ def _memorisation(
     sets: dict[str, ImageSet], index: dict[str, np.ndarray], features: dict[tuple[str | None, str], torch.Tensor]
 ) -> tuple[dict, dict[str, Copies]]:
     """Of one modality, whose images `index` has: the report of copies, and the distances if there are any."""
-    if "train" not in sets:
-        return {key: {"left_out": "no training images were given"} for key in ("encoder", "pixels")}, {}
-    if not len(index["train"]):
-        reason = "there are no training images of this modality"
-        return {key: {"left_out": reason} for key in ("encoder", "pixels")}, {}
+    if "train" not in sets or not len(index["train"]):
+        given = "there are no training images of this modality" if "train" in sets else NO_TRAIN
+        return {key: {"left_out": given} for key in ("encoder", "pixels")}, {}
     order = ("synthetic", "real", "train")
     copies = {
         "encoder": copies_by_features(*(features[OWN, name][index[name]] for name in order)),

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..modalities import resolve_modality
 from ..pipeline_minim import MinimPipeline
+from .metrics import places
 
 
 Parts = TypeVar("Parts")
@@ -158,4 +159,4 @@ def draw_planned(
 
 def by_modality(images: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
     """Of each modality in `names`, the images [N, ...] (or their features) that are its."""
-    return {name: images[[i for i, n in enumerate(names) if n == name]] for name in dict.fromkeys(names)}
+    return {name: images[index] for name, index in places(names).items()}
