@@ -31,7 +31,7 @@ from ..captions import may_mirror
 from ..modalities import resolve_modality
 from ..pipeline_minim import MinimPipeline
 from .classifier import ARCHITECTURES, Recipe, train_classifier
-from .judges import Judges, balanced_accuracy, claimed_classes, class_of, finds_asked
+from .judges import Judges, claimed_classes, class_of, finds_asked
 from .metrics import drawn_within, interval_of, places
 from .sampling import draw_images
 
@@ -177,11 +177,11 @@ class Classifiers:
         return Judges({"cnn": model}, self.classes, recipe.resolution).judge(self.val.images)
 
     def score(self, name: str, parts: list[Labelled]) -> "Score":
-        classes = [self.classes[i] for i in self.val.labels.tolist()]
-        modalities, findings = [modality for modality, _ in classes], [finding for _, finding in classes]
+        asked = [self.classes[i] for i in self.val.labels.tolist()]
+        modalities, findings = map(list, zip(*asked))
         said = [self.say(name, parts, seed) for seed in self.design.seeds]
         right = np.stack([finds_asked(each, self.classes, modalities, findings) for each in said])
-        return Score(right, modalities, findings, sum(len(part.labels) for part in parts))
+        return Score(right, asked, sum(len(part.labels) for part in parts))
 
 
 Conditions = dict[str, list[Labelled] | str]
@@ -299,46 +299,40 @@ def _report(scores: dict[str, "Score"], conditions: Conditions, settings: list[s
 
 
 class Score:
-    """What the classifiers of one condition read right: bool [seeds, n], and whose images they are."""
+    """What the classifiers of one condition read right: bool [seeds, n], and the class of each image."""
 
-    def __init__(self, right: np.ndarray, modalities: Sequence[str], findings: Sequence[str], n_train: int):
-        self.right, self.modalities, self.findings, self.n_train = right, modalities, findings, n_train
-        self.names = list(dict.fromkeys(modalities))
+    def __init__(self, right: np.ndarray, classes: Sequence[tuple[str, str]], n_train: int):
+        self.right, self.classes, self.n_train = right, classes, n_train
+        self.index = places(modality for modality, _ in classes)
 
     def of(self, name: str, draws: int = 0) -> np.ndarray:
         """Balanced accuracy of a modality, mean over seeds: [1], or for seeds and images drawn anew: [draws].
 
         The same ones are drawn for every condition, so that two of them can be compared draw by draw.
         """
-        generator = np.random.default_rng(0)
-        count = len(self.right)
+        generator, index, count = np.random.default_rng(0), self.index[name], len(self.right)
         seeds = generator.integers(0, count, (draws, count)) if draws else np.arange(count)[None]
-        right = self.right[seeds].mean(1)  # [draws or 1, n]
-        of_modality = np.array(self.modalities) == name
-        right, findings = right[:, of_modality], np.array(self.findings)[of_modality]
-        if not draws:
-            return np.array([balanced_accuracy(right[0], list(findings))])
-        drawn = drawn_within(findings, draws, generator)
-        return np.mean([np.take_along_axis(right, index, 1).mean(1) for index in drawn], 0)
+        right = self.right[seeds].mean(1)[:, index]  # [draws or 1, n]
+        findings = [self.classes[i][1] for i in index]
+        whole = [np.array(own)[None] for own in places(findings).values()]
+        drawn = drawn_within(findings, draws, generator) if draws else whole
+        return np.mean([np.take_along_axis(right, own, 1).mean(1) for own in drawn], 0)
 
     def total(self, draws: int = 0) -> np.ndarray:
-        return np.mean([self.of(name, draws) for name in self.names], 0)
+        return np.mean([self.of(name, draws) for name in self.index], 0)
 
     def report(self) -> dict:
-        def each_seed(right: np.ndarray) -> float:
-            labels, names = np.array(self.findings), np.array(self.modalities)
-            return float(np.mean([balanced_accuracy(right[names == n], list(labels[names == n])) for n in self.names]))
-
-        return {
-            "accuracy": round(float(self.total()[0]), 4),
-            "interval": interval_of(self.total(1000)),
+        each_seed = (Score(right[None], self.classes, self.n_train).total() for right in self.right)
+        return _figure(self.total, "accuracy") | {
             "n_train": self.n_train,
-            "seeds": [round(float(each_seed(right)), 4) for right in self.right],
-            "modalities": {
-                name: {"accuracy": round(float(self.of(name)[0]), 4), "interval": interval_of(self.of(name, 1000))}
-                for name in self.names
-            },
+            "seeds": [round(float(total[0]), 4) for total in each_seed],
+            "modalities": {name: _figure(partial(self.of, name), "accuracy") for name in self.index},
         }
+
+
+def _figure(of: Callable[[int], np.ndarray], key: str = "value") -> dict:
+    """A figure and its interval, from what gives it without draws and for many."""
+    return {key: round(float(of(0)[0]), 4), "interval": interval_of(of(1000))}
 
 
 def _compare(scores: dict, first: str, second: str, conditions: dict, how: Callable) -> dict:
@@ -346,10 +340,5 @@ def _compare(scores: dict, first: str, second: str, conditions: dict, how: Calla
     if first not in scores:
         return {"left_out": conditions[first]}
     a, b = scores[first], scores[second]
-
-    def figure(of_a: Callable[[int], np.ndarray], of_b: Callable[[int], np.ndarray]) -> dict:
-        value = how(of_a(0), of_b(0))[0]
-        return {"value": round(float(value), 4), "interval": interval_of(how(of_a(1000), of_b(1000)))}
-
-    each = {name: figure(partial(a.of, name), partial(b.of, name)) for name in a.names}
-    return {**figure(a.total, b.total), "modalities": each}
+    each = {name: _figure(lambda draws, name=name: how(a.of(name, draws), b.of(name, draws))) for name in a.index}
+    return _figure(lambda draws: how(a.total(draws), b.total(draws))) | {"modalities": each}

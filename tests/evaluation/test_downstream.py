@@ -106,6 +106,6 @@ def test_comparison_is_paired():
     generator = np.random.default_rng(0)
     right = generator.random((2, 400)) < 0.5
     findings = ["a"] * 200 + ["b"] * 200
-    one, other = (Score(values, ["oct"] * 400, findings, 1) for values in (right, right.copy()))
+    one, other = (Score(values, [("oct", finding) for finding in findings], 1) for values in (right, right.copy()))
     assert np.ptp(one.total(200)) > 0.05 and not np.any(one.total(200) - other.total(200))
     assert one.total()[0] == pytest.approx(right.mean())
