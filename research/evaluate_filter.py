@@ -30,6 +30,7 @@ from minim_pipeline.evaluation.agreement import weighted_kappa
 from minim_pipeline.evaluation.comparison import JUDGES, at_least, diversity, right_findings
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.evaluation.judges import class_of, compare_wrong, load_judges
+from minim_pipeline.evaluation.metrics import places
 from minim_pipeline.evaluation.sampling import by_modality, plan
 from minim_pipeline.files import write_report
 from minim_pipeline.minim_filter import FilterHead, FilterHeadOutput
@@ -93,8 +94,7 @@ def choices(drawn: Candidates, accepted: torch.Tensor, head: FilterHead, candida
     plain = int(guided.sum()) + len(guided)
     made = {"off": {"index": torch.zeros(len(score), dtype=torch.long), "samples": plain}}
     for name, (values, stages) in ways.items():
-        index, samples = follow(values, drawn.levels, guided, stages)
-        made[name] = {"index": index, "samples": samples}
+        made[name] = dict(zip(("index", "samples"), follow(values, drawn.levels, guided, stages)))
     return made
 
 
@@ -132,10 +132,7 @@ def _rejected(pipe: MinimPipeline, images: torch.Tensor, texts: list[str], modal
         rated = pipe.score(images[part], [texts[i] for i in index], [modalities[i] for i in index])
         rejected += [not accepted for accepted in rated.accepted]
         reasons += [reason for reason in rated.reasons if reason]
-    each = {
-        name: round(float(np.mean([r for r, m in zip(rejected, modalities, strict=True) if m == name])), 4)
-        for name in dict.fromkeys(modalities)
-    }
+    each = {name: round(float(np.mean(np.array(rejected)[i])), 4) for name, i in places(modalities).items()}
     counts = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
     return {"rejected": round(sum(rejected) / len(texts), 4), "n": len(texts), "reasons": counts, "modalities": each}
 
@@ -169,12 +166,12 @@ def save_filter_sheet(
         modalities: of each slot.
     """
     candidates, rows = len(images) // len(chosen), []
-    for modality in dict.fromkeys(modalities):
-        slots = [i for i, m in enumerate(modalities) if m == modality and chosen[i] != 0]
+    for index in places(modalities).values():
+        slots = [i for i in index if chosen[i] != 0]
         slots = [slots[int(k)] for k in np.linspace(0, len(slots) - 1, min(columns, len(slots)))]
-        for index in (torch.zeros_like(chosen), chosen):
+        for taken in (torch.zeros_like(chosen), chosen):
             row = []
-            for j in (i * candidates + int(index[i]) for i in slots):
+            for j in (i * candidates + int(taken[i]) for i in slots):
                 colour = (200, 60, 50) if wrong[j] else (40, 150, 80)
                 row.append(ImageOps.expand(contact_sheet(images[j : j + 1], 1, side), (0, 0, 0, 6), colour))
             if row:
@@ -276,17 +273,10 @@ class Evaluation:
         modalities = [p["modality"] for p in self.planned]
         save_filter_sheet(drawn.images, chosen, self.wrong, modalities, output / "sheet.png")
         write_report(output / "report.json", report)
-        np.savez_compressed(
-            output / "candidates.npz",
-            quality=drawn.quality.half().numpy(),
-            finding=drawn.finding.half().numpy(),
-            guidance=drawn.guidance.numpy(),
-            levels=drawn.levels.numpy(),
-            accepted=self.accepted.numpy(),
-            wrong=self.wrong.numpy(),
-            chosen=chosen.numpy(),
-            said=self.read.half().numpy(),
-        )
+        stored = {"quality": drawn.quality.half(), "finding": drawn.finding.half(), "guidance": drawn.guidance}
+        stored |= {"levels": drawn.levels, "accepted": self.accepted, "wrong": self.wrong, "chosen": chosen}
+        stored["said"] = self.read.half()
+        np.savez_compressed(output / "candidates.npz", **{name: x.numpy() for name, x in stored.items()})
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

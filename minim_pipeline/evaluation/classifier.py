@@ -99,13 +99,9 @@ def augment(
     turn, zoom, aspect = uniform(-0.21, 0.21), uniform(0.8, 1.15), uniform(-0.08, 0.08).exp()
     sign = torch.where(may_mirror & (uniform(0, 1) < 0.5), -1.0, 1.0)
     shift = uniform(-1, 1, 2) * (0.05 + (1 - zoom).clamp(min=0))[:, None]
-    theta = torch.stack(
-        [
-            torch.stack([sign * zoom * aspect * turn.cos(), -zoom * turn.sin(), shift[:, 0]], 1),
-            torch.stack([sign * zoom * aspect * turn.sin(), zoom * turn.cos(), shift[:, 1]], 1),
-        ],
-        1,
-    )
+    across = torch.stack([sign * zoom * aspect * turn.cos(), -zoom * turn.sin(), shift[:, 0]], 1)
+    down = torch.stack([sign * zoom * aspect * turn.sin(), zoom * turn.cos(), shift[:, 1]], 1)
+    theta = torch.stack([across, down], 1)
     grid = F.affine_grid(theta, [batch, 3, size, size], align_corners=False)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 

@@ -96,11 +96,10 @@ def read_rows(options: EvaluateOptions) -> tuple[dict[str, Path], dict[str, list
     readings = {"real": options.reading, "train": options.reading, "synthetic": own}
     given = {"real": options.real, "train": options.train, "synthetic": options.synthetic}
     files = {name: path for name, path in given.items() if path}
-    splits = {"real": options.real_split, "train": options.train_split, "synthetic": None}
-    rows = {}
+    splits, rows = {"real": options.real_split, "train": options.train_split}, {}
     for name, path in files.items():
         where: dict[str, Any] = {"image_root": readings[name].image_root, "modality": readings[name].modality}
-        rows[name] = read_split(path, splits[name], skip_bad_rows=options.skip_bad_rows, **where)
+        rows[name] = read_split(path, splits.get(name), skip_bad_rows=options.skip_bad_rows, **where)
     if "train" in files:
         check_overlap(rows["real"], files["real"], rows["train"], files["train"])
     return files, rows, readings
@@ -152,10 +151,7 @@ def measure(options: EvaluateOptions, sets: tuple, extractors: list, judges) -> 
     report, copies, readings = evaluate(real, synthetic, train, encoder, extractors, judges, options.label_column)
     if options.extraction_captions and options.pipeline:
         drawn = options.extraction_captions, options.extraction_images, batch_size(options)
-        settings: dict[str, Any] = {
-            "num_inference_steps": options.num_inference_steps,
-            "guidance_scale": options.guidance_scale,
-        }
+        settings: Any = options.values("num_inference_steps", "guidance_scale")
         pipe = load_for_drawing(options, options.pipeline)
         report["extraction"] = extract_training_images(pipe, train, encoder, copies, *drawn, **settings)
     return report, collect(synthetic, train, copies, readings, options.sheet_images, 6, options.no_real_images)

@@ -340,5 +340,9 @@ def _compare(scores: dict, first: str, second: str, conditions: dict, how: Calla
     if first not in scores:
         return {"left_out": conditions[first]}
     a, b = scores[first], scores[second]
-    each = {name: _figure(lambda draws, name=name: how(a.of(name, draws), b.of(name, draws))) for name in a.index}
+
+    def part(name: str, draws: int) -> np.ndarray:
+        return how(a.of(name, draws), b.of(name, draws))
+
+    each = {name: _figure(partial(part, name)) for name in a.index}
     return _figure(lambda draws: how(a.total(draws), b.total(draws))) | {"modalities": each}

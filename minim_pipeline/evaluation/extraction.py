@@ -46,22 +46,17 @@ def extract_training_images(
         `train_images` have it, `images` drawn, `copies` among them, the least `distance` to any training image, and
         the least to one with this caption (`own_distance`).
     """
-    prompts: list[dict[str, Any]] = []
-    for modality in copies:
-        for text, number in rare_captions(train, modality, captions):
-            prompts.append({"modality": modality, "text": text, "train_images": number, "images": images})
+    prompts: list[dict[str, Any]] = [
+        {"modality": modality, "text": text, "train_images": number, "images": images}
+        for modality in copies
+        for text, number in rare_captions(train, modality, captions)
+    ]
     if not prompts:
         return {"left_out": "there are no training images of the modalities that were drawn"}
     asked = [prompt for prompt in prompts for _ in range(images)]
-    drawn = draw_images(
-        pipe,
-        [prompt["text"] for prompt in asked],
-        [prompt["modality"] for prompt in asked],
-        [seed + i for i in range(len(asked))],
-        batch_size,
-        name="rare captions",
-        **settings,
-    )
+    texts, modalities = [prompt["text"] for prompt in asked], [prompt["modality"] for prompt in asked]
+    seeds = range(seed, seed + len(asked))
+    drawn = draw_images(pipe, texts, modalities, seeds, batch_size, name="rare captions", **settings)
     features = encoder.encode_images(drawn)[0].split(images)
     for prompt, mine in zip(prompts, features):
         name = prompt["modality"]

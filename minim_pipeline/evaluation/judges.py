@@ -75,10 +75,8 @@ class Judges:
 def load_judges(path: str | Path, device: torch.device | str = "cpu") -> Judges:
     """The judges that `save_pretrained` wrote to `path`."""
     config = json.loads((Path(path) / "judges.json").read_text())
-    models = {
-        name: AutoModelForImageClassification.from_pretrained(Path(path) / name, dtype=torch.float32)
-        for name in config["models"]
-    }
+    load = AutoModelForImageClassification.from_pretrained
+    models = {name: load(Path(path) / name, dtype=torch.float32) for name in config["models"]}
     return Judges(models, config["classes"], config["image_size"]).to(device)
 
 
@@ -165,14 +163,13 @@ def accuracy_report(
         the same figures, a 95 % interval, and the accuracy and n of each finding. With `sources`, also the balanced
         accuracy within each source that has at least two findings of five images each.
     """
-    names = list(dict.fromkeys(modality for modality, _ in classes))
-    by_modality = torch.stack(
-        [probabilities[:, [i for i, (m, _) in enumerate(classes) if m == name]].sum(1) for name in names], 1
-    )
+    of_modality = places(modality for modality, _ in classes)
+    names = list(of_modality)
+    by_modality = torch.stack([probabilities[:, columns].sum(1) for columns in of_modality.values()], 1)
     modality_right = np.array([names[i] for i in by_modality.argmax(1)]) == np.array(modalities)
-    report = {}
-    for name in [name for name in names if name in modalities]:
-        index = np.flatnonzero(np.array(modalities) == name)
+    report, images = {}, places(modalities)
+    for name in [name for name in names if name in images]:
+        index = images[name]
         asked = [findings[i] for i in index]
         right = finds_asked(probabilities[index], classes, name, asked)
         merged = finds_asked(probabilities[index], classes, name, asked, merge=True)
@@ -181,7 +178,7 @@ def accuracy_report(
             "balanced_accuracy": round(balanced_accuracy(right, asked), 4),
             "interval": accuracy_interval(right, asked),
             "balanced_accuracy_merged": round(balanced_accuracy(merged, merged_asked), 4),
-            "chance": round(1 / sum(m == name for m, _ in classes), 4),
+            "chance": round(1 / len(of_modality[name]), 4),
             "modality_accuracy": round(float(modality_right[index].mean()), 4),
             "n": len(index),
             "findings": {
@@ -190,12 +187,10 @@ def accuracy_report(
             },
         }
         if sources is not None:
-            report[name]["within_source"] = _within_source(
-                probabilities[index], classes, name, asked, [sources[i] for i in index]
-            )
-    return {
-        "balanced_accuracy": round(float(np.mean([r["balanced_accuracy"] for r in report.values()])), 4),
-        "balanced_accuracy_merged": round(float(np.mean([r["balanced_accuracy_merged"] for r in report.values()])), 4),
+            own = [sources[i] for i in index]
+            report[name]["within_source"] = _within_source(probabilities[index], classes, name, asked, own)
+    keys = ("balanced_accuracy", "balanced_accuracy_merged")
+    return {key: round(float(np.mean([r[key] for r in report.values()])), 4) for key in keys} | {
         "modality_accuracy": round(float(modality_right.mean()), 4),
         "n": len(modalities),
         "modalities": report,
@@ -212,10 +207,9 @@ def _within_source(
 ) -> dict:
     """Balanced accuracy among the findings that a source has, so that telling sources apart does not help."""
     report = {}
-    for source in sorted(set(sources)):
-        index = [i for i, s in enumerate(sources) if s == source]
-        labels = [asked[i] for i in index]
-        known = [finding for finding in dict.fromkeys(labels) if labels.count(finding) >= least]
+    for source, index in sorted(places(sources).items()):
+        counts = Counter(asked[i] for i in index)
+        known = [finding for finding, count in counts.items() if count >= least]
         if len(known) < 2:
             continue
         of_known = [i for i in index if asked[i] in known]

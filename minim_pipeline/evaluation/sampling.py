@@ -137,15 +137,10 @@ def plan(
         texts = captions.get(modality, {}).get(finding, {}).get(phrasing)
         if not texts:
             raise ValueError(f"The captions have no {phrasing!r} phrasings of {finding!r} of {modality!r}.")
-        planned += [
-            {
-                "modality": modality,
-                "finding": finding,
-                "prompt": texts[i % len(texts)],
-                "seed": seed + len(planned) + i,
-            }
-            for i in range(count)
-        ]
+        first = seed + len(planned)
+        for i in range(count):
+            prompt = texts[i % len(texts)]
+            planned.append({"modality": modality, "finding": finding, "prompt": prompt, "seed": first + i})
     return planned
 
 

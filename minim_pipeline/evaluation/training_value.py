@@ -34,7 +34,7 @@ def run_downstream(options: EvaluateOptions, train_csv: Path, state, sets: tuple
     size = min(options.resolution, options.classifier_resolution * 5 // 4 // 8 * 8)
     sources = {}
     models = {"data_sharing": options.pipeline, "honest_low_data": options.low_data_pipeline}
-    settings = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
+    settings = options.values("num_inference_steps", "guidance_scale")
     for setting, model in models.items():
         if model:
             images_folder = folder / setting.replace("_", "-")
@@ -43,14 +43,9 @@ def run_downstream(options: EvaluateOptions, train_csv: Path, state, sets: tuple
             sources[setting] = drawn_by(pipe, state, images_folder, size, batch_size(options), identity, **settings)
     if not sources:
         sources["data_sharing"] = taken_from(_shrink(synthetic.images, size), synthetic.rows, options.label_column)
-    recipe = Recipe(
-        max_train_steps=options.classifier_steps,
-        resolution=options.classifier_resolution,
-        bf16=state.device.type == "cuda",
-    )
-    design = Design(
-        recipe=recipe, percents=options.percents, seeds=range(options.classifier_seeds), column=options.label_column
-    )
+    bf16, seeds = state.device.type == "cuda", range(options.classifier_seeds)
+    recipe = Recipe(max_train_steps=options.classifier_steps, resolution=options.classifier_resolution, bf16=bf16)
+    design = Design(recipe=recipe, percents=options.percents, seeds=seeds, column=options.label_column)
     images = _shrink(train.images, size)
     return downstream((train.rows, images), (real.rows, real.images), low_rows, sources, folder, state, design)
 
@@ -59,11 +54,8 @@ def _shrink(images, size: int):
     """uint8 images [N, 3, H, W] at `size` px, all in the same way."""
     if images.shape[-1] == size:
         return images
-    parts = [
-        F.interpolate(part.float(), size=(size, size), mode="bicubic", antialias=True).round().clamp(0, 255)
-        for part in images.split(256)
-    ]
-    return torch.cat([part.to(torch.uint8) for part in parts])
+    parts = (F.interpolate(x.float(), size=(size, size), mode="bicubic", antialias=True) for x in images.split(256))
+    return torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
 
 
 def write_low_data(path: Path, rows: list[dict], source: Path, state) -> None:
