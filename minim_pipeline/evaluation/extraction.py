@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from .encoder import ImageTextEncoder
-from .memorisation import nearest_distances
-from .report import Copies, ImageSet
+from .memorisation import Copies, nearest_distances
+from .report import ImageSet
 from .sampling import draw_images
 
 

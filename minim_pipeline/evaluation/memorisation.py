@@ -5,6 +5,7 @@ do. A generator that remembers nothing then has a share of about 1 %; one that c
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -80,22 +81,53 @@ def copy_share(samples: torch.Tensor, val: torch.Tensor, quantile: float = 0.01)
     return (samples < limit).float().mean().item(), limit.item()
 
 
-def copy_figures(samples: torch.Tensor, val: torch.Tensor) -> dict:
-    """What a report says of distances to the nearest training image: of samples [n] and of val images [m].
+@dataclass
+class Copies:
+    """The nearest training image of each sample of a modality, and how near val images come to one."""
 
-    Returns:
-        `share` and number of `copies`, `n`, `n_val`, the `limit` below which a sample is a copy, both medians.
-    """
-    share, limit = copy_share(samples, val)
-    return {
-        "share": round(share, 4),
-        "copies": int((samples < limit).sum()),
-        "n": len(samples),
-        "n_val": len(val),
-        "limit": round(limit, 5),
-        "median": round(samples.median().item(), 5),
-        "median_val": round(val.median().item(), 5),
-    }
+    distances: torch.Tensor  # [n], cosine
+    nearest: torch.Tensor  # [n], numbers among the training images
+    val: torch.Tensor  # [m]
+    references: torch.Tensor  # [N, D], features of those training images
+
+    @property
+    def limit(self) -> float:
+        return copy_share(self.distances, self.val)[1]
+
+    def figures(self) -> dict:
+        """`share` and number of `copies`, `n`, `n_val`, the `limit` below which a sample is a copy, both medians."""
+        share, limit = copy_share(self.distances, self.val)
+        return {
+            "share": round(share, 4),
+            "copies": int((self.distances < limit).sum()),
+            "n": len(self.distances),
+            "n_val": len(self.val),
+            "limit": round(limit, 5),
+            "median": round(self.distances.median().item(), 5),
+            "median_val": round(self.val.median().item(), 5),
+        }
+
+    def report(self, samples: list[str], train: list[str], most: int = 50) -> dict:
+        """Figures, and the copies by name, the nearest first; `nearest` names the five nearest, copies or not."""
+
+        def named(i: int) -> dict:
+            distance = round(self.distances[i].item(), 5)
+            return {"synthetic": samples[i], "train": train[int(self.nearest[i])], "distance": distance}
+
+        figures, order = self.figures(), self.distances.argsort().tolist()
+        copied = order[: min(figures["copies"], most)]
+        return figures | {"copied": [named(i) for i in copied], "nearest": [named(i) for i in order[:5]]}
+
+
+def find_copies(
+    samples: Sequence[torch.Tensor],
+    val: Sequence[torch.Tensor],
+    references: torch.Tensor,
+    mean: torch.Tensor | None = None,
+) -> Copies:
+    """The nearest of the training images' features [N, D], in any view, as of `nearest_in_any_view`."""
+    distances, nearest = nearest_in_any_view(samples, references, mean)
+    return Copies(distances, nearest, nearest_in_any_view(val, references, mean)[0], references)
 
 
 def total(modalities: Iterable[dict]) -> dict:
@@ -124,27 +156,22 @@ def memorisation_report(
             what every image of the modality shares.
 
     Returns:
-        `share` (of all samples), `copies`, `n`, and `modalities`: `copy_figures` of each, and of its nearest five
+        `share` (of all samples), `copies`, `n`, and `modalities`: `Copies.figures` of each, and of its nearest five
         samples (index of the sample, of the training image, distance).
     """
 
-    def features(images):
-        return torch.cat([extract(part).float().cpu() for part in images.split(batch_size)])
+    def views(images: torch.Tensor, mirror: bool) -> list[torch.Tensor]:
+        seen = [images, images.flip(-1)] if mirror else [images]
+        return [torch.cat([extract(part).float().cpu() for part in x.split(batch_size)]) for x in seen]
 
     modalities = {}
     for name, images in samples.items():
-        references = features(train[name])
+        references = views(train[name], False)[0]
         mean = references.mean(0) if remove_mean else None
-
-        def distances(images, mirror=may_mirror[name], references=references, mean=mean):
-            views = [features(images), features(images.flip(-1))] if mirror else [features(images)]
-            return nearest_in_any_view(views, references, mean)
-
-        found, nearest = distances(images)
-        modalities[name] = {
-            **copy_figures(found, distances(val[name])[0]),
-            "nearest": [[int(i), int(nearest[i]), round(found[i].item(), 5)] for i in found.argsort()[:5]],
-        }
+        found = find_copies(views(images, may_mirror[name]), views(val[name], may_mirror[name]), references, mean)
+        order = found.distances.argsort()[:5].tolist()
+        nearest = [[i, int(found.nearest[i]), round(found.distances[i].item(), 5)] for i in order]
+        modalities[name] = found.figures() | {"nearest": nearest}
     return {**total(modalities.values()), "modalities": modalities}
 
 

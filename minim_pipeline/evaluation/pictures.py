@@ -2,7 +2,8 @@
 
 import torch
 
-from .report import Copies, ImageSet
+from .memorisation import Copies
+from .report import ImageSet
 
 
 def collect(

@@ -20,7 +20,7 @@ from ..modalities import resolve_modality
 from .encoder import ImageTextEncoder
 from .extractors import Extractor
 from .judges import Judges, accuracy_report
-from .memorisation import copy_figures, copy_share, nearest_distances, nearest_in_any_view, pixel_features, total
+from .memorisation import Copies, find_copies, pixel_features, total
 from .metrics import (
     bootstrap_interval,
     frechet_distance,
@@ -174,48 +174,6 @@ def retrieval_figure(compute: Callable[[], dict]) -> dict:
     return figure(both)
 
 
-@dataclass
-class Copies:
-    """The nearest training image of each synthetic one of a modality, and how near val images come to one."""
-
-    distances: torch.Tensor  # [n], cosine
-    nearest: torch.Tensor  # [n], numbers among the train images of the modality
-    val: torch.Tensor  # [m]
-    references: torch.Tensor  # [N, D], features of those training images
-
-    @property
-    def limit(self) -> float:
-        return copy_share(self.distances, self.val)[1]
-
-    def report(self, synthetic: list[str], train: list[str], most: int = 50) -> dict:
-        """Figures, and the copies by name, the nearest first; `nearest` names the five nearest, copies or not."""
-        figures = copy_figures(self.distances, self.val)
-
-        def named(i: int) -> dict:
-            distance = round(self.distances[i].item(), 5)
-            return {"synthetic": synthetic[i], "train": train[int(self.nearest[i])], "distance": distance}
-
-        order, copied = self.distances.argsort().tolist(), min(figures["copies"], most)
-        return figures | {"copied": [*map(named, order[:copied])], "nearest": [*map(named, order[:5])]}
-
-
-def copies_by_features(synthetic: torch.Tensor, real: torch.Tensor, train: torch.Tensor) -> Copies:
-    """By the encoder's features, which are blind to mirroring, small shifts and brightness."""
-    distances, nearest = nearest_distances(synthetic, train)
-    return Copies(distances, nearest, nearest_distances(real, train)[0], train)
-
-
-def copies_by_pixels(synthetic: torch.Tensor, real: torch.Tensor, train: torch.Tensor) -> Copies:
-    """By correlation of the pixels, mirrored too, of images uint8 [N, 3, H, W]."""
-    references = pixel_features(train)
-
-    def nearest(images):
-        return nearest_in_any_view([pixel_features(images), pixel_features(images.flip(-1))], references)
-
-    distances, numbers = nearest(synthetic)
-    return Copies(distances, numbers, nearest(real)[0], references)
-
-
 def evaluate(
     real: ImageSet,
     synthetic: ImageSet,
@@ -307,13 +265,18 @@ def _memorisation(
     if "train" not in sets or not len(index["train"]):
         given = "there are no training images of this modality" if "train" in sets else NO_TRAIN
         return {key: {"left_out": given} for key in ("encoder", "pixels")}, {}
-    order = ("synthetic", "real", "train")
+    some = {name: (features[OWN, name][i], sets[name].images[i]) for name, i in index.items()}
+
+    def both_ways(name: str) -> list[torch.Tensor]:
+        return [pixel_features(some[name][1]), pixel_features(some[name][1].flip(-1))]
+
     copies = {
-        "encoder": copies_by_features(*(features[OWN, name][index[name]] for name in order)),
-        "pixels": copies_by_pixels(*(sets[name].images[index[name]] for name in order)),
+        # The encoder is blind to mirroring, small shifts and brightness.
+        "encoder": find_copies([some["synthetic"][0]], [some["real"][0]], some["train"][0]),
+        "pixels": find_copies(both_ways("synthetic"), both_ways("real"), pixel_features(some["train"][1])),
     }
-    synthetic, train = (sets[name].names(index[name]) for name in ("synthetic", "train"))
-    return {key: found.report(synthetic, train) for key, found in copies.items()}, copies
+    names = [sets[name].names(index[name]) for name in ("synthetic", "train")]
+    return {key: found.report(*names) for key, found in copies.items()}, copies
 
 
 def look(

@@ -5,7 +5,8 @@ import torch
 from minim_pipeline import EMBEDDED_ENCODER
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.evaluation.extraction import extract_training_images, rare_captions
-from minim_pipeline.evaluation.report import Copies, ImageSet
+from minim_pipeline.evaluation.memorisation import Copies
+from minim_pipeline.evaluation.report import ImageSet
 from minim_pipeline.evaluation.sampling import draw_images
 
 
