@@ -56,9 +56,8 @@ def read_comparisons(folders: list[str]) -> list[dict]:
     seeds = [report["arguments"].pop("seed") for report in reports]
     first, *others = ({k: v for k, v in r["arguments"].items() if k != "output_dir"} for r in reports)
     for other in others:
-        differ = [
-            f"{k} is {first.get(k)!r} and {other.get(k)!r}" for k in first | other if first.get(k) != other.get(k)
-        ]
+        names = [name for name in first | other if first.get(name) != other.get(name)]
+        differ = [f"{name} is {first.get(name)!r} and {other.get(name)!r}" for name in names]
         if differ:
             raise ValueError(f"The comparisons may differ in their seeds only, but {'; '.join(differ)}.")
     return [{"seed": seed, **without_paths(report)} for seed, report in zip(seeds, reports, strict=True)]

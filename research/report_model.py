@@ -99,12 +99,11 @@ class RealImages:
         # Of a modality without real images there is nothing to compare with.
         self.learned = {name: found for name, found in pipe.config.findings.items() if name in self.names}
         left_out = [name for name in pipe.config.findings if name not in self.learned]
+        names = ", ".join(left_out)
         if not self.learned:
-            raise ValueError(
-                f"{config.data} has no val images of what {config.model} has learned: {', '.join(left_out)}."
-            )
+            raise ValueError(f"{config.data} has no val images of what {config.model} has learned: {names}.")
         if left_out:
-            print(f"left out, without val images in {config.data}: {', '.join(left_out)}")
+            print(f"left out, without val images in {config.data}: {names}")
 
     def rows_of(self, split: str) -> tuple[list[dict], list[str]]:
         require = ("path", "Text", "modality", "finding")
@@ -121,16 +120,12 @@ def settings_report(config: ReportConfig, pipe: MinimPipeline, device: torch.dev
         "settings": {
             **{k: pipe.config[k] if getattr(config, k) is None else getattr(config, k) for k in SAMPLING},
             "scheduler": type(pipe.scheduler).__name__,
-            "seed": config.seed,
-            "batch_size": config.batch_size,
-            "dtype": config.dtype,
+            **config.values("seed", "batch_size", "dtype"),
             "compiled": config.compile,
         },
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
+            **{package.__name__: package.__version__ for package in (torch, diffusers, transformers)},
         },
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
     }
@@ -144,13 +139,10 @@ def real_report(config: ReportConfig, pipe: MinimPipeline, judges: Judges, real:
         report["autoencoder"] = {**figures, "n": len(real.rows)}
         print("autoencoder on val:", json.dumps(figures))
     known = [i for i, row in enumerate(real.rows) if (real.names[i], row["finding"]) in judges.classes]
-    report["judges_on_val"] = accuracy_report(
-        judges.judge(real.images[known]),
-        judges.classes,
-        [real.names[i] for i in known],
-        [real.rows[i]["finding"] for i in known],
-        [real.rows[i].get("source", "") for i in known],
-    )
+    rows = [real.rows[i] for i in known]
+    asked = [real.names[i] for i in known], [row["finding"] for row in rows]
+    sources = [row.get("source", "") for row in rows]
+    report["judges_on_val"] = accuracy_report(judges.judge(real.images[known]), judges.classes, *asked, sources)
     print(format_report("judges on val images", report["judges_on_val"]))
     return report
 
@@ -183,11 +175,12 @@ def generated_report(
         cache = Path(config.save_images) / f"{phrasing}.safetensors" if config.save_images else None
         images = generate(pipe, planned, config.batch_size, settings, cache)
         asked = [p["modality"] for p in planned], [p["finding"] for p in planned]
-        figures = accuracy_report(judges.judge(images), judges.classes, *asked)
-        figures["each_judge"] = {
-            name: accuracy_report(said, judges.classes, *asked)["balanced_accuracy"]
-            for name, said in judges.judge_each(images).items()
-        }
+        each = judges.judge_each(images)
+        figures, *alone = (
+            accuracy_report(said, judges.classes, *asked)
+            for said in (torch.stack(list(each.values())).mean(0), *each.values())
+        )
+        figures["each_judge"] = {name: of["balanced_accuracy"] for name, of in zip(each, alone, strict=True)}
         figures["seconds"] = round(time.monotonic() - begun, 1)
         report[phrasing] = figures
         print(format_report(f"judges on generated images, phrasings {phrasing!r}", figures))

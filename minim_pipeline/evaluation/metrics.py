@@ -8,6 +8,7 @@ Distances to the nearest training image are in `memorisation.py`.
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -187,38 +188,6 @@ def ms_ssim_of_pairs(
     return torch.cat([multiscale_ssim(images[part[:, 0]], images[part[:, 1]]) for part in chosen.split(batch_size)])
 
 
-def image_image_retrieval(
-    synthetic: torch.Tensor, real: torch.Tensor, labels: Sequence[str], real_labels: Sequence[str], top: int = 10
-) -> dict:
-    """IIR: does a synthetic image find, among its nearest real images, one that carries the same label?
-
-    Args:
-        synthetic: features [N, D], the queries; those whose label no real image carries are not asked.
-        real: features [M, D], the pool; M > top.
-        labels, real_labels: of each image; captions, or findings.
-
-    Returns:
-        As `retrieval`.
-    """
-    return retrieval("Image-image retrieval", synthetic, real, labels, real_labels, top)
-
-
-def image_text_retrieval(images: torch.Tensor, texts: torch.Tensor, captions: Sequence[str], top: int = 10) -> dict:
-    """ITR: does an image find, among the nearest distinct captions, the one that it was made from?
-
-    Args:
-        images: embeddings [N, P] in the space that images and texts share.
-        texts: [N, P], of the caption of each image.
-        captions: the N sentences (with the modality, where one sentence stands under several); equal ones are one
-            item of the pool, of which more than `top` are needed.
-
-    Returns:
-        As `retrieval`.
-    """
-    distinct = {caption: index for index, caption in enumerate(captions)}
-    return retrieval("Image-text retrieval", images, texts[list(distinct.values())], captions, list(distinct), top)
-
-
 def retrieval(
     name: str,
     queries: torch.Tensor,
@@ -266,6 +235,26 @@ def retrieval(
         "top": top,
         "hits": hits,
     }
+
+
+# IIR: does a synthetic image find, among its nearest real ones, one of its label (a caption, or a finding)?
+image_image_retrieval = partial(retrieval, "Image-image retrieval")
+
+
+def image_text_retrieval(images: torch.Tensor, texts: torch.Tensor, captions: Sequence[str], top: int = 10) -> dict:
+    """ITR: does an image find, among the nearest distinct captions, the one that it was made from?
+
+    Args:
+        images: embeddings [N, P] in the space that images and texts share.
+        texts: [N, P], of the caption of each image.
+        captions: the N sentences (with the modality, where one sentence stands under several); equal ones are one
+            item of the pool, of which more than `top` are needed.
+
+    Returns:
+        As `retrieval`.
+    """
+    distinct = {caption: index for index, caption in enumerate(captions)}
+    return retrieval("Image-text retrieval", images, texts[list(distinct.values())], captions, list(distinct), top)
 
 
 def bootstrap_interval(
@@ -320,8 +309,8 @@ def places(keys: Iterable[Key]) -> dict[Key, list[int]]:
 
 def drawn_within(groups: Iterable[Hashable], draws: int, generator: np.random.Generator) -> list[np.ndarray]:
     """For each group, in the order of its first item, indices of its items, as many drawn anew: int [draws, n]."""
-    drawn = (np.array(i)[generator.integers(0, len(i), (draws, len(i)))] for i in places(groups).values())
-    return list(drawn)
+    groups = places(groups).values()
+    return [np.array(index)[generator.integers(0, len(index), (draws, len(index)))] for index in groups]
 
 
 def interval_of(figures: np.ndarray) -> list[float]:

@@ -41,7 +41,7 @@ def collect(
         sheets[modality] = [entry(place) for place in chosen]
         if found is None or train is None:
             continue
-        of_train, pairs[modality] = train.of(modality)[found.nearest], []
+        of_train, pairs[modality] = train.of(modality)[found.nearest.numpy()], []
         for place in found.distances.argsort()[:neighbours].tolist():
             i, j, distance = index[place], of_train[place], found.distances[place]
             pair = {"synthetic": to_array(synthetic.images[i]), "names": (*synthetic.names([i]), *train.names([j]))}

@@ -297,15 +297,12 @@ def look(
             features[OWN, name], embeddings[name] = encoder.encode_images(images.images)
             bar.update()
             for extractor in extractors:
-                if extractor.encoder is encoder:
-                    features[extractor.name, name] = features[OWN, name]
-                else:
-                    features[extractor.name, name] = extractor.extract(images.images)
-                    bar.update()
-        if judges:
-            for name in ("real", "synthetic"):
-                said[name] = judges.judge_each(sets[name].images)
-                bar.update()
+                own = extractor.encoder is encoder
+                features[extractor.name, name] = features[OWN, name] if own else extractor.extract(images.images)
+                bar.update(not own)
+        for name in ("real", "synthetic") if judges else ():
+            said[name] = judges.judge_each(sets[name].images)
+            bar.update()
     return features, embeddings, said
 
 
@@ -348,8 +345,7 @@ def _judged(judges: Judges | None, sets: dict[str, ImageSet], said: dict, column
     report: dict[str, Any] = {"names": list(judges.models), "each": {}}
     for judge in judges.models:
         report["each"][judge] = {name: read(name, said[name][judge]) for name in said}
-    mean = {name: torch.stack(list(each.values())).mean(0) for name, each in said.items()}
-    return report | {name: read(name, mean[name]) for name in said}
+    return report | {name: read(name, torch.stack(list(each.values())).mean(0)) for name, each in said.items()}
 
 
 def _readings(judges: Judges | None, synthetic: ImageSet, probabilities: dict) -> list[str] | None:

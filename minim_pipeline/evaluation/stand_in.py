@@ -74,7 +74,7 @@ class StandIn:
             if key not in self.findings.classes:
                 raise ValueError(f"This stand-in has not learned the finding {key[1]!r} of {key[0]!r}.")
         probabilities, real = self.findings.judge(images), self.looks_real(images, modalities, findings)
-        ratings = []
+        right, ratings = finds_asked(probabilities, self.findings.classes, modalities, findings), []
         for i, (modality, finding) in enumerate(zip(modalities, findings, strict=True)):
             asked, other = 0.0, 0.0
             for key, probability in zip(self.findings.classes, probabilities[i].tolist(), strict=True):
@@ -82,11 +82,10 @@ class StandIn:
                     asked = max(asked, probability)
                 elif key[0] == modality:
                     other = max(other, probability)
-            right = finds_asked(probabilities[i : i + 1], self.findings.classes, modality, [finding])[0]
             if asked < other / 2 or real[i] < LIMITS[0]:
                 ratings.append(1)
             else:
-                ratings.append(3 if right and real[i] >= LIMITS[1] else 2)
+                ratings.append(3 if right[i] and real[i] >= LIMITS[1] else 2)
         return ratings
 
 
