@@ -309,8 +309,8 @@ def places(keys: Iterable[Key]) -> dict[Key, list[int]]:
 
 def drawn_within(groups: Iterable[Hashable], draws: int, generator: np.random.Generator) -> list[np.ndarray]:
     """For each group, in the order of its first item, indices of its items, as many drawn anew: int [draws, n]."""
-    groups = places(groups).values()
-    return [np.array(index)[generator.integers(0, len(index), (draws, len(index)))] for index in groups]
+    index = places(groups).values()
+    return [np.array(own)[generator.integers(0, len(own), (draws, len(own)))] for own in index]
 
 
 def interval_of(figures: np.ndarray) -> list[float]:

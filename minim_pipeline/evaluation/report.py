@@ -275,8 +275,8 @@ def _memorisation(
         "encoder": find_copies([some["synthetic"][0]], [some["real"][0]], some["train"][0]),
         "pixels": find_copies(both_ways("synthetic"), both_ways("real"), pixel_features(some["train"][1])),
     }
-    names = [sets[name].names(index[name]) for name in ("synthetic", "train")]
-    return {key: found.report(*names) for key, found in copies.items()}, copies
+    synthetic, train = (sets[name].names(index[name]) for name in ("synthetic", "train"))
+    return {key: found.report(synthetic, train) for key, found in copies.items()}, copies
 
 
 def look(
@@ -300,9 +300,10 @@ def look(
                 own = extractor.encoder is encoder
                 features[extractor.name, name] = features[OWN, name] if own else extractor.extract(images.images)
                 bar.update(not own)
-        for name in ("real", "synthetic") if judges else ():
-            said[name] = judges.judge_each(sets[name].images)
-            bar.update()
+        if judges:
+            for name in ("real", "synthetic"):
+                said[name] = judges.judge_each(sets[name].images)
+                bar.update()
     return features, embeddings, said
 
 
