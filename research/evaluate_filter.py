@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import ImageOps
+from torch import Tensor
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, EMBEDDED_ENCODER, MinimPipeline, resolve_modality
 from minim_pipeline.captions import CAPTIONS
@@ -61,9 +62,7 @@ class EvaluationConfig(ReadingOptions):
     seed: Whole = 0
 
 
-def judge_candidates(
-    pipe: MinimPipeline, drawn: Candidates, modalities: list[str]
-) -> tuple[torch.Tensor, list[str | None]]:
+def judge_candidates(pipe: MinimPipeline, drawn: Candidates, modalities: list[str]) -> tuple[Tensor, list[str | None]]:
     """Whether the pipeline accepts each finished candidate, bool [N], and if not, why not."""
     device = pipe.filter_head.device
     quality, finding = drawn.quality[:, -1].to(device), drawn.finding[:, -1].to(device)
@@ -72,7 +71,7 @@ def judge_candidates(
     return accepted.cpu(), reasons
 
 
-def choices(drawn: Candidates, accepted: torch.Tensor, head: FilterHead, candidates: int) -> dict[str, dict]:
+def choices(drawn: Candidates, accepted: Tensor, head: FilterHead, candidates: int) -> dict[str, dict]:
     """By the name of a way to choose: `index` [M] of the candidate that comes back, and `samples` of the U-Net.
 
     - off: the first candidate;
@@ -98,7 +97,7 @@ def choices(drawn: Candidates, accepted: torch.Tensor, head: FilterHead, candida
     return made
 
 
-def rejections(pipe: MinimPipeline, rows: list[dict], images: torch.Tensor, seed: int) -> dict[str, dict]:
+def rejections(pipe: MinimPipeline, rows: list[dict], images: Tensor, seed: int) -> dict[str, dict]:
     """Share of pictures that the filter rejects: of those that it should, and of real val images as they are.
 
     Args:
@@ -124,7 +123,7 @@ def rejections(pipe: MinimPipeline, rows: list[dict], images: torch.Tensor, seed
     return {name: _rejected(pipe, x, captions, modalities) for name, (x, captions) in cases.items()}
 
 
-def _rejected(pipe: MinimPipeline, images: torch.Tensor, texts: list[str], modalities: list[str]) -> dict[str, Any]:
+def _rejected(pipe: MinimPipeline, images: Tensor, texts: list[str], modalities: list[str]) -> dict[str, Any]:
     rejected: list[bool] = []
     reasons: list[str] = []
     for part in torch.arange(len(texts)).split(32):
@@ -137,7 +136,7 @@ def _rejected(pipe: MinimPipeline, images: torch.Tensor, texts: list[str], modal
     return {"rejected": round(sum(rejected) / len(texts), 4), "n": len(texts), "reasons": counts, "modalities": each}
 
 
-def agreement_with_people(pipe: MinimPipeline, rows: list[dict], images: torch.Tensor) -> dict[str, Any]:
+def agreement_with_people(pipe: MinimPipeline, rows: list[dict], images: Tensor) -> dict[str, Any]:
     """The head's quality against people's grades of images uint8 [N, 3, H, W]: areas under ROC curves, and kappa."""
     with torch.no_grad():
         latents = torch.cat([pipe.encode_images(x.to(pipe.device) / 127.5 - 1) for x in images.split(32)])
@@ -146,15 +145,7 @@ def agreement_with_people(pipe: MinimPipeline, rows: list[dict], images: torch.T
     return {"auroc": quality_report(rows, quality), "kappa": weighted_kappa(by_head, grades), "n": len(rows)}
 
 
-def save_filter_sheet(
-    images: torch.Tensor,
-    chosen: torch.Tensor,
-    wrong: torch.Tensor,
-    modalities: list[str],
-    path: Path,
-    columns: int = 12,
-    side: int = 128,
-) -> None:
+def save_filter_sheet(images: Tensor, chosen: Tensor, wrong: Tensor, modalities: list[str], path: Path) -> None:
     """Above, without the filter; below, with it: slots of each modality, evenly from those that differ.
 
     A bar below is green where the judges find what was asked for, else red.
@@ -165,7 +156,8 @@ def save_filter_sheet(
         wrong: bool [M * candidates], whether judges find something else.
         modalities: of each slot.
     """
-    candidates, rows = len(images) // len(chosen), []
+    columns, side, rows = 12, 128, []
+    candidates = len(images) // len(chosen)
     for index in places(modalities).values():
         slots = [i for i in index if chosen[i] != 0]
         slots = [slots[int(k)] for k in np.linspace(0, len(slots) - 1, min(columns, len(slots)))]
@@ -240,7 +232,7 @@ class Evaluation:
         gain = ways["filter"]["removed"] / most if most > 0 else None
         device = torch.cuda.get_device_name(0) if self.device.type == "cuda" else platform.machine()
 
-        def rejected(which: torch.Tensor) -> dict[str, Any]:
+        def rejected(which: Tensor) -> dict[str, Any]:
             return {"n": int(which.sum()), "rejected": round((~accepted[which]).double().mean().item(), 4)}
 
         report = {

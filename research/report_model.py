@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL
+from torch import Tensor
 
 from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
 from minim_pipeline.cache import cached_tensor
@@ -110,7 +111,7 @@ class RealImages:
         rows = read_split(self.config.data, split, require=require, check_images=False)
         return rows, [resolve_modality(row["modality"]).id for row in rows]
 
-    def load(self, rows: list[dict], trim: bool = True) -> torch.Tensor:
+    def load(self, rows: list[dict], trim: bool = True) -> Tensor:
         return load_images(rows, self.config.data, self.size, trim=trim, reading=self.config.reading_elsewhere())
 
 
@@ -149,14 +150,14 @@ def real_report(config: ReportConfig, pipe: MinimPipeline, judges: Judges, real:
 
 def generate(
     pipe: MinimPipeline, planned: list[dict], batch_size: int, settings: dict, cache: Path | None = None
-) -> torch.Tensor:
+) -> Tensor:
     """The planned images, uint8 [N, 3, H, W]; stored in the file `cache`, and made only if that is missing.
 
     Raises:
         ValueError: `cache` holds images of another model, or of other settings.
     """
 
-    def draw() -> torch.Tensor:
+    def draw() -> Tensor:
         sampling = {name: settings[name] for name in SAMPLING if name in settings}
         return draw_planned(pipe, planned, batch_size, **sampling)
 
@@ -165,7 +166,7 @@ def generate(
 
 def generated_report(
     config: ReportConfig, pipe: MinimPipeline, judges: Judges, learned: dict, settings: dict
-) -> tuple[dict, dict[str, torch.Tensor]]:
+) -> tuple[dict, dict[str, Tensor]]:
     """What judges see in generated images, for each set of phrasings, and all images by modality."""
     captions, settings = load_captions(config.captions), settings | {"model": model_identity(config.model)}
     report, generated, names = {}, [], []
@@ -191,7 +192,7 @@ def generated_report(
     return report, by_modality(torch.cat(generated), names)
 
 
-def specks(images: torch.Tensor, threshold: float = 0.25) -> float:
+def specks(images: Tensor, threshold: float = 0.25) -> float:
     """Share of pixels that differ by more than `threshold` of the range from the median of their 3 x 3 neighbours."""
     total = 0.0
     for part in images.split(16):
@@ -201,7 +202,7 @@ def specks(images: torch.Tensor, threshold: float = 0.25) -> float:
     return total / len(images)
 
 
-def checks(images: torch.Tensor, real: torch.Tensor, modality: str) -> dict:
+def checks(images: Tensor, real: Tensor, modality: str) -> dict:
     """Flaws that show without a judge; specks beside those of real images, whose texture may look like them."""
     boxed = [trim_letterbox(image) is not image for image in images.permute(0, 2, 3, 1).numpy()]
     equal = bool((images == images[:, :1]).all())
@@ -220,7 +221,7 @@ def in_turn(findings: list[str]) -> list[int]:
     return [place for turn in turns for place in turn if place is not None]
 
 
-def save_sheet(images: torch.Tensor, findings: list[str], path: Path, rows: int = 5, columns: int = 8) -> None:
+def save_sheet(images: Tensor, findings: list[str], path: Path, rows: int = 5, columns: int = 8) -> None:
     """A sheet of `rows` x `columns` images: the findings in turn, each in the order of its seeds."""
     chosen = images[in_turn(findings)[: rows * columns]]
     chosen = torch.cat([chosen, chosen.new_zeros(rows * columns - len(chosen), *chosen.shape[1:])])
@@ -229,7 +230,7 @@ def save_sheet(images: torch.Tensor, findings: list[str], path: Path, rows: int 
     (sheet.convert("L") if (chosen == chosen[:, :1]).all() else sheet).save(path, optimize=True)
 
 
-def save_sheets(images: torch.Tensor, modalities: list[str], findings: list[str], folder: Path) -> None:
+def save_sheets(images: Tensor, modalities: list[str], findings: list[str], folder: Path) -> None:
     """A sheet a modality, and `overview.png`: the first row of each, at half the size."""
     rows, columns = SHEET
     strips = []
@@ -240,7 +241,7 @@ def save_sheets(images: torch.Tensor, modalities: list[str], findings: list[str]
     contact_sheet(strips, 1).save(folder / "overview.png", optimize=True)
 
 
-def copies_report(samples: dict[str, torch.Tensor], real: RealImages, vae: AutoencoderKL) -> dict:
+def copies_report(samples: dict[str, Tensor], real: RealImages, vae: AutoencoderKL) -> dict:
     rows, names = real.rows_of("train")
     train, val = by_modality(real.load(rows), names), by_modality(real.images, real.names)
     mirror = {name: MODALITIES[name].flip for name in samples}

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from PIL import ImageOps
+from torch import Tensor
 
 from .. import EMBEDDED_ENCODER, MinimPipeline, resolve_modality
 from ..cache import cached_tensor
@@ -32,8 +33,8 @@ from ..files import atomic_path, write_report
 from ..loading import model_identity
 from ..options import Count, Precision, ReadingOptions, Whole, option
 from .encoder import ImageTextEncoder
-from .judges import class_of, finds_asked, load_judges
-from .memorisation import copies_in_both_spaces
+from .judges import Class, class_of, finds_asked, load_judges
+from .memorisation import ByModality, copies_in_both_spaces
 from .metrics import (
     bootstrap_interval,
     drawn_within,
@@ -131,14 +132,14 @@ def plan_both(options: ComparisonOptions, before: MinimPipeline, after: MinimPip
 
 def draw_both(
     options: ComparisonOptions, models: dict[str, str], folder: Path, device: torch.device
-) -> tuple[list[dict], dict[str, torch.Tensor]]:
+) -> tuple[list[dict], dict[str, Tensor]]:
     """The plan, and by name the images uint8 [N, 3, H, W] of both `models`, which `folder` stores."""
     pipes = {name: MinimPipeline.from_pretrained(model, filter_head=None) for name, model in models.items()}
     planned, images = plan_both(options, pipes["before"], pipes["after"]), {}
     for name, pipe in pipes.items():
         pipe.set_progress_bar_config(disable=True)
 
-        def draw(pipe: MinimPipeline = pipe, name: str = name) -> torch.Tensor:
+        def draw(pipe: MinimPipeline = pipe, name: str = name) -> Tensor:
             pipe.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
                 drawn = draw_planned(pipe, planned, options.batch_size, name)
@@ -150,15 +151,13 @@ def draw_both(
     return planned, images
 
 
-def right_findings(
-    probabilities: torch.Tensor, classes: list[tuple[str, str]], planned: list[dict], merge: bool = False
-) -> torch.Tensor:
+def right_findings(probabilities: Tensor, classes: list[Class], planned: list[dict], merge: bool = False) -> Tensor:
     """Whether judges find what was asked for, within the modality: bool [N]; arguments as of `finds_asked`."""
     modalities, findings = ([p[key] for p in planned] for key in ("modality", "finding"))
     return torch.from_numpy(finds_asked(probabilities, classes, modalities, findings, merge))
 
 
-def paired(before: torch.Tensor, after: torch.Tensor, planned: list[dict], draws: int = 1000, seed: int = 0) -> dict:
+def paired(before: Tensor, after: Tensor, planned: list[dict], draws: int = 1000, seed: int = 0) -> dict:
     """Shares of two tests of the same slots, and their difference with its 95 % interval.
 
     Every finding counts alike within its modality, and every modality alike. The interval draws slots anew within each
@@ -184,7 +183,7 @@ def paired(before: torch.Tensor, after: torch.Tensor, planned: list[dict], draws
     }
 
 
-def by_slot(before: torch.Tensor, after: torch.Tensor, planned: list[dict]) -> dict:
+def by_slot(before: Tensor, after: Tensor, planned: list[dict]) -> dict:
     """`paired` of everything, of each set of phrasings, of each modality, and shares of each finding."""
     report = paired(before, after, planned)
 
@@ -200,7 +199,7 @@ def by_slot(before: torch.Tensor, after: torch.Tensor, planned: list[dict]) -> d
     return report
 
 
-def distances(features: dict[str, torch.Tensor], planned: list[dict], val: dict[str, torch.Tensor]) -> dict:
+def distances(features: dict[str, Tensor], planned: list[dict], val: dict[str, Tensor]) -> dict:
     """KID and Fréchet distance from val images, of both models: means over modalities, and each modality's.
 
     `difference` of KID has a paired interval: the same slots are drawn of both.
@@ -212,7 +211,7 @@ def distances(features: dict[str, torch.Tensor], planned: list[dict], val: dict[
         for name, function in (("kid", kernel_distance), ("frechet", frechet_distance)):
             report[name]["modalities"][modality] = {when: round(function(real, x), 5) for when, x in drawn.items()}
 
-        def difference(a: torch.Tensor, b: torch.Tensor, real: torch.Tensor = real) -> float:
+        def difference(a: Tensor, b: Tensor, real: Tensor = real) -> float:
             return kernel_distance(real, b) - kernel_distance(real, a)
 
         low, high = bootstrap_interval(difference, *drawn.values(), paired=True, draws=200)
@@ -228,9 +227,7 @@ def distances(features: dict[str, torch.Tensor], planned: list[dict], val: dict[
     return report
 
 
-def diversity(
-    images: torch.Tensor, features: torch.Tensor, planned: list[dict], val: dict[str, torch.Tensor], pairs: int
-) -> dict:
+def diversity(images: Tensor, features: Tensor, planned: list[dict], val: dict[str, Tensor], pairs: int) -> dict:
     """MS-SSIM among images of a prompt (low is diverse) and recall of val images, means over modalities."""
     similarity, recall = {}, {}
     for modality, index in places(p["modality"] for p in planned).items():
@@ -246,11 +243,7 @@ def diversity(
 
 
 def copies(
-    options: ComparisonOptions,
-    images: dict[str, torch.Tensor],
-    planned: list[dict],
-    val: dict[str, torch.Tensor],
-    vae: AutoencoderKL,
+    options: ComparisonOptions, images: dict[str, Tensor], planned: list[dict], val: ByModality, vae: AutoencoderKL
 ) -> dict:
     """Shares of copies of train images, of both models, in latents and in pixels; `val`: images by modality."""
     data, names = options.real_data(), [p["modality"] for p in planned]
@@ -268,16 +261,14 @@ def copies(
     return report
 
 
-def at_least(images: torch.Tensor, side: int) -> torch.Tensor:
+def at_least(images: Tensor, side: int) -> Tensor:
     """Images uint8 [N, 3, H, W], enlarged if they are smaller than `side`."""
     if images.shape[-1] >= side:
         return images
     return F.interpolate(images.float(), size=(side, side), mode="bilinear").round().to(torch.uint8)
 
 
-def save_sheet(
-    images: dict[str, torch.Tensor], planned: list[dict], path: Path, columns: int = 6, side: int = 128
-) -> None:
+def save_sheet(images: dict[str, Tensor], planned: list[dict], path: Path, columns: int = 6, side: int = 128) -> None:
     """Of every finding the first images: on the left before, on the right after, seeds in order, nothing picked."""
     halves = []
     for name in ("before", "after"):
@@ -288,7 +279,7 @@ def save_sheet(
         contact_sheet(halves, 2).save(temporary, format="PNG", optimize=True)
 
 
-def rated(stand_in: str, images: dict[str, torch.Tensor], planned: list[dict], device: torch.device) -> dict:
+def rated(stand_in: str, images: dict[str, Tensor], planned: list[dict], device: torch.device) -> dict:
     """Shares that the stand-in rates 3 and 1, of the findings that it has learned."""
     rater = StandIn.from_pretrained(stand_in, device)
     known = [i for i, p in enumerate(planned) if (p["modality"], p["finding"]) in rater.findings.classes]

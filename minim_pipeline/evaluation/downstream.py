@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..cache import cached_tensor
@@ -31,7 +32,7 @@ from ..captions import may_mirror
 from ..modalities import resolve_modality
 from ..pipeline_minim import MinimPipeline
 from .classifier import ARCHITECTURES, Recipe, train_classifier
-from .judges import Judges, claimed_classes, class_of, finds_asked
+from .judges import Class, Judges, claimed_classes, class_of, finds_asked
 from .metrics import drawn_within, interval_of, places
 from .sampling import draw_images
 
@@ -46,15 +47,15 @@ MEANING = {
 class Labelled:
     """Images uint8 [N, 3, S, S] and the class of each, int64 [N]."""
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    images: Tensor
+    labels: Tensor
 
     def __getitem__(self, index: slice | list[int]) -> "Labelled":
         return Labelled(self.images[index], self.labels[index])
 
 
 # Given rows of real images and a number, so many synthetic images for each: round after round, in the rows' order.
-Source = Callable[[list[dict], int], torch.Tensor]
+Source = Callable[[list[dict], int], Tensor]
 
 
 class TooFewImages(ValueError):
@@ -85,12 +86,12 @@ def drawn_by(
         settings: of the pipeline's call.
     """
 
-    def draw(rows: list[dict], copies: int) -> torch.Tensor:
+    def draw(rows: list[dict], copies: int) -> Tensor:
         total = len(rows) * copies
         prompts, modalities = [row["Text"] for row in rows] * copies, [row["modality"] for row in rows] * copies
         parts = np.array_split(np.arange(total), max(1, total // 128))
 
-        def part(i: int) -> torch.Tensor:
+        def part(i: int) -> Tensor:
             seeds = parts[i].tolist()
             asked = [prompts[j] for j in seeds], [modalities[j] for j in seeds], seeds
             key = hashlib.sha256(json.dumps([identity, resolution, settings, asked]).encode()).hexdigest()
@@ -105,11 +106,11 @@ def drawn_by(
     return draw
 
 
-def taken_from(images: torch.Tensor, rows: list[dict], column: str = "finding") -> Source:
+def taken_from(images: Tensor, rows: list[dict], column: str = "finding") -> Source:
     """Takes synthetic images that are there already, each at most once, by the finding of the rows."""
     stock = places(class_of(row, column) for row in rows)
 
-    def take(wanted: list[dict], copies: int) -> torch.Tensor:
+    def take(wanted: list[dict], copies: int) -> Tensor:
         left = {key: iter(index) for key, index in stock.items()}
         chosen = [next(left.get(class_of(row, column), iter(())), None) for row in wanted * copies]
         if None in chosen:
@@ -145,9 +146,7 @@ class Design:
 class Classifiers:
     """The classifiers of all conditions and seeds; what each says of the val images is cached in `folder`."""
 
-    def __init__(
-        self, design: Design, classes: list[tuple[str, str]], val: Labelled, folder: Path, device: torch.device
-    ):
+    def __init__(self, design: Design, classes: list[Class], val: Labelled, folder: Path, device: torch.device):
         self.design, self.classes, self.val, self.folder, self.device = design, classes, val, folder, device
         modalities = [resolve_modality(modality) for modality, _ in classes]
         # The caption is not learned: only a finding with a side forbids it.
@@ -155,7 +154,7 @@ class Classifiers:
         self.flip = torch.tensor(flip, device=device)
         self.grey = torch.tensor([m.grey for m in modalities], device=device)
 
-    def say(self, name: str, parts: list[Labelled], seed: int) -> torch.Tensor:
+    def say(self, name: str, parts: list[Labelled], seed: int) -> Tensor:
         """Probabilities [n, classes] on the val images of a classifier that was trained on `parts`."""
         design, digest = self.design, hashlib.sha256()
         for tensor in [self.val.images, *(tensor for part in parts for tensor in (part.images, part.labels))]:
@@ -164,7 +163,7 @@ class Classifiers:
         file = self.folder / f"{name.replace('_', '-')}-{seed}.safetensors"
         return cached_tensor(file, key, lambda: self.train(name, parts, seed))
 
-    def train(self, name: str, parts: list[Labelled], seed: int) -> torch.Tensor:
+    def train(self, name: str, parts: list[Labelled], seed: int) -> Tensor:
         torch.manual_seed(seed)
         model = ARCHITECTURES[self.design.architecture](len(self.classes), self.design.width)
         images = torch.cat([part.images for part in parts]).to(self.device)
@@ -216,8 +215,8 @@ def conditions_of(
 
 
 def downstream(
-    train: tuple[list[dict], torch.Tensor],
-    val: tuple[list[dict], torch.Tensor],
+    train: tuple[list[dict], Tensor],
+    val: tuple[list[dict], Tensor],
     low_rows: list[dict],
     sources: dict[str, Source],
     folder: Path,
@@ -245,7 +244,7 @@ def downstream(
     if not classes:
         return {"left_out": f"no finding has {design.min_train} train and {design.min_val} val images"}
 
-    def labelled(rows: list[dict], images: torch.Tensor) -> Labelled:
+    def labelled(rows: list[dict], images: Tensor) -> Labelled:
         known = [i for i, row in enumerate(rows) if class_of(row, column) in classes]
         return Labelled(images[known], torch.tensor([classes.index(class_of(rows[i], column)) for i in known]))
 
@@ -301,7 +300,7 @@ def _report(scores: dict[str, "Score"], conditions: Conditions, settings: list[s
 class Score:
     """What the classifiers of one condition read right: bool [seeds, n], and the class of each image."""
 
-    def __init__(self, right: np.ndarray, classes: Sequence[tuple[str, str]], n_train: int):
+    def __init__(self, right: np.ndarray, classes: Sequence[Class], n_train: int):
         self.right, self.classes, self.n_train = right, classes, n_train
         self.index = places(modality for modality, _ in classes)
 

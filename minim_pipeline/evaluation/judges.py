@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from ..disk import save_model
@@ -18,6 +18,9 @@ from ..files import atomic_path
 from ..modalities import resolve_modality
 from .images import to_input
 from .metrics import bootstrap_interval, drawn_within, interval_of, places
+
+
+Class = tuple[str, str]  # modality id and finding
 
 
 class Judges:
@@ -29,7 +32,7 @@ class Judges:
         image_size: side in pixels of what the models see.
     """
 
-    def __init__(self, models: dict[str, nn.Module], classes: list[tuple[str, str]], image_size: int):
+    def __init__(self, models: dict[str, nn.Module], classes: list[Class], image_size: int):
         self.models = {name: model.eval() for name, model in models.items()}
         self.classes = [(modality, finding) for modality, finding in classes]
         self.image_size = image_size
@@ -52,7 +55,7 @@ class Judges:
             temporary.write_text(json.dumps(config, indent=2) + "\n")
 
     @torch.no_grad()
-    def judge_each(self, images: torch.Tensor, batch_size: int | None = None) -> dict[str, torch.Tensor]:
+    def judge_each(self, images: Tensor, batch_size: int | None = None) -> dict[str, Tensor]:
         """The probabilities of every model: name -> float32 [N, classes] on the CPU.
 
         Args:
@@ -60,14 +63,14 @@ class Judges:
             batch_size: default 16 on a CPU, which is slower with more, else 128.
         """
         batch_size = batch_size or (16 if self.device.type == "cpu" else 128)
-        probabilities: dict[str, list[torch.Tensor]] = {name: [] for name in self.models}
+        probabilities: dict[str, list[Tensor]] = {name: [] for name in self.models}
         for part in images.split(batch_size):
             x = to_input(part.to(self.device), self.image_size)
             for name, model in self.models.items():
                 probabilities[name].append(model(x).logits.float().softmax(1).cpu())
         return {name: torch.cat(parts) for name, parts in probabilities.items()}
 
-    def judge(self, images: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
+    def judge(self, images: Tensor, batch_size: int | None = None) -> Tensor:
         """Mean probabilities of the models: float32 [N, classes]; `images` as in `judge_each`."""
         return torch.stack(list(self.judge_each(images, batch_size).values())).mean(0)
 
@@ -80,35 +83,32 @@ def load_judges(path: str | Path, device: torch.device | str = "cpu") -> Judges:
     return Judges(models, config["classes"], config["image_size"]).to(device)
 
 
-def class_of(row: dict[str, str], column: str = "finding") -> tuple[str, str]:
+def class_of(row: dict[str, str], column: str = "finding") -> Class:
     """Modality id and finding of a row."""
     return resolve_modality(row["modality"]).id, row[column]
 
 
 def claimed_classes(
     train_rows: list[dict], val_rows: list[dict], min_train: int, min_val: int, column: str = "finding"
-) -> list[tuple[str, str]]:
+) -> list[Class]:
     """(modality id, finding) of all findings with enough images on both sides, in alphabetical order."""
     train = Counter(class_of(row, column) for row in train_rows)
     val = Counter(class_of(row, column) for row in val_rows)
     return [key for key in sorted(train) if train[key] >= min_train and val[key] >= min_val]
 
 
+FEWEST = 5  # images of a finding of one source, for it to be told from others there
 # Findings of different sources that look alike: what is called apart in them is mostly the source.
 LOOK_ALIKE = {("fundus", "no diabetic retinopathy"): "normal", ("oct", "no diabetic macular edema"): "normal"}
 
 
-def merged_class(modality: str, finding: str) -> tuple[str, str]:
+def merged_class(modality: str, finding: str) -> Class:
     """The class that stands for all that look like it."""
     return modality, LOOK_ALIKE.get((modality, finding), finding)
 
 
 def finds_asked(
-    probabilities: torch.Tensor,
-    classes: list[tuple[str, str]],
-    modalities: str | list[str],
-    findings: list[str],
-    merge: bool = False,
+    probabilities: Tensor, classes: list[Class], modalities: str | list[str], findings: list[str], merge: bool = False
 ) -> np.ndarray:
     """Whether the asked-for finding of each image is found, within its modality.
 
@@ -148,8 +148,8 @@ def accuracy_interval(right: np.ndarray, findings: list[str], draws: int = 1000,
 
 
 def accuracy_report(
-    probabilities: torch.Tensor,
-    classes: list[tuple[str, str]],
+    probabilities: Tensor,
+    classes: list[Class],
     modalities: list[str],
     findings: list[str],
     sources: list[str] | None = None,
@@ -198,18 +198,13 @@ def accuracy_report(
 
 
 def _within_source(
-    probabilities: torch.Tensor,
-    classes: list[tuple[str, str]],
-    modality: str,
-    asked: list[str],
-    sources: list[str],
-    least: int = 5,
+    probabilities: Tensor, classes: list[Class], modality: str, asked: list[str], sources: list[str]
 ) -> dict:
     """Balanced accuracy among the findings that a source has, so that telling sources apart does not help."""
     report = {}
     for source, index in sorted(places(sources).items()):
         counts = Counter(asked[i] for i in index)
-        known = [finding for finding, count in counts.items() if count >= least]
+        known = [finding for finding, count in counts.items() if count >= FEWEST]
         if len(known) < 2:
             continue
         of_known = [i for i in index if asked[i] in known]
@@ -225,12 +220,12 @@ def _within_source(
     return report
 
 
-def removed(off: torch.Tensor, on: torch.Tensor) -> float:
+def removed(off: Tensor, on: Tensor) -> float:
     """Share of the wrong images without a filter that are right with it, less those that it made wrong."""
     return 1 - (on.double().mean() / off.double().mean().clamp(min=1e-9)).item()
 
 
-def compare_wrong(off: torch.Tensor, on: torch.Tensor) -> dict[str, Any]:
+def compare_wrong(off: Tensor, on: Tensor) -> dict[str, Any]:
     """Wrong findings, bool [M] each, of the same slots; `None` for what too few of them tell nothing of."""
     figures: dict[str, Any] = {"wrong": round(on.double().mean().item(), 4), "removed": None, "interval": None}
     if off.any():

@@ -10,11 +10,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from torch import Tensor
 
 from .images import to_unit
 
 
-def pixel_features(images: torch.Tensor, size: int = 64) -> torch.Tensor:
+ByModality = dict[str, Tensor]  # modality id -> images [N, 3, H, W], uint8
+
+
+def pixel_features(images: Tensor, size: int = 64) -> Tensor:
     """Grey values at `size` x `size` px without their mean, of unit length: a dot product of two is Pearson's r.
 
     Args:
@@ -31,7 +35,7 @@ def pixel_features(images: torch.Tensor, size: int = 64) -> torch.Tensor:
 
 
 @torch.no_grad()
-def latent_features(images: torch.Tensor, vae) -> torch.Tensor:
+def latent_features(images: Tensor, vae) -> Tensor:
     """The autoencoder's latents (posterior mode) averaged over 2 x 2: float32 [N, C * h/2 * w/2].
 
     The average is a low pass: the finest latents tell noise apart, in which a copy may differ. What all images share
@@ -41,9 +45,7 @@ def latent_features(images: torch.Tensor, vae) -> torch.Tensor:
     return F.avg_pool2d(vae.encode(x).latent_dist.mode().float(), 2).flatten(1)
 
 
-def nearest_distances(
-    queries: torch.Tensor, references: torch.Tensor, mean: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest_distances(queries: Tensor, references: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cosine distance of each query [n, D] to the nearest reference [N, D], 0 to 2, and which it is: both [n].
 
     Args:
@@ -57,8 +59,8 @@ def nearest_distances(
 
 
 def nearest_in_any_view(
-    views: Sequence[torch.Tensor], references: torch.Tensor, mean: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    views: Sequence[Tensor], references: Tensor, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`nearest_distances` of whichever view of a query comes nearest, for instance the image and its mirror image.
 
     Args:
@@ -70,7 +72,7 @@ def nearest_in_any_view(
     return distance, indices.gather(0, best[None])[0]
 
 
-def copy_share(samples: torch.Tensor, val: torch.Tensor, quantile: float = 0.01) -> tuple[float, float]:
+def copy_share(samples: Tensor, val: Tensor, quantile: float = 0.01) -> tuple[float, float]:
     """Share of samples nearer to the training images than the nearest 1 % of val images, and that distance.
 
     Args:
@@ -85,10 +87,10 @@ def copy_share(samples: torch.Tensor, val: torch.Tensor, quantile: float = 0.01)
 class Copies:
     """The nearest training image of each sample of a modality, and how near val images come to one."""
 
-    distances: torch.Tensor  # [n], cosine
-    nearest: torch.Tensor  # [n], numbers among the training images
-    val: torch.Tensor  # [m]
-    references: torch.Tensor  # [N, D], features of those training images
+    distances: Tensor  # [n], cosine
+    nearest: Tensor  # [n], numbers among the training images
+    val: Tensor  # [m]
+    references: Tensor  # [N, D], features of those training images
 
     @property
     def limit(self) -> float:
@@ -120,10 +122,7 @@ class Copies:
 
 
 def find_copies(
-    samples: Sequence[torch.Tensor],
-    val: Sequence[torch.Tensor],
-    references: torch.Tensor,
-    mean: torch.Tensor | None = None,
+    samples: Sequence[Tensor], val: Sequence[Tensor], references: Tensor, mean: Tensor | None = None
 ) -> Copies:
     """The nearest of the training images' features [N, D], in any view, as of `nearest_in_any_view`."""
     distances, nearest = nearest_in_any_view(samples, references, mean)
@@ -138,10 +137,10 @@ def total(modalities: Iterable[dict]) -> dict:
 
 
 def memorisation_report(
-    samples: dict[str, torch.Tensor],
-    val: dict[str, torch.Tensor],
-    train: dict[str, torch.Tensor],
-    extract: Callable[[torch.Tensor], torch.Tensor],
+    samples: ByModality,
+    val: ByModality,
+    train: ByModality,
+    extract: Callable[[Tensor], Tensor],
     may_mirror: dict[str, bool],
     remove_mean: bool = False,
     batch_size: int = 64,
@@ -160,7 +159,7 @@ def memorisation_report(
         samples (index of the sample, of the training image, distance).
     """
 
-    def views(images: torch.Tensor, mirror: bool) -> list[torch.Tensor]:
+    def views(images: Tensor, mirror: bool) -> list[Tensor]:
         seen = [images, images.flip(-1)] if mirror else [images]
         return [torch.cat([extract(part).float().cpu() for part in x.split(batch_size)]) for x in seen]
 
@@ -176,11 +175,7 @@ def memorisation_report(
 
 
 def copies_in_both_spaces(
-    samples: dict[str, torch.Tensor],
-    val: dict[str, torch.Tensor],
-    train: dict[str, torch.Tensor],
-    may_mirror: dict[str, bool],
-    vae: AutoencoderKL,
+    samples: ByModality, val: ByModality, train: ByModality, may_mirror: dict[str, bool], vae: AutoencoderKL
 ) -> dict[str, dict]:
     """`memorisation_report` in `latents` of the autoencoder, less their mean, and in `pixels`."""
     latents = memorisation_report(samples, val, train, lambda x: latent_features(x, vae), may_mirror, remove_mean=True)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .images import to_unit
 
@@ -21,7 +22,7 @@ from .images import to_unit
 Key = TypeVar("Key", bound=Hashable)
 
 
-def frechet_distance(real: torch.Tensor, synthetic: torch.Tensor) -> float:
+def frechet_distance(real: Tensor, synthetic: Tensor) -> float:
     """Fréchet distance of the Gaussians fitted to two sets of features (FID where Inception gives them, 1706.08500).
 
     |m - m'|^2 + Tr(S + S' - 2 (S S')^(1/2)): the distance as it is always quoted, which has the square in it. The last
@@ -48,9 +49,7 @@ def frechet_distance(real: torch.Tensor, synthetic: torch.Tensor) -> float:
     return max((apart + a.square().sum() + b.square().sum() - 2 * common).item(), 0.0)
 
 
-def frechet_floor(
-    real: torch.Tensor, count: int, other: torch.Tensor | None = None, draws: int = 10, seed: int = 0
-) -> float:
+def frechet_floor(real: Tensor, count: int, other: Tensor | None = None, draws: int = 10, seed: int = 0) -> float:
     """Fréchet distance of real images against real images, `count` of each: what a perfect generator would reach.
 
     Args:
@@ -76,7 +75,7 @@ def frechet_floor(
     return total / draws
 
 
-def kernel_distance(real: torch.Tensor, synthetic: torch.Tensor) -> float:
+def kernel_distance(real: Tensor, synthetic: Tensor) -> float:
     """KID: squared maximum mean discrepancy under the kernel (x . y / D + 1)^3, the unbiased estimate (1801.01401).
 
     Over all images at once, which the paper's mean over subsets estimates; its expectation does not depend on n.
@@ -101,7 +100,7 @@ def kernel_distance(real: torch.Tensor, synthetic: torch.Tensor) -> float:
     return (mean_of_pairs(real) + mean_of_pairs(synthetic) - 2 * kernel(real, synthetic).mean()).item()
 
 
-def inception_score(probabilities: torch.Tensor) -> float:
+def inception_score(probabilities: Tensor) -> float:
     """exp of the mean KL divergence of p(y | x) from p(y), in nats (1606.03498), over all images, not over splits.
 
     Args:
@@ -116,7 +115,7 @@ def inception_score(probabilities: torch.Tensor) -> float:
     return divergence.exp().item()
 
 
-def precision_recall_density_coverage(real: torch.Tensor, synthetic: torch.Tensor, k: int = 5) -> dict[str, float]:
+def precision_recall_density_coverage(real: Tensor, synthetic: Tensor, k: int = 5) -> dict[str, float]:
     """Who lies in whose neighbourhood; a neighbourhood reaches to an image's k-th neighbour of its own set.
 
     Precision and recall are of 1904.06991, density and coverage of 2002.09797 (which takes k = 5).
@@ -150,7 +149,7 @@ def precision_recall_density_coverage(real: torch.Tensor, synthetic: torch.Tenso
     }
 
 
-def multiscale_ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def multiscale_ssim(a: Tensor, b: Tensor) -> Tensor:
     """MS-SSIM of pairs of images at five scales (Wang et al., 2003; torchmetrics'), 1 for equal ones: float32 [N].
 
     Args:
@@ -166,12 +165,12 @@ def multiscale_ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def ms_ssim_of_pairs(
-    images: torch.Tensor,
+    images: Tensor,
     prompts: Sequence[str],
     pairs: int = 100,
     generator: torch.Generator | None = None,
     batch_size: int = 16,
-) -> torch.Tensor:
+) -> Tensor:
     """MS-SSIM of pairs of images that share a prompt, low where they differ (1610.09585): float32 [pairs or fewer].
 
     Args:
@@ -189,12 +188,7 @@ def ms_ssim_of_pairs(
 
 
 def retrieval(
-    name: str,
-    queries: torch.Tensor,
-    pool: torch.Tensor,
-    query_labels: Sequence[str],
-    pool_labels: Sequence[str],
-    top: int = 10,
+    name: str, queries: Tensor, pool: Tensor, query_labels: Sequence[str], pool_labels: Sequence[str], top: int = 10
 ) -> dict:
     """Whether the `top` items of the pool with the largest cosine to a query hold one with the query's label.
 
@@ -241,7 +235,7 @@ def retrieval(
 image_image_retrieval = partial(retrieval, "Image-image retrieval")
 
 
-def image_text_retrieval(images: torch.Tensor, texts: torch.Tensor, captions: Sequence[str], top: int = 10) -> dict:
+def image_text_retrieval(images: Tensor, texts: Tensor, captions: Sequence[str], top: int = 10) -> dict:
     """ITR: does an image find, among the nearest distinct captions, the one that it was made from?
 
     Args:
@@ -259,7 +253,7 @@ def image_text_retrieval(images: torch.Tensor, texts: torch.Tensor, captions: Se
 
 def bootstrap_interval(
     function: Callable[..., Any],
-    *arrays: torch.Tensor,
+    *arrays: Tensor,
     paired: bool = False,
     draws: int = 200,
     bounds: tuple[float, float] | dict[str, tuple[float, float]] = (-math.inf, math.inf),

@@ -1,6 +1,7 @@
 """What the page of a report shows beside figures: sheets of synthetic images, and the nearest training images."""
 
 import torch
+from torch import Tensor
 
 from .memorisation import Copies
 from .report import ImageSet
@@ -51,6 +52,6 @@ def collect(
     return {"sheets": sheets, "neighbours": pairs}, curves
 
 
-def to_array(image: torch.Tensor):
+def to_array(image: Tensor):
     """uint8 [3, H, W] as numpy [H, W, 3]."""
     return image.permute(1, 2, 0).numpy()

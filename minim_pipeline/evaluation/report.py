@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..modalities import resolve_modality
@@ -50,7 +51,7 @@ class ImageSet:
     """
 
     rows: list[dict]
-    images: torch.Tensor
+    images: Tensor
     changes: Counter = field(default_factory=Counter)
 
     def __post_init__(self):
@@ -86,7 +87,7 @@ def figure(compute: Callable[[], dict]) -> dict:
         return {"left_out": str(error)}
 
 
-def interval(function: Callable, *arrays: torch.Tensor, **options) -> dict:
+def interval(function: Callable, *arrays: Tensor, **options) -> dict:
     """`{"interval": ...}` of `bootstrap_interval`, or nothing where half of the images are too few for it."""
     try:
         return {"interval": bootstrap_interval(function, *arrays, **options)}
@@ -100,7 +101,7 @@ def _rounded(value):
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def fidelity(real: torch.Tensor, synthetic: torch.Tensor, train: torch.Tensor | None, draws: int = 200) -> dict:
+def fidelity(real: Tensor, synthetic: Tensor, train: Tensor | None, draws: int = 200) -> dict:
     """Distances and neighbourhoods of features [N, D], [M, D]; beside them those of other real images, if there are.
 
     The Fréchet distance depends on n, so it and its floor take equally many images on each side.
@@ -142,7 +143,7 @@ def fidelity(real: torch.Tensor, synthetic: torch.Tensor, train: torch.Tensor | 
     return report
 
 
-def diversity(images: torch.Tensor, prompts: list[str], grey: bool, probabilities: torch.Tensor | None) -> dict:
+def diversity(images: Tensor, prompts: list[str], grey: bool, probabilities: Tensor | None) -> dict:
     """MS-SSIM among images uint8 [N, 3, H, W] of one prompt, and the Inception-style score of [N, classes]."""
 
     def ms_ssim() -> dict:
@@ -259,7 +260,7 @@ def evaluate(
 
 
 def _memorisation(
-    sets: dict[str, ImageSet], index: dict[str, np.ndarray], features: dict[tuple[str | None, str], torch.Tensor]
+    sets: dict[str, ImageSet], index: dict[str, np.ndarray], features: dict[tuple[str | None, str], Tensor]
 ) -> tuple[dict, dict[str, Copies]]:
     """Of one modality, whose images `index` has: the report of copies, and the distances if there are any."""
     if "train" not in sets or not len(index["train"]):
@@ -267,7 +268,7 @@ def _memorisation(
         return {key: {"left_out": given} for key in ("encoder", "pixels")}, {}
     some = {name: (features[OWN, name][i], sets[name].images[i]) for name, i in index.items()}
 
-    def both_ways(name: str) -> list[torch.Tensor]:
+    def both_ways(name: str) -> list[Tensor]:
         return [pixel_features(some[name][1]), pixel_features(some[name][1].flip(-1))]
 
     copies = {
@@ -289,7 +290,7 @@ def look(
         probabilities [N, classes] by set and judge, of the real and the synthetic set.
     """
     others = [extractor for extractor in extractors if extractor.encoder is not encoder]
-    features: dict[tuple[str | None, str], torch.Tensor] = {}
+    features: dict[tuple[str | None, str], Tensor] = {}
     embeddings, said = {}, {}
     passes = len(sets) * (1 + len(others)) + (2 if judges else 0)
     with tqdm(total=passes, desc="looking at images", unit="pass") as bar:
@@ -337,7 +338,7 @@ def _judged(judges: Judges | None, sets: dict[str, ImageSet], said: dict, column
         if not known[name]:
             return {"left_out": f"the classifiers know no finding of the {name} images"}
 
-    def read(name: str, probabilities: torch.Tensor) -> dict:
+    def read(name: str, probabilities: Tensor) -> dict:
         numbers = known[name]
         asked = list(sets[name].modalities[numbers]), sets[name].column(column, numbers)
         sources = sets[name].column("source", numbers) if sets[name].has("source") else None

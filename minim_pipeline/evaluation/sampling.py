@@ -3,11 +3,12 @@
 What a model is measured by is planned: the same prompts and seeds every time, equally many of each finding.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..modalities import resolve_modality
@@ -33,7 +34,7 @@ def draw_images(
     resolution: int | None = None,
     name: str = "generating",
     **settings: Any,
-) -> torch.Tensor:
+) -> Tensor:
     """One image for each prompt, modality and seed: uint8 [N, 3, H, W] on the CPU.
 
     Args:
@@ -75,7 +76,7 @@ def draw_batch(
     seeds: Sequence[int],
     bf16: bool = False,
     **settings: Any,
-) -> torch.Tensor:
+) -> Tensor:
     """Finished latents [N, C, h, w] of one batch, without the filter.
 
     Args:
@@ -94,7 +95,7 @@ def draw_latents(
     seeds: Sequence[int],
     batch_size: int,
     **settings: Any,
-) -> torch.Tensor:
+) -> Tensor:
     """As `draw_batch`, of any number: fp32 [N, C, h, w] on the CPU."""
     parts = (
         draw_batch(pipe, prompts[batch], modalities[batch], seeds[batch], **settings).float().cpu()
@@ -104,26 +105,19 @@ def draw_latents(
 
 
 @torch.no_grad()
-def decode_latents(
-    pipe: MinimPipeline, latents: torch.Tensor, modalities: Sequence[str], bf16: bool = False
-) -> torch.Tensor:
+def decode_latents(pipe: MinimPipeline, latents: Tensor, modalities: Sequence[str], bf16: bool = False) -> Tensor:
     """Pictures [N, 3, H, W] in about [-1, 1] of latents; `bytes_of` makes files' values of them."""
     with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
         return pipe.decode_latents(latents, [resolve_modality(name) for name in modalities])
 
 
-def bytes_of(pictures: torch.Tensor) -> torch.Tensor:
+def bytes_of(pictures: Tensor) -> Tensor:
     """uint8 on the CPU, of pictures in [-1, 1]."""
     return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def plan(
-    classes: Iterable[tuple[str, str]],
-    learned: dict[str, list[str]],
-    captions: dict,
-    phrasing: str,
-    count: int,
-    seed: int,
+    classes: list[tuple[str, str]], learned: dict[str, list[str]], captions: dict, phrasing: str, count: int, seed: int
 ) -> list[dict]:
     """What to generate: `count` images a finding that judges and model both know, phrasings in turn.
 
@@ -146,12 +140,12 @@ def plan(
 
 def draw_planned(
     pipe: MinimPipeline, planned: list[dict], batch_size: int, name: str = "generating", **settings: Any
-) -> torch.Tensor:
+) -> Tensor:
     """The planned images, uint8 [N, 3, H, W]; `settings`: of the pipeline's call."""
     prompts, modalities, seeds = ([p[key] for p in planned] for key in ("prompt", "modality", "seed"))
     return draw_images(pipe, prompts, modalities, seeds, batch_size, name=name, **settings)
 
 
-def by_modality(images: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
+def by_modality(images: Tensor, names: list[str]) -> dict[str, Tensor]:
     """Of each modality in `names`, the images [N, ...] (or their features) that are its."""
     return {name: images[index] for name, index in places(names).items()}
