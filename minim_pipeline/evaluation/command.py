@@ -43,9 +43,8 @@ def run(options: EvaluateOptions) -> dict:
     from accelerate import PartialState
 
     from ..data.image_loading import check_values
-    from .drawing import draw_synthetic
+    from .drawing import draw_synthetic, run_downstream
     from .judges import load_judges
-    from .training_value import run_downstream
 
     # Real images are scaled alike, whichever file names them; the synthetic ones have their own range.
     found = check_values([(rows[name], files[name]) for name in ("real", "train") if name in rows], options.reading)

@@ -17,6 +17,7 @@ from .metrics import places
 
 
 Parts = TypeVar("Parts")
+Texts = Sequence[str]
 
 
 def joined(parts: list[Parts]) -> Parts:
@@ -27,8 +28,8 @@ def joined(parts: list[Parts]) -> Parts:
 @torch.no_grad()
 def draw_images(
     pipe: MinimPipeline,
-    prompts: Sequence[str],
-    modalities: Sequence[str],
+    prompts: Texts,
+    modalities: Texts,
     seeds: Sequence[int],
     batch_size: int = 64,
     resolution: int | None = None,
@@ -70,12 +71,7 @@ def batches(count: int, size: int, name: str | None = None) -> Iterator[slice]:
 
 @torch.no_grad()
 def draw_batch(
-    pipe: MinimPipeline,
-    prompts: Sequence[str],
-    modalities: Sequence[str],
-    seeds: Sequence[int],
-    bf16: bool = False,
-    **settings: Any,
+    pipe: MinimPipeline, prompts: Texts, modalities: Texts, seeds: Sequence[int], bf16: bool = False, **settings: Any
 ) -> Tensor:
     """Finished latents [N, C, h, w] of one batch, without the filter.
 
@@ -89,12 +85,7 @@ def draw_batch(
 
 
 def draw_latents(
-    pipe: MinimPipeline,
-    prompts: Sequence[str],
-    modalities: Sequence[str],
-    seeds: Sequence[int],
-    batch_size: int,
-    **settings: Any,
+    pipe: MinimPipeline, prompts: Texts, modalities: Texts, seeds: Sequence[int], batch_size: int, **settings: Any
 ) -> Tensor:
     """As `draw_batch`, of any number: fp32 [N, C, h, w] on the CPU."""
     parts = (
@@ -105,7 +96,7 @@ def draw_latents(
 
 
 @torch.no_grad()
-def decode_latents(pipe: MinimPipeline, latents: Tensor, modalities: Sequence[str], bf16: bool = False) -> Tensor:
+def decode_latents(pipe: MinimPipeline, latents: Tensor, modalities: Texts, bf16: bool = False) -> Tensor:
     """Pictures [N, 3, H, W] in about [-1, 1] of latents; `bytes_of` makes files' values of them."""
     with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
         return pipe.decode_latents(latents, [resolve_modality(name) for name in modalities])
