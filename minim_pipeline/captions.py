@@ -2,12 +2,9 @@
 
 import re
 import unicodedata
-from pathlib import Path
 
 from .modalities import AMBIGUOUS, Modality, resolve_modality, split_prefix
 
-
-CAPTIONS = Path(__file__).parent / "training" / "captions.json"  # phrasings of every finding
 
 # What spreadsheets, pandas and databases write where there is no caption; compared without case and spaces around.
 _MISSING = frozenset(

@@ -22,8 +22,7 @@ from accelerate import Accelerator
 from PIL import ImageOps
 from torch import Tensor
 
-from minim_pipeline import EMBEDDED_CHECKPOINT, EMBEDDED_ENCODER, MinimPipeline, resolve_modality
-from minim_pipeline.captions import CAPTIONS
+from minim_pipeline import CAPTIONS, EMBEDDED_CHECKPOINT, EMBEDDED_ENCODER, MinimPipeline, resolve_modality
 from minim_pipeline.contact_sheet import contact_sheet
 from minim_pipeline.data.image_loading import load_images
 from minim_pipeline.data.splits import read_split

@@ -31,9 +31,8 @@ import transformers
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
+from minim_pipeline import CAPTIONS, MODALITIES, MinimPipeline, resolve_modality
 from minim_pipeline.cache import cached_tensor
-from minim_pipeline.captions import CAPTIONS
 from minim_pipeline.contact_sheet import contact_sheet
 from minim_pipeline.data.image_loading import load_images, trim_letterbox
 from minim_pipeline.data.splits import read_split

@@ -23,9 +23,8 @@ from diffusers import AutoencoderKL
 from PIL import ImageOps
 from torch import Tensor
 
-from .. import EMBEDDED_ENCODER, MinimPipeline, resolve_modality
+from .. import CAPTIONS, EMBEDDED_ENCODER, MinimPipeline, resolve_modality
 from ..cache import cached_tensor
-from ..captions import CAPTIONS
 from ..contact_sheet import contact_sheet
 from ..data.image_loading import load_images
 from ..data.splits import read_split

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from transformers import CLIPTokenizer
 
-from minim_pipeline.captions import CAPTIONS, without_prefix
+from minim_pipeline import CAPTIONS
+from minim_pipeline.captions import without_prefix
 from minim_pipeline.modalities import resolve_modality
 from minim_pipeline.tokens import tokenize
 from minim_pipeline.training.rows import tell_cut
