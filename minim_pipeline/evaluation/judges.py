@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from ..disk import save_model
-from ..files import atomic_path
+from ..files import write_json
 from ..modalities import resolve_modality
 from .images import to_input
 from .metrics import bootstrap_interval, drawn_within, interval_of, places
@@ -51,8 +51,7 @@ class Judges:
         for name, model in self.models.items():
             save_model(model, Path(path) / name)
         config = {"models": list(self.models), "classes": self.classes, "image_size": self.image_size}
-        with atomic_path(Path(path) / "judges.json") as temporary:
-            temporary.write_text(json.dumps(config, indent=2) + "\n")
+        write_json(Path(path) / "judges.json", config)
 
     @torch.no_grad()
     def judge_each(self, images: Tensor, batch_size: int | None = None) -> dict[str, Tensor]:
