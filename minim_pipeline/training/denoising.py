@@ -18,8 +18,10 @@ class Denoise(nn.Module):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
-    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        text = self.text_encoder(input_ids).last_hidden_state  # [B, L, D]
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Of latents [B, C, h, w] and timesteps [B]; `text` is token ids [B, L], or their hidden states already."""
+        if not text.is_floating_point():
+            text = self.text_encoder(text).last_hidden_state  # [B, L, D]
         return self.unet(noisy, timesteps, text, return_dict=False)[0]  # [B, C, h, w]
 
 
@@ -82,15 +84,14 @@ def clean_estimate(
 
 
 @torch.no_grad()
-def validation_losses(
-    model: Denoise, scheduler: DDPMScheduler, latents: torch.Tensor, ids: torch.Tensor, gamma: float, seed: int
-) -> torch.Tensor:
-    """The loss [N] of each image, with noise and timesteps that are always the same.
+def validation_errors(
+    model: Denoise, scheduler: DDPMScheduler, latents: torch.Tensor, ids: torch.Tensor, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `squared_error` [N] of each image and its timestep [N]; noise and timesteps are always the same.
 
     Args:
         latents: [N, C, h, w], scaled as the U-Net takes them.
         ids: of their captions, [N, L].
-        gamma: of `loss_weights`.
     """
     device = next(model.parameters()).device
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -98,9 +99,10 @@ def validation_losses(
     # Evenly over the timesteps: all of them are visited in every thousandth.
     steps = torch.linspace(0, scheduler.config.num_train_timesteps - 1, len(latents)).round().long()
     steps = steps[torch.randperm(len(steps), generator=generator)]
-    losses = []
+    errors = []
     for part in torch.arange(len(latents)).split(64):
-        x, e, t = latents[part].to(device).float(), noise[part].to(device), steps[part].to(device)
-        prediction = model(scheduler.add_noise(x, e, t), t, ids[part].to(device)).float()
-        losses.append((squared_error(scheduler, prediction, x, e, t) * loss_weights(scheduler, t, gamma)).cpu())
-    return torch.cat(losses)
+        x, e, t = latents[part].cpu().float(), noise[part], steps[part]
+        noisy = scheduler.add_noise(x, e, t).to(device)
+        prediction = model(noisy, t.to(device), ids[part].to(device)).float().cpu()
+        errors.append(squared_error(scheduler, prediction, x, e, t))
+    return torch.cat(errors), steps

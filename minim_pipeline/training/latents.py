@@ -18,6 +18,7 @@ from ..data.image_reader import tell
 from ..disk import count_bytes, whole_file
 from ..evaluation.memorisation import copy_share, nearest_distances
 from .config import DataOptions
+from .memory import fits
 from .randomness import step_generator
 from .rows import mirrored, tell_mirrored
 from .run import Run
@@ -221,7 +222,5 @@ def memorised_share(
 
 
 def hold_images(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Keeps the images on the device if they take less than a quarter of its free memory, else where they are."""
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-        return images.to(device)
-    return images
+    """Keeps the images on the device if they fit, else where they are."""
+    return images.to(device) if fits(images.nbytes, device) else images

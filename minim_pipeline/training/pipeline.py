@@ -45,6 +45,8 @@ class ModelOptions(Options):
         None, "Start from this pipeline: SD-1.x, SD-2.x or a MinimPipeline."
     )
     preset: Literal["minim-256", "tiny"] | None = option(None, "Shape of a new U-Net; needs --vae and --text_encoder.")
+    layers_per_block: Count | None = option(None, "Of a new U-Net; the preset's is 1: 27 M parameters, 2 makes 40 M.")
+    dropout: Share | None = option(None, "Of a new U-Net; default: the preset's.")
     vae: str | None = option(None, "Folder of a trained autoencoder (train_autoencoder.py).")
     text_encoder: str | None = option(None, "Folder with `tokenizer` and `text_encoder` (train_text_encoder.py).")
     unet: str | None = option(
@@ -65,12 +67,20 @@ class ModelOptions(Options):
             raise ValueError("--preset needs --vae and --text_encoder, the folders of trained ones.")
         if self.pretrained_model_name_or_path and (self.vae or self.text_encoder):
             raise ValueError("--vae and --text_encoder belong to --preset; a pretrained pipeline brings its own.")
+        if self.unet_options and not self.preset:
+            raise ValueError("--layers_per_block and --dropout belong to --preset; a pretrained U-Net has its own.")
         if self.unet and not (self.pretrained_model_name_or_path and unet_folder(self.unet)):
             raise ValueError(
                 f"--unet has to be the folder of a U-Net, beside --pretrained_model_name_or_path; got {self.unet!r}."
             )
         if self.guidance_interval is not None and len(self.guidance_interval) != 2:
             raise ValueError(f"--guidance_interval has to be two shares of the steps, got {self.guidance_interval}.")
+
+    @property
+    def unet_options(self) -> dict[str, float]:
+        """Of a new U-Net, what is not to be the preset's."""
+        asked = self.values("layers_per_block", "dropout")
+        return {name: value for name, value in asked.items() if value is not None}
 
 
 @dataclass
@@ -168,7 +178,7 @@ def new_pipeline(options: ModelOptions, resolution: int, modalities: list[str]) 
         in_channels=vae.config.latent_channels,
         out_channels=vae.config.latent_channels,
         cross_attention_dim=text_encoder.config.hidden_size,
-        **PRESETS[str(options.preset)],
+        **(PRESETS[str(options.preset)] | options.unet_options),
     )
     prediction_type = options.prediction_type or "v_prediction"
     scheduler = DPMSolverMultistepScheduler(

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env, set_seed
 from diffusers.training_utils import EMAModel
 
 from ..finite import FiniteLoss
@@ -84,6 +84,8 @@ class Run:
             gradient_accumulation_steps=gradient_accumulation_steps,
             log_with=config.report_to,
             project_dir=config.output_dir,
+            # Gradients are averaged where they lie, without a copy of each to a bucket and back.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.is_main, self.look_every = self.accelerator.is_main_process, look_every

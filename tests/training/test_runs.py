@@ -22,8 +22,9 @@ from minim_pipeline.disk import save_model
 from minim_pipeline.finite import FiniteLoss, check_weights
 from minim_pipeline.locking import locked
 from minim_pipeline.provenance import save_png
-from minim_pipeline.training import autoencoder, checkpoints, rows, text_to_image
+from minim_pipeline.training import autoencoder, checkpoints, rows
 from minim_pipeline.training.schedule import Schedule
+from minim_pipeline.training.unet import validation
 
 
 torch.set_num_threads(1)
@@ -143,7 +144,7 @@ def test_a_validation_that_fails_costs_no_step(unet_run, tmp_path, monkeypatch):
         raise RuntimeError("validation")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="validation"):
-        patch.setattr(text_to_image, "draw_samples", fails)
+        patch.setattr(validation, "draw_samples", fails)
         run(train_text_to_image, *unet_run, *more, "--output_dir", tmp_path / "cut")
     assert [p.name for p in checkpoints.list_checkpoints(tmp_path / "cut")] == ["checkpoint-2"]
     run(train_text_to_image, *unet_run, *more, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")
