@@ -2,7 +2,7 @@
 
     python bench/bench_preference.py                              # the embedded model
     python bench/bench_preference.py --sd                         # Stable Diffusion 1.4's size, 512 px, random weights
-    python bench/bench_preference.py --images 8 --batch_size 4 --num_inference_steps 2     # anywhere
+    python bench/bench_preference.py --images 8 --batch_size 8 --num_inference_steps 2     # anywhere
 
 Everything is timed in one run, after one turn that is not. SD's way: 25 steps of DPM-Solver++, all guided, LoRA.
 """
@@ -11,6 +11,7 @@ import argparse
 import copy
 import json
 import time
+from itertools import pairwise
 
 import torch
 from accelerate import Accelerator
@@ -21,16 +22,13 @@ from minim_pipeline import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline
 from minim_pipeline.training.denoising import noise_scheduler
 from minim_pipeline.training.pipeline import add_lora
 from minim_pipeline.training.preference.config import PreferenceConfig
-from minim_pipeline.training.preference.prompts import encode_prompts
-from minim_pipeline.training.preference.sampling import sample, score
+from minim_pipeline.training.preference.sampling import encode_prompts, sample, score
 from minim_pipeline.training.preference.update import Objective, update
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--sd", action="store_true", help="Stable Diffusion 1.4's shapes instead of the embedded model."
-    )
+    parser.add_argument("--sd", action="store_true", help="Stable Diffusion 1.4's shapes, not the embedded model.")
     parser.add_argument("--lora_rank", type=int, help="Default: 16 with --sd, else the whole U-Net.")
     parser.add_argument("--images", type=int, default=256, help="Drawn and learned from a turn.")
     parser.add_argument("--batch_size", type=int, default=64, help="Of drawing and of learning.")
@@ -44,25 +42,14 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def stable_diffusion() -> MinimPipeline:
     """SD-1.4's shapes with random weights; its tokenizer's length and size, with the embedded model's words."""
-    text = CLIPTextConfig(
-        vocab_size=49_408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    text = CLIPTextConfig(vocab_size=49_408, **sizes)
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_CHECKPOINT / "tokenizer", model_max_length=77)
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-    )
-    head = FilterHead(
-        in_channels=4,
-        sample_size=64,
-        latent_scale=vae.config.scaling_factor,
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        max_length=77,
-    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **blocks)
+    words = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "max_length": 77}
+    head = FilterHead(in_channels=4, sample_size=64, latent_scale=vae.config.scaling_factor, **words)
     scheduler = DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     parts = {"vae": vae, "text_encoder": CLIPTextModel(text), "tokenizer": tokenizer, "unet": unet}
     return MinimPipeline(**parts, scheduler=scheduler, filter_head=head, modalities=["cxr"], num_inference_steps=25)
@@ -102,38 +89,30 @@ def main(argv=None) -> dict:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    seconds = {"draw": 0.0, "rate": 0.0, "learn": 0.0}
+    seconds = dict.fromkeys(("draw", "rate", "learn"), 0.0)
     for turn in range(args.turns + 1):
-        begun = clock()
-        g = torch.Generator(device).manual_seed(turn)
-        drawn = sample(pipe, prompts, config, g)
-        after_drawing = clock()
+        times = [clock()]
+        drawn = sample(pipe, prompts, config, torch.Generator(device).manual_seed(turn))
+        times.append(clock())
         score(pipe, drawn, prompts)
-        after_rating = clock()
+        times.append(clock())
         update(unet, objective, accelerator, optimizer, drawn, texts, turn)
-        ended = clock()
+        times.append(clock())
         if turn:
-            seconds["draw"] += after_drawing - begun
-            seconds["rate"] += after_rating - after_drawing
-            seconds["learn"] += ended - after_rating
+            seconds = {name: seconds[name] + end - start for name, (start, end) in zip(seconds, pairwise(times))}
     images = args.turns * len(drawn.latents)
     learned = images * args.timesteps_per_image
-    a_round = args.round_images * (
-        (seconds["draw"] + seconds["rate"]) / images + args.round_timesteps * seconds["learn"] / learned
-    )
+    an_image = (seconds["draw"] + seconds["rate"]) / images + args.round_timesteps * seconds["learn"] / learned
+    counts = {"draw": images, "rate": images, "learn": learned}
     result = {
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
         "model": "Stable Diffusion 1.4's shapes" if args.sd else "embedded",
         "lora_rank": rank,
         "steps": pipe.config.num_inference_steps,
-        "images_per_second": {
-            "draw": round(images / seconds["draw"], 2),
-            "rate": round(images / seconds["rate"], 2),
-            "learn": round(learned / seconds["learn"], 2),
-        },
+        "images_per_second": {name: round(count / seconds[name], 2) for name, count in counts.items()},
         "share_of_time": {name: round(s / sum(seconds.values()), 3) for name, s in seconds.items()},
         "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if device.type == "cuda" else None,
-        "a_round_in_minutes": round(a_round / 60, 1),
+        "a_round_in_minutes": round(args.round_images * an_image / 60, 1),
         "of": f"{args.round_images} images drawn, each learned from {args.round_timesteps} times",
     }
     print(json.dumps(result, indent=2))

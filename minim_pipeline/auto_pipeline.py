@@ -5,7 +5,7 @@ entry is made when somebody imports the module, or at once if that has happened 
 """
 
 import sys
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 
 
@@ -19,29 +19,19 @@ def add_to_table() -> None:
     sys.modules[TABLE_MODULE].AUTO_TEXT2IMAGE_PIPELINES_MAPPING["minim"] = MinimPipeline
 
 
-class TableLoader(Loader):
-    """Loads the module with the table as its own loader does, and adds the class."""
-
-    def __init__(self, loader: Loader):
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec):
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module) -> None:
-        self.loader.exec_module(module)
-        add_to_table()
-
-
 class TableFinder(MetaPathFinder):
-    """Finds the module with the table and no other."""
+    """Finds the module with the table and no other, and adds the class once that is loaded."""
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
-        if name != TABLE_MODULE:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
+        spec = PathFinder.find_spec(name, path, target) if name == TABLE_MODULE else None
         if spec is not None and spec.loader is not None:
-            spec.loader = TableLoader(spec.loader)
+            load = spec.loader.exec_module
+
+            def load_and_add(module) -> None:
+                load(module)
+                add_to_table()
+
+            spec.loader.exec_module = load_and_add  # type: ignore[method-assign]
         return spec
 
 

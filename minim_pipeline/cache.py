@@ -21,10 +21,7 @@ def cached_tensors(
     Args:
         path: a file of safetensors, written whole or not at all.
         key: anything that JSON can say, of all settings that the tensors depend on.
-        keep_other: refuse to write over what was made under another key; else it is made anew.
-
-    Raises:
-        ValueError: with `keep_other`, the file holds something that was made under another key.
+        keep_other: raise ValueError where the file was made under another key; else it is made anew.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
     if path.is_file():

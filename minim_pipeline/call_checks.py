@@ -14,6 +14,9 @@ from .captions import check_caption
 from .minim_filter.funnel import Batch
 
 
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
 def is_whole(value) -> bool:
     """Whether `value` is an integer; True and False are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
@@ -32,84 +35,84 @@ def quoted(value) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def check_kinds(arguments: dict[str, tuple[object, bool, str]]) -> None:
-    """Raises ValueError for the first argument that is not as it has to be.
-
-    Args:
-        arguments: by name the value, whether it is right, and what is allowed.
-    """
-    for name, (value, right, allowed) in arguments.items():
-        if not right:
-            raise ValueError(f"`{name}` has to be {allowed}, got {quoted(value)}.")
+def check_argument(name: str, value, right: object, allowed: str) -> None:
+    """Raises ValueError that says what is `allowed` unless the argument is `right`."""
+    if not right:
+        raise ValueError(f"`{name}` has to be {allowed}, got {quoted(value)}.")
 
 
 def check_flags(**flags) -> None:
     """Raises ValueError for an argument that is neither True nor False."""
-    check_kinds({name: (value, isinstance(value, bool), "True or False") for name, value in flags.items()})
+    for name, value in flags.items():
+        check_argument(name, value, isinstance(value, bool), "True or False")
 
 
 def check_counts(**counts) -> None:
     """Raises ValueError for an argument that is no integer from 1 on."""
-    check_kinds(
-        {name: (value, is_whole(value) and value >= 1, "a positive integer") for name, value in counts.items()}
-    )
+    for name, value in counts.items():
+        check_argument(name, value, is_whole(value) and value >= 1, "a positive integer")
 
 
 def check_threshold(filter_threshold) -> None:
     """Raises ValueError for a threshold that no score can be compared with."""
     right = filter_threshold is None or (is_number(filter_threshold) and 1 <= filter_threshold <= 3)
-    check_kinds({"filter_threshold": (filter_threshold, right, "a score from 1 to 3")})
+    check_argument("filter_threshold", filter_threshold, right, "a score from 1 to 3")
 
 
-def check_guidance(guidance_scale, guidance_rescale, guidance_interval, eta, clip_skip, most_skipped: int) -> None:
-    """Raises ValueError for a number of the call that is none, or out of its range.
-
-    Args:
-        most_skipped: how many layers the text encoder has.
-    """
+def check_guidance(guidance_scale, guidance_rescale, guidance_interval, eta) -> None:
+    """Raises ValueError for a number that steers the steps and is none, or out of its range."""
+    right = is_number(guidance_scale) and guidance_scale >= 0
+    check_argument("guidance_scale", guidance_scale, right, "a number from 0 on")
+    for name, value in (("guidance_rescale", guidance_rescale), ("eta", eta)):
+        check_argument(name, value, is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
     pair = isinstance(guidance_interval, (list, tuple)) and len(guidance_interval) == 2
-    ascending = pair and all(map(is_number, guidance_interval))
-    ascending = ascending and 0 <= guidance_interval[0] <= guidance_interval[1] <= 1
-    skippable = clip_skip is None or (is_whole(clip_skip) and 0 <= clip_skip <= most_skipped)
-    fractions = {"guidance_rescale": guidance_rescale, "eta": eta}
-    check_kinds(
-        {
-            "guidance_scale": (
-                guidance_scale,
-                is_number(guidance_scale) and guidance_scale >= 0,
-                "a number from 0 on",
-            ),
-            **{n: (v, is_number(v) and 0 <= v <= 1, "a number from 0 to 1") for n, v in fractions.items()},
-            "guidance_interval": (guidance_interval, ascending, "two fractions in ascending order"),
-            "clip_skip": (clip_skip, skippable, f"None, or layers to leave out, 0 to {most_skipped}"),
-        }
-    )
+    right = pair and all(map(is_number, guidance_interval)) and 0 <= guidance_interval[0] <= guidance_interval[1] <= 1
+    check_argument("guidance_interval", guidance_interval, right, "two fractions in ascending order")
+
+
+def check_encoding(clip_skip, cross_attention_kwargs, text_encoder) -> None:
+    """Raises ValueError for more layers to leave out than there are, or a LoRA's scale that is no number."""
+    layers = text_encoder.config.num_hidden_layers if text_encoder is not None else 0
+    right = clip_skip is None or (is_whole(clip_skip) and 0 <= clip_skip <= layers)
+    check_argument("clip_skip", clip_skip, right, f"None, or layers to leave out, 0 to {layers}")
+    given = cross_attention_kwargs
+    check_argument("cross_attention_kwargs", given, given is None or isinstance(given, dict), "None or a dict")
+    if given and "scale" in given:
+        check_argument("cross_attention_kwargs['scale']", given["scale"], is_number(given["scale"]), "a number")
 
 
 def check_size(height, width, factor: int) -> None:
     """Raises ValueError for a height or width that is no positive multiple of `factor`."""
-    allowed = f"a positive multiple of {factor}"
-    sizes = {"height": height, "width": width}
-    check_kinds({n: (v, is_whole(v) and v >= 1 and v % factor == 0, allowed) for n, v in sizes.items()})
+    for name, value in (("height", height), ("width", width)):
+        right = is_whole(value) and value >= 1 and value % factor == 0
+        check_argument(name, value, right, f"a positive multiple of {factor}")
+
+
+def check_output_type(output_type) -> None:
+    """Raises ValueError for a form of images that there is not."""
+    right = isinstance(output_type, str) and output_type in OUTPUT_TYPES
+    check_argument("output_type", output_type, right, f"one of {', '.join(map(repr, OUTPUT_TYPES))}")
 
 
 def prompt_list(prompt: str | list[str]) -> list[str]:
     """The prompts as a list; ValueError if they are not text."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"`prompt` has to be a string or a list of strings, got {quoted(prompt)}.")
+    right = isinstance(prompts, list) and prompts and all(isinstance(p, str) for p in prompts)
+    check_argument("prompt", prompt, right, "a string or a list of strings")
     return prompts
 
 
 def check_negative_prompt(negative_prompt, batch_size: int) -> None:
     """Raises ValueError if it is neither None nor one text for all prompts, nor one for each."""
+    if negative_prompt is None:
+        return
     each = isinstance(negative_prompt, (list, tuple))
     texts = negative_prompt if each else [negative_prompt]
-    if negative_prompt is not None and not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"`negative_prompt` has to be a string or a list of strings, got {quoted(negative_prompt)}.")
+    right = all(isinstance(text, str) for text in texts)
+    check_argument("negative_prompt", negative_prompt, right, "a string or a list of strings")
     if each and len(texts) != batch_size:
         raise ValueError(f"`negative_prompt` has {len(texts)} entries for {batch_size} prompts: {negative_prompt!r}.")
-    for text in texts if negative_prompt is not None else []:
+    for text in texts:
         check_caption(text)
 
 
@@ -127,46 +130,30 @@ def check_steps(scheduler, timesteps, sigmas) -> None:
         right = right and all(0 <= value <= most for value in values)
         right = right and all(first > second for first, second in itertools.pairwise(values))
         limit = f"from 0 to {most}" if most < math.inf else "from 0 on"
-        check_kinds({name: (values, right, f"a list of numbers {limit} in descending order")})
+        check_argument(name, values, right, f"a list of numbers {limit} in descending order")
 
 
 def check_tensor(name: str, value, shape: tuple[int | None, ...]) -> None:
     """Raises ValueError if `value` is no tensor of finite floats of this shape, in which None is any size."""
     wanted = f"({', '.join('N' if size is None else str(size) for size in shape)})"
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        raise ValueError(f"`{name}` has to be a tensor of floats of shape {wanted}, got {quoted(value)}.")
+    right = isinstance(value, torch.Tensor) and value.is_floating_point()
+    check_argument(name, value, right, f"a tensor of floats of shape {wanted}")
     if value.ndim != len(shape) or any(size not in (None, given) for size, given in zip(shape, value.shape)):
         raise ValueError(f"`{name}` has shape {tuple(value.shape)}, but {wanted} is needed.")
     if not value.isfinite().all():
         raise ValueError(f"`{name}` has to be finite, got nan or infinity.")
 
 
-def check_seeds(seeds, num_images: int) -> None:
-    """Raises ValueError if `seeds` is no list of one int64 for each image."""
-    if not isinstance(seeds, (list, tuple, range, np.ndarray)) or len(seeds) != num_images:
-        raise ValueError(
-            f"`seeds` has to be a list with one seed for each of {num_images} images, got {quoted(seeds)}."
-        )
-    for seed in seeds:
-        if not is_whole(seed) or not -(2**63) <= seed < 2**63:
-            raise ValueError(f"`seeds` have to be integers of 64 bits with a sign, got {seed!r}.")
+def check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, hidden) -> int:
+    """The number of prompts; ValueError if they are no text, or embeddings (N, L, hidden) of another form.
 
-
-def check_generator(generator, num_images: int) -> None:
-    """Raises ValueError if `generator` is neither one of torch's nor a list of one for each image."""
-    each = generator if isinstance(generator, list) else [generator]
-    if generator is not None and not all(isinstance(one, torch.Generator) for one in each):
-        raise ValueError(f"`generator` has to be a torch.Generator or a list of them, got {quoted(generator)}.")
-    if isinstance(generator, list) and len(generator) != num_images:
-        raise ValueError(f"`generator` has {len(generator)} entries for {num_images} images.")
-
-
-def check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, hidden: int | None) -> int:
-    """The number of prompts; ValueError if they are no text, or embeddings (N, L, hidden) of another form."""
+    Where `hidden`, the U-Net's `cross_attention_dim`, is a number for each block, any size is taken.
+    """
     if (prompt is None) == (prompt_embeds is None):
         raise ValueError("Pass exactly one of `prompt` and `prompt_embeds`.")
     if negative_prompt is not None and negative_prompt_embeds is not None:
         raise ValueError("Pass `negative_prompt` or `negative_prompt_embeds`, not both.")
+    hidden = hidden if isinstance(hidden, int) else None
     if prompt is None:
         check_tensor("prompt_embeds", prompt_embeds, (None, None, hidden))
     batch_size = len(prompt_list(prompt) if prompt is not None else prompt_embeds)
@@ -179,28 +166,36 @@ def check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
 
 def check_noise(generator, seeds, latents, shape: tuple[int, int, int, int]) -> None:
     """Raises ValueError for a source of noise that is none of latents of this shape (N, C, h, w)."""
+    count = shape[0]
     if seeds is not None:
         if generator is not None or latents is not None:
             raise ValueError("`seeds` replaces `generator` and `latents`; pass only one of the three.")
-        check_seeds(seeds, shape[0])
-    check_generator(generator, shape[0])
+        right = isinstance(seeds, (list, tuple, range, np.ndarray)) and len(seeds) == count
+        check_argument("seeds", seeds, right, f"a list with one seed for each of {count} images")
+        for seed in seeds:
+            if not is_whole(seed) or not -(2**63) <= seed < 2**63:
+                raise ValueError(f"`seeds` have to be integers of 64 bits with a sign, got {seed!r}.")
+    each = generator if isinstance(generator, list) else [generator]
+    right = generator is None or all(isinstance(one, torch.Generator) for one in each)
+    check_argument("generator", generator, right, "a torch.Generator or a list of them")
+    if isinstance(generator, list) and len(generator) != count:
+        raise ValueError(f"`generator` has {len(generator)} entries for {count} images.")
     if latents is not None:
         check_tensor("latents", latents, shape)
 
 
-def check_wishes(wishes: dict, why: str | None, sources: dict) -> None:
+def check_wishes(why, num_candidates, max_rounds, filter_threshold, use_filter, seeds, latents) -> None:
     """Raises ValueError for what only a filter can do where none runs, and for candidates where the noise is given.
 
-    Args:
-        wishes: `num_candidates`, `max_rounds`, `filter_threshold` and `use_filter`, None where nothing is asked for.
-        why: no filter runs; None if one does.
-        sources: `seeds` and `latents`, which say what to draw.
+    `why`: no filter runs, as the rest of a sentence; None if one does.
     """
+    wishes = {"num_candidates": num_candidates, "max_rounds": max_rounds, "filter_threshold": filter_threshold}
+    wishes["use_filter"] = use_filter or None
     redraws = [name for name in ("num_candidates", "max_rounds") if wishes[name] is not None and wishes[name] > 1]
     asked = [*redraws, *(name for name in ("filter_threshold", "use_filter") if wishes[name] is not None)]
     if asked and why is not None:
         raise ValueError(f"`{asked[0]}={wishes[asked[0]]}` needs a filter, {why}.")
-    for name, value in sources.items():
+    for name, value in (("seeds", seeds), ("latents", latents)):
         if redraws and value is not None:
             raise ValueError(
                 f"`{redraws[0]}={wishes[redraws[0]]}` draws images that the filter chooses from, but `{name}` says"
@@ -210,40 +205,27 @@ def check_wishes(wishes: dict, why: str | None, sources: dict) -> None:
 
 def check_callback(callback, tensor_inputs, allowed: list[str]) -> None:
     """Raises ValueError for a callback that cannot be called, or that asks for other tensors than those `allowed`."""
-    listed = isinstance(tensor_inputs, (list, tuple)) and all(isinstance(name, str) for name in tensor_inputs)
     name = "callback_on_step_end"
-    check_kinds(
-        {
-            name: (callback, callback is None or callable(callback), "None or a function"),
-            f"{name}_tensor_inputs": (tensor_inputs, listed, f"a list of some of {allowed}"),
-        }
-    )
+    check_argument(name, callback, callback is None or callable(callback), "None or a function")
+    listed = isinstance(tensor_inputs, (list, tuple)) and all(isinstance(entry, str) for entry in tensor_inputs)
+    check_argument(f"{name}_tensor_inputs", tensor_inputs, listed, f"a list of some of {allowed}")
     for entry in tensor_inputs:
         if entry not in allowed:
             raise ValueError(f"`{name}_tensor_inputs` may name {allowed}, got {entry!r}.")
 
 
 def replace_tensors(batch: Batch, given, guided: bool) -> None:
-    """Puts what a callback gave back in the place of the batch's tensors.
-
-    Args:
-        given: dict with any of `latents`, `prompt_embeds` and `negative_prompt_embeds`.
-        guided: whether guidance is still on.
-
-    Raises:
-        ValueError: it is no dict, or a tensor has another shape than the one before.
-    """
+    """Puts what a callback gave back in the place of the batch's tensors; ValueError for no dict, or another shape."""
     if not isinstance(given, dict):
         raise ValueError(f"`callback_on_step_end` has to return a dict, got {given!r}.")
     for name in ("latents", "negative_prompt_embeds"):
-        before = getattr(batch, name)
+        if (before := getattr(batch, name)) is None:
+            continue
         tensor = given.get(name, before)
-        if before is not None and tensor.shape != before.shape:
-            raise ValueError(
-                f"`callback_on_step_end` gave `{name}` of shape {tuple(tensor.shape)}, {tuple(before.shape)} is"
-                " needed."
-            )
-        setattr(batch, name, tensor if before is not None else None)
+        if tensor.shape != before.shape:
+            shapes = f"{tuple(tensor.shape)}, {tuple(before.shape)} is needed"
+            raise ValueError(f"`callback_on_step_end` gave `{name}` of shape {shapes}.")
+        setattr(batch, name, tensor)
     embeds, count = given.get("prompt_embeds", batch.prompt_embeds), len(batch.latents)
     batch.prompt_embeds = callback_embeds(embeds, batch.prompt_embeds, count, guided)
 
@@ -251,8 +233,7 @@ def replace_tensors(batch: Batch, given, guided: bool) -> None:
 def callback_embeds(given: torch.Tensor, before: torch.Tensor, count: int, guided: bool) -> torch.Tensor:
     """The embeddings to go on with for `count` candidates after a callback gave some in the place of `before`.
 
-    Raises:
-        ValueError: they are neither one for each candidate nor, as with guidance they have to be, two.
+    There is one for each candidate or, as with guidance there has to be, two; else ValueError.
     """
     if given.shape == before.shape or (not guided and given.shape == (count, *before.shape[1:])):
         return given
@@ -265,27 +246,14 @@ def callback_embeds(given: torch.Tensor, before: torch.Tensor, count: int, guide
     )
 
 
-def check_attention_arguments(cross_attention_kwargs) -> None:
-    """Raises ValueError if they are no dict, or if the LoRA's scale in it is no number."""
-    given = cross_attention_kwargs
-    check_kinds({"cross_attention_kwargs": (given, given is None or isinstance(given, dict), "None or a dict")})
-    if given and "scale" in given:
-        check_kinds({"cross_attention_kwargs['scale']": (given["scale"], is_number(given["scale"]), "a number")})
-
-
 def to_pictures(images) -> list[PIL.Image.Image]:
     """Images as pictures: arrays as they would be saved, in 8 bits, so that an image is rated the same in every form.
 
-    Args:
-        images: one image or a list of them as `PIL.Image`, or as `np.ndarray` (H, W, 3) or `torch.Tensor` (3, H, W) in
-            [0, 1]; arrays and tensors also with a first axis N.
-
-    Raises:
-        ValueError: it is something else, or there is none.
+    `images` are one image or a list of them as `PIL.Image`, or as `np.ndarray` (H, W, 3) or `torch.Tensor` (3, H, W)
+    in [0, 1]; arrays and tensors also with a first axis N. ValueError for anything else, and for none.
     """
-    allowed = (
-        "PIL images, an np.ndarray (N, H, W, 3) in [0, 1] or a torch.Tensor (N, 3, H, W) in [0, 1], at least one image"
-    )
+    arrays = "an np.ndarray (N, H, W, 3) in [0, 1] or a torch.Tensor (N, 3, H, W) in [0, 1]"
+    allowed = f"PIL images, {arrays}, at least one image"
     entries = list(images) if isinstance(images, (list, tuple)) else [images]
     pictures = []
     for entry in entries:
@@ -312,9 +280,7 @@ def to_pictures(images) -> list[PIL.Image.Image]:
 def check_finite(values: torch.Tensor, what: str, networks: dict[str, torch.nn.Module | None]) -> None:
     """Raises ValueError if latents or pixels (N, ...) are not finite: no picture is made of them.
 
-    Args:
-        what: they are.
-        networks: by name, those that made them, or None; the first whose weights are not finite is told.
+    `networks`: by name, those that made them, or None; the first whose weights are not finite is told.
     """
     there = {name: network for name, network in networks.items() if network is not None}
     broken = int((~values.isfinite()).flatten(1).any(1).sum())

@@ -39,28 +39,18 @@ class Parser(argparse.ArgumentParser):
 
 
 @dataclass(kw_only=True)
-class PromptOptions(Options):
+class GenerateCommand(GenerateOptions):
     """What the images show, how many there are, and where they go."""
 
-    modality: str | None = option(
-        None,
-        "E.g. OCT, Fundus, CXR, ChestCT, BrainMRI; minim modalities lists them. With --prompts-file: of all rows.",
-    )
+    modality: str | None = option(None, "E.g. OCT; minim modalities lists them. With --prompts-file: of all rows.")
     prompt: str | None = option(None, "What the image shows, e.g. 'diabetic macular edema'.")
     prompts_file: Path | None = option(
         None, "Many prompts: columns Text,modality, optional num_images,seed; others are carried through to data.csv."
     )
     num_images: Count | None = option(None, "Images of the prompt (default 4), or of each row (1).")
-    seed: Whole = option(
-        0, "Image i uses seed + i; of a row with a seed of its own, image i uses that one + i (default 0)."
-    )
+    seed: Whole = option(0, "Image i uses seed + i; of a row with a seed of its own, that one + i (default 0).")
     output_dir: Path | None = option(None, "Their folder.")
     skip_bad_rows: bool = option(False, "Leave bad rows of the CSV out instead of stopping.")
-
-
-@dataclass(kw_only=True)
-class GenerateCommand(PromptOptions, GenerateOptions):
-    """All of `minim generate`."""
 
 
 @dataclass(kw_only=True)
@@ -94,12 +84,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def prompt(text: str) -> str:
-    """`text`, unless it stands for a caption that is missing."""
-    check_caption(text)
-    return text
-
-
 Answer = TypeVar("Answer")
 
 
@@ -114,18 +98,18 @@ def ask(question: str, parse: Callable[[str], Answer], default: str | None = Non
             print(error)
 
 
-def check_text(name: str, text: str | None) -> None:
-    """Raises ValueError for a text that is none; `name`: of the option."""
-    if text is not None and any("\ud800" <= letter <= "\udfff" for letter in text):
+def checked(text: str, name: str = "prompt") -> str:
+    """`text`; ValueError if it is none, or stands for a caption that is missing; `name`: of the option."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(f"--{name} is not UTF-8: {text!r}.")
-    check_caption(text or "")
+    check_caption(text)
+    return text
 
 
 def plan(options: GenerateCommand, trained: list[str] | None) -> tuple[list[Item], Path]:
     """The images that are asked for, and their folder. What is missing is asked for at the terminal.
 
-    Raises:
-        ValueError: something is missing, and nobody can be asked; or what is given is not possible.
+    Raises ValueError if something is missing and nobody can be asked, or what is given is not possible.
     """
     modality, text, folder, file = options.modality, options.prompt, options.output_dir, options.prompts_file
     if file is not None and text is not None:
@@ -135,8 +119,8 @@ def plan(options: GenerateCommand, trained: list[str] | None) -> tuple[list[Item
     kind = resolve_modality(modality, trained) if modality is not None else None
     if text is not None and not text.strip():
         raise ValueError(f"--prompt has to say what the image shows, got {text!r}.")
-    check_text("prompt", text)
-    check_text("negative-prompt", options.negative_prompt)
+    checked(text or "")
+    checked(options.negative_prompt or "", "negative-prompt")
     needed: dict[str, object] = {"modality": modality, "prompt": text} if file is None else {}
     needed["output_dir"] = folder
     missing = ["--" + name.replace("_", "-") for name, value in needed.items() if value is None]
@@ -145,8 +129,7 @@ def plan(options: GenerateCommand, trained: list[str] | None) -> tuple[list[Item
 
     if file is not None:
         with warnings.catch_warnings(record=True) as caught:
-            of_all = None if kind is None else kind.id
-            count = options.num_images or 1
+            of_all, count = kind.id if kind else None, options.num_images or 1
             items = plan_file(file, count, options.seed, trained, options.skip_bad_rows, of_all)
         for warning in caught:
             say(f"minim generate: warning: {warning.message}")
@@ -154,7 +137,7 @@ def plan(options: GenerateCommand, trained: list[str] | None) -> tuple[list[Item
         if kind is None:
             names = ", ".join(MODALITIES[id].name for id in trained or MODALITIES)
             kind = ask(f"Modality ({names})", lambda answer: resolve_modality(answer, trained))
-        text = text or ask("Prompt, e.g. diabetic macular edema", prompt)
+        text = text or ask("Prompt, e.g. diabetic macular edema", checked)
         count = options.num_images or (ask("Number of images", number(int, Range(1)), "4") if missing else 4)
         items = plan_prompt(text.strip(), kind, count, options.seed)
     return items, folder or ask("Output folder", Path, "out")
@@ -207,9 +190,8 @@ def say_accepted(items: list[Item], folder: Path, quiet: bool) -> int:
     drawn = sum(int(row["candidates"]) for row in rows) + sum(entry["candidates"] for entry in short)
     if not quiet:
         each = f", {drawn / len(rows):.1f} for each of them" if rows else ""
-        say(
-            f"{len(rows)} accepted images in {folder}, of {len(items)} asked for. {drawn} candidates were drawn{each}."
-        )
+        found = f"{len(rows)} accepted images in {folder}, of {len(items)} asked for."
+        say(f"{found} {drawn} candidates were drawn{each}.")
     if not short:
         return 0
     why = {reason: sum(entry["rejected"].get(reason, 0) for entry in short) for reason in REASONS}
@@ -274,8 +256,7 @@ def run_ratings(options: RatingsCommand) -> None:
 def run_modalities(options: ModelOptions) -> None:
     """Lists the modalities, their aliases, and the findings that a model has learned."""
     index = register_modalities(options.model)
-    trained = index.get("modalities") or []
-    findings = index.get("findings") or {}
+    trained, findings = index.get("modalities") or [], index.get("findings") or {}
     for modality in MODALITIES.values():
         print(f"{modality.name} ({modality.id}), {'grey' if modality.grey else 'colour'}")
         print(f"  also: {', '.join(modality.aliases)}")

@@ -16,9 +16,7 @@ from .finite import check_weights
 def save_model(model, folder: str | Path) -> None:
     """Writes a pipeline, or a part of one, with `save_pretrained`: finite and whole, or not at all.
 
-    Raises:
-        ValueError: the weights are not finite.
-        OSError: the disk is full.
+    Raises ValueError if the weights are not finite, OSError if the disk is full.
     """
     check_weights(model)
     parts = model.components.values() if hasattr(model, "components") else [model]
@@ -31,11 +29,7 @@ def save_model(model, folder: str | Path) -> None:
 def whole_folder(folder: str | Path, size: int = 0) -> Iterator[Path]:
     """Yields a folder beside `folder` that takes its place at the end, or is removed if anything fails.
 
-    Args:
-        size: in bytes, about what will be written.
-
-    Raises:
-        OSError: the disk is full.
+    `size`: in bytes, about what will be written. Raises OSError if the disk is full.
     """
     folder = Path(folder)
     unfinished = folder.with_name(f".{folder.name}")
@@ -60,16 +54,13 @@ def whole_file(path: Path, size: int = 0) -> Iterator[Path]:
 def enough_room(path: Path, size: int) -> Iterator[None]:
     """What is written in it to `path`, a file or a folder, is removed if anything fails.
 
-    Raises:
-        OSError: the disk has no room for `size` bytes, or is full when they are written; the message says where, how
-            much is needed and how much is free.
+    Raises OSError if the disk has no room for `size` bytes, or is full when they are written; the message says where,
+    how much is needed and how much is free.
     """
 
     def told(free: int) -> OSError:
-        place = path.with_name(path.name.removeprefix("."))
-        return OSError(
-            errno.ENOSPC, f"No room on the disk: {shown(size)} needed, {shown(free)} free", str(place.absolute())
-        )
+        place = str(path.with_name(path.name.removeprefix(".")).absolute())
+        return OSError(errno.ENOSPC, f"No room on the disk: {shown(size)} needed, {shown(free)} free", place)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free

@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ SCHEMA_VERSION = 1  # of reports: another where a key changes its name or its me
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which takes its place at the end, or is removed if anything fails.
 
-    Raises:
-        OSError: the disk is full; the message says where, and how much is free.
+    Raises OSError, with where and how much is free, if the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -65,10 +64,11 @@ def read_report(path: str | Path) -> dict[str, Any]:
     return report
 
 
-def write_csv(path: Path, rows: list[dict], lineterminator: str = "\r\n") -> None:
-    """Writes rows, which need not have the same columns, whole or not at all."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+def write_csv(path: Path, rows: Iterable[Mapping], columns: Sequence[str] | None = None, end: str = "\r\n") -> None:
+    """Writes rows whole or not at all; without `columns` those of all rows, which need not have the same."""
+    rows = list(rows)
+    columns = columns or list(dict.fromkeys(name for row in rows for name in row))
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator=lineterminator)
+        writer = csv.DictWriter(file, columns, restval="", lineterminator=end)
         writer.writeheader()
         writer.writerows(rows)

@@ -26,25 +26,20 @@ class FiniteLoss:
     """
 
     def __init__(self, every: int = 16):
-        self.every, self.count = every, 0
-        self.value: torch.Tensor | None = None  # the first loss that is not finite, or else the last
-        self.step: torch.Tensor | None = None
+        self.every = every
+        self.unread: list[tuple[torch.Tensor, int]] = []  # losses and their steps
 
     def add(self, loss: torch.Tensor, step: int) -> None:
         """Takes the loss, a number, of a step; raises as `check` if it is time to read."""
-        loss = loss.detach().float()
-        at = torch.full_like(loss, step, dtype=torch.long)
-        if self.value is not None and self.step is not None:  # what is not finite is kept
-            well = self.value.isfinite()
-            loss, at = torch.where(well, loss, self.value), torch.where(well, at, self.step)
-        self.value, self.step, self.count = loss, at, self.count + 1
-        if loss.device.type == "cpu" or self.count % self.every == 0:
+        self.unread.append((loss.detach().clone(), step))
+        if loss.device.type == "cpu" or len(self.unread) >= self.every:
             self.check()
 
     def check(self) -> None:
         """Raises ValueError if any loss so far was not finite."""
-        if self.value is not None and self.step is not None:
-            check_loss(self.value.item(), int(self.step.item()))
+        for loss, step in self.unread:
+            check_loss(loss.item(), step)
+        self.unread.clear()
 
 
 def check_weights(model) -> None:

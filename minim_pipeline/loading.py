@@ -28,11 +28,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 def read_model_index(model: str) -> dict:
     """The `model_index.json` of a pipeline: which modalities and findings it has learned, among others.
 
-    Args:
-        model: a folder, or an id on the Hub.
-
-    Raises:
-        ValueError: neither of them holds a pipeline, or the Hub cannot be reached.
+    `model` is a folder, or an id on the Hub; ValueError if that holds no pipeline, or the Hub cannot be reached.
     """
     file = Path(model) / "model_index.json"
     if Path(model) == EMBEDDED_CHECKPOINT and not file.is_file():
@@ -71,10 +67,9 @@ def register_modalities(model: str) -> dict:
 
 
 def model_identity(model: str) -> tuple[str, str]:
-    """The name and the revision that provenance gives of `model`.
+    """The name and the revision that provenance gives of `model`: on the Hub its id and its commit.
 
-    On the Hub: its id and its commit. A folder: its name (never its path, which may tell of people), and a digest of
-    the files of its components.
+    Of a folder: its name (never its path, which may tell of people), and a digest of the files of its components.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -98,10 +93,9 @@ def lora_identity(lora: str) -> str:
     path = Path(lora)
     if not path.exists():
         return lora
-    weights = [path] if path.is_file() else path.glob("*.safetensors")
+    folder, weights = (path.parent, [path]) if path.is_file() else (path, [*path.glob("*.safetensors")])
     # PEFT's own adapters have their weight in a file beside.
-    beside = (path.parent if path.is_file() else path).glob("adapter_config.json")
-    return f"{path.name} {_digest([*weights, *beside])}"
+    return f"{path.name} {_digest([*weights, *folder.glob('adapter_config.json')])}"
 
 
 def _digest(files: Iterable[Path]) -> str:
@@ -125,8 +119,7 @@ def unet_folder(path: str | Path) -> Path | None:
 
 
 def _need_unet(path: str | Path) -> Path:
-    folder = unet_folder(path)
-    if folder is None:
+    if (folder := unet_folder(path)) is None:
         raise ValueError(f"--unet {str(path)!r} is no folder of a U-Net: it has no config.json of one.")
     return folder
 
@@ -143,8 +136,7 @@ def load_pipeline(
 
     `scheduler` may also be the name of diffusers' class, as provenance has it; `unet` as of `generate`.
     """
-    names = {key: key for key in SCHEDULERS} | {value: key for key, value in SCHEDULERS.items()}
-    if scheduler is not None and scheduler not in names:
+    if scheduler is not None and scheduler not in {*SCHEDULERS, *SCHEDULERS.values()}:
         raise ValueError(f"scheduler has to be one of {', '.join(SCHEDULERS)}, got {scheduler!r}.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype has to be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -174,12 +166,11 @@ def load_pipeline(
     except SafetensorError as error:
         raise ValueError(f"{model!r} has broken weights: {error}.") from error
     if scheduler is not None:
-        scheduler = names[scheduler]
         # DDIM and DDPM clip to [-1, 1] unless told otherwise, which is right for pixels and wrong for latents.
-        options: dict[str, dict] = {"ddim": {"clip_sample": False}, "ddpm": {"clip_sample": False}}
-        options["dpmsolver++"] = {"algorithm_type": "dpmsolver++"}
-        scheduler_class = getattr(diffusers, SCHEDULERS[scheduler])
-        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **options.get(scheduler, {}))
+        options: dict[str, dict] = {k: {"clip_sample": False} for k in ("DDIMScheduler", "DDPMScheduler")}
+        options["DPMSolverMultistepScheduler"] = {"algorithm_type": "dpmsolver++"}
+        name = SCHEDULERS.get(scheduler, scheduler)
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options.get(name, {}))
     if lora is not None:
         try:
             pipe.load_lora_weights(lora)
@@ -191,16 +182,12 @@ def load_pipeline(
 
 
 def load_with_unet(model: str, path: str | Path, bare: bool, dtype=None):
-    """`MinimPipeline.from_pretrained(model)` with the U-Net in the folder `path` in place of its own.
+    """`MinimPipeline.from_pretrained(model)` with the U-Net in `path`, or in its folder `unet`, in place of its own.
 
     Args:
-        model: the pipeline that the U-Net was trained from, a folder or an id on the Hub.
-        path: folder of the U-Net, or one that holds it as `unet`.
+        model: the pipeline that the U-Net was trained from, a folder or a Hub id; ValueError if it does not fit.
         bare: the U-Net has learned captions as they stand, without a modality, as MINIM's training has it.
         dtype: of all weights; by default float32.
-
-    Raises:
-        ValueError: there is no U-Net, or it does not fit the text encoder or the autoencoder.
     """
     import torch
     from diffusers import UNet2DConditionModel
@@ -219,7 +206,6 @@ def load_with_unet(model: str, path: str | Path, bare: bool, dtype=None):
         ("denoises latents of channels", unet.config.in_channels, pipe.vae.config.latent_channels),
     ):
         if needs != has:
-            raise ValueError(
-                f"--unet {str(path)!r} {what} {needs}, {model} has {has}: name the model it was trained from."
-            )
+            of = f"--unet {str(path)!r} {what} {needs}, {model} has {has}"
+            raise ValueError(f"{of}: name the model it was trained from.")
     return pipe

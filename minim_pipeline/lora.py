@@ -31,11 +31,7 @@ HUB_OPTIONS = ("subfolder", "cache_dir", "force_download", "proxies", "local_fil
 
 
 def find_file(source: str | os.PathLike, name: str, options: dict) -> Path | None:
-    """The file `name` of a folder or of a repository on the Hub, or beside the file `source`; None if there is none.
-
-    Args:
-        options: as of `load_lora_weights`; those of the Hub count.
-    """
+    """The file `name` of a folder or a repository on the Hub, or beside the file `source`; None if there is none."""
     source = Path(source).parent if os.path.isfile(source) else source
     chosen = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
     try:
@@ -47,12 +43,8 @@ def find_file(source: str | os.PathLike, name: str, options: dict) -> Path | Non
 def from_peft(state_dict: dict[str, torch.Tensor], config: dict) -> tuple[dict[str, torch.Tensor], dict]:
     """An adapter as PEFT saves it, as what diffusers loads: weights, and the settings of each part.
 
-    Args:
-        state_dict: of keys such as `base_model.model.mid_block.attentions.0....to_q.lora_A.weight`.
-        config: `adapter_config.json`.
-
-    Raises:
-        ValueError: it is an adapter of another kind than LoRA.
+    Its keys are such as `base_model.model.mid_block.attentions.0....to_q.lora_A.weight`, `config` is its
+    `adapter_config.json`. Raises ValueError for an adapter of another kind than LoRA.
     """
     from peft import LoraConfig
 
@@ -73,14 +65,9 @@ def from_peft(state_dict: dict[str, torch.Tensor], config: dict) -> tuple[dict[s
 def modules_of(part: str, state_dict: dict[str, torch.Tensor]) -> list[str]:
     """The modules that the weights of `unet` or `text_encoder` in a LoRA belong to, one for each weight."""
     weights = {key.removeprefix(f"{part}."): value for key, value in state_dict.items() if key.startswith(f"{part}.")}
-    if (
-        weights
-        and part == "unet"
-        and "lora_A" not in next(iter(weights))
-        and not any(".lokr_" in key for key in weights)
-    ):
-        weights = convert_unet_state_dict_to_peft(weights)
-    elif weights and part == "text_encoder":
+    if part == "unet" and not any(".lokr_" in key for key in weights):
+        weights = weights if "lora_A" in next(iter(weights), "lora_A") else convert_unet_state_dict_to_peft(weights)
+    elif part == "text_encoder" and weights:
         weights = convert_state_dict_to_peft(convert_state_dict_to_diffusers(weights))
     return [re.split(r"\.(?:lora|lokr)_", key)[0] for key in weights]
 
@@ -92,9 +79,8 @@ class LoraLoading(StableDiffusionLoraLoaderMixin):
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs):
         """As diffusers', and for a file or folder as `PeftModel.save_pretrained` writes it.
 
-        Raises:
-            ValueError: there are PEFT's weights without the `adapter_config.json` that says how to weigh them, or an
-                adapter of another kind.
+        Raises ValueError for PEFT's weights without the `adapter_config.json` that says how to weigh them, and for an
+        adapter of another kind.
         """
         source, options = pretrained_model_name_or_path_or_dict, dict(kwargs)
         state_dict, alphas, metadata = super().lora_state_dict(source, **{**kwargs, "return_lora_metadata": True})
@@ -109,10 +95,7 @@ class LoraLoading(StableDiffusionLoraLoaderMixin):
         """As [`StableDiffusionLoraLoaderMixin.load_lora_weights`], from PEFT's adapters too.
 
         Warns if some of the weights have no place here, and if the LoRA was trained with modality tokens that the
-        tokenizer does not know.
-
-        Raises:
-            ValueError: none of the weights has a place in this pipeline's U-Net or text encoder.
+        tokenizer does not know; ValueError if none of the weights has a place in U-Net or text encoder.
         """
         source = pretrained_model_name_or_path_or_dict
         options = {key: value for key, value in kwargs.items() if key not in ("hotswap", "low_cpu_mem_usage")}
@@ -167,12 +150,7 @@ class LoraLoading(StableDiffusionLoraLoaderMixin):
 
     @classmethod
     def save_lora_weights(
-        cls,
-        save_directory: str | os.PathLike,
-        *args,
-        modality_tokens: list[str] | None = None,
-        weight_name: str | None = None,
-        **kwargs,
+        cls, save_directory: str | os.PathLike, *args, modality_tokens: list[str] | None = None, **kwargs
     ):
         """As [`StableDiffusionLoraLoaderMixin.save_lora_weights`].
 
@@ -180,8 +158,8 @@ class LoraLoading(StableDiffusionLoraLoaderMixin):
             modality_tokens: those that the prompts of the training began with, see `tokens.modality_tokens`; the file
                 says so, and `load_lora_weights` warns where a tokenizer lacks one.
         """
-        super().save_lora_weights(save_directory, *args, weight_name=weight_name, **kwargs)
-        path = Path(save_directory, weight_name or LORA_WEIGHT_NAME_SAFE)
+        super().save_lora_weights(save_directory, *args, **kwargs)
+        path = Path(save_directory, kwargs.get("weight_name") or LORA_WEIGHT_NAME_SAFE)
         if modality_tokens and path.suffix == ".safetensors" and kwargs.get("is_main_process", True):
             with safe_open(path, framework="pt") as file:
                 header = dict(file.metadata() or {})

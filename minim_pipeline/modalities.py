@@ -32,20 +32,14 @@ class Modality:
         return f"<{self.id}>"
 
 
+_FUNDUS = ("fundus photograph", "fundus photography", "color fundus", "colour fundus", "cfp", "retinal photograph")
 MODALITIES: dict[str, Modality] = {
     m.id: m
     for m in (
         Modality(
             "oct", "OCT", "optical coherence tomography of the retina", ("optical coherence tomography",), flip=True
         ),
-        Modality(
-            "fundus",
-            "Fundus",
-            "color fundus photograph of the retina",
-            ("fundus photograph", "fundus photography", "color fundus", "colour fundus", "cfp", "retinal photograph"),
-            grey=False,
-            flip=True,
-        ),
+        Modality("fundus", "Fundus", "color fundus photograph of the retina", _FUNDUS, grey=False, flip=True),
         # The heart lies on one side of the chest: a mirrored chest is another diagnosis (situs inversus).
         Modality("cxr", "CXR", "chest x ray", ("chest x-ray", "chest xray", "chest radiograph", "x-ray", "xray")),
         Modality("chest_ct", "ChestCT", "axial chest ct", ("chest computed tomography", "thoracic ct", "lung ct")),
@@ -83,13 +77,10 @@ _BY_KEY = _spellings(*MODALITIES.values())
 
 
 def register_modality(modality: Modality) -> Modality:
-    """Adds a modality to the table, for as long as the process lasts.
+    """Adds a modality to the table, for as long as the process lasts, and returns it.
 
     A pipeline with this modality among its `modalities` saves the definition, and `MinimPipeline.from_pretrained`
-    registers it again.
-
-    Returns:
-        `modality`. To register the very same again changes nothing.
+    registers it again. To register the very same again changes nothing.
 
     Raises:
         ValueError: the id is no lower-case word of letters, digits and underscores; name, words or an alias is empty;
@@ -107,37 +98,31 @@ def _check_new(modality: Modality) -> None:
     known = MODALITIES.get(modality.id)
     if known is not None:
         now, before = asdict(modality), asdict(known)
-        changed = "; ".join(
-            f"{field} is {before[field]!r}, now {now[field]!r}" for field in now if now[field] != before[field]
-        )
-        raise ValueError(f"modality {modality.id!r} is in the table already, with another definition: {changed}.")
+        changed = [f"{field} is {before[field]!r}, now {now[field]!r}" for field in now if now[field] != before[field]]
+        definition = f"with another definition: {'; '.join(changed)}"
+        raise ValueError(f"modality {modality.id!r} is in the table already, {definition}.")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", modality.id):
-        raise ValueError(
-            f"The id of a modality has to begin with a letter a-z and go on with a-z, 0-9 and _, got {modality.id!r}."
-        )
+        form = "begin with a letter a-z and go on with a-z, 0-9 and _"
+        raise ValueError(f"The id of a modality has to {form}, got {modality.id!r}.")
     spellings = (modality.id, modality.name, *modality.aliases)
-    if not modality.words.strip() or not all(_key(spelling) for spelling in spellings):
+    if not modality.words.strip() or not all(map(_key, spellings)):
         raise ValueError(f"modality {modality.id!r}: its name, its words and its aliases must not be empty.")
     for spelling in spellings:
-        key = _key(spelling)
+        key, why = _key(spelling), None
         if key in AMBIGUOUS:
-            fits = " or ".join(map(repr, AMBIGUOUS[key]))
-            raise ValueError(f"modality {modality.id!r} cannot be called {spelling!r}: that may be {fits}.")
-        if key in _BY_KEY:
-            raise ValueError(
-                f"modality {modality.id!r} cannot be called {spelling!r}: that is modality {_BY_KEY[key].id!r}."
-            )
+            why = f"may be {' or '.join(map(repr, AMBIGUOUS[key]))}"
+        elif key in _BY_KEY:
+            why = f"is modality {_BY_KEY[key].id!r}"
+        if why:
+            raise ValueError(f"modality {modality.id!r} cannot be called {spelling!r}: that {why}.")
 
 
 def read_definitions(definitions: dict[str, dict]) -> tuple[Modality, ...]:
     """The modalities that `custom_definitions` gave, also after JSON made lists of its tuples; registers nothing.
 
     Where the table has the modality already, its own names and words stay, or a model could not be loaded any more
-    once the table has grown, nor beside another model; only what images are has to agree.
-
-    Raises:
-        ValueError: as `register_modality`; for a modality of the table if it is grey or may be mirrored there and here
-            not, or the other way round.
+    once the table has grown, nor beside another model; only what images are, grey and to be mirrored, has to agree.
+    Raises as `register_modality`.
     """
     modalities = []
     for name, definition in definitions.items():
@@ -164,15 +149,12 @@ def custom_definitions(ids: list[str]) -> dict[str, dict]:
 def resolve_modality(
     name: str | None, trained: Sequence[str] | None = None, own: tuple[Modality, ...] = ()
 ) -> Modality:
-    """The modality that `name` stands for.
+    """The modality that `name` stands for; ValueError if it is unknown, fits several, or is not among `trained`.
 
     Args:
         name: an id, a name of MINIM's, or an alias, in any case and with any spaces, hyphens or underscores.
         trained: ids that the model at hand has learned; `None` allows all of the table.
         own: modalities that the model at hand defines, in the table or not.
-
-    Raises:
-        ValueError: `name` is unknown, fits several modalities, or is not among `trained`.
     """
     if not isinstance(name, str):
         raise ValueError(f"`modality` has to be a string, got {name!r} of type {type(name).__name__}.")

@@ -72,10 +72,9 @@ class Options:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
-            for limits in ranges(hint):
-                for number in value if isinstance(value, list | tuple) else [value]:
-                    if number is not None:
-                        limits.check(name.replace("_", self.separator), number)
+            for number in value if isinstance(value, list | tuple) else [value]:
+                for limits in ranges(hint) if number is not None else []:
+                    limits.check(name.replace("_", self.separator), number)
 
     def values(self, *names: str) -> dict[str, Any]:
         """Some of the options, for another dataclass that has them, too."""
@@ -155,26 +154,22 @@ def number(kind: type[Number], limits: Range) -> Callable[[str], Number]:
 def add_options(parser: argparse.ArgumentParser, options: type[Options], strict: bool = True) -> None:
     """Adds the fields of `options` to a parser, those of each class that it is made of as a group of `--help`.
 
-    Spelled with hyphens. `HfArgumentParser` would import transformers, which takes a second.
-
-    Args:
-        strict: refuse a number that is out of range while parsing; else only making `options` does.
+    Spelled with hyphens. `HfArgumentParser` would import transformers, which takes a second. `strict` refuses a number
+    that is out of range while parsing; else only making `options` does.
     """
     owners = {name: part for part in reversed(options.__mro__) for name in get_annotations(part)}
+    hints = get_type_hints(options, include_extras=True)
     for part in options.__mro__:
-        own = [f for f in fields(options) if owners[f.name] is part]
-        if own:
+        if own := [f for f in fields(options) if owners[f.name] is part]:
             group = parser.add_argument_group((part.__doc__ or "").partition("\n")[0].rstrip("."))
             for f in own:
-                _add_option(group, f, get_type_hints(options, include_extras=True)[f.name], strict)
+                _add_option(group, f, hints[f.name], strict)
 
 
 def _add_option(parser: argparse._ArgumentGroup, f: dataclasses.Field, hint: Any, strict: bool) -> None:
-    keywords = dict(f.metadata) | {"default": f.default}
-    if f.default_factory is not MISSING:
-        keywords["default"] = f.default_factory()
-    elif f.default is MISSING:
-        keywords = dict(f.metadata) | {"required": True}
+    default = f.default if f.default_factory is MISSING else f.default_factory()
+    keywords: dict[str, Any] = dict(f.metadata)
+    keywords |= {"required": True} if default is MISSING else {"default": default}
     limits = ranges(hint)
     if NoneType in get_args(hint):
         hint = get_args(hint)[0]

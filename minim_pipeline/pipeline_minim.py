@@ -17,14 +17,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .call_checks import (
-    check_attention_arguments,
     check_callback,
     check_counts,
+    check_encoding,
     check_finite,
     check_flags,
     check_guidance,
-    check_kinds,
     check_noise,
+    check_output_type,
     check_prompts,
     check_size,
     check_steps,
@@ -34,24 +34,21 @@ from .call_checks import (
     replace_tensors,
     to_pictures,
 )
+from .captions import resolve_prompts
 from .data.image_pixels import convert_pictures
 from .lora import LoraLoading
 from .minim_filter import FilterHead
 from .minim_filter.filtering import Filtering
 from .minim_filter.funnel import Batch, Funnel, select_state
-from .minim_filter.seeds import draw_seeds, prepare_generators
+from .minim_filter.seeds import Generators, draw_seeds, prepare_generators
 from .minim_filter.selection import Selection
 from .modalities import Modality, custom_definitions, read_definitions
 from .notices import logger, warn_once
 from .pipeline_output import MinimPipelineOutput, MinimScores
-from .prompts import resolve_prompts
 from .saving import LoadingAndSaving
 from .schedules import check_scheduler, keep_from_clipping, rescale_noise_cfg, retrieve_timesteps
-from .tokens import modality_tokens, negative_text, prompt_text
+from .tokens import cut_texts, modality_tokens, negative_text, prompt_text
 from .turns import draws_in_turn, in_turn
-
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class MinimPipeline(
@@ -91,11 +88,8 @@ class MinimPipeline(
         modalities: ids of the modalities trained, a list or, as `model_index.json` has it, one string with spaces
             between. `None` for a base model, which takes any known modality.
         findings: the findings learned, by modality id.
-        num_inference_steps: default of the call's argument; saved with the model, as are the next four.
-        guidance_scale: likewise.
-        guidance_rescale: likewise.
-        guidance_interval: likewise.
-        num_candidates: likewise.
+        num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, num_candidates: defaults of the
+            call's arguments; saved with the model.
         zero_terminal_snr: whether the model's noise schedule ends in pure noise. Read from `scheduler` if not given,
             and kept when the scheduler is swapped.
         custom_modalities: by id the definitions of modalities that are not in the package's table, as
@@ -148,14 +142,8 @@ class MinimPipeline(
             )
         custom_modalities = {**(custom_modalities or {}), **custom_definitions(modalities or [])}
         self.own_modalities = read_definitions(custom_modalities)
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            filter_head=filter_head,
-        )
+        networks = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet}
+        self.register_modules(**networks, scheduler=scheduler, filter_head=filter_head)
         self.register_to_config(
             modalities=modalities,
             findings=findings,
@@ -194,77 +182,10 @@ class MinimPipeline(
                 "This model names no modality that it has learned: what it draws need not be what `modality` says."
             )
 
-    def check_inputs(
-        self,
-        *,
-        prompt,
-        height,
-        width,
-        num_inference_steps,
-        timesteps,
-        sigmas,
-        guidance_scale,
-        guidance_rescale,
-        guidance_interval,
-        negative_prompt,
-        num_images_per_prompt,
-        eta,
-        generator,
-        latents,
-        prompt_embeds,
-        negative_prompt_embeds,
-        output_type,
-        return_dict,
-        cross_attention_kwargs,
-        clip_skip,
-        callback_on_step_end,
-        callback_on_step_end_tensor_inputs,
-        num_candidates,
-        max_rounds,
-        use_filter,
-        filter_threshold,
-        reject_copies,
-        seeds,
-    ) -> int:
-        """The number of prompts; ValueError for anything the call cannot work with, before any work is done.
-
-        But for `modality`, which is looked at with the prompts' own prefixes in `resolve_prompts`.
-        """
-        check_counts(
-            num_inference_steps=num_inference_steps,
-            num_images_per_prompt=num_images_per_prompt,
-            num_candidates=self.config.num_candidates if num_candidates is None else num_candidates,
-            max_rounds=max_rounds,
-        )
-        check_size(height, width, self.vae_scale_factor)
-        layers = self.text_encoder.config.num_hidden_layers if self.text_encoder is not None else 0
-        check_guidance(guidance_scale, guidance_rescale, guidance_interval, eta, clip_skip, layers)
-        check_threshold(filter_threshold)
-        check_steps(self.scheduler, timesteps, sigmas)
-        check_attention_arguments(cross_attention_kwargs)
-        known_type = isinstance(output_type, str) and output_type in OUTPUT_TYPES
-        check_kinds({"output_type": (output_type, known_type, f"one of {', '.join(map(repr, OUTPUT_TYPES))}")})
-        check_flags(return_dict=return_dict, reject_copies=reject_copies)
-        check_kinds({"use_filter": (use_filter, use_filter is None or isinstance(use_filter, bool), "True or False")})
-        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-
-        hidden = self.unet.config.cross_attention_dim
-        hidden = hidden if isinstance(hidden, int) else None  # some have a number for each block
-        batch_size = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, hidden)
-        num_images = batch_size * num_images_per_prompt
-        rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
-        check_noise(generator, seeds, latents, (num_images, self.unet.config.in_channels, rows, columns))
-
-        wishes = {"num_candidates": num_candidates, "max_rounds": max_rounds, "filter_threshold": filter_threshold}
-        wishes["use_filter"] = use_filter or None
-        why_unfiltered = self.why_unfiltered(use_filter, prompt, output_type)
-        check_wishes(wishes, why_unfiltered, {"seeds": seeds, "latents": latents})
-        return batch_size
-
     def resolve_prompts(
         self, prompt: str | list[str] | None, modality: str | Sequence[Any] | None, batch_size: int
     ) -> tuple[list[str], list[Modality]]:
-        """The prompts without MINIM's "OCT: " in front, and the modality of each: see `prompts.resolve_prompts`."""
+        """The prompts without MINIM's "OCT: " in front, and the modality of each: see `captions.resolve_prompts`."""
         own, bare = self.own_modalities, self.config.bare_prompts
         return resolve_prompts(prompt, modality, batch_size, self.config.modalities or None, own, bare)
 
@@ -336,16 +257,12 @@ class MinimPipeline(
         What is beyond the token limit is cut, with a warning that quotes it.
         """
         texts = self.maybe_convert_prompt(texts, self.tokenizer)
-        max_length = max_length or self.tokenizer.model_max_length
-        inputs = self.tokenizer(
-            texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
-        )
-        # The last id of the uncut sequence is the end-of-text token.
-        cut = [ids[max_length - 1 : -1] for ids in self.tokenizer(texts).input_ids]
-        if any(cut):
+        length = max_length or self.tokenizer.model_max_length
+        inputs = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        if cut := cut_texts(self.tokenizer, texts, length):
             logger.warning(
                 "The following part of your input was truncated because the text encoder can only handle sequences up"
-                f" to {max_length} tokens: {self.tokenizer.batch_decode([ids for ids in cut if ids])}"
+                f" to {length} tokens: {[lost for _, lost in cut]}"
             )
 
         input_ids = inputs.input_ids.to(device)  # (N, L)
@@ -376,14 +293,10 @@ class MinimPipeline(
         negative_prompt_embeds: torch.Tensor | None,
         height: int,
         width: int,
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: Generators,
         latents: torch.Tensor | None = None,
     ) -> Batch:
-        """Noise and embeddings of candidates.
-
-        Args:
-            slots: of each candidate the number of its image, by which embeddings are looked up.
-        """
+        """Noise and embeddings of candidates; `slots` has the number of each one's image, for its embeddings."""
         channels, dtype, device = self.unet.config.in_channels, prompt_embeds.dtype, prompt_embeds.device
         noise = self.prepare_latents(len(slots), channels, height, width, dtype, device, generator, latents)
         # For classifier free guidance, we need to do two forward passes.
@@ -450,9 +363,8 @@ class MinimPipeline(
             fit: what becomes of an image of other proportions: `"stretch"`, `"crop"` or `"pad"`.
             window: the values that become black and white in a `PIL.Image` of more than 8 bits; `None` finds out.
 
-        Raises:
-            ValueError: the pipeline has no filter head, an argument is not possible, as for `__call__`, or what the
-                values of an image mean cannot be known.
+        Raises ValueError without a filter head, for an argument that is not possible, as `__call__`, and if what the
+        values of an image mean cannot be known.
         """
         if self.filter_head is None:
             raise ValueError("This pipeline has no filter head to score with.")
@@ -469,7 +381,8 @@ class MinimPipeline(
             logger.warning(change)
         rated = self.rate_pictures(pictures, prompts, modalities, self._execution_device)
         self.maybe_free_model_hooks()
-        scores, accepted, reasons = self.judge(rated, modalities, filter_threshold, reject_copies)
+        options = {"filter_threshold": filter_threshold, "reject_copies": reject_copies}
+        scores, accepted, reasons = self.judge(rated, modalities, **options)
         return MinimScores(scores.tolist(), accepted.tolist(), reasons, rated.quality.tolist(), rated.finding.tolist())
 
     def denoise(
@@ -525,10 +438,8 @@ class MinimPipeline(
                     noise_pred = noise_pred[keep]
 
                 # compute the previous noisy sample x_t -> x_t-1
-                extra_step_kwargs = self.prepare_extra_step_kwargs(batch.generator, eta)
-                batch.latents = self.scheduler.step(
-                    noise_pred, t, batch.latents, **extra_step_kwargs, return_dict=False
-                )[0]
+                kwargs = self.prepare_extra_step_kwargs(batch.generator, eta)
+                batch.latents = self.scheduler.step(noise_pred, t, batch.latents, **kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     tensors = {name: getattr(batch, name) for name in callback_on_step_end_tensor_inputs or ()}
@@ -563,7 +474,7 @@ class MinimPipeline(
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -663,36 +574,25 @@ class MinimPipeline(
         guidance_rescale = self.config.guidance_rescale if guidance_rescale is None else guidance_rescale
 
         # 1. Check inputs. Raise error if not correct
-        batch_size = self.check_inputs(
-            prompt=prompt,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            output_type=output_type,
-            return_dict=return_dict,
-            cross_attention_kwargs=cross_attention_kwargs,
-            clip_skip=clip_skip,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            num_candidates=num_candidates,
-            max_rounds=max_rounds,
-            use_filter=use_filter,
-            filter_threshold=filter_threshold,
-            reject_copies=reject_copies,
-            seeds=seeds,
-        )
+        candidates = self.config.num_candidates if num_candidates is None else num_candidates
+        check_counts(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
+        check_counts(num_candidates=candidates, max_rounds=max_rounds)
+        check_size(height, width, self.vae_scale_factor)
+        check_guidance(guidance_scale, guidance_rescale, guidance_interval, eta)
+        check_encoding(clip_skip, cross_attention_kwargs, self.text_encoder)
+        check_threshold(filter_threshold)
+        check_steps(self.scheduler, timesteps, sigmas)
+        check_output_type(output_type)
+        check_flags(return_dict=return_dict, reject_copies=reject_copies)
+        if use_filter is not None:
+            check_flags(use_filter=use_filter)
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        hidden, channels = self.unet.config.cross_attention_dim, self.unet.config.in_channels
+        batch_size = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, hidden)
+        num_images, factor = batch_size * num_images_per_prompt, self.vae_scale_factor
+        check_noise(generator, seeds, latents, (num_images, channels, height // factor, width // factor))
+        why_unfiltered = self.why_unfiltered(use_filter, prompt, output_type)
+        check_wishes(why_unfiltered, num_candidates, max_rounds, filter_threshold, use_filter, seeds, latents)
         prompts, modalities = self.resolve_prompts(prompt, modality, batch_size)
         check_scheduler(self.scheduler, self.config.zero_terminal_snr)
         self.warn_of_what_is_not_learned(height, width)
@@ -720,11 +620,9 @@ class MinimPipeline(
         )
 
         # 3. One entry an image, and how many candidates the filter chooses from
-        num_images = len(modalities) * num_images_per_prompt
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         modalities = [m for m in modalities for _ in range(num_images_per_prompt)]
-        filtering = self.why_unfiltered(use_filter, prompt, output_type) is None
-        candidates = self.config.num_candidates if num_candidates is None else num_candidates
+        filtering = why_unfiltered is None
         if not filtering or seeds is not None or latents is not None:
             candidates = 1
         choosing = candidates > 1 or max_rounds > 1
@@ -748,39 +646,24 @@ class MinimPipeline(
             if choosing:
                 round_seeds = draw_seeds(wanted, candidates, generator)
                 round_seeds += round_seeds[-candidates:] * (len(places) - len(wanted))
-            round_generator, known_seeds = prepare_generators(
-                len(slots), None if choosing else generator, round_seeds, latents
-            )
+            source = None if choosing else generator
+            source, known_seeds = prepare_generators(len(slots), source, round_seeds, latents)
             round_timesteps, num_inference_steps = retrieve_timesteps(
                 self.scheduler, num_inference_steps, device, timesteps, sigmas
             )
-            batch = self.prepare_batch(
-                slots, prompt_embeds, negative_prompt_embeds, height, width, round_generator, latents
-            )
+            batch = self.prepare_batch(slots, prompt_embeds, negative_prompt_embeds, height, width, source, latents)
 
             # Denoise; the funnel drops the worst candidates on the way
             funnel = self.prepare_funnel(prompts, modalities, places, candidates, device) if filtering else None
-            result = self.denoise(
-                batch,
-                round_timesteps,
-                num_inference_steps,
-                eta,
-                funnel,
-                callback_on_step_end if number == 0 else None,
-                callback_on_step_end_tensor_inputs,
-            )
+            callback = (callback_on_step_end, callback_on_step_end_tensor_inputs) if number == 0 else ()
+            result = self.denoise(batch, round_timesteps, num_inference_steps, eta, funnel, *callback)
             check_finite(result, "Latents", {"text_encoder": self.text_encoder, "unet": self.unet})
 
             # Decode the best candidate of each image, and keep it where it is better than what there was
-            chosen = self.choose(
-                result,
-                funnel,
-                [prompts[i] for i in wanted] if filtering else [],
-                [modalities[i] for i in wanted],
-                decode=output_type != "latent",
-                filter_threshold=filter_threshold,
-                reject_copies=reject_copies,
-            )
+            texts = [prompts[i] for i in wanted] if filtering else []
+            kinds, decode = [modalities[i] for i in wanted], output_type != "latent"
+            judging: dict[str, Any] = {"filter_threshold": filter_threshold, "reject_copies": reject_copies}
+            chosen = self.choose(result, funnel, texts, kinds, decode, **judging)
             selection.add(chosen, known_seeds, candidates)
             if not selection.wanted or self.interrupt:
                 break
@@ -798,12 +681,7 @@ class MinimPipeline(
         self.maybe_free_model_hooks()
 
         output = MinimPipelineOutput(
-            images=images,
-            scores=selection.scores,
-            accepted=selection.accepted,
-            seeds=selection.seeds,
-            candidates=selection.candidates,
-            rejected=selection.rejected,
+            images, selection.scores, selection.accepted, selection.seeds, selection.candidates, selection.rejected
         )
         return output if return_dict else output.to_tuple()
 

@@ -25,21 +25,7 @@ DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlg
 _TYPES: dict[str, Callable[[str], Any]] = dict.fromkeys(("seed", "steps", "height", "width"), int)
 _TYPES |= {"guidance": float, "guidance_rescale": float, "guidance_interval": json.loads}
 _XMP_KEY = "XML:com.adobe.xmp"
-_XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
-<x:xmpmeta xmlns:x="adobe:ns:meta/">
- <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
-  <rdf:Description rdf:about=""
-    xmlns:xmp="http://ns.adobe.com/xap/1.0/"
-    xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">
-   <xmp:CreatorTool>{software}</xmp:CreatorTool>
-   <Iptc4xmpExt:DigitalSourceType>{source_type}</Iptc4xmpExt:DigitalSourceType>
-   <Iptc4xmpExt:AISystemUsed>{model}</Iptc4xmpExt:AISystemUsed>
-   <Iptc4xmpExt:AISystemVersionUsed>{revision}</Iptc4xmpExt:AISystemVersionUsed>
-   <Iptc4xmpExt:AIPromptInformation>{prompt}</Iptc4xmpExt:AIPromptInformation>
-  </rdf:Description>
- </rdf:RDF>
-</x:xmpmeta>
-<?xpacket end="r"?>"""
+_XMP = Path(__file__).with_name("provenance.xmp").read_text(encoding="utf-8").rstrip()
 # Characters that neither XML nor a PNG text chunk may hold.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -60,22 +46,19 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object
     for name, value in texts.items():
         info.add_text(name, value)  # becomes iTXt, UTF-8, where Latin-1 does not do
     fields = {name: escape(texts.get(name, "")) for name in ("model", "revision", "prompt")}
-    software = escape(f"{SOFTWARE} {texts['version']}")
-    info.add_itxt(_XMP_KEY, _XMP.format(software=software, source_type=DIGITAL_SOURCE_TYPE, **fields))
+    fields |= {"software": escape(f"{SOFTWARE} {texts['version']}"), "source_type": DIGITAL_SOURCE_TYPE}
+    info.add_itxt(_XMP_KEY, _XMP.format(bom="\ufeff", **fields))
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 
 
 def read_provenance(path: str | Path) -> dict[str, object]:
-    """What `save_png` wrote into the file at `path`.
+    """What `save_png` wrote into the file at `path`; empty if the file is not one of this package's.
 
     Returns:
         The metadata, with `synthetic` a bool, `seed`, `steps`, `height` and `width` ints, `guidance` and
         `guidance_rescale` floats, `guidance_interval` a list of two floats and all else strings, and
-        `digital_source_type`, IPTC's term. Empty if the file is not one of this package's.
-
-    Raises:
-        FileNotFoundError, PIL.UnidentifiedImageError: no such file, or no image.
+        `digital_source_type`, IPTC's term.
     """
     with Image.open(path) as image:
         texts = dict(getattr(image, "text", {}))

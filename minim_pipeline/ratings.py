@@ -4,7 +4,6 @@ A rating is acknowledged once its transaction is on the disk: whoever kills the 
 sent again takes the place of the first, so that none is there twice.
 """
 
-import csv
 import hashlib
 import itertools
 import os
@@ -17,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .data.sources import read_csv, resolve_path
-from .files import atomic_path
+from .files import write_csv
 from .modalities import resolve_modality
 
 
@@ -26,16 +25,9 @@ LONGEST = {"rater": 80, "path": 500, "text": 1000}
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS ratings (
-    rater TEXT NOT NULL,
-    path TEXT NOT NULL,
-    turn INTEGER NOT NULL,
-    rating INTEGER NOT NULL CHECK (rating IN (1, 2, 3)),
-    text TEXT NOT NULL,
-    modality TEXT NOT NULL,
-    kind TEXT NOT NULL,
-    seconds REAL,
-    time TEXT NOT NULL,
-    digest TEXT NOT NULL,
+    rater TEXT NOT NULL, path TEXT NOT NULL, turn INTEGER NOT NULL,
+    rating INTEGER NOT NULL CHECK (rating IN (1, 2, 3)), text TEXT NOT NULL, modality TEXT NOT NULL,
+    kind TEXT NOT NULL, seconds REAL, time TEXT NOT NULL, digest TEXT NOT NULL,
     PRIMARY KEY (rater, kind, path, turn)
 )
 """
@@ -101,13 +93,9 @@ def image_digest(path: str | Path) -> str:
 
 
 class RatingStore:
-    """Ratings in an SQLite file.
+    """Ratings in an SQLite file, made if it is not there; WAL files lie beside it while it is open.
 
-    Args:
-        path: of the file; made if it is not there, its folder too. WAL files lie beside it while it is open.
-
-    Raises:
-        ValueError: `path` is a file of another kind.
+    Raises ValueError for a file of another kind.
     """
 
     def __init__(self, path: str | Path):
@@ -151,11 +139,9 @@ class RatingStore:
         return [Rating(**{name: row[name] for name in COLUMNS}) for row in rows]
 
     def write_csv(self, path: str | Path, folders: Mapping[str, str | Path]) -> int:
-        """Writes all ratings as `train_filter.py` reads them, and returns how many.
+        """Writes all ratings as a CSV of `CSV_COLUMNS`, whole or not at all, and returns how many.
 
         Args:
-            path: of the CSV, with columns `path,Text,modality,rating,rater,turn,kind,seconds,time,digest`. It
-                appears whole or not at all.
             folders: by kind, `"generated"` and `"real"`, what the images' paths are relative to; in the CSV they are
                 relative to its own folder.
 
@@ -166,28 +152,23 @@ class RatingStore:
         unknown = sorted({rating.kind for rating in rows} - set(folders))
         if unknown:
             raise ValueError(f"There are ratings of {unknown[0]} images: say which folder these lie in.")
-        digests = {(rating.kind, rating.path): rating.digest for rating in rows}
-        self._check_files((Path(folders[kind]) / place, digest) for (kind, place), digest in digests.items())
-        home = Path(path).absolute().parent
-        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, CSV_COLUMNS)
-            writer.writeheader()
-            for rating in rows:
-                place = os.path.relpath(Path(folders[rating.kind]).absolute() / rating.path, home)
-                row = {name: value for name, value in asdict(rating).items() if name in CSV_COLUMNS}
-                writer.writerow(row | {"path": Path(place).as_posix(), "Text": rating.text})
-        return len(rows)
-
-    @staticmethod
-    def _check_files(files: Iterable[tuple[Path, str]]) -> None:
+        digests = {Path(folders[rating.kind]) / rating.path: rating.digest for rating in rows}
         problems = []
-        for file, digest in files:
+        for file, digest in digests.items():
             if not file.is_file():
                 problems.append(f"{file} is not there")
             elif digest and image_digest(file) != digest:
                 problems.append(f"{file} is another image than the one that was rated")
         if problems:
             raise ValueError(f"{'; '.join(problems[:5])}{f' (and {len(problems) - 5} more)' if problems[5:] else ''}.")
+        home = Path(path).absolute().parent
+        lines = []
+        for rating in rows:
+            place = os.path.relpath(Path(folders[rating.kind]).absolute() / rating.path, home)
+            row = asdict(rating) | {"path": Path(place).as_posix(), "Text": rating.text}
+            lines.append({name: row[name] for name in CSV_COLUMNS})
+        write_csv(Path(path), lines, CSV_COLUMNS)
+        return len(rows)
 
     def read_csv(self, path: str | Path, folders: Mapping[str, str | Path]) -> int:
         """Adds the ratings of a CSV, all or none, and returns how many; errors as of `read_ratings`."""
@@ -268,26 +249,26 @@ def _whole(text: str) -> int:
 
 def counts(ratings: Iterable[Rating]) -> dict[str, dict[str, int]]:
     """By modality id: `ratings`, `images` and `raters`."""
-    table: dict[str, dict[str, int]] = {}
-    ratings = list(ratings)
-    for name in dict.fromkeys(rating.modality for rating in ratings):
-        mine = [rating for rating in ratings if rating.modality == name]
-        table[name] = {
-            "ratings": len(mine),
-            "images": len({(rating.kind, rating.path) for rating in mine}),
-            "raters": len({rating.rater for rating in mine}),
+    by_modality: dict[str, list[Rating]] = {}
+    for rating in ratings:
+        by_modality.setdefault(rating.modality, []).append(rating)
+    return {
+        name: {
+            "ratings": len(own),
+            "images": len({(rating.kind, rating.path) for rating in own}),
+            "raters": len({rating.rater for rating in own}),
         }
-    return table
+        for name, own in by_modality.items()
+    }
 
 
 def consistency(ratings: Iterable[Rating]) -> dict[str, dict[str, float | None]]:
     """By rater, of images shown again: how many (`n`), and the share that got the same rating again (`same`)."""
     given: dict[str, dict[tuple[str, str], dict[int, int]]] = {}
-    for rating in ratings:
-        image = (rating.kind, rating.path)
-        given.setdefault(rating.rater, {}).setdefault(image, {})[rating.turn] = rating.rating
+    for r in ratings:
+        given.setdefault(r.rater, {}).setdefault((r.kind, r.path), {})[r.turn] = r.rating
     table: dict[str, dict[str, float | None]] = {}
     for rater, images in given.items():
-        pairs = [(turns[0], again) for turns in images.values() for t, again in turns.items() if t and 0 in turns]
-        table[rater] = {"n": len(pairs), "same": sum(a == b for a, b in pairs) / len(pairs) if pairs else None}
+        same = [again == turns[0] for turns in images.values() for t, again in turns.items() if t and 0 in turns]
+        table[rater] = {"n": len(same), "same": sum(same) / len(same) if same else None}
     return table

@@ -1,26 +1,19 @@
 """Which schedulers sample a model as it was trained, with which settings, and at which timesteps."""
 
+import diffusers
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 
 from .notices import warn_once
 
 
 # The only schedulers of diffusers that know `rescale_betas_zero_snr`; the others drop it without a word.
 ZERO_SNR_SCHEDULERS = (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    EulerAncestralDiscreteScheduler,
-    UniPCMultistepScheduler,
+    diffusers.DDIMScheduler,
+    diffusers.DDPMScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.EulerDiscreteScheduler,
+    diffusers.EulerAncestralDiscreteScheduler,
+    diffusers.UniPCMultistepScheduler,
 )
 # Settings that keep pixels in their range. Latents have none, and are ruined.
 CLIPPING = ("clip_sample", "thresholding")
@@ -44,14 +37,10 @@ def keep_from_clipping(scheduler) -> None:
 
 
 def check_scheduler(scheduler, zero_terminal_snr: bool) -> None:
-    """Checks that `scheduler` can sample a model; warns once of settings that it was not trained for.
+    """Raises ValueError unless `scheduler` can sample a model; warns once of settings that it was not trained for.
 
     Args:
-        scheduler: any of diffusers'.
         zero_terminal_snr: whether the model's noise schedule ends in pure noise.
-
-    Raises:
-        ValueError: another class is needed, or other settings.
     """
     name, config = type(scheduler).__name__, settings_of(scheduler)
     fitting = ", ".join(kind.__name__ for kind in ZERO_SNR_SCHEDULERS)
@@ -65,8 +54,8 @@ def check_scheduler(scheduler, zero_terminal_snr: bool) -> None:
         if not rescaled or predicted == "epsilon":
             raise ValueError(
                 f"This model has zero terminal SNR, but its {name} has rescale_betas_zero_snr={rescaled} and"
-                f" prediction_type={predicted!r}; make it with"
-                f" `{name}.from_config(...)` from the config of the scheduler that the model was saved with."
+                f" prediction_type={predicted!r}; make it with `{name}.from_config(...)` from the config of the"
+                " scheduler that the model was saved with."
             )
     elif not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "scale_model_input"):
         raise ValueError(f"{name} does not fit this pipeline; use one of {fitting}.")

@@ -37,9 +37,6 @@ def score_csv(options: ScoreOptions) -> tuple[Path, list[dict[str, str]]]:
     Returns:
         The path written, and its rows: those of the data, `score`, `quality` and `finding`, ratings from 1 to 3,
         `accepted`, and `reason`, why not: quality, finding or copy.
-
-    Raises:
-        ValueError: the model has no filter head, or rows are bad, or what the images' values mean cannot be known.
     """
     data, reading = options.data, options.reading
     output = options.output or data.with_name(f"{data.stem}-scored.csv")
@@ -68,16 +65,12 @@ def score_csv(options: ScoreOptions) -> tuple[Path, list[dict[str, str]]]:
             rated = pipe.score(images, prompts, modalities, reject_copies=not options.keep_copies)
             for i, row in enumerate(batch):
                 place = os.path.relpath(resolve_path(row, data).resolve(), output.parent.resolve())
-                scored.append(row | {"path": Path(place).as_posix()} | columns_of(rated, i))
+                parts = {"score": rated.scores, "quality": rated.quality, "finding": rated.finding}
+                told = {name: f"{values[i]:.4f}" for name, values in parts.items()}
+                told |= {"accepted": str(rated.accepted[i]).lower(), "reason": rated.reasons[i] or ""}
+                scored.append(row | {"path": Path(place).as_posix()} | told)
             bar.update(len(batch))
     tell(changes, len(rows), data, reading)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(output, scored, lineterminator="\n")
+    write_csv(output, scored, end="\n")
     return output, scored
-
-
-def columns_of(rated, i: int) -> dict[str, str]:
-    """The columns that the ratings of image `i` of a `MinimScores` become."""
-    parts = {"score": rated.scores, "quality": rated.quality, "finding": rated.finding}
-    ratings = {name: f"{values[i]:.4f}" for name, values in parts.items()}
-    return ratings | {"accepted": str(rated.accepted[i]).lower(), "reason": rated.reasons[i] or ""}

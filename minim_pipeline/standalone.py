@@ -15,60 +15,16 @@ from . import __version__
 
 # In the order in which they need each other.
 MODULES = (
-    "notices",
-    "modalities",
-    "captions",
-    "tokens",
-    "data/image_pixels",
-    "licenses",
-    "turns",
-    "schedules",
-    "lora",
-    "minim_filter/estimate",
-    "minim_filter/filter_head",
-    "minim_filter/fingerprints",
-    "minim_filter/funnel",
-    "minim_filter/selection",
-    "minim_filter/seeds",
-    "minim_filter/filtering",
-    "call_checks",
-    "prompts",
-    "saving",
-    "pipeline_output",
-    "pipeline_minim",
-)
+    "notices modalities captions tokens data/image_pixels licenses turns schedules lora minim_filter/estimate"
+    " minim_filter/filter_head minim_filter/fingerprints minim_filter/funnel minim_filter/selection minim_filter/seeds"
+    " minim_filter/filtering call_checks saving pipeline_output pipeline_minim"
+).split()
 
 # diffusers looks for a component's class beside its weights, and for the pipeline's at the top.
 PIPELINE_FILE, COMPONENT_FILE = "pipeline.py", "filter_head/minim_filter.py"
 
-HEAD = '''\
-"""MinimPipeline in one file, for loading without the package minim_pipeline.
-
-    DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)
-
-Made from minim_pipeline {package} when the model was saved. {pipeline} and {component} are the same:
-diffusers asks for the second before it loads the first.
-"""
-'''
-
-# What a module of the package knows by its place in it, and this file has to find out by itself.
-PROLOGUE = '''
-# diffusers runs the files of this name of all repositories in one module, where the second would replace what the
-# first goes on calling: each version moves to a module of its own.
-VERSION = "{version}"
-if __name__.startswith("diffusers_modules."):
-    _module = sys.modules.pop(__name__)
-    __name__ = f"{{__name__}}_{{VERSION}}"
-    sys.modules[__name__] = _module
-FILTER_LIBRARY = f"minim_filter_{{VERSION}}"
-setattr(diffusers.pipelines, FILTER_LIBRARY, sys.modules[__name__])
-SOURCE = Path(__file__).read_text(encoding="utf-8")
-
-
-def source_code() -> str:
-    """The text of this file, which a saved pipeline takes along."""
-    return SOURCE
-'''
+# Its beginning: what a module of the package knows by its place in it, this file has to find out by itself.
+HEAD = Path(__file__).with_name("standalone_head.txt")
 PROLOGUE_IMPORTS = ("import sys", "import diffusers", "from pathlib import Path")
 PROLOGUE_NAMES = {"FILTER_LIBRARY", "source_code"}
 
@@ -77,8 +33,7 @@ PROLOGUE_NAMES = {"FILTER_LIBRARY", "source_code"}
 def source_code() -> str:
     """The text of `pipeline.py`, which imports nothing of this package.
 
-    Raises:
-        ValueError: two modules define the same name, or one needs another that is not among `MODULES`.
+    Raises ValueError if two modules define the same name, or one needs another that is not among `MODULES`.
     """
     folder = Path(__file__).parent
     return inline({name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in MODULES})
@@ -94,12 +49,13 @@ def inline(modules: dict[str, str]) -> str:
     sections = []
     for name, text in modules.items():
         tree, lines = ast.parse(text), text.splitlines()
-        for place, node in enumerate(tree.body):
+        docstring = tree.body[0] if ast.get_docstring(tree) else None
+        for node in tree.body:
             if isinstance(node, ast.ImportFrom) and node.level:
                 check_known(node, owners, name)
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 add_imports(node, imports, owners, name)
-            elif not (place == 0 and is_text(node)) and not registers(node):
+            elif node is not docstring and not registers(node):
                 for defined in names_of(node):
                     if owners.setdefault(defined, name) != name:
                         raise ValueError(f"{defined!r} is defined in {name} and in {owners[defined]}: rename one.")
@@ -109,8 +65,9 @@ def inline(modules: dict[str, str]) -> str:
         sections.append(f"\n\n# {'-' * 20} {name}.py {'-' * 20}\n\n\n{body}\n")
     body = "".join(sections)
     version = f"{__version__}_{hashlib.sha256(body.encode()).hexdigest()[:12]}".replace(".", "_")
-    head = HEAD.format(package=__version__, pipeline=PIPELINE_FILE, component=COMPONENT_FILE)
-    return head + "\n" + import_statements(imports) + "\n" + PROLOGUE.format(version=version) + body
+    files = {"pipeline": PIPELINE_FILE, "component": COMPONENT_FILE}
+    head = HEAD.read_text(encoding="utf-8")
+    return head.format(package=__version__, version=version, imports=import_statements(imports), **files) + body
 
 
 def add_imports(node: ast.Import | ast.ImportFrom, imports: dict, owners: dict, name: str) -> None:
@@ -148,10 +105,6 @@ def names_of(node: ast.stmt) -> list[str]:
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     return [part.id for target in targets if target for part in ast.walk(target) if isinstance(part, ast.Name)]
-
-
-def is_text(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def registers(node: ast.stmt) -> bool:

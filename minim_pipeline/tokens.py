@@ -7,20 +7,19 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from .modalities import MODALITIES, Modality, resolve_modality
 
 
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """Token ids [N, L], cut and filled up to the tokenizer's length L."""
-    return tokenizer(
-        texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-    ).input_ids
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int | None = None) -> torch.Tensor:
+    """Token ids [N, L], cut and filled up to `length`, by default the tokenizer's L."""
+    length = length or tokenizer.model_max_length
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
 
 
-def cut_texts(tokenizer: CLIPTokenizer, texts: list[str]) -> list[tuple[str, str]]:
+def cut_texts(tokenizer: CLIPTokenizer, texts: list[str], length: int | None = None) -> list[tuple[str, str]]:
     """Those of `texts` that `tokenize` cuts, each with what it loses."""
     distinct = list(dict.fromkeys(texts))
     if not distinct:
         return []
     ids = dict(zip(distinct, tokenizer(distinct, verbose=False).input_ids))
-    longest = tokenizer.model_max_length
+    longest = length or tokenizer.model_max_length
     # The last id of the uncut sequence is the end-of-text token.
     return [(text, tokenizer.decode(ids[text][longest - 1 : -1])) for text in texts if len(ids[text]) > longest]
 
@@ -37,15 +36,11 @@ def add_modality_tokens(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, i
     textual inversions.
 
     Args:
-        tokenizer: gets one special token per modality.
         text_encoder: its input embedding grows to `len(tokenizer)` rows.
-        ids: ids, names or aliases of modalities.
+        ids: ids, names or aliases of modalities; ValueError for one that is unknown or ambiguous.
 
     Returns:
         The token id of each modality, by the modality's id.
-
-    Raises:
-        ValueError: a modality is unknown or ambiguous.
     """
     modalities = [resolve_modality(name) for name in ids]
     new = [m for m in modalities if m.token not in tokenizer.added_tokens_encoder]

@@ -6,8 +6,8 @@ while it decodes: two calls at once would mix them up, mostly into an IndexError
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from weakref import WeakKeyDictionary
 
 
@@ -30,50 +30,38 @@ def turn_of(thing) -> Turn:
         return TURNS.setdefault(thing, Turn())
 
 
-@contextmanager
-def holding(pipe) -> Iterator[None]:
-    """Waits until no other thread uses `pipe` or one of its components."""
-    parts = [pipe, *(part for part in pipe.components.values() if part is not None)]
-    with ExitStack() as stack:
-        # All threads take them in the same order, or two could wait for each other.
-        for part in sorted(parts, key=id):
-            stack.enter_context(turn_of(part).lock)
-        yield
-
-
 def in_turn(method: Callable) -> Callable:
-    """Makes calls of a pipeline's method wait for those of other threads."""
+    """Makes calls of a pipeline's method wait until no other thread uses the pipeline or one of its components."""
 
     @functools.wraps(method)
     def waiting(self, *args, **kwargs):
-        with holding(self):
+        parts = [self, *(part for part in self.components.values() if part is not None)]
+        with ExitStack() as stack:
+            # All threads take them in the same order, or two could wait for each other.
+            for part in sorted(parts, key=id):
+                stack.enter_context(turn_of(part).lock)
             return method(self, *args, **kwargs)
 
     return waiting
 
 
 def draws_in_turn(method: Callable) -> Callable:
-    """As `in_turn`; from inside of such a call, as in a callback, a second one is refused.
-
-    Raises:
-        RuntimeError: the pipeline, or another one with its scheduler, is drawing in this very thread.
-    """
+    """As `in_turn`; from inside of such a call, as in a callback, a second one is refused with RuntimeError."""
 
     @functools.wraps(method)
-    def waiting(self, *args, **kwargs):
-        with holding(self):
-            turns = [turn_of(part) for part in (self, self.scheduler) if part is not None]
-            if any(turn.drawing for turn in turns):
-                raise RuntimeError(
-                    "This pipeline, or another one with the same scheduler, is called inside of its own call, which"
-                    " would mix up both: call `copy.deepcopy(pipe)` there, or call it afterwards."
-                )
-            try:
-                for turn in turns:
-                    turn.drawing = True
-                return method(self, *args, **kwargs)
-            finally:
-                for turn in turns:
-                    turn.drawing = False
+    def drawing(self, *args, **kwargs):
+        turns = [turn_of(part) for part in (self, self.scheduler) if part is not None]
+        if any(turn.drawing for turn in turns):
+            raise RuntimeError(
+                "This pipeline, or another one with the same scheduler, is called inside of its own call, which would"
+                " mix up both: call `copy.deepcopy(pipe)` there, or call it afterwards."
+            )
+        try:
+            for turn in turns:
+                turn.drawing = True
+            return method(self, *args, **kwargs)
+        finally:
+            for turn in turns:
+                turn.drawing = False
 
-    return waiting
+    return in_turn(drawing)

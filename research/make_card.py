@@ -10,7 +10,7 @@ import jinja2
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MODALITIES
 from minim_pipeline.minim_filter.funnel import plan_stages
-from minim_pipeline.publishing import gather_reports
+from minim_pipeline.publishing.reports import gather_reports
 from minim_pipeline.training.config import Options, option, parse
 
 

@@ -4,7 +4,7 @@
         --output report.json --sheets docs/sheets
 
 - Autoencoder, on val images as they are delivered (bars not trimmed): mean PSNR, and energy in the highest octave of
-  reconstructions over that of originals (`highest_octave` in minim_pipeline/training/reconstruction.py).
+  reconstructions over that of originals (`highest_octave` in minim_pipeline/training/autoencoder.py).
 - Judges (train_classifier.py): equally many images of each finding, at the model's default settings, for phrasings as
   in training and for new ones (`--phrasings test`: for those of other styles); beside the judges' own accuracy on
   val images.
@@ -44,9 +44,9 @@ from minim_pipeline.evaluation.metrics import places
 from minim_pipeline.evaluation.sampling import by_modality, draw_planned, plan
 from minim_pipeline.files import write_report
 from minim_pipeline.loading import model_identity
+from minim_pipeline.training.autoencoder import reconstruction_figures
 from minim_pipeline.training.captions import load_captions
 from minim_pipeline.training.config import Count, ReadingOptions, Share, Weight, Whole, option, parse
-from minim_pipeline.training.reconstruction import reconstruction_figures
 
 
 # The call's arguments that the report may be asked to change.

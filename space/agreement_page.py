@@ -17,18 +17,13 @@ def summary(ratings: list[Rating], show_names: bool) -> dict:
     called = {name: name if show_names else f"Rater {i}" for i, name in enumerate(names, 1)}
     again, raters = consistency(ratings), []
     for name in names:
-        mine = [rating for rating in ratings if rating.rater == name]
-        means = {}
-        for kind in ("generated", "real"):
-            given = [rating.rating for rating in mine if rating.kind == kind]
-            means[kind] = sum(given) / len(given) if given else None
-        raters.append({"name": called[name], "n": len(mine), "again": again[name], "means": means})
+        own = [rating for rating in ratings if rating.rater == name]
+        given = {kind: [rating.rating for rating in own if rating.kind == kind] for kind in ("generated", "real")}
+        means = {kind: sum(values) / len(values) if values else None for kind, values in given.items()}
+        raters.append({"name": called[name], "n": len(own), "again": again[name], "means": means})
     # Of an image shown twice the first rating counts; real and generated images may have one path.
-    first = [
-        {"path": f"{rating.kind}/{rating.path}", "rater": rating.rater, "rating": rating.rating}
-        for rating in ratings
-        if rating.turn == 0
-    ]
+    shown_first = [rating for rating in ratings if rating.turn == 0]
+    first = [{"path": f"{r.kind}/{r.path}", "rater": r.rater, "rating": r.rating} for r in shown_first]
     agreement = rater_agreement(first)
     for pair in agreement["pairs"]:
         pair["raters"] = [called[name] for name in sorted(pair["raters"], key=names.index)]

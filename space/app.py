@@ -44,14 +44,6 @@ HERE = Path(__file__).resolve().parent
 NAVIGATION = """<nav class="minim-pages" aria-label="Pages">
 <a href="./"{}>Generate</a> <a href="rate">Rate</a> <a href="agreement">Agreement</a> <a href="about"{}>About</a>
 </nav>"""
-# Gradio's own bar knows its own pages only, and its gallery shows no more than half of a window.
-CSS = """
-.nav-holder { display: none !important; }
-.grid-wrap.fixed-height { max-height: none !important; }
-.minim-pages { display: flex; gap: 1.2rem; flex-wrap: wrap; }
-.minim-pages a { color: var(--link-text-color); text-decoration: underline; }
-.minim-pages a[aria-current] { color: var(--body-text-color); font-weight: 600; text-decoration: none; }
-"""
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -139,7 +131,7 @@ def launch(demo: gr.Blocks, routes: list, args: argparse.Namespace) -> None:
         prevent_thread_lock=True,
         app_kwargs={"routes": routes},
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css=CSS,
+        css_paths=PAGES / "gradio.css",
         footer_links=[],
         ssr_mode=False,
         max_file_size="1kb",  # nothing is uploaded here

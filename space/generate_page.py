@@ -1,6 +1,7 @@
 """The page that draws images: Gradio components around one call of the pipeline."""
 
 import html
+import json
 import shutil
 import tempfile
 import time
@@ -18,17 +19,8 @@ from minim_pipeline.generate.plan import Item
 from minim_pipeline.generate.write import describe
 
 
-EXAMPLES = {
-    "oct": ["diabetic macular edema with intraretinal cysts", "Normal macula with a preserved foveal contour."],
-    "fundus": ["Healthy retina with a clear optic disc and macula.", "cataract"],
-    "cxr": ["Clear lungs, normal cardiac silhouette.", "bacterial pneumonia with lobar consolidation"],
-    "chest_ct": ["COVID-19 pneumonia with bilateral ground-glass opacities", "squamous cell carcinoma"],
-    "brain_mri": ["meningioma compressing the adjacent brain", "no tumor"],
-    "breast_us": ["Oval circumscribed hypoechoic mass, benign.", "Normal breast tissue."],
-}
-NOTICE = (
-    "**Synthetic images, for research and teaching. Not a medical device: never for anybody's diagnosis or care.**"
-)
+EXAMPLES = json.loads((Path(__file__).parent / "pages" / "examples.json").read_text(encoding="utf-8"))
+NOTICE = "Synthetic images, for research and teaching. Not a medical device: never for anybody's diagnosis or care."
 PROGRESS = gr.Progress()  # Gradio finds it among a function's defaults, and hands out one for each call
 REASONS = {"quality": "for their quality", "finding": "for the finding", "copy": "as copies of training images"}
 
@@ -67,11 +59,7 @@ class Settings:
 
 
 def check(limits: Limits, trained: list[str], **asked) -> Settings:
-    """Settings within the limits.
-
-    Raises:
-        ValueError: one of them is not possible; the message has what was given and what is allowed.
-    """
+    """Settings within the limits; ValueError with what was given and what is allowed for one that is not possible."""
     if asked["modality"] not in trained:
         raise ValueError(f"Choose a modality: {', '.join(trained)} (got {str(asked['modality'])[:40]!r}).")
     prompt = " ".join(str(asked["prompt"] or "").split())
@@ -94,10 +82,8 @@ def check(limits: Limits, trained: list[str], **asked) -> Settings:
             if not low <= value <= high or (kind is int and value != int(value)):
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
-            whole = "a whole number" if kind is int else "a number"
-            raise ValueError(
-                f"{name} has to be {whole} from {low} to {high}, got {str(asked[name])[:40]!r}."
-            ) from None
+            what, given = "a whole number" if kind is int else "a number", str(asked[name])[:40]
+            raise ValueError(f"{name} has to be {what} from {low} to {high}, got {given!r}.") from None
         numbers[name] = kind(value)
     return Settings(asked["modality"], prompt, **numbers)
 
@@ -118,9 +104,8 @@ class Drawer:
         # A single candidate is drawn from its generator itself, and nothing is left out.
         drawn = range(settings.images) if settings.candidates > 1 else []
         seeds = self.pipe.draw_seeds(drawn, settings.candidates, generators())
-        output = self.call(
-            settings, settings.images, progress, generator=generators(), num_candidates=settings.candidates
-        )
+        options = {"generator": generators(), "num_candidates": settings.candidates}
+        output = self.call(settings, settings.images, progress, **options)
         return output, [seed for seed in seeds if seed not in output.seeds]
 
     def redraw(self, settings: Settings, seeds: list[int], progress):
@@ -169,12 +154,8 @@ class Drawer:
 
 def captions(output) -> list[str]:
     """What stands below each image."""
-    return [
-        f"{'✓ accepted' if accepted else '✗ not accepted'}, score {score:.2f} of 3"
-        if score is not None
-        else "not rated"
-        for score, accepted in zip(output.scores, output.accepted)
-    ]
+    words = {True: "✓ accepted, score {:.2f} of 3", False: "✗ not accepted, score {:.2f} of 3", None: "not rated"}
+    return [words[accepted].format(score) for score, accepted in zip(output.scores, output.accepted)]
 
 
 def summarise(output, seconds: float) -> str:
@@ -192,31 +173,28 @@ def count(most: int, value: int, label: str, **options) -> gr.Slider | gr.Number
     """A slider from 1 to `most`, or the number 1, which nobody sees, where that is all there is to choose."""
     if most == 1:
         return gr.Number(1, precision=0, label=label, visible=False)
-    return gr.Slider(1, most, value, step=1, label=label, **options)
+    return gr.Slider(1, most, min(value, most), step=1, label=label, **options)
 
 
 def add_controls(config, trained: list[str], limits: Limits) -> tuple[dict[str, gr.components.Component], gr.Button]:
     """What is asked for, by the names of `Settings`, and the button that draws it."""
-    modality = gr.Dropdown([(MODALITIES[m].name, m) for m in trained], value=trained[0], label="Modality")
+    modalities = [(MODALITIES[m].name, m) for m in trained]
     first = EXAMPLES.get(trained[0], [""])[0]
-    prompt = gr.Textbox(first, label="What it shows", lines=2, max_length=limits.prompt)
-    images = count(limits.images, min(4, limits.images), "Images")
-    go = gr.Button("Generate", variant="primary")
     steps, guidance, candidates = config.num_inference_steps, config.guidance_scale, config.num_candidates
+    controls = {
+        "modality": gr.Dropdown(modalities, value=trained[0], label="Modality"),
+        "prompt": gr.Textbox(first, label="What it shows", lines=2, max_length=limits.prompt),
+        "images": count(limits.images, 4, "Images"),
+    }
+    go = gr.Button("Generate", variant="primary")
     with gr.Accordion("Settings", open=False):
-        seed = gr.Number(0, label="Seed", info="the same seed draws the same images", precision=0, minimum=0)
-        controls = {
-            "modality": modality,
-            "prompt": prompt,
-            "images": images,
-            "seed": seed,
+        same = "the same seed draws the same images"
+        controls |= {
+            "seed": gr.Number(0, label="Seed", info=same, precision=0, minimum=0),
             "steps": gr.Slider(2, limits.steps, min(steps, limits.steps), step=1, label="Steps"),
             "guidance": gr.Slider(1, limits.guidance, min(guidance, limits.guidance), step=0.1, label="Guidance"),
             "candidates": count(
-                limits.candidates,
-                min(candidates, limits.candidates),
-                "Candidates for each image",
-                info="of which the filter chooses one",
+                limits.candidates, candidates, "Candidates for each image", info="of which the filter chooses one"
             ),
         }
     return controls, go
@@ -225,12 +203,9 @@ def add_controls(config, trained: list[str], limits: Limits) -> tuple[dict[str, 
 def add_results(limits: Limits, has_filter: bool) -> dict[str, gr.components.Component]:
     """Where the images appear, and what the filter left out."""
     look = {"height": "auto", "format": "png"}
-    found = {
-        "gallery": gr.Gallery(
-            label="Generated images", columns=2, object_fit="contain", buttons=["fullscreen"], **look
-        ),
-        "summary": gr.Markdown("", elem_id="told"),
-    }
+    full = {"object_fit": "contain", "buttons": ["fullscreen"]} | look
+    found = {"gallery": gr.Gallery(label="Generated images", columns=2, **full)}
+    found["summary"] = gr.Markdown("", elem_id="told")
     with gr.Row():
         found["download"] = gr.DownloadButton("Download ZIP", interactive=False)
         found["link"] = gr.Textbox(label="Link to these settings", interactive=False, buttons=["copy"])
@@ -253,7 +228,7 @@ def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> N
     limits = limits if has_filter else replace(limits, candidates=1)
     draw, redraw = on_gpu(drawer.draw), on_gpu(drawer.redraw)
 
-    gr.Markdown(NOTICE)
+    gr.Markdown(f"**{NOTICE}**")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             controls, go = add_controls(config, trained, limits)
@@ -268,9 +243,8 @@ def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> N
         try:
             return check(limits, trained, **dict(zip(controls, values)))
         except ValueError as error:
-            raise gr.Error(
-                html.escape(str(error), quote=False), title="This cannot be drawn", print_exception=False
-            ) from error
+            message = html.escape(str(error), quote=False)
+            raise gr.Error(message, title="This cannot be drawn", print_exception=False) from error
 
     def on_draw(*values, progress=PROGRESS):
         settings, start = checked(values), time.monotonic()
@@ -296,15 +270,14 @@ def build(drawer: Drawer, limits: Limits, on_gpu=lambda function: function) -> N
     def on_load(request: gr.Request):
         """Settings from a link; what is not possible is left as it is, and told."""
         asked = {name: value for name, value in request.query_params.items() if name in controls}
-        if not asked:
-            return [gr.skip()] * len(controls)
         values = {name: component.value for name, component in controls.items()} | asked
         try:
-            settings = asdict(check(limits, trained, **values))
+            if asked:
+                settings = asdict(check(limits, trained, **values))
+                return [settings[name] for name in controls]
         except ValueError as error:
             gr.Warning(html.escape(f"The link asks for what is not possible: {error}", quote=False))
-            return [gr.skip()] * len(controls)
-        return [settings[name] for name in controls]
+        return [gr.skip()] * len(controls)
 
     outputs = [results[name] for name in ("gallery", "summary", "download")]
     outputs += [drawn, *(results[name] for name in ("link", "look", "left_out"))]

@@ -28,13 +28,9 @@ class RatedImage:
 
     Args:
         id: what the browser calls it: says nothing of where it lies, nor whether it is real.
-        path: relative to its folder; as the store has it.
-        file: where it lies.
-        text, modality: what it is to show.
+        path, digest: relative to its folder, and of the file; as the store has them.
         kind: `"generated"` or `"real"`.
-        digest: of the file.
-        found: what lies in its data set, and
-        reading: how it is read, as for training; whatever has other proportions is padded unless that says otherwise.
+        found, reading: what lies in its data set, and how it is read, as for training.
     """
 
     id: str
@@ -63,14 +59,8 @@ class RatedImage:
 def read_folder(folder: str | Path, kind: str, reading: Reading = WHOLE) -> list[RatedImage]:
     """The images of a folder with `data.csv` (`path,Text,modality`), as `minim generate` writes it.
 
-    What was done to them is told on stderr.
-
-    Args:
-        reading: how they are read.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such CSV, it has bad rows, or what the values of its images mean
-            cannot be known.
+    What was done to them is told on stderr. Raises as `read_csv`, and ValueError if what the values of its images mean
+    cannot be known.
     """
     csv = Path(folder) / "data.csv"
     images = []

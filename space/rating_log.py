@@ -24,22 +24,14 @@ class RatingLog:
     Args:
         store: what the repository's ratings are read into.
         folder: where the file lies that is pushed; on a Space any place.
-        repo_id: of the dataset repository; made private if it is not there yet.
-        token: with the right to write to it.
+        repo_id, token: of the dataset repository, made private if it is not there yet, with the right to write.
         every: minutes between two pushes; what was rated since the last one is lost with a Space's disk.
     """
 
     def __init__(self, store: RatingStore, folder: str | Path, repo_id: str, token: str, every: float = 5):
         self.file = Path(folder) / f"{uuid.uuid4().hex}.jsonl"
-        self.scheduler = CommitScheduler(
-            repo_id=repo_id,
-            repo_type="dataset",
-            folder_path=folder,
-            path_in_repo=IN_REPO,
-            every=every,
-            private=True,
-            token=token,
-        )
+        where = {"repo_id": repo_id, "repo_type": "dataset", "path_in_repo": IN_REPO, "private": True}
+        self.scheduler = CommitScheduler(folder_path=folder, every=every, token=token, **where)
         home = snapshot_download(repo_id, repo_type="dataset", allow_patterns=f"{IN_REPO}/*.jsonl", token=token)
         self.read_back = sum(read_lines(store, path) for path in sorted(Path(home, IN_REPO).glob("*.jsonl")))
 

@@ -40,26 +40,19 @@ class Answer(Ask):
 
 
 class RatingDesk:
-    """Hands out images, and takes ratings into the store.
+    """Hands out images, and takes ratings into the store; ValueError if that has ratings of others of the same names.
 
     Args:
-        store: where ratings go.
-        images: what is rated.
         real_share, repeat_share: see `rating_images.queue`.
         keep: called with each rating stored, before it is acknowledged.
-
-    Raises:
-        ValueError: the store has ratings of other images of the same names.
     """
 
     def __init__(self, store: RatingStore, images: list[RatedImage], real_share=0.1, repeat_share=0.1, keep=None):
         digests = {(image.kind, image.path): image.digest for image in images}
         for rating in store.ratings():
             if rating.digest and digests.get((rating.kind, rating.path), rating.digest) != rating.digest:
-                raise ValueError(
-                    f"{store.path} holds ratings of another {rating.path}: "
-                    "choose another --store (and --ratings_repo)."
-                )
+                another = "choose another --store (and --ratings_repo)"
+                raise ValueError(f"{store.path} holds ratings of another {rating.path}: {another}.")
         self.store, self.images = store, {image.id: image for image in images}
         self.real_share, self.repeat_share, self.keep = real_share, repeat_share, keep
         self.queues: dict[str, list[tuple[RatedImage, int]]] = {}
@@ -82,42 +75,20 @@ class RatingDesk:
 
         def tell(i: int) -> dict:
             image, turn = shown[i]
-            name = resolve_modality(image.modality).name
-            return {
-                "image": image.id,
-                "turn": turn,
-                "text": image.text,
-                "modality": name,
-                "rating": rated.get(keys[i]),
-            }
+            about = {"image": image.id, "text": image.text, "modality": resolve_modality(image.modality).name}
+            return about | {"turn": turn, "rating": rated.get(keys[i])}
 
-        return {
-            "next": [tell(i) for i in left[:AHEAD]],
-            "last": [tell(i) for i in done[-20:]],
-            "done": len(done),
-            "total": len(shown),
-        }
+        told = {"next": [tell(i) for i in left[:AHEAD]], "last": [tell(i) for i in done[-20:]]}
+        return told | {"done": len(done), "total": len(shown)}
 
     def take(self, answer: Answer) -> None:
-        """Stores a rating.
-
-        Raises:
-            ValueError: there is no such image, or it is not this rater's.
-        """
+        """Stores a rating; ValueError if there is no such image, or it is not this rater's."""
         image = self.images.get(answer.image)
         if image is None or (image, answer.turn) not in self.queue_of(answer.rater):
             raise ValueError("This image is not among those to rate: reload the page.")
-        rating = Rating(
-            rater=answer.rater,
-            path=image.path,
-            rating=answer.rating,
-            text=image.text,
-            modality=image.modality,
-            turn=answer.turn,
-            kind=image.kind,
-            seconds=round(answer.seconds, 3),
-            digest=image.digest,
-        )
+        shown = {name: getattr(image, name) for name in ("path", "text", "modality", "kind", "digest")}
+        said = {"rating": answer.rating, "turn": answer.turn, "seconds": round(answer.seconds, 3)}
+        rating = Rating(rater=answer.rater, **shown, **said)
         self.store.add(rating)
         if self.keep is not None:
             self.keep(rating)
@@ -143,9 +114,8 @@ class RatingDesk:
             found = self.images.get(request.path_params["id"])
             if found is None:
                 return JSONResponse({"error": "There is no such image."}, 404)
-            return Response(
-                self.read(found), media_type="image/png", headers={"Cache-Control": "private, max-age=3600"}
-            )
+            headers = {"Cache-Control": "private, max-age=3600"}
+            return Response(self.read(found), media_type="image/png", headers=headers)
 
         return [
             Route("/rate", lambda request: FileResponse(PAGES / "rate.html")),

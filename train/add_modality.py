@@ -11,8 +11,6 @@ Any other has to be defined, and the pipeline takes the definition along:
         --modality dermoscopy --color --flip --aliases dermatoscopy "skin lesion" \
         --words "color photograph of a skin lesion" \
         --train_data skin.csv --replay data.csv --output_dir runs/dermoscopy
-
-A YAML file of options may stand in front of the others; the same command goes on where it was stopped.
 """
 
 from minim_pipeline.training.add_modality import AddModalityConfig, train

@@ -3,8 +3,7 @@
     python train/calibrate_filter.py --filter_head runs/filter/filter_head --train_data data.csv \
         --ratings ratings.csv --output_dir runs/calibrated
 
-Writes `filter_head`, `report.json`, `acceptance.png` (the acceptance curve of each modality) and `noise.png`. A YAML
-file of options may stand in front of the others.
+Writes `filter_head`, `report.json`, `acceptance.png` (the acceptance curve of each modality) and `noise.png`.
 """
 
 from minim_pipeline.training.config import parse

@@ -24,19 +24,7 @@ from minim_pipeline.publishing import SPACE_FILES, check_folder, check_target, c
 
 
 ROOT = Path(__file__).parents[1]
-RATINGS_CARD = """---
-license: unknown
-tags:
-- medical
-- synthetic
-pretty_name: Ratings of images of {model}
----
-
-# Ratings of images of {model}
-
-People's ratings from 1 (not usable) to 3 (good), a line of JSON each, in `ratings/`, written by the Space's rating
-page. Names of raters are among them: keep this repository private unless they agreed.
-"""
+RATINGS_CARD = Path(__file__).with_name("ratings_card.md")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -112,7 +100,7 @@ def push_ratings(api: HfApi, args: argparse.Namespace) -> str:
         if api.repo_exists(args.ratings_dataset_id, repo_type="dataset"):
             return f"https://huggingface.co/datasets/{args.ratings_dataset_id}"
         url = api.create_repo(args.ratings_dataset_id, repo_type="dataset", private=True)
-        card = RATINGS_CARD.format(model=args.repo_id).encode()
+        card = RATINGS_CARD.read_text(encoding="utf-8").format(model=args.repo_id).encode()
         api.upload_file(
             path_or_fileobj=card, path_in_repo="README.md", repo_id=args.ratings_dataset_id, repo_type="dataset"
         )

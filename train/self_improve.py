@@ -9,7 +9,7 @@ draws images into `runs/round-1/candidates`, and stops there for people to rate 
 
 Run again with `--ratings given.csv`, it goes on to `runs/round-1/pipeline` and `report.json`. Where no rater is at
 hand, `--stand_in` names the folder of a stand-in (research/stand_in.py), which is called so wherever its figures
-appear. A YAML file of options may stand in front of the others; the same command goes on where it was stopped.
+appear.
 """
 
 from minim_pipeline.training.config import parse

@@ -4,7 +4,7 @@
         --mixed_precision bf16 --compile
 
 A second run, `--pretrained_model_name_or_path ... --freeze_encoder --crop 256`, ends the decoder's training on whole
-images. A YAML file of options may stand in front of the others; the same command goes on where it was stopped.
+images.
 """
 
 from minim_pipeline.training.autoencoder import AutoencoderConfig, train

@@ -2,7 +2,7 @@
 
     python train/train_encoder.py --train_data data.csv --output_dir runs/encoder --mixed_precision bf16
 
-The CSV has path,Text,modality,finding[,split,part]. The same command goes on where it was stopped.
+The CSV has path,Text,modality,finding[,split,part].
 """
 
 from minim_pipeline.training.config import parse

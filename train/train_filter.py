@@ -5,8 +5,6 @@ The teacher, which says what generated images show, comes from the same part A o
     python train/train_classifier.py --train_data data.csv --part A --output_dir runs/teacher
     python train/train_filter.py --train_data data.csv --ratings ratings.csv --teacher runs/teacher \
         --output_dir runs/filter --mixed_precision bf16
-
-A YAML file of options may stand in front of the others; the same command goes on where it was stopped.
 """
 
 from minim_pipeline.training.config import parse

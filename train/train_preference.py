@@ -9,8 +9,6 @@ or from people's ratings of its images, as `minim ratings` writes them; the head
 
     accelerate launch train/train_preference.py --pretrained_model_name_or_path runs/model --ratings ratings.csv \
         --output_dir runs/preference --mixed_precision bf16
-
-A YAML file of options may stand in front of the others; the same command goes on where it was stopped.
 """
 
 from minim_pipeline.training.config import parse

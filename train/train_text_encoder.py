@@ -1,8 +1,6 @@
 """Distils a sentence encoder into a small CLIP text encoder; how: `minim_pipeline/training/text/encoder.py`.
 
-    python train/train_text_encoder.py --train_data data.csv --output_dir runs/text_encoder
-
-The same command goes on where it was stopped.
+python train/train_text_encoder.py --train_data data.csv --output_dir runs/text_encoder
 """
 
 from minim_pipeline.training.config import parse

@@ -1,8 +1,6 @@
 """Goes on training a filter head with ratings of generated images: `minim_pipeline/training/filter/tune.py`.
 
-    python train/tune_filter.py --pretrained_model_name_or_path runs/model --ratings ratings.csv --output_dir runs/head
-
-A YAML file of options may stand in front of the others.
+python train/tune_filter.py --pretrained_model_name_or_path runs/model --ratings ratings.csv --output_dir runs/head
 """
 
 from minim_pipeline.training.config import parse

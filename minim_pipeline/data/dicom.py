@@ -28,11 +28,8 @@ def read_dicom(path: str | Path, window: tuple[float, float] | None = None) -> t
     """The first frame of a DICOM file as an image of mode L or RGB, and notes on what was done and what it says.
 
     Rescale slope and intercept are applied, then `window`, or the file's first VOI window (or table), or else its
-    percentiles; at 8 bits a pixel and without any of these, values are taken as they are.
-
-    Raises:
-        ImportError: pydicom is missing.
-        ValueError: the file holds no image that pydicom can decode.
+    percentiles; at 8 bits a pixel and without any of these, values are taken as they are. Raises ImportError without
+    pydicom, ValueError for a file with no image that it can decode.
     """
     try:
         from pydicom import dcmread
@@ -66,13 +63,20 @@ def read_dicom(path: str | Path, window: tuple[float, float] | None = None) -> t
     else:
         image, more = _grey(values, data, window)
         notes += more
-    return image, notes + _said(data)
+    # What a caption may have to say, and is not put there.
+    if data.get("BurnedInAnnotation", "NO") != "NO":
+        notes.append("DICOM: it says that writing is burned into the image")
+    if side := data.get("ImageLaterality") or data.get("Laterality"):
+        notes.append(f"DICOM: it names a side ({side}), which is not put into the caption")
+    return image, notes
 
 
 def _grey(values: np.ndarray, data, window: tuple[float, float] | None) -> tuple[Image.Image, list[str]]:
     from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
     padding = values == data.PixelPaddingValue if data.get("PixelPaddingValue") is not None else np.zeros_like(values)
+    rescaled = float(data.get("RescaleSlope") or 1) != 1 or float(data.get("RescaleIntercept") or 0) != 0
+    rescaled = rescaled or bool(data.get("ModalityLUTSequence"))
     values = apply_modality_lut(values, data).astype(np.float64)
     # Both ends of what comes out of a window, whose arithmetic is pydicom's.
     ends = np.array([-1e9, 1e9])
@@ -86,7 +90,7 @@ def _grey(values: np.ndarray, data, window: tuple[float, float] | None) -> tuple
         values = apply_voi(values.astype(np.int64), data, index=0).astype(np.float64)
         low, high = 0, 2 ** int(data.VOILUTSequence[0].LUTDescriptor[2]) - 1
         note = "DICOM: shown through its first VOI table"
-    elif int(data.BitsStored) <= 8 and int(data.get("PixelRepresentation") or 0) == 0 and not _rescaled(data):
+    elif int(data.BitsStored) <= 8 and int(data.get("PixelRepresentation") or 0) == 0 and not rescaled:
         low, high, note = 0, 2 ** int(data.BitsStored) - 1, None
     else:
         seen = values[padding == 0] if (padding == 0).any() else values
@@ -101,19 +105,3 @@ def _grey(values: np.ndarray, data, window: tuple[float, float] | None) -> tuple
         notes.append("DICOM: MONOCHROME1 inverted")
     grey[padding != 0] = 0
     return Image.fromarray(grey), notes
-
-
-def _rescaled(data) -> bool:
-    plain = float(data.get("RescaleSlope") or 1) == 1 and float(data.get("RescaleIntercept") or 0) == 0
-    return not plain or bool(data.get("ModalityLUTSequence"))
-
-
-def _said(data) -> list[str]:
-    """What a caption may have to say, and is not put there."""
-    notes = []
-    if data.get("BurnedInAnnotation", "NO") != "NO":
-        notes.append("DICOM: it says that writing is burned into the image")
-    side = data.get("ImageLaterality") or data.get("Laterality")
-    if side:
-        notes.append(f"DICOM: it names a side ({side}), which is not put into the caption")
-    return notes

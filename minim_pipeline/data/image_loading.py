@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +35,7 @@ def load_images(
     not they are among `rows`. What was done to the images is told on stderr.
 
     Args:
-        rows: as `read_csv` gives them.
-        csv_path: the file they came from; `path` is relative to its folder.
+        rows: as `read_csv` gives them, of the file `csv_path`.
         resolution: side in pixels.
         trim: take letterboxes away (`trim_letterbox`); never from an OCT, where what is flat and not black is the
             vitreous.
@@ -78,18 +78,16 @@ def check_values(
 ) -> dict[str, Found]:
     """By modality, what lies in the pixels of more than 8 bits of all images that are to be scaled alike.
 
-    Args:
-        sets: rows as `read_csv` gives them, and the CSV they came from, whose other rows are looked at as well.
-        reading: as of `load_images`.
-
-    Raises:
-        ValueError: what the values mean cannot be known, for a modality of the rows.
+    `sets` are rows as `read_csv` gives them, and the CSV they came from, whose other rows are looked at as well.
+    Raises ValueError if what the values of a modality of the rows mean cannot be known.
     """
     files: dict[Path, str] = {}
     modalities: set[str] = set()
     for rows, csv in sets:
         asked = {resolve_path(row, csv): resolve_modality(row["modality"]).id for row in rows}
-        files |= {**(_images_of(Path(csv), reading) if Path(csv).is_file() else {}), **asked}
+        if Path(csv).is_file():
+            files |= dict(_images_of(Path(csv), reading.modality, reading.image_root, Path(csv).stat().st_mtime_ns))
+        files |= asked
         modalities.update(asked.values())
     found = _survey(tuple((path, name, file_state(path)) for path, name in files.items() if name in modalities))
     for name, values_of in found.items():
@@ -102,40 +100,24 @@ def check_values(
     return found
 
 
-def key_of(
-    rows: list[dict],
-    csv_path: str | Path,
-    reading: Reading = DEFAULT_READING,
-) -> str:
+def key_of(rows: list[dict], csv_path: str | Path, reading: Reading = DEFAULT_READING) -> str:
     """A digest of the rows and of the state of their images, under which what is made of them is kept on disk.
 
-    It changes with a row, with the place, the size or the time of change of an image, with how images are read, and
-    with the version of the reader.
+    It changes with a row, with an image's place, size or time of change, with how images are read, and with the
+    version of the reader.
     """
     found = check_values([(rows, csv_path)], reading)
     return images_key(rows, [resolve_path(row, csv_path) for row in rows], found, reading)
 
 
-def _images_of(csv: Path, reading: Reading) -> dict[Path, str]:
-    """Every image that a CSV names, with the id of its modality."""
-    return dict(_read_images_of(csv, reading.modality, reading.image_root, csv.stat().st_mtime_ns))
-
-
 @lru_cache(maxsize=64)
-def _read_images_of(
-    csv: Path, modality: str | None, image_root: str | None, changed: int
-) -> tuple[tuple[Path, str], ...]:
+def _images_of(csv: Path, modality: str | None, image_root: str | None, changed: int) -> tuple[tuple[Path, str], ...]:
+    """Every image that a CSV, as it was changed last, names, with the id of its modality."""
+    options: dict[str, Any] = {"image_root": image_root, "modality": modality, "skip_bad_rows": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of bad rows, which whoever read the rows at hand has been told of
         try:
-            rows = read_csv(
-                csv,
-                image_root=image_root,
-                modality=modality,
-                require=("path", "modality"),
-                check_images=False,
-                skip_bad_rows=True,
-            )
+            rows = read_csv(csv, require=("path", "modality"), check_images=False, **options)
         except ValueError:  # of modalities that nobody knows, or none: then of the rows at hand alone
             return ()
     return tuple((resolve_path(row, csv), resolve_modality(row["modality"]).id) for row in rows)
@@ -153,11 +135,7 @@ def trim_letterbox(image: np.ndarray, max_stretch: float = 1.15) -> np.ndarray:
     learn the bars as anatomy. Black is left alone: it is the air around a body. What remains is stretched by at most
     `max_stretch`; where that is not enough, its longer side is cropped evenly.
 
-    Args:
-        image: uint8 [H, W, 3].
-
-    Returns:
-        uint8 [S, S, 3], or `image` itself where there are no bars.
+    From uint8 [H, W, 3] to uint8 [S, S, 3], or `image` itself where there are no bars.
     """
     grey = image.mean(2)
     top, bottom = _bars(grey)

@@ -20,7 +20,12 @@ DEPTHS = (8, 10, 12, 14, 16)
 # -600 and width 1500.
 HOUNSFIELD_WINDOWS = {"chest_ct": (-1350.0, 150.0)}
 ORIENTATION = 0x0112  # tag of EXIF, and of TIFF
-FITS = ("stretch", "crop", "pad")
+# What becomes of an image of other proportions, and how it is told.
+FITS = {
+    "stretch": "stretched (fit crop or pad keeps proportions)",
+    "crop": "cropped to its middle",
+    "pad": "padded with black",
+}
 # Channels of a grey picture differ by so much after lossy compression in colour.
 GREY_TOLERANCE = 24
 # Notes that are looked for.
@@ -31,15 +36,10 @@ FLAT, CLIPPED = "comes out nearly flat", "comes out mostly clipped"
 
 @dataclass(frozen=True)
 class Found:
-    """What lies in the pixels of more than 8 bits of a data set.
+    """Least and greatest value in the pixels of more than 8 bits of a data set; None where there are none."""
 
-    Attributes:
-        whole: least and greatest of the whole numbers; None if there are none.
-        real: the same of floating-point numbers.
-    """
-
-    whole: tuple[float, float] | None = None
-    real: tuple[float, float] | None = None
+    whole: tuple[float, float] | None = None  # of whole numbers
+    real: tuple[float, float] | None = None  # of floating-point numbers
 
     def __or__(self, other: "Found") -> "Found":
         pairs = zip((self.whole, self.real), (other.whole, other.real))
@@ -55,16 +55,13 @@ def found_in(values: np.ndarray) -> Found:
 def black_and_white(
     found: tuple[float, float], real: bool, modality: str, window: tuple[float, float] | None = None
 ) -> tuple[float, float, str]:
-    """Which values become 0 and 255, and a note that says so.
+    """Which values become 0 and 255, and a note that says so; ValueError if it cannot be known.
 
     Args:
         found: the least and the greatest value of the data set.
         real: whether they are floating-point numbers.
         modality: id, e.g. `"chest_ct"`; signed whole numbers are Hounsfield units there.
         window: values that become 0 and 255, whatever was found.
-
-    Raises:
-        ValueError: it cannot be known.
     """
     least, greatest = found
     if window is not None:
@@ -82,14 +79,11 @@ def black_and_white(
         signed = ", ".join(HOUNSFIELD_WINDOWS)
         allowed = f"whole numbers of more than 8 bits have to lie in 0 to 65535, and signed ones be of {signed}"
     else:
-        for bits in DEPTHS:
-            if greatest < 2**bits:
-                done = (
-                    f"{bits} bits a pixel scaled to 8"
-                    if bits > 8
-                    else "more than 8 bits a pixel, of which 8 are in use"
-                )
-                return 0.0, 2.0**bits - 1, done
+        bits = next((bits for bits in DEPTHS if greatest < 2**bits), 0)
+        if bits == 8:
+            return 0.0, 255.0, "more than 8 bits a pixel, of which 8 are in use"
+        if bits:
+            return 0.0, 2.0**bits - 1, f"{bits} bits a pixel scaled to 8"
         allowed = "whole numbers of more than 8 bits have to lie in 0 to 65535"
     raise ValueError(
         f"{modality} images hold values from {least:g} to {greatest:g}, and what is black and white among them cannot "
@@ -106,8 +100,7 @@ def to_8_bits(
 ) -> tuple[Image.Image, list[str]]:
     """What `decode_picture` gave as an image of mode L or RGB, and all notes; raises as `black_and_white`.
 
-    Args:
-        found: what lies in the data set that the image is of.
+    `found`: what lies in the data set that the image is of.
     """
     if isinstance(pixels, Image.Image):
         return pixels, notes
@@ -130,10 +123,8 @@ def decode_picture(image: Image.Image) -> tuple[Image.Image | np.ndarray, list[s
     """An upright, opaque image of mode L or RGB, or the values [H, W] of one with more than 8 bits; and notes.
 
     Of a file that is not loaded yet, colour of 16 bits a channel gives values [H, W, 3]; of several frames the one at
-    hand is taken. Transparent pixels are laid on black: what they hide is not to come back.
-
-    Raises:
-        ValueError: pixels are not finite.
+    hand is taken. Transparent pixels are laid on black: what they hide is not to come back. Raises ValueError for
+    pixels that are not finite.
     """
     notes: list[str] = []
     frames = getattr(image, "n_frames", 1)
@@ -190,17 +181,14 @@ def _deep_channels(file: Image.Image) -> np.ndarray | None:
 
     None if it has none, or cannot be opened again to read the lower ones.
     """
-    mode = _raw_mode(file)
-    path = getattr(file, "filename", "")
+    mode, path = _raw_mode(file), getattr(file, "filename", "")
     if not path or file.tell() or mode[:-1] not in ("RGB;16", "RGBX;16", "RGBA;16", "LA;16"):
         return None
 
     def read(raw: str) -> np.ndarray:
         with Image.open(path) as again:
-            again.tile = [
-                tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw)
-                for tile in again.tile
-            ]
+            tiles = [(tile, (raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw) for tile in again.tile]
+            again.tile = [tile._replace(args=args) for tile, args in tiles]
             again.load()
             if again.format == "TIFF":  # which Pillow has turned already
                 return np.asarray(again).astype(np.uint16)
@@ -230,29 +218,19 @@ def oddities(image: Image.Image) -> list[str]:
 
 
 def fit_to(image: Image.Image, size: tuple[int, int], fit: str = "stretch") -> tuple[Image.Image, list[str]]:
-    """The image at `size`, width and height in pixels, and notes.
-
-    Args:
-        fit: what becomes of one of other proportions: `"stretch"`, `"crop"` (the middle is kept) or `"pad"` (black).
-    """
+    """The image at `size`, width and height in pixels, and notes; `fit`: one of `FITS`."""
     width, height = size
     notes: list[str] = []
     if image.size == size:
         return image, notes
     if image.width * height != image.height * width:
         shape = "not square" if width == height else f"not of the proportions {width} to {height}"
-        done = {
-            "stretch": "stretched (fit crop or pad keeps proportions)",
-            "crop": "cropped to its middle",
-            "pad": "padded with black",
-        }
-        notes.append(f"{shape}: {done[fit]}")
+        notes.append(f"{shape}: {FITS[fit]}")
     notes.append(f"{RESIZED}{image.width} x {image.height} to {width} x {height} px")
-    if fit == "crop":
-        return ImageOps.fit(image, size, Image.Resampling.LANCZOS), notes
     if fit == "pad":
         return ImageOps.pad(image, size, Image.Resampling.LANCZOS, color=0), notes
-    return image.resize(size, Image.Resampling.LANCZOS), notes
+    resize = ImageOps.fit if fit == "crop" else Image.Image.resize
+    return resize(image, size, Image.Resampling.LANCZOS), notes
 
 
 def check_reading(fit: str, window: tuple[float, float] | None) -> None:
@@ -284,15 +262,14 @@ def convert_pictures(
     for (pixels, _), modality in zip(decoded, modalities):
         if isinstance(pixels, np.ndarray):
             found[modality.id] = found.get(modality.id, Found()) | found_in(pixels)
-    made: list[Image.Image] = []
-    told_of: Counter[str] = Counter()
+    made, counted = [], Counter[str]()
     for number, ((pixels, notes), modality) in enumerate(zip(decoded, modalities)):
         picture, notes = to_8_bits(pixels, notes, found.get(modality.id, Found()), modality.id, window)
         picture, notes = as_modality(picture, modality, notes)
         picture, fitted = fit_to(picture, size, fit)
         made.append(picture)
-        told_of.update(named(notes + fitted, str(number)))
-    return made, told((pair for pair in told_of.items() if not pair[0].startswith(RESIZED)), len(images))
+        counted.update(named(notes + fitted, str(number)))
+    return made, told((pair for pair in counted.items() if not pair[0].startswith(RESIZED)), len(images))
 
 
 def as_modality(image: Image.Image, modality: Modality, notes: list[str]) -> tuple[Image.Image, list[str]]:
@@ -316,21 +293,19 @@ def told(notes: Iterable[tuple[str, int]], total: int, what: str = "images") -> 
     Args:
         notes: note -> number of images, as `Counter.items()`; of an oddity it is "oddity: name".
     """
-    lines, sizes = [], {}
+    counts: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     odd: dict[str, list[str]] = {}
     for note, count in notes:
         kind, _, name = note.partition(": ")
         if kind in (FLAT, CLIPPED):
             odd.setdefault(kind, []).append(name)
-        elif note.startswith(RESIZED):
-            sizes[note] = count
         else:
-            lines.append(f"{count} of {total} {what}: {note}")
+            (sizes if note.startswith(RESIZED) else counts)[note] = count
     if len(sizes) > 3:
         target = next(iter(sizes)).partition(" to ")[2]
-        lines.append(f"{sum(sizes.values())} of {total} {what}: resized from {len(sizes)} sizes to {target}")
-    else:
-        lines += [f"{count} of {total} {what}: {note}" for note, count in sizes.items()]
+        sizes = {f"resized from {len(sizes)} sizes to {target}": sum(sizes.values())}
+    lines = [f"{count} of {total} {what}: {note}" for note, count in (counts | sizes).items()]
     for kind, names in odd.items():
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         verb = kind.replace("comes", "come") if len(names) > 1 else kind

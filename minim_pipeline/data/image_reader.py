@@ -8,8 +8,10 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -26,16 +28,13 @@ READER_VERSION = 1
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read.
+    """How images are read; ValueError for a way that there is not.
 
     Args:
         fit: what becomes of an image that is not square: `"stretch"`, `"crop"` or `"pad"`.
         window: of pixels of more than 8 bits, the values that become black and white; None finds them out.
         modality, image_root: with which `read_csv` gave the rows at hand, so that all other images of their CSV are
             found: they are scaled alike.
-
-    Raises:
-        ValueError: there is no such way.
     """
 
     fit: str = "stretch"
@@ -53,16 +52,13 @@ DEFAULT_READING = Reading()
 def read_image(
     path: str | Path, modality: str, found: Found | None = None, window: tuple[float, float] | None = None
 ) -> tuple[Image.Image, list[str]]:
-    """The pixels of a file, and what was done to them.
+    """The pixels of a file, as an image of mode L or RGB, and notes on what was done to them.
 
     Args:
         path: any image that Pillow reads, or a DICOM file.
         modality: id of what it shows.
         found: what `survey` found in its data set; None takes the file alone.
         window: values that become black and white in an image of more than 8 bits.
-
-    Returns:
-        An image of mode L or RGB, and notes.
 
     Raises:
         OSError, ValueError: there is no such image, it is broken, or its values cannot be known.
@@ -71,7 +67,8 @@ def read_image(
     try:
         if is_dicom(path):
             return read_dicom(path, window)
-        pixels, notes = decode_file(path)
+        with Image.open(path) as file:
+            pixels, notes = decode_picture(file)
     except (FileNotFoundError, ImportError):
         raise
     except Exception as error:  # decoders raise many types: OSError, SyntaxError, ValueError, struct.error, ...
@@ -79,12 +76,6 @@ def read_image(
     if found is None:
         found = found_in(pixels) if isinstance(pixels, np.ndarray) else Found()
     return to_8_bits(pixels, notes, found, modality, window)
-
-
-def decode_file(path: str | Path) -> tuple[Image.Image | np.ndarray, list[str]]:
-    """As `decode_picture`, of a file."""
-    with Image.open(path) as file:
-        return decode_picture(file)
 
 
 def image_problem(path: Path) -> str | None:
@@ -102,29 +93,41 @@ def image_problem(path: Path) -> str | None:
 def survey(files: Iterable[tuple[Path, str]]) -> dict[str, Found]:
     """What lies in the pixels of more than 8 bits of a data set, by modality; other files are only opened.
 
-    Args:
-        files: path and id of the modality of each. Those that cannot be read are passed over: whoever reads them
-            is told.
+    `files`: path and modality's id of each. Those that cannot be read are passed over: whoever reads them is told.
     """
 
     def look(file: tuple[Path, str]) -> Found:
-        try:
-            if is_dicom(file[0]):
-                return Found()
-            with Image.open(file[0]) as image:
-                if not is_deep(image):
-                    return Found()
-            pixels, _ = decode_file(file[0])
-            return found_in(pixels) if isinstance(pixels, np.ndarray) else Found()
-        except Exception:
-            return Found()
+        with suppress(Exception):
+            if not is_dicom(file[0]):
+                with Image.open(file[0]) as image:
+                    pixels = decode_picture(image)[0] if is_deep(image) else None
+                return found_in(pixels) if isinstance(pixels, np.ndarray) else Found()
+        return Found()
 
     files = list(files)
     found: dict[str, Found] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (_, modality), mine in zip(files, pool.map(look, files)):
-            found[modality] = found.get(modality, Found()) | mine
+        for (_, modality), own in zip(files, pool.map(look, files)):
+            found[modality] = found.get(modality, Found()) | own
     return found
+
+
+def file_keys(paths: Sequence[Path]) -> list[str]:
+    """A key for each path, the same for the same file or content. Only files that share their size are read."""
+    places = [path.resolve() for path in paths]
+    distinct = list(dict.fromkeys(places))
+    sizes = {path: path.stat().st_size for path in distinct}
+    shared = Counter(sizes.values())
+
+    def key(path: Path) -> str:
+        if shared[sizes[path]] == 1:
+            return str(path)
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        keys = dict(zip(distinct, pool.map(key, distinct), strict=True))
+    return [keys[path] for path in places]
 
 
 def files_key(files: Iterable[Path]) -> str:
@@ -146,7 +149,7 @@ def file_state(path: Path) -> tuple[int, int] | None:
 
 def images_key(rows: list[dict], files: list[Path], found: Mapping[str, Found], reading: Reading) -> str:
     """A digest that changes whenever what `rows` say, or the images in `files` as they are read, may have changed."""
-    scales = sorted((name, astuple(mine)) for name, mine in found.items())
+    scales = sorted((name, astuple(values)) for name, values in found.items())
     key = [READER_VERSION, astuple(reading), scales, rows, files_key(files)]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 

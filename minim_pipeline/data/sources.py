@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..captions import check_caption
-from ..files import atomic_path
+from ..files import write_csv, write_json
 from ..modalities import AMBIGUOUS, resolve_modality, split_prefix
 from ..provenance import save_png
 from .image_reader import image_problem
@@ -30,8 +30,7 @@ LISTED = 20  # bad rows are listed up to so many, and counted beyond
 def resolve_path(row: Mapping[str, str], csv_path: str | Path, image_root: str | Path | None = None) -> Path:
     """Where the image of `row` lies: its `path`, relative to the folder of the CSV, or looked for under `image_root`.
 
-    Under `image_root` the whole path is tried, and then without its first folders, one after the other, down to the
-    name of the file: of `theirs/oct/1.png` that is `theirs/oct/1.png`, `oct/1.png` and `1.png`.
+    There the whole path is tried, and then without its first folders: `theirs/oct/1.png`, `oct/1.png`, `1.png`.
     """
     if image_root is None:
         return Path(csv_path).parent / row["path"]
@@ -87,16 +86,34 @@ def read_csv(
     columns, records = read_table(path)
     if modality is not None:
         resolve_modality(modality)  # a wrong one is told before any row
-    _check_columns(path, columns, require, split, modality)
+    missing = [name for name in require if name not in columns and not (name == "modality" and modality)]
+    if split is not None and "split" not in columns:
+        missing.append("split")
+    if missing:
+        hint = " If all rows are of one modality, name it with --modality." if missing == ["modality"] else ""
+        raise ValueError(
+            f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; "
+            f"found: {', '.join(map(repr, columns))}.{hint}"
+        )
 
+    rows: dict[int, dict[str, str]] = {}
+    bad: dict[int, str] = {}
     places: dict[Path, str] = {}  # where images were found under image_root, and by which path
-
-    def examine(row: dict[str, str]) -> None:
-        _check_row(row, require, check, modality)
-        if image_root is not None and "path" in require:
-            _place(row, path, image_root, places)
-
-    rows, bad, mended, splits = _sort_rows(records, columns, split, modality, examine)
+    splits, mended = set(), []
+    for number, record in enumerate(records, start=1):
+        try:
+            row = _row_of(record, columns)
+            if len(record.values) > len(columns):
+                mended.append((number, row["Text"]))
+            _complete(row, modality)
+            splits.add(row.get("split", ""))
+            if split is None or row["split"] == split:
+                _check_row(row, require, check, modality)
+                if image_root is not None and "path" in require:
+                    _place(row, path, image_root, places)
+                rows[number] = row
+        except ValueError as error:
+            bad[number] = str(error)
     if check_images:
         bad |= _broken_images(path, rows)
     if bad:
@@ -113,7 +130,7 @@ def read_csv(
         )
     good = [row for number, row in rows.items() if number not in bad]
     if not good:
-        of_split = f" of split {split!r}; splits found: {', '.join(map(repr, splits))}"
+        of_split = f" of split {split!r}; splits found: {', '.join(map(repr, sorted(splits - {''})))}"
         raise ValueError(f"{path} has no usable rows{of_split if split is not None else ''}.")
     return good
 
@@ -121,47 +138,6 @@ def read_csv(
 def read_columns(path: str | Path) -> list[str]:
     """The names of a CSV's columns, as `read_csv` gives them."""
     return read_table(Path(path))[0]
-
-
-def _check_columns(
-    path: Path, columns: Sequence[str], require: Sequence[str], split: str | None, modality: str | None
-) -> None:
-    """Raises ValueError for a column that has to be there and is not."""
-    missing = [name for name in require if name not in columns and not (name == "modality" and modality)]
-    if split is not None and "split" not in columns:
-        missing.append("split")
-    if missing:
-        hint = " If all rows are of one modality, name it with --modality." if missing == ["modality"] else ""
-        raise ValueError(
-            f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; "
-            f"found: {', '.join(map(repr, columns))}.{hint}"
-        )
-
-
-def _sort_rows(
-    records: list[Record],
-    columns: list[str],
-    split: str | None,
-    modality: str | None,
-    examine: Callable[[dict[str, str]], None],
-) -> tuple[dict[int, dict[str, str]], dict[int, str], list[tuple[int, str]], list[str]]:
-    """The rows of a split and what is wrong with bad ones, by number; captions with mended commas; all splits."""
-    rows: dict[int, dict[str, str]] = {}
-    bad: dict[int, str] = {}
-    splits, mended = set(), []
-    for number, record in enumerate(records, start=1):
-        try:
-            row = _row_of(record, columns)
-            if len(record.values) > len(columns):
-                mended.append((number, row["Text"]))
-            _complete(row, modality)
-            splits.add(row.get("split", ""))
-            if split is None or row["split"] == split:
-                examine(row)
-                rows[number] = row
-        except ValueError as error:
-            bad[number] = str(error)
-    return rows, bad, mended, sorted(splits - {""})
 
 
 def _list_bad(path: Path, bad: dict[int, str], records: list[Record], placed: Mapping[int, Mapping[str, str]]) -> str:
@@ -243,18 +219,15 @@ class DatasetWriter:
     """Writes images as a folder and a CSV in MINIM's format, and goes on where an earlier run was stopped.
 
     The folder holds `NNNN.png`, `data.csv` (`path,Text,modality,seed`, then `columns`) and `run.json` (`settings`).
-    The names of more than 10,000 images have more digits, so that they sort in the order of the images; a folder that
-    holds images goes on with names as theirs.
     Images appear whole or not at all, and a row only after its image, so that at any moment all rows of the CSV are
     true. Nothing is written, and no folder made, before the first `add`.
 
     Args:
         output_dir: the folder; made if missing.
         columns: names of the columns after `path,Text,modality,seed`.
-        settings: what all of the run's images have in common, as JSON types; compared with those of the run that the
-            folder already holds.
+        settings: what all of the run's images have in common, as JSON types.
         part: with several processes, the index of this one: rows go to `data-NNNNN.csv` until `finish` merges them.
-        count: of the run's images, as far as it is known: it says how many digits their names need.
+        count: of the run's images, as far as it is known: it says how many digits their names need (`name_digits`).
 
     Attributes:
         digits: of the images' names.
@@ -302,7 +275,9 @@ class DatasetWriter:
         path = self.output_dir / self.name(index)
         save_png(image, path, metadata)
         line = {name: str(row.get(name, "")) for name in self.columns} | {"path": path.name}
-        _append(self._csv, _csv_text([line], self.columns))
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, lineterminator="\n").writerow(line)
+        _append(self._csv, text.getvalue())
         self.rows[path.name] = line
         return path
 
@@ -311,17 +286,17 @@ class DatasetWriter:
         parts = [file for file in self._csv_files() if file.name != "data.csv"]
         rows = {row["path"]: row for file in self._csv_files() for row in _whole_rows(file)}
         if rows:
-            _write_rows(self.output_dir / "data.csv", _in_order(rows.values()), self.columns)
+            ordered = sorted(rows.values(), key=lambda row: (len(row["path"]), row["path"]))  # 9999.png before 10000
+            write_csv(self.output_dir / "data.csv", ordered, self.columns, end="\n")
         for file in parts:
             file.unlink()
 
     def _open(self) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self.output_dir / "run.json") as temporary:
-            temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
+        write_json(self.output_dir / "run.json", self.settings)
         # Written anew, so that half a row, or a row without its image, is gone before more is appended.
         rows = [row for row in _whole_rows(self._csv) if row["path"] in self.rows]
-        _write_rows(self._csv, rows, self.columns)
+        write_csv(self._csv, rows, self.columns, end="\n")
         self._opened = True
 
     def _csv_files(self) -> list[Path]:
@@ -336,18 +311,20 @@ class DatasetWriter:
             # run.json is the first file of a run, so what lies here without it is somebody's own.
             own = [*self.output_dir.glob("data.csv"), *self.output_dir.glob("[0-9][0-9][0-9][0-9]*.png")]
             if own:
-                raise ValueError(
-                    f"{self.output_dir} holds files that no run has written ({own[0].name}): choose another folder."
-                )
+                strange = f"files that no run has written ({own[0].name})"
+                raise ValueError(f"{self.output_dir} holds {strange}: choose another folder.")
             return
         earlier = read_json(file)
         names = [name for name in {**earlier, **self.settings} if earlier.get(name) != self.settings.get(name)]
         if names:
             differing = [f"{name}: {earlier.get(name)!r} there, {self.settings.get(name)!r} now" for name in names]
-            raise ValueError(
-                f"{self.output_dir} holds a run of other settings ({'; '.join(differing)}): "
-                "choose another folder, or the same settings."
-            )
+            raise other_settings(self.output_dir, "; ".join(differing))
+
+
+def other_settings(folder: Path, differing: str) -> ValueError:
+    """The error for a folder that another run has begun."""
+    same = "choose another folder, or the same settings"
+    return ValueError(f"{folder} holds a run of other settings ({differing}): {same}.")
 
 
 def image_name(index: int, digits: int) -> str:
@@ -361,11 +338,7 @@ def name_digits(folder: Path, count: int) -> int:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: it holds anything else.
-    """
+    """The object in a JSON file; ValueError if it holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -373,24 +346,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object, but {str(value)[:40]!r}.")
     return value
-
-
-def _in_order(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
-    return sorted(rows, key=lambda row: (len(row["path"]), row["path"]))  # 9999.png before 10000.png
-
-
-def _csv_text(rows: Iterable[Mapping[str, str]], columns: Sequence[str], header: bool = False) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _write_rows(path: Path, rows: Iterable[Mapping[str, str]], columns: Sequence[str]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(_csv_text(rows, columns, header=True), encoding="utf-8")
 
 
 def _append(path: Path, text: str) -> None:

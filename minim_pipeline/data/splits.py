@@ -60,7 +60,6 @@ def assign_splits(rows: list[dict[str, str]], source: str | Path) -> list[dict[s
     held out as a whole.
 
     Args:
-        rows: with `path` and `modality`.
         source: where they are from, for the warning that tells what is held out.
     """
     if not rows or "split" in rows[0]:
@@ -73,23 +72,20 @@ def assign_splits(rows: list[dict[str, str]], source: str | Path) -> list[dict[s
         first.setdefault(group, modality)
     held: set[str] = set()
     for modality in dict.fromkeys(modalities):
-        mine = sorted((group for group in first if first[group] == modality), key=_hash)
-        held.update(mine[: max(1, round(HELD_OUT * len(mine)))] if len(mine) > 1 else [])
+        own = sorted((group for group in first if first[group] == modality), key=_hash)
+        held.update(own[: max(1, round(HELD_OUT * len(own)))] if len(own) > 1 else [])
     learned = {modality for group, modality in zip(groups, modalities) if group not in held}
     held -= {group for group, modality in zip(groups, modalities) if modality not in learned}
     splits = ["val" if group in held else "train" for group in groups]
-    warnings.warn(_told(splits, len(held), len(first), column, source), stacklevel=3)
+    by_column = f"{len(held)} of {len(first)} groups by the column {column!r}"
+    warnings.warn(
+        f"{source} has no column 'split': {splits.count('val')} of {len(splits)} rows are held out to validate on"
+        f" ({'chosen by their names' if column == 'path' else by_column}, the same every time); the others are learned"
+        " from.",
+        stacklevel=3,
+    )
     return [row | {"split": split} for row, split in zip(rows, splits)]
 
 
 def _hash(group: str) -> bytes:
     return hashlib.sha256(group.encode()).digest()
-
-
-def _told(splits: list[str], held: int, groups: int, column: str, source: str | Path) -> str:
-    of = f"{held} of {groups} groups by the column {column!r}" if column != "path" else "chosen by their names"
-    number = splits.count("val")
-    return (
-        f"{source} has no column 'split': {number} of {len(splits)} rows are held out to validate on ({of}, the same"
-        f" every time); the others are learned from."
-    )

@@ -35,12 +35,16 @@ class Record:
 def read_table(path: Path) -> tuple[list[str], list[Record]]:
     """The column names, by their usual spelling, and the records; empty lines are left out.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is empty, has two columns of one name, or is no UTF-8 text with commas between columns;
-            the message says what it is instead.
+    Raises ValueError if the file is empty, has two columns of one name, or is no UTF-8 text with commas between
+    columns; the message says what it is instead.
     """
-    _check_kind(path)
+    with open(path, "rb") as binary:
+        start = binary.read(4096)
+    found = next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), None)
+    if found is None and b"\0" in start:
+        found = "UTF-16 or a binary file"
+    if found is not None:
+        raise ValueError(f"{path} is {found}, no CSV in UTF-8: {_SAVE}.")
     records, line = [], 1
     try:
         # utf-8-sig: the reference's files may start with a byte-order mark.
@@ -59,8 +63,12 @@ def read_table(path: Path) -> tuple[list[str], list[Record]]:
         raise ValueError(f"{path} is no CSV from line {line} on: {error} (an open quote?).") from error
     if not records:
         raise ValueError(f"{path} is empty: a header such as 'path,Text,modality' is needed.")
-    _check_separator(path, records[0].text)
-    columns = records[0].values
+    header, columns = records[0].text, records[0].values
+    if re.match(r"sep=", header, re.IGNORECASE):
+        raise ValueError(f"{path} begins with the line {header!r}, which only Excel understands: {_SAVE}.")
+    found = next((name for separator, name in _SEPARATORS.items() if separator in header), None)
+    if found is not None and "," not in header:
+        raise ValueError(f"{path} has {found} between its columns, not commas ({header[:100]!r}): {_SAVE}.")
     for alias, name in COLUMN_ALIASES.items():
         if name not in columns:
             columns = [name if column == alias else column for column in columns]
@@ -76,32 +84,11 @@ def _noting(lines: Iterable[str], noted: list[str]) -> Iterator[str]:
         yield line
 
 
-def _check_kind(path: Path) -> None:
-    with open(path, "rb") as file:
-        start = file.read(4096)
-    found = next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), None)
-    if found is None and b"\0" in start:
-        found = "UTF-16 or a binary file"
-    if found is not None:
-        raise ValueError(f"{path} is {found}, no CSV in UTF-8: {_SAVE}.")
-
-
-def _check_separator(path: Path, header: str) -> None:
-    if re.match(r"sep=", header, re.IGNORECASE):
-        raise ValueError(f"{path} begins with the line {header!r}, which only Excel understands: {_SAVE}.")
-    found = next((name for separator, name in _SEPARATORS.items() if separator in header), None)
-    if found is not None and "," not in header:
-        raise ValueError(f"{path} has {found} between its columns, not commas ({header[:100]!r}): {_SAVE}.")
-
-
 def mend_commas(record: Record, columns: list[str], is_modality: Callable[[str], bool]) -> list[str] | None:
     """The values of a record with more fields than columns, of which only the caption can hold the surplus commas.
 
     That is so where the columns are `path,Text,modality` or a part of them in this order, the record has no quotes,
-    and its last field is a modality if that column is there. The caption is given letter by letter.
-
-    Returns:
-        As many values as there are columns, or `None` if it cannot be told what belongs where.
+    and its last field is a modality if that column is there; else it cannot be told what belongs where: `None`.
     """
     if columns != [name for name in ("path", "Text", "modality") if name in columns] or "Text" not in columns:
         return None

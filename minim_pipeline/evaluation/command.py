@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..data.duplicates import file_keys
 from ..data.image_pixels import Found, told
-from ..data.image_reader import Reading, tell
+from ..data.image_reader import Reading, file_keys, tell
 from ..data.sources import resolve_path
 from ..data.splits import read_split
 from ..data.table import read_table

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..data.sources import read_csv
 from ..modalities import Modality, resolve_modality
@@ -55,10 +56,8 @@ def plan_file(
         _check_seeds(_whole_number("seed", row.get("seed") or seed, 0), number_of(row))
 
     items: list[Item] = []
-    need = ("Text", "modality")
-    for row in read_csv(
-        path, skip_bad_rows=skip_bad_rows, require=need, check_images=False, check=check, modality=modality
-    ):
+    options: dict[str, Any] = {"skip_bad_rows": skip_bad_rows, "check": check, "modality": modality}
+    for row in read_csv(path, require=("Text", "modality"), check_images=False, **options):
         count = number_of(row)
         first = int(row.get("seed") or seed + len(items))
         known = ("Text", "modality", "num_images", "seed", "path")

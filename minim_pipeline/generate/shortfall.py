@@ -14,14 +14,11 @@ MAX_ROUNDS = 16
 
 
 class Shortfall:
-    """The images of a run that were not accepted within the bound, a line of JSON each.
-
-    Args:
-        folder: of the run.
+    """The images of a run, in `folder`, that were not accepted within the bound, a line of JSON each.
 
     Attributes:
-        entries: by the image's number `index`, `Text`, `modality`, `seed`, `rounds` and `candidates` drawn, and how
-            many of those were `rejected` for what.
+        entries: by the image's number its `index`, `Text`, `modality`, `seed`, `rounds` and `candidates` drawn, and
+            how many of those were `rejected` for what.
     """
 
     def __init__(self, folder: str | Path):
@@ -49,12 +46,11 @@ class Shortfall:
         self.entries = Shortfall(self.file.parent).entries  # those of the other processes, too
         short = [item.index for item in items if item.index not in accepted and self.holds(item, rounds)]
         self.entries = {index: self.entries[index] for index in short}
-        if not short:
-            self.file.unlink(missing_ok=True)
-            return
         with atomic_path(self.file) as temporary:
             lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.entries.values())
             temporary.write_text("".join(lines), encoding="utf-8")
+        if not short:
+            self.file.unlink()
 
 
 def _told(item) -> dict[str, object]:

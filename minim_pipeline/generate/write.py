@@ -4,18 +4,17 @@ torch and diffusers are imported by `generate` only, after everything that can b
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..data.sources import DatasetWriter
+from ..data.sources import DatasetWriter, other_settings
 from ..loading import load_pipeline, lora_identity, model_identity, unet_identity
 from ..locking import locked
 from ..provenance import save_png
-from .draw import call_arguments, draw
 from .options import GenerateOptions
 from .plan import Item
 from .shortfall import Shortfall
@@ -34,8 +33,7 @@ def generate(items: Sequence[Item], output_dir: str | Path, options: GenerateOpt
     """Draws the images of a plan into a folder: `NNNN.png`, `data.csv` in MINIM's format, `grid.png`, `run.json`.
 
     An image depends on its own seed only, whatever the batch and the number of processes. Images that the folder holds
-    already are not drawn again. Under `accelerate launch` each process draws its share. One run at a time has the
-    folder (`locking.locked`).
+    already are not drawn again. Under `accelerate launch` each process draws its share.
 
     Args:
         items: what to draw, see `plan_prompt` and `plan_file`.
@@ -102,10 +100,8 @@ def settings_of(pipe, options: GenerateOptions, filtering: bool) -> dict[str, ob
     settings["keep_copies"] = options.keep_copies
     if options.accepted_only:
         if settings["num_candidates"] == 1 and options.rounds == 1:
-            raise ValueError(
-                "accepted_only draws one candidate a round here, and goes on in others: max_rounds has to be at"
-                " least 2, got 1."
-            )
+            one = "accepted_only draws one candidate a round here, and goes on in others"
+            raise ValueError(f"{one}: max_rounds has to be at least 2, got 1.")
         # An accepted image is the same whatever the bound, which may be raised to go on.
         del settings["max_rounds"]
         settings["accepted_only"] = True
@@ -156,6 +152,45 @@ def draw_missing(
     return len(share)
 
 
+def call_arguments(pipe, options: GenerateOptions, filtering: bool) -> dict[str, object]:
+    """What `options` say, as arguments of a call of the pipeline."""
+    names = ("num_inference_steps", "guidance_scale", "negative_prompt", "height", "width")
+    arguments = {name: getattr(options, name) for name in names} | {"use_filter": filtering}
+    if filtering:
+        arguments |= {"num_candidates": options.num_candidates or pipe.config.num_candidates}
+        arguments |= {"max_rounds": options.rounds, "filter_threshold": options.filter_threshold}
+        arguments |= {"reject_copies": not options.keep_copies}
+    return arguments
+
+
+def draw(pipe, batch: Sequence[Item], progress: Callable[[float], object], **arguments):
+    """What the pipeline gives for `batch`, each from a generator of its own; `progress` is told the share of steps.
+
+    Raises ValueError as the pipeline does, and if the images do not fit into memory.
+    """
+    import torch
+
+    def on_step_end(pipe, step, timestep, tensors):
+        progress((step + 1) / pipe.num_timesteps)
+        return tensors
+
+    try:
+        return pipe(
+            [item.text for item in batch],
+            modality=[item.modality.id for item in batch],
+            generator=[torch.Generator("cpu").manual_seed(item.seed) for item in batch],
+            callback_on_step_end=on_step_end,
+            **arguments,
+        )
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        height, width = pipe.learned_size
+        size = f"{arguments.get('width') or width} x {arguments.get('height') or height}"
+        what = f"{len(batch)} images of {size} px at once do not fit into the memory of {str(pipe.device)!r}"
+        raise ValueError(f"{what}: choose a smaller batch size, height or width.") from error
+
+
 def describe(item: Item, output, i: int, settings: dict[str, object]) -> tuple[dict, dict]:
     """What `data.csv` and the file itself say of image `i` of a `MinimPipelineOutput`: a row, and provenance."""
     # Empty rather than absent: a column of that name in the CSV of prompts speaks of another image.
@@ -177,15 +212,10 @@ def check_rows(writer: DatasetWriter, items: Sequence[Item]) -> None:
         row = writer.rows.get(writer.name(item.index))
         if row is None:
             continue
-        planned = {"Text": item.text, "modality": item.modality.name, "seed": str(item.seed)}
-        differing = [
-            f"{key}: {row[key]!r} there, {value!r} now" for key, value in planned.items() if row[key] != value
-        ]
+        planned = {"Text": item.text, "modality": item.modality.name, "seed": str(item.seed)}.items()
+        differing = [f"{key}: {row[key]!r} there, {value!r} now" for key, value in planned if row[key] != value]
         if differing:
-            raise ValueError(
-                f"{writer.output_dir} holds a run of other settings ({row['path']} has {'; '.join(differing)}): "
-                "choose another folder, or the same settings."
-            )
+            raise other_settings(writer.output_dir, f"{row['path']} has {'; '.join(differing)}")
 
 
 def save_grid(writer: DatasetWriter, items: Sequence[Item]) -> None:

@@ -25,10 +25,7 @@ def estimate_clean(
         noisy: cos(angle) * clean + sin(angle) * noise: what the U-Net was given, also by schedulers that scale it.
         prediction: what it answered, without guidance.
         angle: (N,), see `noise_angles`.
-        prediction_type: "v_prediction", "epsilon" or "sample".
-
-    Raises:
-        ValueError: another prediction type.
+        prediction_type: "v_prediction", "epsilon" or "sample"; ValueError for another.
     """
     alpha, sigma = angle.cos()[:, None, None, None], angle.sin()[:, None, None, None]
     noisy, prediction = noisy.float(), prediction.float()

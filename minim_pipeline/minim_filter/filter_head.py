@@ -146,39 +146,17 @@ class FilterHead(ModelMixin, ConfigMixin):
         self.pool = nn.Sequential(nn.Linear(pooled, feature_size), nn.GELU(), nn.Dropout(dropout))
         self.code = nn.Linear(pooled, code_size)
         self.register_buffer("fingerprints", torch.zeros(num_fingerprints, code_size // 8, dtype=torch.uint8))
-        self.text = nn.ModuleDict(
-            {
-                "tokens": nn.Embedding(vocab_size, text_width),
-                "places": nn.Embedding(max_length, text_width),
-                "layers": nn.TransformerEncoder(
-                    nn.TransformerEncoderLayer(
-                        text_width,
-                        4,
-                        4 * text_width,
-                        dropout,
-                        activation="gelu",
-                        batch_first=True,
-                        norm_first=True,
-                    ),
-                    2,
-                    enable_nested_tensor=False,
-                ),
-                "norm": nn.LayerNorm(text_width),
-            }
+        self.text = nn.ModuleDict({"tokens": nn.Embedding(vocab_size, text_width)})
+        self.text["places"] = nn.Embedding(max_length, text_width)
+        layer = nn.TransformerEncoderLayer(
+            text_width, 4, 4 * text_width, dropout, activation="gelu", batch_first=True, norm_first=True
         )
-        self.quality = nn.ModuleDict(
-            {
-                "score": nn.Sequential(nn.Linear(feature_size, feature_size), nn.GELU(), nn.Linear(feature_size, 1)),
-                "ordinal": OrdinalOutput(feature_size, width),
-            }
-        )
-        self.finding = nn.ModuleDict(
-            {
-                "image": nn.Linear(feature_size, text_width),
-                "text": nn.Linear(text_width, text_width),
-                "ordinal": OrdinalOutput(feature_size, width),
-            }
-        )
+        self.text["layers"] = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.text["norm"] = nn.LayerNorm(text_width)
+        score = nn.Sequential(nn.Linear(feature_size, feature_size), nn.GELU(), nn.Linear(feature_size, 1))
+        self.quality = nn.ModuleDict({"score": score, "ordinal": OrdinalOutput(feature_size, width)})
+        image, text = nn.Linear(feature_size, text_width), nn.Linear(text_width, text_width)
+        self.finding = nn.ModuleDict({"image": image, "text": text, "ordinal": OrdinalOutput(feature_size, width)})
         self.logit_scale = nn.Parameter(torch.tensor(4.0).log())
 
     @property

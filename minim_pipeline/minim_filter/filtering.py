@@ -53,26 +53,17 @@ class Filtering(ConfigMixin):
         return funnel.rate(self.encode_images(pixels.to(device)))
 
     def prepare_funnel(
-        self,
-        prompts: list[str],
-        modalities: list[Modality],
-        wanted: list[int],
-        candidates: int,
-        device: torch.device,
+        self, prompts: list[str], modalities: list[Modality], wanted: list[int], candidates: int, device: torch.device
     ) -> Funnel:
         """The funnel of a round: `candidates` for each of the `wanted` prompts, numbered as they stand there."""
         texts = [prompt_text(prompts[i], modalities[i], self.tokenizer) for i in wanted]
         return Funnel.prepare(self.filter_head, self.tokenizer, texts, candidates, device)
 
     def judge(
-        self,
-        rated: FilterHeadOutput,
-        modalities: list[Modality],
-        filter_threshold: float | None = None,
-        reject_copies: bool = True,
+        self, rated: FilterHeadOutput, modalities: list[Modality], **options
     ) -> tuple[torch.Tensor, torch.Tensor, list[str | None]]:
         """Scores (N,), whether finished images are accepted, bool (N,), and if not, why not: see `selection.judge`."""
-        return judge(self.filter_head, rated, modalities, filter_threshold, reject_copies)
+        return judge(self.filter_head, rated, modalities, **options)
 
     draw_seeds = staticmethod(draw_seeds)
 

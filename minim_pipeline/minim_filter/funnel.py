@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..tokens import tokenize
 from .estimate import estimate_clean, noise_angles
 from .filter_head import FilterHead, FilterHeadOutput
 
@@ -55,13 +56,10 @@ def weaker(rated: FilterHeadOutput) -> torch.Tensor:
 
 
 def select_state(scheduler, keep: torch.Tensor, shape: torch.Size) -> None:
-    """Cuts what a multistep scheduler remembers of earlier steps along with its batch, in place.
+    """Cuts what a multistep scheduler remembers of earlier steps to the indices `keep` (K,) of its batch, in place.
 
-    Args:
-        scheduler: any of diffusers'.
-        keep: indices (K,) into the batch.
-        shape: of the latents before the cut, (N, C, h, w). Only what has this very shape is of the batch: a length
-            alone may be that of the schedule.
+    Only what has this very `shape`, that of the latents before the cut, is of the batch: a length alone may be that
+    of the schedule.
     """
 
     def cut(value):
@@ -120,14 +118,10 @@ class Funnel:
     stages: list[tuple[float, int]]
 
     @classmethod
-    def prepare(
-        cls, head: FilterHead, tokenizer, texts: list[str], candidates: int, device: torch.device | str
-    ) -> "Funnel":
+    def prepare(cls, head: FilterHead, tokenizer, texts: list[str], candidates: int, device: torch.device) -> "Funnel":
         """The funnel of `candidates` for each of the images of `texts`, which are as `prompt_text` gives them."""
         config = head.config
-        ids = tokenizer(
-            texts, padding="max_length", max_length=config.max_length, truncation=True, return_tensors="pt"
-        ).input_ids
+        ids = tokenize(tokenizer, texts, config.max_length)
         # What was added to the tokenizer since, as by a textual inversion, says nothing to the head.
         ids = torch.where(ids < config.vocab_size, ids, config.pad_token_id).to(device)
         image = torch.arange(len(texts), device=device).repeat_interleave(candidates)
@@ -160,10 +154,8 @@ class Funnel:
         """Drops all but the best `count` of each image; returns the indices of those left into the batch given.
 
         Args:
-            count: candidates an image left.
-            noisy: what the U-Net was given, (m, C, h, w).
+            noisy: what the U-Net was given at this step, (m, C, h, w).
             prediction: what it answered for the prompt alone.
-            scheduler, t: of this step.
         """
         angle = self.angle(scheduler, t).to(noisy.device).expand(len(noisy))
         clean = estimate_clean(noisy, prediction, angle, scheduler.config.prediction_type)
@@ -198,11 +190,9 @@ class Funnel:
 
 
 def plan_stages(stages: list, candidates: int) -> list[tuple[float, int]]:
-    """The head's pruning plan for a number of candidates: (sigma / alpha, candidates left), noisiest first.
+    """The pruning plan for a number of candidates of each image: (sigma / alpha, candidates left), noisiest first.
 
-    Args:
-        stages: (sigma / alpha, share of the candidates left) as in the head's config.
-        candidates: of each image.
+    `stages` are (sigma / alpha, share of the candidates left) as in the head's config.
     """
     plan = [(float(level), max(1, math.ceil(share * candidates))) for level, share in stages]
     return sorted(plan, key=lambda stage: -stage[0])

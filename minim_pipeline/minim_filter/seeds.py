@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import torch
 
 
+Generators = torch.Generator | list[torch.Generator] | None  # one for all images, one for each, or none
+
+
 def redrawing_seed(generator: torch.Generator | None) -> int | None:
     """The int64 that makes `generator` anew, or None if it has been drawn from or is no CPU generator."""
     if generator is None or generator.device.type != "cpu":
@@ -15,9 +18,7 @@ def redrawing_seed(generator: torch.Generator | None) -> int | None:
     return (generator.initial_seed() + 2**63) % 2**64 - 2**63  # torch tells a seed of -1 as 2**64 - 1
 
 
-def draw_seeds(
-    wanted: list[int], candidates: int, generator: torch.Generator | list[torch.Generator] | None
-) -> list[int]:
+def draw_seeds(wanted: list[int], candidates: int, generator: Generators) -> list[int]:
     """One int64 for each candidate of each wanted image, from the image's generator, or the one for all."""
     seeds = []
     for i in wanted:
@@ -28,11 +29,8 @@ def draw_seeds(
 
 
 def prepare_generators(
-    num_images: int,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    seeds: list[int] | None = None,
-    latents: torch.Tensor | None = None,
-) -> tuple[torch.Generator | list[torch.Generator] | None, Sequence[int | None]]:
+    num_images: int, generator: Generators = None, seeds: list[int] | None = None, latents: torch.Tensor | None = None
+) -> tuple[Generators, Sequence[int | None]]:
     """Where the noise comes from, and for each image the seed that draws it again, if there is one.
 
     Each seed makes a CPU generator of its own, so that an image depends neither on the rest of the batch nor on the

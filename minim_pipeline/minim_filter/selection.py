@@ -40,10 +40,7 @@ class Thresholds:
 
     @classmethod
     def read(cls, calibration: dict[str, dict] | None) -> dict[str, "Thresholds"]:
-        """By modality id those of `FilterHead.config.calibration`, which holds each as `dataclasses.asdict` gives it.
-
-        What an entry lacks, as those of older heads do, has its default.
-        """
+        """By modality id those of `FilterHead.config.calibration`; what an older head's lack has its default."""
         return {name: cls(**entry) for name, entry in (calibration or {}).items()}
 
     @classmethod
@@ -106,12 +103,10 @@ def choose_best(
 
     Args:
         funnel: of the round, which is left with the best.
-        rated: its ratings of the finished latents of those still in it, (m,).
-        passed, reasons: what `judge` says of them.
+        rated: its ratings of the finished latents of those still in it, (m,); `passed`, `reasons`: as `judge` has it.
 
     Returns:
-        For each image the index of its best among those m; and image and reason of each other candidate, also of
-        those that were dropped on the way.
+        For each image the index of its best among those m; image and reason of each candidate that is not chosen.
     """
     images = funnel.image[funnel.alive].tolist()
     best = funnel.keep(funnel.rank(rated) + 4 * passed, 1).tolist()

@@ -1,20 +1,7 @@
 """Publishing on the Hugging Face Hub: what is uploaded, what a card says, and what never leaves."""
 
-from .card import license_note
 from .leaks import SPACE_FILES, check_folder
-from .reports import gather_reports
 from .upload import check_target, connect, publish, staged, told, upload
 
 
-__all__ = [
-    "SPACE_FILES",
-    "check_folder",
-    "check_target",
-    "connect",
-    "gather_reports",
-    "license_note",
-    "publish",
-    "staged",
-    "told",
-    "upload",
-]
+__all__ = ["SPACE_FILES", "check_folder", "check_target", "connect", "publish", "staged", "told", "upload"]

@@ -20,35 +20,7 @@ NO_FILTER = (
     "**This model comes without a filter head**: every image that is drawn is given back, none is rated, and copies of"
     " training images are not found."
 )
-PLAIN = f"""
-# {{name}}
-
-Synthetic medical images from a modality and a sentence: a `MinimPipeline` of
-[diffusers](https://github.com/huggingface/diffusers) for {{modalities}}.
-
-**Not a medical device.** The images are for research and teaching, never for diagnosis.
-{{license_note}}
-## How to use
-
-```python
-from minim_pipeline import MinimPipeline
-
-pipe = MinimPipeline.from_pretrained("{PLACEHOLDER}")
-image = pipe({{prompt!r}}, modality={{modality!r}}).images[0]
-```
-
-Without the package `minim_pipeline` the repository's own code runs; read it first, and pin `revision` to a commit:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{PLACEHOLDER}", custom_pipeline="pipeline", trust_remote_code=True)
-```
-
-## Figures
-
-{{figures}}
-"""
+PLAIN = Path(__file__).with_name("plain_card.md").read_text(encoding="utf-8")
 
 
 @dataclass
@@ -61,11 +33,7 @@ class Sample:
 
 
 def read_card(path: str | Path) -> ModelCard:
-    """A card from a file.
-
-    Raises:
-        ValueError: there is no such file, its front matter is no YAML, or a field is missing that the Hub needs.
-    """
+    """A card from a file; ValueError if there is none, or a field is missing that the Hub needs."""
     try:
         card = ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=False)
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -88,30 +56,23 @@ def write_card(pipe, name: str, has_report: bool, base_model: str | None = None)
     modalities = pipe.config.modalities or ["oct"]
     prompt = ((pipe.config.findings or {}).get(modalities[0]) or ["macular edema"])[0]
     inherited: dict[str, Any] = dict(pipe.weights_license or {"license": "unknown"})
-    note = license_note(inherited)
-    inherited.pop("of", None)
-    data = ModelCardData(**inherited, tags=["medical", "synthetic", "diffusers", *modalities], **FIXED)
+    fields = {name: value for name, value in inherited.items() if name != "of"}
+    data = ModelCardData(**fields, tags=["medical", "synthetic", "diffusers", *modalities], **FIXED)
     if base_model:
         data.base_model = base_model
-    text = PLAIN.format(
-        name=name,
-        modalities=", ".join(modalities) if pipe.config.modalities else "any modality (a base model, not trained yet)",
-        prompt=prompt,
-        modality=modalities[0],
-        license_note=note,
-        figures="In [report.json](report.json)." if has_report else "Nothing has been measured, or nothing is told.",
-    )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    drawn = ", ".join(modalities) if pipe.config.modalities else "any modality (a base model, not trained yet)"
+    figures = "In [report.json](report.json)." if has_report else "Nothing has been measured, or nothing is told."
+    facts = {"name": name, "modalities": drawn, "prompt": prompt, "modality": modalities[0], "figures": figures}
+    text = PLAIN.format(license_note=license_note(inherited), **facts)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def license_note(inherited: dict[str, str]) -> str:
     """A paragraph on a license as `license_of` gives it, with line breaks around; empty if nothing was inherited."""
     if "of" not in inherited:
         return ""
-    return (
-        f"\nThe weights were made from those of {inherited['of']}, whose license holds for them too:"
-        f" **{license_name(inherited)}**.\n"
-    )
+    made = f"The weights were made from those of {inherited['of']}, whose license holds for them too"
+    return f"\n{made}: **{license_name(inherited)}**.\n"
 
 
 def license_name(fields: dict[str, str]) -> str:
@@ -125,9 +86,7 @@ def complete(card: ModelCard, repo_id: str, report: dict, samples: Sequence[Samp
         text = re.sub(r"^(# .*\n)", rf"\1\n{NO_FILTER}\n", text, count=1, flags=re.MULTILINE)
     data = card.data.to_dict()
     data.pop("model-index", None)
-    results = list(eval_results(report))
-    completed = ModelCardData(
-        **data, model_name=repo_id.split("/")[-1] if results else None, eval_results=results or None
-    )
+    results = list(eval_results(report)) or None
+    completed = ModelCardData(**data, model_name=repo_id.split("/")[-1] if results else None, eval_results=results)
     completed["widget"] = [{"text": f"{s.modality}: {s.prompt}", "output": {"url": s.path}} for s in samples] or None
     return f"---\n{completed.to_yaml()}\n---\n{text}"

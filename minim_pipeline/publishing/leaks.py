@@ -17,7 +17,7 @@ MODEL_FILES = re.compile(
     r"|pytorch_lora_weights\.safetensors"
     r"|\w+/(?:[\w.-]+\.json|[\w.-]+\.safetensors|vocab\.txt|merges\.txt|minim_filter\.py)"
 )
-SPACE_FILES = re.compile(r"(?:[\w-]+/)*(?:[\w.-]+\.(?:py|md|txt|html|js|css|jinja|csv|json|png)|py\.typed)")
+SPACE_FILES = re.compile(r"(?:[\w-]+/)*(?:[\w.-]+\.(?:py|md|txt|html|js|css|jinja|xmp|csv|json|png)|py\.typed)")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 STATES = re.compile(r"optimizer|random_states|scaler|sampler|trainer_state|log\.jsonl|arguments\.json")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".dcm", ".nii", ".gz")
@@ -33,9 +33,7 @@ REAL_PICTURE = re.compile(r'alt="training image [^"]')
 def check_folder(folder: str | Path, allowed: re.Pattern = MODEL_FILES) -> None:
     """Raises ValueError that names everything in `folder` which is not to be uploaded.
 
-    Args:
-        folder: what would be uploaded.
-        allowed: names of files, relative to the folder, that may be there at all.
+    `allowed`: names of files, relative to the folder, that may be there at all.
     """
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())

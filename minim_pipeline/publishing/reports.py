@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult
 from safetensors import safe_open
@@ -20,12 +21,7 @@ SECTIONS = {
 
 
 def gather_reports(docs: str | Path, model: str | Path) -> dict:
-    """What report.json of a published model holds: the reports found in `docs`, by section, and the model's `parts`.
-
-    Args:
-        docs: folder with the files of `SECTIONS`, of which any may be missing.
-        model: folder of the saved pipeline, whose parts are counted.
-    """
+    """What report.json of a published model holds: the model's `parts`, and by section the reports found in `docs`."""
     found = {name: Path(docs) / file for name, file in SECTIONS.items()}
     report = {name: read_report(path) for name, path in found.items() if path.is_file()}
     return {"parts": count_parts(model)} | report
@@ -48,11 +44,7 @@ def count_parts(model: str | Path) -> dict[str, dict[str, int]]:
 
 
 def read_sections(path: str | Path) -> dict:
-    """A report.json with its sections: a published model's, or one of those that make it up.
-
-    Raises:
-        ValueError: the file is no report that this package writes, or one of another version.
-    """
+    """A report.json with its sections: a published model's, or one of those that make it up; ValueError for others."""
     report = read_report(path)
     marks = {"generation": "generated", "filter": "comparisons", "evaluation": "sets", "rounds": "frechet"}
     if set(report) & set(SECTIONS):
@@ -80,13 +72,6 @@ def eval_results(report: dict) -> Iterator[EvalResult]:
 
 
 def result(modality: str, metric: str, name: str, value: float) -> EvalResult:
-    return EvalResult(
-        task_type="text-to-image",
-        dataset_name=f"val images, {modality}",
-        dataset_type="minim-open",
-        dataset_config=modality,
-        dataset_split="val",
-        metric_type=metric,
-        metric_name=name,
-        metric_value=value,
-    )
+    figure: dict[str, Any] = {"metric_type": metric, "metric_name": name, "metric_value": value}
+    figure |= {"dataset_type": "minim-open", "dataset_config": modality, "dataset_split": "val"}
+    return EvalResult(task_type="text-to-image", dataset_name=f"val images, {modality}", **figure)

@@ -21,7 +21,6 @@ def stage(pipe, folder: Path, repo_id: str, card: ModelCard, report: dict, page:
     """Writes everything into the empty `folder`.
 
     Args:
-        card: as `card.read_card` or `card.write_card` gives it.
         report: sections as in `reports.SECTIONS`; empty for none.
         page: the evaluation report's page, if there is one.
         samples: pictures of each modality, drawn with the model's own settings from seed 0 on; none is picked.

@@ -43,10 +43,9 @@ def publish(
     """Uploads a pipeline in one commit: weights, their fp16 variant, code, card, report and sample pictures.
 
     Everything is made and checked before the repository is touched. A cut connection leaves the repository as it was;
-    what had come through by then is not sent again.
+    what had come through by then is not sent again. Returns the address of the commit, or of the pull request.
 
     Args:
-        pipe: a `MinimPipeline`.
         repo_id: `"name"` or `"owner/name"`; made if it is not there yet.
         card: a file that becomes README.md. By default the one beside the weights that the pipeline was loaded from,
             if these are unchanged, and otherwise a bare one.
@@ -55,13 +54,9 @@ def publish(
         private: makes a new repository private; an old one stays what it is.
         revision: branch that is committed to, made if it is not there yet; default `main`.
         create_pr: opens a pull request instead.
-        commit_message: of the commit.
         token: with the right to write; by default the one that `hf auth login` stored, or `HF_TOKEN`.
         safe_serialization: only `True`; pickles are not published.
         variant: None or "fp16"; both are published whatever it is.
-
-    Returns:
-        Address of the commit, or of the pull request.
 
     Raises:
         ValueError: there is no token, or none that may write there; `repo_id` is of another kind, or holds something
@@ -74,33 +69,21 @@ def publish(
         raise ValueError(f"variant has to be None or 'fp16', got {variant!r}.")
     api = connect(token)
     check_target(api, repo_id, "model")
+    replaced = [*(f"{name}/*" for name in pipe.components), "samples/*", "evaluation/*", "report.json"]
+    commit: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "private": private, "replaced": replaced}
+    commit["commit_message"] = commit_message or "Upload MinimPipeline"
     with staged(pipe, repo_id, card=card, report=report, samples=samples) as folder:
-        return upload(
-            api,
-            folder,
-            repo_id,
-            "model",
-            replaced=[*(f"{name}/*" for name in pipe.components), "samples/*", "evaluation/*", "report.json"],
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message or "Upload MinimPipeline",
-        )
+        return upload(api, folder, repo_id, "model", **commit)
 
 
 @contextmanager
 def staged(
-    pipe,
-    repo_id: str,
-    *,
-    card: str | Path | None = None,
-    report: str | Path | None = None,
-    samples: int = 1,
+    pipe, repo_id: str, *, card: str | Path | None = None, report: str | Path | None = None, samples: int = 1
 ) -> Iterator[Path]:
     """A temporary folder with all that would be uploaded, checked; arguments and errors as for `publish`."""
-    found_card, found_report, page = find_papers(pipe)
-    figures = read_sections(report) if report is not None else found_report
-    page = page if report is None else None
+    found_card, figures, page = find_papers(pipe)
+    if report is not None:
+        figures, page = read_sections(report), None
     card = card or found_card
     if card is not None:
         front = read_card(card)
@@ -144,11 +127,8 @@ def is_unchanged(pipe, source: Path) -> bool:
     """Whether the pipeline's weights are those of the folder, but for their dtype."""
     before = type(pipe).from_pretrained(source).components
     for name, component in pipe.components.items():
-        if isinstance(component, torch.nn.Module) != isinstance(before[name], torch.nn.Module):
-            return False
-        if not isinstance(component, torch.nn.Module):
-            continue
-        now, then = component.state_dict(), before[name].state_dict()
+        parts = component, before[name]
+        now, then = (part.state_dict() if isinstance(part, torch.nn.Module) else {} for part in parts)
         if now.keys() != then.keys() or not all(torch.equal(now[k].cpu(), then[k].to(now[k].dtype)) for k in now):
             return False
     return True
@@ -188,9 +168,8 @@ def check_class(api: HfApi, repo_id: str) -> None:
     except EntryNotFoundError:
         return
     if index.get("_class_name") != "MinimPipeline":
-        raise ValueError(
-            f"{repo_id} holds a {index.get('_class_name')}, which would be overwritten: choose another name."
-        )
+        other = index.get("_class_name")
+        raise ValueError(f"{repo_id} holds a {other}, which would be overwritten: choose another name.")
 
 
 def upload(
@@ -208,7 +187,6 @@ def upload(
 
     Args:
         replaced: patterns of old files that the commit removes.
-        private, space_sdk: of the repository, if it is new.
         commit: `commit_message`, `revision` and `create_pr`, as of `HfApi.upload_folder`.
     """
     where: dict[str, Any] = {"repo_type": kind, "exist_ok": True}
@@ -216,9 +194,8 @@ def upload(
         repo_id = api.create_repo(repo_id, private=private, space_sdk=space_sdk, **where).repo_id
         if commit.get("revision") and not commit.get("create_pr"):
             api.create_branch(repo_id, branch=commit["revision"], **where)
-        done = api.upload_folder(
-            repo_id=repo_id, repo_type=kind, folder_path=folder, delete_patterns=replaced, **commit
-        )
+        commit |= {"folder_path": folder, "delete_patterns": replaced}
+        done = api.upload_folder(repo_id=repo_id, repo_type=kind, **commit)
     return done.pr_url or done.commit_url
 
 

@@ -31,14 +31,13 @@ from ..locking import locked
 from ..modalities import BUILT_IN, MODALITIES, split_prefix
 from .classifier import ClassifierConfig
 from .classifier import train as train_classifier
-from .config import Count, CsvOptions, HubOptions, Positive, Precision, Range, Share, Weight, Whole, option
+from .config import Count, CsvOptions, HubOptions, Positive, PrecisionOptions, Range, Share, Weight, Whole, option
 from .filter.calibration import CalibrationConfig, calibrate
 from .filter.config import FilterConfig
 from .filter.train import train as train_filter
 from .hub import check_hub, push_pipeline
 from .log import read_log
-from .replay import check_known
-from .rows import know_modalities
+from .rows import check_known, know_modalities
 from .stages import Stages
 from .text_to_image import TextToImageConfig
 from .text_to_image import train as train_text_to_image
@@ -59,7 +58,7 @@ EVERY = ("fit", "window", "no_mirror", "mixed_precision", "seed")
 
 
 @dataclass(kw_only=True)
-class AddModalityConfig(CsvOptions, HubOptions):
+class AddModalityConfig(CsvOptions, HubOptions, PrecisionOptions):
     """Options of a modality's addition."""
 
     pretrained_model_name_or_path: str = option(str(EMBEDDED_CHECKPOINT), "The pipeline.")
@@ -109,9 +108,7 @@ class AddModalityConfig(CsvOptions, HubOptions):
     most_cost: Annotated[float, Range(1, 99)] = option(1.95, "As in calibrate_filter.py.")
     min_train: Count = option(20, "Findings with fewer train images are left out.")
     min_val: Whole = option(5, "Likewise with val images.")
-    mixed_precision: Precision = "no"
     compile: bool = option(False, "torch.compile the U-Net in training.")
-    seed: Whole = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,19 +131,16 @@ def find_modality(config: AddModalityConfig, learned: list[str]) -> Modality:
     # What the table knows, or knows to be ambiguous, is a prefix.
     known = resolve_modality(config.modality) if split_prefix(f"{config.modality}:")[0] is not None else None
     if known is not None and known.id in learned:
-        raise ValueError(
-            f"{config.pretrained_model_name_or_path} has learned modality {known.id!r} already; it knows:"
-            f" {', '.join(learned)}."
-        )
+        model, names = config.pretrained_model_name_or_path, ", ".join(learned)
+        raise ValueError(f"{model} has learned modality {known.id!r} already; it knows: {names}.")
     if known is None or known.id not in BUILT_IN:
         if not (config.grey or config.color):
             raise ValueError(
                 f"modality {config.modality!r} is not in the table ({', '.join(MODALITIES)}): to add it, say whether"
                 " its images are --grey or in --color."
             )
-        words = config.words or config.modality.replace("_", " ")
-        names = config.modality, config.name or config.modality, words, tuple(config.aliases)
-        return Modality(*names, config.grey, config.flip)
+        name, words = config.name or config.modality, config.words or config.modality.replace("_", " ")
+        return Modality(config.modality, name, words, tuple(config.aliases), config.grey, config.flip)
     if (config.grey and not known.grey) or (config.color and known.grey):
         is_so, wrong = ("grey", "--color") if known.grey else ("in colour", "--grey")
         raise ValueError(f"modality {known.id!r} is in the table, and {is_so} there: leave {wrong} out.")
@@ -161,8 +155,8 @@ def read_new(config: AddModalityConfig, modality: Modality) -> tuple[list[dict],
 
     A row that names no modality is of this one.
     """
-    options = {"image_root": config.image_root, "modality": modality.id}
-    rows = read_csv(config.train_data, require=("path", "Text"), check_images=False, **options)
+    options = {"check_images": False, "image_root": config.image_root, "modality": modality.id}
+    rows = read_csv(config.train_data, require=("path", "Text"), **options)
 
     def fits(row: dict) -> bool:
         try:
@@ -188,11 +182,10 @@ Source = tuple[list[dict], str]  # rows, and the CSV that they are of
 
 def check_filter(config: AddModalityConfig, modality: Modality, sources: list[Source]) -> None:
     """Raises ValueError if the filter could not learn from the rows of these CSV files, the new ones first."""
-    for rows, source in sources:
-        if not all(row.get("finding") for row in rows):
-            raise ValueError(
-                f"{source} has rows without a `finding`, which the filter needs: add it, or --skip_filter."
-            )
+    lacking = [source for rows, source in sources if not all(row.get("finding") for row in rows)]
+    if lacking:
+        why = "which the filter needs: add it, or --skip_filter"
+        raise ValueError(f"{lacking[0]} has rows without a `finding`, {why}.")
     train, val = ([row for row in sources[0][0] if row["split"] == split] for split in ("train", "val"))
     if modality.id not in dict(claimed_classes(train, val, config.min_train, config.min_val)):
         raise ValueError(
@@ -202,9 +195,8 @@ def check_filter(config: AddModalityConfig, modality: Modality, sources: list[So
     if config.teacher:
         known = dict(json.loads((Path(config.teacher) / "judges.json").read_text())["classes"])
         if modality.id not in known:
-            raise ValueError(
-                f"The classifiers of --teacher {config.teacher} know no {modality.id!r}, only {', '.join(known)}."
-            )
+            names = ", ".join(known)
+            raise ValueError(f"The classifiers of --teacher {config.teacher} know no {modality.id!r}, only {names}.")
 
 
 def write_rows(path: Path, sources: list[Source]) -> str:
@@ -267,17 +259,12 @@ class Addition:
         return report
 
     def unet_config(self, rows: str) -> TextToImageConfig:
-        config, weights = self.config, {}
-        if config.replay:
-            weights = config.values("replay_share", "anchor_weight")
-            weights = dict.fromkeys(weights, 0.0) if config.no_replay else weights
-        return TextToImageConfig(
-            train_data=rows,
-            output_dir=str(self.output / "unet"),
-            resolution=self.resolution,
-            **weights,
-            **config.values(*UNET, *EVERY),
-        )
+        options = self.config.values(*UNET, *EVERY)
+        if self.config.replay:
+            weights = self.config.values("replay_share", "anchor_weight")
+            options |= dict.fromkeys(weights, 0.0) if self.config.no_replay else weights
+        output_dir = str(self.output / "unet")
+        return TextToImageConfig(train_data=rows, output_dir=output_dir, resolution=self.resolution, **options)
 
     def shared(self, folder: str, *names: str) -> dict:
         """Where a part of the filter learns from and writes to, and options that it has under the same names."""
@@ -327,26 +314,24 @@ class Addition:
         """The new pipeline as a whole, under its name once it is complete."""
         head = None
         if self.filtered:
-            head = FilterHead.from_pretrained(self.output / "calibrated" / "filter_head")
+            before, head = (
+                FilterHead.from_pretrained(self.output / p / "filter_head") for p in ("filter", "calibrated")
+            )
             # Thresholds of modalities of which no rows were at hand; nothing is known of their copies any more.
-            earlier = FilterHead.from_pretrained(self.output / "filter" / "filter_head").config.calibration or {}
-            head.register_to_config(calibration={**earlier, **head.config.calibration})
+            head.register_to_config(calibration={**(before.config.calibration or {}), **head.config.calibration})
             head.half()
-        candidates = self.base.config.num_candidates
-        folder = self.output / "unet" / "pipeline"
-        pipe = MinimPipeline.from_pretrained(folder, filter_head=head, num_candidates=candidates)
+        defaults = {"filter_head": head, "num_candidates": self.base.config.num_candidates}
+        pipe = MinimPipeline.from_pretrained(self.output / "unet" / "pipeline", **defaults)
         save_model(pipe, self.output / "pipeline")
 
     def validation(self) -> dict:
         """Losses on val images of the base and the new model, in the same noise; of old ones if --replay has any."""
         records = read_log(self.output / "unet")
         best = next(r["at_step"] for r in reversed(records) if r["kind"] == "best")
-        moments = {
-            "before": next((r for r in reversed(records) if r["kind"] == "base"), {}),
-            "after": next(r for r in reversed(records) if r["kind"] == "val" and r["step"] == best),
-        }
+        after = next(r for r in reversed(records) if r["kind"] == "val" and r["step"] == best)
+        moments = {"before": next((r for r in reversed(records) if r["kind"] == "base"), {}), "after": after}
         report = {"best_step": best}
-        for name in moments["after"]:
+        for name in after:
             if name.startswith("loss_") and name != "loss_new":
                 losses = {moment: record[name] for moment, record in moments.items() if name in record}
                 report["new" if name == f"loss_{self.modality.id}" else name.removeprefix("loss_")] = losses

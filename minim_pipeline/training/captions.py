@@ -16,81 +16,36 @@ from pathlib import Path
 import torch
 from transformers import CLIPTokenizer
 
-from minim_pipeline import CAPTIONS
-from minim_pipeline.captions import without_prefix
-from minim_pipeline.modalities import resolve_modality
-from minim_pipeline.tokens import tokenize
-from minim_pipeline.training.rows import tell_cut
+from .. import CAPTIONS
+from ..captions import without_prefix
+from ..modalities import resolve_modality
+from ..tokens import tokenize
+from .rows import tell_cut
 
 
-# What says more than the finding (stage, extent, kind, age, MR sequence): a row may lose it, but must never get one
-# that it does not have, or a child's pneumonia might become an adult's.
-_GRADE = re.compile(
-    r"\b(mild|moderate|intermediate|severe|early|late|advanced|background|non[- ]?proliferative|npdr|"
-    r"proliferative|pdr|neovasculari[sz]ation|unilateral|bilateral|bibasilar|"
-    r"low(?:er)?[- ]grade|lgg|dlgg|high[- ]grade|hgg|glioblastoma|gbm|hard drusen|soft drusen|asteroid|microadenoma|"
-    r"macroadenoma|intubated|"
-    r"branch|brvo|central retinal vein|crvo|luminal [ab]|"
-    r"child|infant|p(?:a)?ediatric|adult|senile|age-related|flair|t1c?|t2)\b",
-    re.IGNORECASE,
-)
-_SAME_GRADE = {
-    "npdr": "nonproliferative",
-    "pdr": "proliferative",
-    "neovascularisation": "neovascularization",
-    "lgg": "lowergrade",
-    "dlgg": "lowergrade",
-    "lowgrade": "lowergrade",
-    "hgg": "highgrade",
-    "gbm": "glioblastoma",
-    "brvo": "branch",
-    "crvo": "centralretinalvein",
-    "paediatric": "pediatric",
-    "child": "pediatric",
-}
+Phrasings = dict[str, dict[str, dict[str, list[str]]]]  # as `load_captions` gives them
+
+# What a caption is varied by; the rest is beside, in `wording.json`. Of its `grades`, which say more than the finding
+# (stage, extent, kind, age, MR sequence), a row may lose one, but must never get one that it does not have, or a
+# child's pneumonia might become an adult's. Those that say the same are one in `same_grade`.
+_WORDING = json.loads(Path(__file__).with_name("wording.json").read_text(encoding="utf-8"))
+_GRADE = re.compile(rf"\b({'|'.join(_WORDING['grades'])})\b", re.IGNORECASE)
 
 # Words without which a caption says the same. Never a negation, a finding, a side or a grade, and never the A of a
 # class, as in "type A dissection" or, in lower case, "hepatitis a": they are taken only where an article can stand, at
 # the beginning or after a word that one follows.
 _FILLER = re.compile(
-    r"(^|[.;:]\s+|\b(?:with|without|of|in|on|at|by|for|from|to|as|no|is|are|has|have|had|there|shows?|showing|shown|"
-    r"reveals?|revealing|demonstrates?|demonstrating|displays?|displaying|suggests?|suggesting|indicates?|indicating|"
-    r"highlights?|highlighting|through|near|into|over|under|within|behind|around|beside|between|along|across)\s+)"
+    rf"(^|[.;:]\s+|\b(?:{'|'.join(_WORDING['before_article'])})\s+)"
     r"((?:(?:(?:a|an|the)(?!\s+(?:and|or|to)\b)|evidence\s+of|signs\s+of)\s+)+)(?=[^\W\d_]{2}|\d)",
     re.IGNORECASE,
 )
-
 # "A fib", "A flutter", "A lines": the A is of the name.
 _NO_ARTICLE = re.compile(r"(?:fib\w*|flutter|lines?|waves?|scans)\b", re.IGNORECASE)
-
-_SUFFIXES = {
-    "right eye": ("right eye", "right eye", "OD"),
-    "left eye": ("left eye", "left eye", "OS"),
-    "PA view": ("PA view", "PA", "posteroanterior view"),
-    "AP view": ("AP view", "AP", "anteroposterior view"),
-    "supine AP view": ("supine AP view", "AP supine"),
-    "erect AP view": ("erect AP view", "AP erect"),
-    "pediatric AP view": ("pediatric AP view", "pediatric", "AP view of a child"),
-    "axial slice": ("axial slice", "axial"),
-    "FLAIR": ("FLAIR", "FLAIR sequence", "T2 FLAIR"),
-}
 _AGE = re.compile(r"(\d+)-year-old (male|female)")
 _SIZE = re.compile(r"mass about (\d+) mm")
 
-_BRITISH = (
-    ("edema", "oedema"),
-    ("tumor", "tumour"),
-    ("hemorrhage", "haemorrhage"),
-    ("color ", "colour "),
-    ("pediatric", "paediatric"),
-    ("gray ", "grey "),
-    ("etiology", "aetiology"),
-    ("estrogen", "oestrogen"),
-    ("fiber", "fibre"),
-)
 
-
-def load_captions(path: str | Path | None = None) -> dict[str, dict[str, dict[str, list[str]]]]:
+def load_captions(path: str | Path | None = None) -> Phrasings:
     """Reads `{modality id: {finding: {"train": [...], "new": [...]}}}` from `path` (default: `captions.json`).
 
     If there is a file `<name>_test.json` beside `<name>.json`, what it holds as `{modality id: {finding: [...]}}` is
@@ -142,16 +97,10 @@ def split_suffix(text: str, phrasings: list[str]) -> tuple[str | None, list[str]
 def grades(text: str) -> frozenset[str]:
     """What `text` names beyond the finding: stage, extent, kind, e.g. `{"mild", "nonproliferative"}`."""
     found = {re.sub(r"[- ]", "", g.lower()) for g in _GRADE.findall(text)}
-    return frozenset(_SAME_GRADE.get(g, g) for g in found)
+    return frozenset(_WORDING["same_grade"].get(g, g) for g in found)
 
 
-def vary_caption(
-    text: str,
-    modality_id: str,
-    finding: str | None,
-    rng: random.Random,
-    captions: dict[str, dict[str, dict[str, list[str]]]],
-) -> str:
+def vary_caption(text: str, modality_id: str, finding: str | None, rng: random.Random, captions: Phrasings) -> str:
     """One of many ways to say what the caption `text` of an image says.
 
     Takes the text itself or another phrasing of its finding (never one that names a stage, an extent, an age or an MR
@@ -159,15 +108,8 @@ def vary_caption(
     and then dropped, never changed), and varies spelling, case, filler words and the final period. A text of an
     unknown finding gets only these light changes.
 
-    Args:
-        text: the row's caption.
-        modality_id: a key of `minim_pipeline.modalities.MODALITIES`.
-        finding: the row's finding, or `None`.
-        rng: the only source of randomness.
-        captions: what [`load_captions`] returned.
-
-    Returns:
-        The caption; never one of the phrasings kept under `"new"` or `"test"`.
+    It is never one of the phrasings kept under `"new"` or `"test"`. `captions` are those of `load_captions`, and `rng`
+    is the only source of randomness.
     """
     known = captions.get(modality_id, {}).get(finding or "", {"train": [], "new": []})
     text = re.sub(r"\s+", " ", text.replace("___", " ")).strip()
@@ -181,9 +123,10 @@ def vary_caption(
     varied = text
     if base is not None:
         named = grades(text)
-        kept_anyway = lambda part: part in _SUFFIXES or _AGE.fullmatch(part) or _SIZE.fullmatch(part)  # noqa: E731
-        detailed = named or not all(map(kept_anyway, suffix))
-        if rng.random() > (0.5 if detailed else 0.3):
+        known_additions = (
+            part in _WORDING["suffixes"] or _AGE.fullmatch(part) or _SIZE.fullmatch(part) for part in suffix
+        )
+        if rng.random() > (0.5 if named or not all(known_additions) else 0.3):
             base = rng.choice([p for p in known["train"] if grades(p) <= named | grades(finding)])
         varied = _join(base.removesuffix("."), suffix, rng)
     varied = _restyle(varied, rng)
@@ -207,7 +150,7 @@ def _join(base: str, suffix: list[str], rng: random.Random) -> str:
         elif part in ("right eye", "left eye") and rng.random() < 0.15:
             parts.insert(0, part)
             continue
-        parts.append(rng.choice(_SUFFIXES.get(part, (part,))))
+        parts.append(rng.choice(_WORDING["suffixes"].get(part, (part,))))
     return ", ".join(parts) + "."
 
 
@@ -215,7 +158,7 @@ def _restyle(text: str, rng: random.Random) -> str:
     if rng.random() < 0.3:
         text = _FILLER.sub(_without_filler, text)
     if rng.random() < 0.1:
-        for american, british in _BRITISH:
+        for american, british in _WORDING["british"].items():
             text = re.sub(rf"\b{american}", british, text)
     if rng.random() < 0.5:
         text = text.removesuffix(".")

@@ -13,15 +13,14 @@ import torch
 from torch import nn
 
 from ..data.image_loading import load_images
-from ..data.splits import read_splits
 from ..evaluation.classifier import ARCHITECTURES, Recipe, stored_side, train_classifier
 from ..evaluation.judges import Judges, accuracy_report, claimed_classes, class_of, format_report, load_judges
 from ..files import write_report
 from ..locking import locked
 from ..modalities import resolve_modality
-from .config import Count, CsvOptions, HubOptions, Precision, Share, Weight, Whole, option
+from .config import Count, CsvOptions, HubOptions, PrecisionOptions, Share, Weight, Whole, option
 from .hub import check_hub, push_parts
-from .rows import image_paths, know_modalities, mirrored, tell_mirrored, tell_repeats
+from .rows import mirrored, of_part, read_findings, tell_mirrored, tell_repeats
 
 
 # Options that name places of the machine, or its size: a report shows none of them.
@@ -29,7 +28,7 @@ PATHS = ("train_data", "image_root", "output_dir", "modalities_from", "threads")
 
 
 @dataclass(kw_only=True)
-class ClassifierConfig(CsvOptions, HubOptions):
+class ClassifierConfig(CsvOptions, HubOptions, PrecisionOptions):
     """Options of the classifiers' training; how each is trained: `Recipe`."""
 
     part: list[str] = option(["B"], "Rows of the train split with these `part`s; 'all' takes every row.")
@@ -45,13 +44,7 @@ class ClassifierConfig(CsvOptions, HubOptions):
     ema_decay: Share = Recipe.ema_decay
     min_train: Count = option(20, "Findings with fewer train images are left out.")
     min_val: Whole = option(9, "Findings with fewer val images are left out.")
-    mixed_precision: Precision = "no"
-    seed: Whole = Recipe.seed
     threads: Count | None = option(None, "CPU threads.")
-
-    @property
-    def bf16(self) -> bool:
-        return self.mixed_precision == "bf16"
 
     @property
     def recipe(self) -> Recipe:
@@ -67,19 +60,16 @@ def read_rows(config: ClassifierConfig) -> tuple[list[dict], list[dict], list[Cl
     Raises:
         ValueError: one side has no rows of these parts and classes.
     """
-    know_modalities(config)
-    require = ("path", "Text", "modality", "finding")
-    train_rows, val_rows = read_splits(config.train_data, require=require, **config.csv_options)
+    train_rows, val_rows = read_findings(config)
     classes = claimed_classes(train_rows, val_rows, config.min_train, config.min_val)
-    rows = [row for row in train_rows if "all" in config.part or row.get("part") in config.part]
-    rows, val_rows = ([row for row in some if class_of(row) in classes] for some in (rows, val_rows))
+    rows, val_rows = (
+        [row for row in some if class_of(row) in classes] for some in (of_part(train_rows, *config.part), val_rows)
+    )
     if not rows or not val_rows:
-        raise ValueError(
-            f"{config.train_data} has {len(rows)} train rows of part {' '.join(config.part)} and {len(val_rows)} val"
-            f" rows of findings with {config.min_train} train and {config.min_val} val images: lower --min_train or"
-            " --min_val."
-        )
-    tell_repeats(config.train_data, image_paths(rows, config.train_data), image_paths(val_rows, config.train_data))
+        found = f"{len(rows)} train rows of part {' '.join(config.part)} and {len(val_rows)} val rows of findings"
+        least = f"{config.min_train} train and {config.min_val} val images"
+        raise ValueError(f"{config.train_data} has {found} with {least}: lower --min_train or --min_val.")
+    tell_repeats(config.train_data, rows, val_rows)
     return rows, val_rows, classes
 
 
@@ -110,12 +100,9 @@ def validate(judges: Judges, config: ClassifierConfig, val_rows: list[dict]) -> 
     """`accuracy_report` of each classifier and, as `judges`, of their mean."""
     each = judges.judge_each(load_images(val_rows, config.train_data, 256, reading=config.reading))
     each["judges"] = torch.stack(list(each.values())).mean(0)
-    modalities, findings = zip(*map(class_of, val_rows), strict=True)
-    sources = [row.get("source", "") for row in val_rows]
-    return {
-        name: accuracy_report(said, judges.classes, list(modalities), list(findings), sources=sources)
-        for name, said in each.items()
-    }
+    modalities, findings = map(list, zip(*map(class_of, val_rows), strict=True))
+    sources, classes = [row.get("source", "") for row in val_rows], judges.classes
+    return {name: accuracy_report(said, classes, modalities, findings, sources) for name, said in each.items()}
 
 
 def train(config: ClassifierConfig) -> dict:
@@ -148,9 +135,7 @@ def train(config: ClassifierConfig) -> dict:
             "val": validate(judges, config, val_rows),
         }
         write_report(config.output / "report.json", report)
-        push_parts(
-            config, "train_classifier", *(config.output / name for name in models), config.output / "judges.json"
-        )
+        push_parts(config, "train_classifier", *(config.output / name for name in (*models, "judges.json")))
     for name, figures in report["val"].items():
         print(format_report(f"{name} on val", figures))
     return report

@@ -45,9 +45,7 @@ class CsvOptions(TableOptions):
     train_data: str = option(help="CSV in MINIM's format: path,Text,modality[,finding,split,part].")
     modalities_from: str | None = option(None, "Know the modalities that this pipeline has defined, too.")
     no_mirror: bool = option(
-        False,
-        "Mirror no image. Without it, those of modalities that look the same mirrored are, unless the caption names "
-        "a side.",
+        False, "Mirror no image; else those of symmetric modalities are, if no caption names a side."
     )
 
 
@@ -98,10 +96,21 @@ class HubOptions(Options):
 
 
 @dataclass(kw_only=True)
-class RunOptions(HubOptions):
-    """A run: how long, how fast it learns, and what it leaves on its way."""
+class PrecisionOptions(Options):
+    """Where chance begins, and the precision of networks."""
 
     seed: Whole = 0
+    mixed_precision: Precision = "no"
+
+    @property
+    def bf16(self) -> bool:
+        return self.mixed_precision == "bf16"
+
+
+@dataclass(kw_only=True)
+class RunOptions(HubOptions, PrecisionOptions):
+    """A run: how long, how fast it learns, and what it leaves on its way."""
+
     train_batch_size: Count = option(64, "Images a step and a process.")
     max_train_steps: Count = 10_000
     max_train_minutes: Positive | None = option(
@@ -114,39 +123,26 @@ class RunOptions(HubOptions):
     adam_weight_decay: Weight = 1e-2
     max_grad_norm: Weight = 1.0
     ema_decay: Share = 0.999
-    mixed_precision: Precision = "no"
     compile: bool = option(False, "torch.compile the networks.")
     gradient_checkpointing: bool = option(False, "Less memory, a quarter slower.")
     validation_steps: Count = 1000
     checkpointing_steps: Count = option(1000, "Also after the last step, and at SIGTERM.")
     checkpoints_total_limit: Count = 2
-    resume_from_checkpoint: str = option(
-        "latest", "A checkpoint's folder; by default the newest in --output_dir that is whole, if there is one."
-    )
+    resume_from_checkpoint: str = option("latest", "A checkpoint's folder; default: the newest whole in --output_dir.")
     report_to: str | None = option(None, "A tracker of accelerate: tensorboard, wandb, … ; none by default.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_tracker(self.report_to)
-
-    @property
-    def bf16(self) -> bool:
-        return self.mixed_precision == "bf16"
-
-
-def check_tracker(name: str | None) -> None:
-    """Raises ValueError for a tracker (`--report_to`) that accelerate does not know, or that is not installed.
-
-    accelerate leaves out what is not installed, and says nothing.
-    """
-    if name is None:
-        return
-    installed = [tracker.value for tracker in get_available_trackers()]
-    known = [str(tracker) for tracker in LOGGER_TYPE_TO_CLASS]
-    if name not in (*known, "all"):
-        raise ValueError(f"--report_to has to be one of {', '.join(known)} or all, got {name!r}.")
-    if not installed or name not in (*installed, "all"):
-        raise ValueError(f"--report_to {name} is not installed here; installed: {', '.join(installed) or 'none'}.")
+        name = self.report_to
+        if name is None:
+            return
+        # accelerate leaves out a tracker that is not installed, and says nothing.
+        installed = [tracker.value for tracker in get_available_trackers()]
+        known = [str(tracker) for tracker in LOGGER_TYPE_TO_CLASS]
+        if name not in (*known, "all"):
+            raise ValueError(f"--report_to has to be one of {', '.join(known)} or all, got {name!r}.")
+        if not installed or name not in (*installed, "all"):
+            raise ValueError(f"--report_to {name} is not installed here; installed: {', '.join(installed) or 'none'}.")
 
 
 def parse(
@@ -169,8 +165,8 @@ def parse(
         SystemExit: after `--help`, or an option that there is not.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = HfArgumentParser(config, description=description, formatter_class=raw, allow_abbrev=False)
+    raw, epilog = argparse.RawDescriptionHelpFormatter, "A YAML file of options may stand in front of the others."
+    parser = HfArgumentParser(config, description=description, epilog=epilog, formatter_class=raw, allow_abbrev=False)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments = [*yaml_arguments(arguments[0]), *arguments[1:]]
     arguments = [*as_arguments(defaults or {}), *arguments]

@@ -6,26 +6,12 @@ from pathlib import Path
 
 from minim_pipeline import MinimPipeline
 from minim_pipeline.licenses import license_of
-from minim_pipeline.publishing import check_folder, check_target, connect, license_note, publish, told, upload
+from minim_pipeline.publishing import check_folder, check_target, connect, publish, told, upload
+from minim_pipeline.publishing.card import license_note
 from minim_pipeline.training.config import HubOptions
 
 
-CARD = """---
-{license}
-library_name: diffusers
-pipeline_tag: text-to-image
-tags:
-- medical
-- synthetic
-- diffusers
----
-
-# {name}
-
-Parts of a `MinimPipeline`, trained by `{script}.py`: {parts}.
-
-**Not a medical device.** For research and teaching, never for diagnosis.
-{note}"""
+CARD = Path(__file__).with_name("parts_card.md")
 
 
 def check_hub(config: HubOptions) -> None:
@@ -48,10 +34,8 @@ def push_parts(config: HubOptions, script: str, *parts: str | Path) -> None:
     with tempfile.TemporaryDirectory(prefix="minim-") as temporary:
         folder = Path(temporary)
         for part in map(Path, parts):
-            if part.is_dir():
-                shutil.copytree(part, folder / part.name)
-            else:
-                shutil.copyfile(part, folder / part.name)
+            copy = shutil.copytree if part.is_dir() else shutil.copyfile
+            copy(part, folder / part.name)
         with told(f"reach {repo_id}"):
             known = api.repo_exists(repo_id) and api.file_exists(repo_id, "README.md")
         if not known:
@@ -61,7 +45,7 @@ def push_parts(config: HubOptions, script: str, *parts: str | Path) -> None:
             lines = "\n".join(f"{field}: {value}" for field, value in inherited.items() if field != "of")
             place = script if "/" in script else f"train/{script}"
             named = {"name": repo_id.split("/")[-1], "script": place, "parts": names}
-            card = CARD.format(license=lines, note=license_note(inherited), **named)
+            card = CARD.read_text(encoding="utf-8").format(license=lines, note=license_note(inherited), **named)
             (folder / "README.md").write_text(card, encoding="utf-8")
         check_folder(folder)
         replaced = [f"{Path(part).name}/*" for part in parts if Path(part).is_dir()]

@@ -21,18 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTokenizer,
-    ConvNextV2Config,
-    VisionTextDualEncoderConfig,
-    VisionTextDualEncoderModel,
-)
+from transformers import CLIPTokenizer, ConvNextV2Config, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
 from .. import EMBEDDED_CHECKPOINT, names_a_side
 from ..cli import say
 from ..data.image_loading import load_images
-from ..data.splits import read_splits
 from ..evaluation.classifier import augment, prepare_training, stored_side
 from ..evaluation.encoder import ImageTextEncoder
 from ..evaluation.judges import class_of
@@ -42,8 +35,9 @@ from ..modalities import resolve_modality
 from .captions import load_captions, phrase
 from .config import Count, CsvOptions, Positive, RunOptions, Share, Weight, Whole, option
 from .hub import push_parts
-from .rows import image_paths, know_modalities, tell_repeats
+from .rows import of_part, read_findings, tell_repeats
 from .run import Run
+from .text.student import text_config
 
 
 # What tells of the machine rather than of the run.
@@ -54,9 +48,7 @@ PATHS = ("train_data", "image_root", "output_dir", "tokenizer", "modalities_from
 class ImageTextEncoderConfig(CsvOptions, RunOptions):
     """Options of the image-text encoder's training."""
 
-    no_mirror: bool = option(
-        False, "Mirror no image. Without it every one is, now and then: a mirrored copy is to be found, too."
-    )
+    no_mirror: bool = option(False, "Mirror no image; else all are, at times, so that a mirrored copy is found, too.")
     part: str = option("A", "Rows of the train split with this `part`; 'all' takes every row.")
     tokenizer: str = option(str(EMBEDDED_CHECKPOINT / "tokenizer"), "Folder of a tokenizer.")
     captions: str | None = option(None, "JSON with phrasings of every finding; default: the package's own.")
@@ -77,10 +69,8 @@ class ImageTextEncoderConfig(CsvOptions, RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.train_batch_size < 2:
-            raise ValueError(
-                f"--train_batch_size has to be at least 2, to tell images apart, got {self.train_batch_size}."
-            )
+        if (batch := self.train_batch_size) < 2:
+            raise ValueError(f"--train_batch_size has to be at least 2, to tell images apart, got {batch}.")
         if self.gradient_checkpointing:
             raise ValueError("--gradient_checkpointing does nothing here: leave it out.")
 
@@ -89,35 +79,17 @@ def make_model(config: ImageTextEncoderConfig, tokenizer: CLIPTokenizer) -> Visi
     """A ConvNeXt V2 (arXiv 2301.00808) and two layers of text, with projections into a shared space."""
     widths = [config.width * 2**i for i in range(4)]
     # The dual encoder asks every vision tower for its `hidden_size`, and ImageTextEncoder for its `image_size`.
-    vision = ConvNextV2Config(
-        hidden_sizes=widths,
-        depths=[2, 2, 6, 2],
-        drop_path_rate=0.1,
-        hidden_size=widths[-1],
-        image_size=config.resolution,
-    )
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=config.text_width,
-        intermediate_size=4 * config.text_width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    shape = {"hidden_sizes": widths, "depths": [2, 2, 6, 2], "drop_path_rate": 0.1}
+    vision = ConvNextV2Config(**shape, hidden_size=widths[-1], image_size=config.resolution)
+    text = text_config(tokenizer, config.text_width, layers=2, heads=4)
     both = VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=config.projection)
     return VisionTextDualEncoderModel(both)
 
 
 def text_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Contrastive in both directions; all pairs of one label are positives, and share the target equally.
+    """Contrastive in both directions; all pairs of one label [B] are positives, and share the target equally.
 
-    Args:
-        images, texts: [B, P], of length 1.
-        scale: by which cosines are multiplied.
-        labels: [B], the finding of each.
+    Images and texts [B, P] are of length 1; their cosines are multiplied by `scale`.
     """
     logits = scale * images @ texts.T  # [B, B]
     target = (labels[:, None] == labels).float()
@@ -157,7 +129,7 @@ def measure(
         nearest = (encoder.encode_images(copies)[0] @ pool.T).argmax(1)
         report["copies_found"][name] = round((nearest == own).float().mean().item(), 4)
 
-    labels = torch.tensor(numbered(val_rows, {}))
+    labels = torch.tensor(numbered(val_rows))
     cosines = (features @ features.T).fill_diagonal_(-1)
     same = labels[cosines.topk(min(5, len(labels)), dim=1).indices] == labels[:, None]
     report["same_finding_among_5_nearest"] = round(same.float().mean().item(), 4)
@@ -167,8 +139,9 @@ def measure(
     return report
 
 
-def numbered(rows: list[dict], numbers: dict[tuple[str, str], int]) -> list[int]:
-    """The number of each row's modality and finding; those that are not in `numbers` yet come last."""
+def numbered(rows: list[dict]) -> list[int]:
+    """The number of each row's modality and finding, in the order in which they come."""
+    numbers: dict[tuple[str, str], int] = {}
     return [numbers.setdefault(class_of(row), len(numbers)) for row in rows]
 
 
@@ -195,11 +168,10 @@ class Trainer:
         self.read_data()
         self.batch = min(config.train_batch_size, len(self.images))
         model = Reader(make_model(config, self.tokenizer)).to(run.device)
-        self.average, optimizer, _ = prepare_training(
-            model, config.max_train_steps, config.learning_rate, config.adam_weight_decay, config.ema_decay
-        )
-        self.reader, self.model = model, run.accelerator.prepare(model)
-        self.optimizer = run.accelerator.prepare(optimizer)
+        rates = config.learning_rate, config.adam_weight_decay, config.ema_decay
+        self.average, optimizer, _ = prepare_training(model, config.max_train_steps, *rates)
+        self.reader = model
+        self.model, self.optimizer = run.accelerator.prepare(model, optimizer)
         if config.compile:
             model.compile(dynamic=False)
         run.begin(self.average)
@@ -207,24 +179,17 @@ class Trainer:
 
     def read_data(self) -> None:
         config, device = self.config, self.run.device
-        know_modalities(config)
-        require = ("path", "Text", "modality", "finding")
-        rows, self.val_rows = read_splits(config.train_data, require=require, **config.csv_options)
-        self.rows = rows = [row for row in rows if config.part in ("all", row.get("part"))]
+        rows, self.val_rows = read_findings(config)
+        self.rows = rows = of_part(rows, config.part)
         if not rows or not self.val_rows:
-            raise ValueError(
-                f"{config.train_data} holds {len(rows)} train rows of part {config.part!r}, {len(self.val_rows)} of"
-                " val."
-            )
-        train_paths, val_paths = (image_paths(some, config.train_data) for some in (rows, self.val_rows))
-        tell_repeats(config.train_data, train_paths, val_paths)
+            found = f"{len(rows)} train rows of part {config.part!r}, {len(self.val_rows)} of val"
+            raise ValueError(f"{config.train_data} holds {found}.")
+        tell_repeats(config.train_data, rows, self.val_rows)
         if not config.no_mirror:
             sides = sum(names_a_side(row["Text"]) for row in rows)
-            say(
-                f"{config.train_data}: all {len(rows)} images may be mirrored; {sides} of them have captions with a"
-                " side."
-            )
-        self.labels = torch.tensor(numbered(rows, {}), device=device)
+            told = f"all {len(rows)} images may be mirrored; {sides} of them have captions with a side"
+            say(f"{config.train_data}: {told}.")
+        self.labels = torch.tensor(numbered(rows), device=device)
         self.grey = torch.tensor([resolve_modality(row["modality"]).grey for row in rows], device=device)
         self.tokenizer = CLIPTokenizer.from_pretrained(config.tokenizer)
         captions = load_captions(config.captions)
@@ -242,10 +207,7 @@ class Trainer:
         mirror = torch.full((self.batch,), not config.no_mirror, device=run.device)
         views = torch.cat([augment(x, config.resolution, mirror, self.grey[index], g) for _ in range(2)])
         variant = torch.randint(self.ids.shape[1], (self.batch,), device=run.device, generator=g)
-        rate = run.schedule.learning_rate(config.learning_rate, config.lr_warmup_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
+        run.schedule.set_learning_rates(self.optimizer, [config.learning_rate] * 2, config.lr_warmup_steps)
         pooled, seen, read, scale = self.model(views, self.ids[index, variant])
         about = text_loss(seen, read.repeat(2, 1), scale, self.labels[index].repeat(2))
         first, second = pooled.chunk(2)

@@ -15,7 +15,7 @@ from ..licenses import license_of
 from ..loading import load_with_unet, unet_folder
 from ..tokens import add_modality_tokens, modality_tokens
 from .config import Count, Options, Share, Weight, Whole, option
-from .filter.inheritance import inherited_filter
+from .filter.heads import inherited_filter
 
 
 # The text reaches the U-Net by cross-attention and, pooled, by the time embedding (`addition_embed_type`): at this
@@ -41,17 +41,13 @@ SAMPLING = dict(num_inference_steps=20, guidance_scale=3.0, guidance_rescale=0.0
 class ModelOptions(Options):
     """What is trained, and the settings that the pipeline samples with by default."""
 
-    pretrained_model_name_or_path: str | None = option(
-        None, "Start from this pipeline: SD-1.x, SD-2.x or a MinimPipeline."
-    )
+    pretrained_model_name_or_path: str | None = option(None, "Start from this pipeline: SD-1.x, SD-2.x or minim's.")
     preset: Literal["minim-256", "tiny"] | None = option(None, "Shape of a new U-Net; needs --vae and --text_encoder.")
     layers_per_block: Count | None = option(None, "Of a new U-Net; the preset's is 1: 27 M parameters, 2 makes 40 M.")
     dropout: Share | None = option(None, "Of a new U-Net; default: the preset's.")
     vae: str | None = option(None, "Folder of a trained autoencoder (train_autoencoder.py).")
     text_encoder: str | None = option(None, "Folder with `tokenizer` and `text_encoder` (train_text_encoder.py).")
-    unet: str | None = option(
-        None, "Start from this U-Net, such as MINIM's checkpoint/unet, in the pretrained pipeline's place."
-    )
+    unet: str | None = option(None, "Start from this U-Net, such as MINIM's checkpoint/unet, not the pipeline's own.")
     lora_rank: Whole = option(0, "Train a LoRA of this rank instead of the U-Net.")
     prediction_type: Literal["epsilon", "v_prediction"] | None = option(None, "New models: v_prediction.")
     num_inference_steps: Count | None = option(None, "Default, as for the next three: the base's, or 20.")
@@ -85,21 +81,13 @@ class ModelOptions(Options):
 
 @dataclass
 class Trainee:
-    """A pipeline to be trained.
+    """A pipeline to be trained."""
 
-    Args:
-        pipe: without a filter head, as what is sampled while it trains is the U-Net alone.
-        new_tokens: ids of the modalities' tokens that the base does not have.
-        filter_head: what `pipe` gets back at the end.
-        message: what becomes of the base's filter head; empty where it has none.
-        lora: whether a LoRA is trained instead of the U-Net.
-    """
-
-    pipe: MinimPipeline
-    new_tokens: list[int]
-    filter_head: FilterHead | None
-    message: str
-    lora: bool
+    pipe: MinimPipeline  # without a filter head, as what is sampled while it trains is the U-Net alone
+    new_tokens: list[int]  # ids of the modalities' tokens that the base does not have
+    filter_head: FilterHead | None  # what `pipe` gets back at the end
+    message: str  # what becomes of the base's filter head; empty where it has none
+    lora: bool  # whether a LoRA is trained instead of the U-Net
 
     def save_weights(self, folder: Path) -> None:
         """Writes the trained parts, the text encoder among them, as the function of this name does."""
@@ -124,16 +112,21 @@ def build_pipeline(
 ) -> Trainee:
     """The pipeline to train: loaded, with tokens added for modalities that it does not know, or new.
 
-    Args:
-        resolution: of the images, in pixels.
-        modalities: ids of what it learns.
-        findings: of each of them.
+    It learns `findings` of each of `modalities`, by their ids, from images of `resolution` pixels.
 
     Raises:
         ValueError: the base was trained for another prediction type than the one asked for.
     """
-    source = options.pretrained_model_name_or_path
-    base = load_base(source, options) if source else new_pipeline(options, resolution, modalities)
+    source, asked_type = options.pretrained_model_name_or_path, options.prediction_type
+    if source is None:
+        base = new_pipeline(options, resolution, modalities)
+    elif options.unet:
+        base = load_with_unet(source, options.unet, bare=False)
+    else:
+        base = MinimPipeline.from_pretrained(source)
+    learned = base.scheduler.config.prediction_type
+    if asked_type not in (None, learned):
+        raise ValueError(f"{source} was trained for {learned!r}, --prediction_type asks for {asked_type!r}.")
     modalities = list(dict.fromkeys([*(base.config.modalities or []), *modalities]))
     known = base.config.findings or {}
     findings = {m: list(dict.fromkeys([*known.get(m, []), *findings.get(m, [])])) for m in modalities}
@@ -155,19 +148,6 @@ def build_pipeline(
     return Trainee(pipe, new_tokens, filter_head, message, bool(options.lora_rank))
 
 
-def load_base(source: str, options: ModelOptions) -> MinimPipeline:
-    if options.unet:
-        base = load_with_unet(source, options.unet, bare=False)
-    else:
-        base = MinimPipeline.from_pretrained(source)
-    learned = base.scheduler.config.prediction_type
-    if options.prediction_type not in (None, learned):
-        raise ValueError(
-            f"{source} was trained for {learned!r}, --prediction_type asks for {options.prediction_type!r}."
-        )
-    return base
-
-
 def new_pipeline(options: ModelOptions, resolution: int, modalities: list[str]) -> MinimPipeline:
     """A new U-Net of the preset's shape between a trained autoencoder and a trained text encoder."""
     vae_folder, text_folder = str(options.vae), str(options.text_encoder)
@@ -181,10 +161,9 @@ def new_pipeline(options: ModelOptions, resolution: int, modalities: list[str]) 
         **(PRESETS[str(options.preset)] | options.unet_options),
     )
     prediction_type = options.prediction_type or "v_prediction"
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = DPMSolverMultistepScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
+        **betas,
         prediction_type=prediction_type,
         # Epsilon says nothing of the image where there is nothing but noise.
         rescale_betas_zero_snr=prediction_type == "v_prediction",
@@ -215,9 +194,7 @@ def add_lora(unet: UNet2DConditionModel, rank: int) -> None:
 def save_weights(pipe: MinimPipeline, lora: bool, folder: Path, text_encoder: bool = False) -> None:
     """Writes trained parts of a pipeline, finite and whole, or not at all.
 
-    Args:
-        lora: instead of the U-Net, what was trained beside it, and the tokens that it was trained with.
-        text_encoder: write it, too.
+    With `lora` not the U-Net, but what was trained beside it, and the tokens that it was trained with.
     """
     check_weights(pipe.unet)
     check_weights(pipe.text_encoder)

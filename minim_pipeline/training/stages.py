@@ -17,17 +17,11 @@ from .config import HubOptions
 class Stages:
     """Which stages of a run are finished: in `stages.json`, with the options and what else has to stay the same.
 
-    A stage is written whole or not at all by whoever does it, so one that was stopped can be begun again.
-
-    Args:
-        config: of the run, which has its folder locked.
-        may_change: options that may differ when it goes on.
-
-    Attributes:
-        minutes: of each finished stage, all its attempts together; of one that was killed outright, the last alone.
+    A stage is written whole or not at all by whoever does it, so one that was stopped can be begun again. `minutes`
+    are those of each finished one, all its attempts together; of one that was killed outright, the last alone.
 
     Raises:
-        ValueError: the folder holds a run with other options.
+        ValueError: the folder, which the run has locked, holds one whose options differ in more than `may_change`.
     """
 
     def __init__(self, config: HubOptions, may_change: Collection[str]):

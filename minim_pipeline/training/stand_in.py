@@ -10,15 +10,15 @@ from ..data.image_loading import load_images
 from ..data.splits import read_split
 from ..evaluation.classifier import Recipe, make_resnet, train_classifier
 from ..evaluation.judges import Judges, class_of, load_judges
-from ..evaluation.sampling import draw_images
+from ..evaluation.sampling import batches, bytes_of, decode_latents, draw_images
 from ..evaluation.stand_in import FOLDS, StandIn, realism_of
 from ..files import write_report
 from ..locking import locked
 from . import classifier
-from .config import Count, CsvOptions, HubOptions, Precision, Whole, option
+from .config import Count, CsvOptions, HubOptions, PrecisionOptions, Whole, option
 from .filter.report import auroc
 from .hub import check_hub, push_parts
-from .rows import know_modalities
+from .rows import FINDINGS, know_modalities
 
 
 KINDS = [("any", "generated"), ("any", "real")]
@@ -26,7 +26,7 @@ FEWEST = 8  # real images of a finding, for a scale of its own; below, that of t
 
 
 @dataclass(kw_only=True)
-class StandInConfig(CsvOptions, HubOptions):
+class StandInConfig(CsvOptions, HubOptions, PrecisionOptions):
     """Options of the stand-in's training."""
 
     pretrained_model_name_or_path: str = option(str(EMBEDDED_CHECKPOINT), "What is judged.")
@@ -38,36 +38,18 @@ class StandInConfig(CsvOptions, HubOptions):
     min_train: Count = option(20, "Findings with fewer train images are left out.")
     min_val: Whole = option(9, "Findings with fewer val images are left out.")
     batch_size: Count = 128
-    mixed_precision: Precision = "no"
-    seed: Whole = 0
 
     @property
     def classifier(self) -> classifier.ClassifierConfig:
         """Of the classifier of findings, in `findings/`."""
         shared = ["train_data", "modality", "image_root", "modalities_from", "no_mirror", "fit", "window", "width"]
         shared += ["min_train", "min_val", "mixed_precision", "seed"]
-        return classifier.ClassifierConfig(
-            **self.values(*shared),
-            output_dir=str(self.output / "findings"),
-            part=[self.part],
-            architectures=["resnet"],
-            max_train_steps=self.classifier_steps,
-        )
+        options = self.values(*shared) | {"part": [self.part], "max_train_steps": self.classifier_steps}
+        output_dir = str(self.output / "findings")
+        return classifier.ClassifierConfig(output_dir=output_dir, architectures=["resnet"], **options)
 
 
 @torch.no_grad()
-def through_the_autoencoder(
-    pipe: MinimPipeline, rows: list[dict], images: torch.Tensor, batch_size: int
-) -> torch.Tensor:
-    """Images uint8 [N, 3, H, W] as the pipeline would deliver them."""
-    result = []
-    for part in torch.arange(len(images)).split(batch_size):
-        latents = pipe.encode_images(images[part].to(pipe.device) / 127.5 - 1)
-        decoded = pipe.decode_latents(latents, [resolve_modality(rows[i]["modality"]) for i in part.tolist()])
-        result.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
-    return torch.cat(result)
-
-
 def real_and_drawn(
     config: StandInConfig, rows: list[dict], device: torch.device
 ) -> tuple[list[dict], torch.Tensor, torch.Tensor]:
@@ -76,13 +58,16 @@ def real_and_drawn(
     pipe.set_progress_bar_config(disable=True)
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     images = load_images(rows, config.train_data, size, reading=config.reading)
-    real = through_the_autoencoder(pipe, rows, images, config.batch_size)
+    real = []
+    for batch in batches(len(images), config.batch_size):  # through the autoencoder, as the pipeline delivers them
+        latents = pipe.encode_images(images[batch].to(device) / 127.5 - 1)
+        real.append(bytes_of(decode_latents(pipe, latents, [row["modality"] for row in rows[batch]])))
     asked = [row for row in rows for _ in range(config.images_per_caption)]
     seeds = [(config.seed + 1) * 10**8 + i for i in range(len(asked))]
     prompts, modalities = [row["Text"] for row in asked], [row["modality"] for row in asked]
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
         drawn = draw_images(pipe, prompts, modalities, seeds, config.batch_size)
-    return rows + asked, torch.cat([real, drawn]), torch.tensor([1] * len(real) + [0] * len(drawn))
+    return rows + asked, torch.cat([*real, drawn]), torch.tensor([1] * len(rows) + [0] * len(drawn))
 
 
 def folds_of(rows: list[dict], seed: int) -> torch.Tensor:
@@ -102,8 +87,7 @@ def train_realism(
     fold = folds_of(rows, config.seed)
     kinds = [resolve_modality(row["modality"]) for row in rows]
     names = list(dict.fromkeys(kind.id for kind in kinds))
-    bf16 = config.mixed_precision == "bf16"
-    recipe = Recipe(max_train_steps=config.realism_steps, mix=0.0, seed=config.seed, bf16=bf16)
+    recipe = Recipe(max_train_steps=config.realism_steps, mix=0.0, seed=config.seed, bf16=config.bf16)
     flip = torch.tensor([kind.flip and not config.no_mirror for kind in kinds], device=device)
     grey = torch.tensor([kind.grey for kind in kinds], device=device)
     origin = torch.tensor([names.index(kind.id) for kind in kinds], device=device)
@@ -111,16 +95,9 @@ def train_realism(
     for k in range(FOLDS):
         part = (fold != k).nonzero()[:, 0]
         torch.manual_seed(config.seed)
-        model = train_classifier(
-            make_resnet(2, config.width // 2),
-            images[part].to(device),
-            label[part].to(device),
-            flip[part],
-            grey[part],
-            recipe,
-            f"realism {k + 1} of {FOLDS}",
-            origin=origin[part],
-        )
+        learned = images[part].to(device), label[part].to(device), flip[part], grey[part]
+        name = f"realism {k + 1} of {FOLDS}"
+        model = train_classifier(make_resnet(2, config.width // 2), *learned, recipe, name, origin[part])
         judges.append(Judges({"resnet": model}, KINDS, recipe.resolution))
         realism[fold == k] = realism_of(judges[k], images[fold == k])
         scale: dict[str, list[float]] = {}
@@ -140,15 +117,13 @@ def train(config: StandInConfig) -> dict:
     """Trains a stand-in, writes it to `--output_dir` as `StandIn` reads it, and gives the report.
 
     Raises:
-        ValueError: there are no train rows of this part; another run has the folder; or the result could not be
-            published.
+        ValueError: no train rows of this part; another run has the folder; or the result could not be published.
     """
     check_hub(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     know_modalities(config)
     with locked(config.output):
-        require = ("path", "Text", "modality", "finding", "part")
-        rows = read_split(config.train_data, "train", require=require, **config.csv_options)
+        rows = read_split(config.train_data, "train", require=(*FINDINGS, "part"), **config.csv_options)
         rows = [row for row in rows if row["part"] == config.part]
         if not rows:
             raise ValueError(f"{config.train_data} has no train rows of part {config.part!r}.")

@@ -19,7 +19,7 @@ from functools import partial
 
 from .hub import push_parts, push_pipeline
 from .pipeline import build_pipeline
-from .replay import Rows
+from .rows import Rows
 from .run import Run
 from .unet.batches import Batches
 from .unet.config import TextToImageConfig

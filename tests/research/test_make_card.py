@@ -10,7 +10,7 @@ from conftest import ROOT
 from huggingface_hub import ModelCard
 
 from minim_pipeline import EMBEDDED_CHECKPOINT
-from minim_pipeline.publishing import gather_reports
+from minim_pipeline.publishing.reports import gather_reports
 
 
 # Numbers that are no results, and what they are.

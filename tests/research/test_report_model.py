@@ -168,3 +168,5 @@ def test_benchmark_of_sampling_runs(pipeline_dir, capsys):
     result = module.main([*arguments, "--no_compile"])
     assert result["eager_images_per_second"] > 0
     assert json.loads(capsys.readouterr().out) == result
+    with pytest.raises(ValueError, match="has no filter head"):
+        module.main([*arguments, "--filter"])

@@ -19,7 +19,7 @@ from minim_pipeline.licenses import license_of
 from minim_pipeline.publishing.card import license_note, read_card, write_card
 from minim_pipeline.publishing.upload import staged
 from minim_pipeline.training.preference.config import PreferenceConfig
-from minim_pipeline.training.preference.replay import Replay
+from minim_pipeline.training.preference.sampling import Replay
 from minim_pipeline.training.text_to_image import TextToImageConfig
 
 
@@ -107,7 +107,7 @@ def test_a_filter_that_does_not_fit_any_more_is_left_out_and_told(base, tmp_path
 def test_images_that_generate_wrote_are_replayed_by_preference_training_too(base, drawn, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "minim_pipeline.training.preference.replay.Latents.encode",
+        "minim_pipeline.training.preference.sampling.Latents.encode",
         lambda run, vae, data, rows, *more: seen.extend(rows),
     )
     config = PreferenceConfig(

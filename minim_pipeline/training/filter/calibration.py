@@ -10,11 +10,15 @@ one, within the cost allowed (--most_cost). Fingerprints are made of all images 
 import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
 from accelerate import Accelerator
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from ... import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline, resolve_modality
 from ...data.image_loading import load_images
@@ -25,20 +29,17 @@ from ...evaluation.judges import claimed_classes, class_of, finds_asked, load_ju
 from ...files import write_report
 from ...locking import locked
 from ...minim_filter.selection import Thresholds
-from ..config import Count, CsvOptions, HubOptions, Precision, Range, Share, Whole, option
+from ..config import Count, CsvOptions, HubOptions, PrecisionOptions, Range, Share, Whole, option
 from ..hub import check_hub, push_parts
-from ..rows import image_paths, know_modalities, tell_repeats
-from .candidates import draw_candidates
-from .copies import fingerprints, fit_code, plant, pooled_features, veto_report
-from .curves import acceptance_curves, noise_curves
+from ..rows import FINDINGS, know_modalities, of_part, tell_repeats
+from .candidates import choose_stages, draw_candidates, foretelling, threshold
+from .copies import fingerprints, fit_code, plant, pooled_features, share, veto_report
 from .data import versions
 from .raters import learned_from
-from .stages import choose_stages, foretelling
-from .thresholds import threshold
 
 
 @dataclass(kw_only=True)
-class CalibrationConfig(CsvOptions, HubOptions):
+class CalibrationConfig(CsvOptions, HubOptions, PrecisionOptions):
     """Options of a filter head's calibration."""
 
     filter_head: str = option(help="A trained head, as train_filter.py writes it.")
@@ -57,14 +58,10 @@ class CalibrationConfig(CsvOptions, HubOptions):
     most_cost: Annotated[float, Range(1, 99)] = option(
         1.95, "Of a returned image, in plain images by samples of the U-Net; in seconds it is some 3 % more."
     )
-    copy_false_alarms: Share = option(
-        0.05, "Share of val images that may pass for copies: some of them are, as data sets repeat patients."
-    )
+    copy_false_alarms: Share = option(0.05, "Share of val images that may pass for copies: data sets repeat patients.")
     code_bits: Count = option(224, "Of a fingerprint, a multiple of 8.")
     code_versions: Count = option(6, "Of each image, for the code to learn from.")
     batch_size: Count = 64
-    mixed_precision: Precision = "no"
-    seed: Whole = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,19 +72,15 @@ class CalibrationConfig(CsvOptions, HubOptions):
         if self.code_bits % 8:
             raise ValueError(f"--code_bits has to be a positive multiple of 8, got {self.code_bits}.")
 
-    @property
-    def bf16(self) -> bool:
-        return self.mixed_precision == "bf16"
-
 
 def plan_prompts(rows: list[dict], count: int, candidates: int, seed: int) -> list[dict]:
     """`count` rows of each modality, findings in turn, each as often as it has candidates; with a `seed` each."""
     planned = []
     for modality in dict.fromkeys(class_of(row)[0] for row in rows):
         own = [row for row in rows if class_of(row)[0] == modality]
-        findings = list(dict.fromkeys(row["finding"] for row in own))
-        queues = {f: itertools.cycle([row for row in own if row["finding"] == f]) for f in findings}
-        planned += [next(queues[findings[i % len(findings)]]) for i in range(count)]
+        findings = dict.fromkeys(row["finding"] for row in own)
+        queues = [itertools.cycle([row for row in own if row["finding"] == f]) for f in findings]
+        planned += [next(queues[i % len(queues)]) for i in range(count)]
     first = (seed + 1) * 10**9
     return [row | {"seed": first + i * candidates + j} for i, row in enumerate(planned) for j in range(candidates)]
 
@@ -116,13 +109,11 @@ class Calibration:
         """
         config, source = self.config, self.config.train_data
         know_modalities(config)
-        require = ("path", "Text", "modality", "finding")
-        every = assign_splits(read_csv(source, require=require, **config.csv_options), source)
-        self.train_rows, self.val_rows = (
-            [row for row in every if row["split"] == split] for split in ("train", "val")
-        )
-        tell_repeats(source, image_paths(self.train_rows, source), image_paths(self.val_rows, source))
-        rows = [row for row in self.train_rows if config.part in ("all", row.get("part"))]
+        every = assign_splits(read_csv(source, require=FINDINGS, **config.csv_options), source)
+        self.train_rows = [row for row in every if row["split"] == "train"]
+        self.val_rows = [row for row in every if row["split"] == "val"]
+        tell_repeats(source, self.train_rows, self.val_rows)
+        rows = of_part(self.train_rows, config.part)
         if not rows:
             raise ValueError(f"{source} has no train rows of part {config.part!r}.")
         least = config.min_train, config.min_val if self.val_rows else 0
@@ -139,14 +130,13 @@ class Calibration:
         config = self.config
         planned = plan_prompts(self.rows, config.prompts_per_modality, config.candidates, config.seed)
         self.modalities = [class_of(row)[0] for row in planned]
-        texts, seeds = [row["Text"] for row in planned], [row["seed"] for row in planned]
+        texts, findings, seeds = ([row[name] for row in planned] for name in ("Text", "finding", "seed"))
         self.drawn = draw_candidates(self.pipe, texts, self.modalities, seeds, config.batch_size, config.bf16)
         self.right = self.known = None
         if self.teacher is not None:
-            probabilities, findings = self.teacher.judge(self.drawn.images), [row["finding"] for row in planned]
-            found = finds_asked(probabilities, self.teacher.classes, self.modalities, findings)
-            self.right = torch.from_numpy(found)
-            self.known = torch.tensor([class_of(row) in self.teacher.classes for row in planned])
+            probabilities, classes = self.teacher.judge(self.drawn.images), self.teacher.classes
+            self.right = torch.from_numpy(finds_asked(probabilities, classes, self.modalities, findings))
+            self.known = torch.tensor([class_of(row) in classes for row in planned])
 
     def choose_thresholds(self) -> tuple[dict[str, float], dict[str, dict]]:
         """The least score of each modality, and what it accepts of the drawn images."""
@@ -165,10 +155,9 @@ class Calibration:
                 least = min(least, self.head.config.enough[1])
             passed = (score >= least) & (finding >= config.finding_floor)
             thresholds[name] = least
-            figures[name] = {"n": int(own.sum()), "accepted": round(passed[own].double().mean().item(), 4)}
+            figures[name] = {"n": int(own.sum()), "accepted": share(passed[own])}
             if right is not None and known is not None and (own := own & known).any():
-                figures[name] |= {"right": round(right[own].double().mean().item(), 4)}
-                figures[name] |= {"right_of_accepted": round(right[own & passed].double().mean().item(), 4)}
+                figures[name] |= {"right": share(right[own]), "right_of_accepted": share(right[own & passed])}
         return thresholds, figures
 
     def learn_copies(self) -> tuple[dict[str, int], dict]:
@@ -188,15 +177,10 @@ class Calibration:
             return {}, {}
         val_images = load_images(self.val_rows, config.train_data, resolution, reading=config.reading)
         some = unseen[:: max(1, len(unseen) // 500)]
-        return veto_report(
-            code,
-            known,
-            pooled_features(head, pipe, val_images, config.bf16),
-            [class_of(row)[0] for row in self.val_rows],
-            {name: pooled_features(head, pipe, x, config.bf16) for name, x in plant(images[some]).items()},
-            [class_of(rows[i])[0] for i in some],
-            config.copy_false_alarms,
-        )
+        val = pooled_features(head, pipe, val_images, config.bf16)
+        of_val, of_some = [class_of(row)[0] for row in self.val_rows], [class_of(rows[i])[0] for i in some]
+        copies = {name: pooled_features(head, pipe, x, config.bf16) for name, x in plant(images[some]).items()}
+        return veto_report(code, known, val, of_val, copies, of_some, config.copy_false_alarms)
 
     def run(self) -> dict:
         """Draws, chooses, and writes head, pictures and report, which it returns."""
@@ -222,11 +206,50 @@ class Calibration:
         return report
 
 
-def calibrate(config: CalibrationConfig) -> dict:
-    """Calibrates a head; writes `filter_head/`, `report.json`, `acceptance.png` and `noise.png` to `--output_dir`.
+def acceptance_curves(
+    score: torch.Tensor, finding: torch.Tensor, modalities: list[str], calibration: dict[str, dict], path: Path
+) -> None:
+    """Share of N finished images accepted against the score asked for, a line for each modality."""
+    figure, axes = new_figure()
+    asked = torch.linspace(1, 3, 201)
+    for i, (name, thresholds) in enumerate(calibration.items()):
+        own = torch.tensor([m == name for m in modalities])
+        able = score[own].masked_fill(finding[own] < thresholds["finding"], 0)
 
-    Returns:
-        The report.
+        def percent(least: float | torch.Tensor, able: torch.Tensor = able) -> float:
+            return (able >= least).double().mean().item() * 100
+
+        axes.plot(asked, [percent(s) for s in asked], color=f"C{i}", label=resolve_modality(name).name)
+        axes.plot([thresholds["score"]], [percent(thresholds["score"])], "o", color=f"C{i}")
+    axes.set(xlabel="score asked for (1 to 3)", ylabel="generated images accepted (%)", xlim=(1, 3), ylim=(0, 100))
+    axes.legend(title="modality; dots: thresholds")
+    figure.savefig(path, dpi=120)
+
+
+def noise_curves(table: list[dict], stages: Sequence[tuple[float, float]], path: Path) -> None:
+    """How well scores foretell (`foretelling`), against the noise level; where candidates are dropped."""
+    figure, axes = new_figure()
+    for name, label in (("final_score", "final score above its median"), ("right_finding", "finding read as right")):
+        if name in table[0]:
+            points = [(row["level"], row[name]) for row in table if 0 < row["level"] < 1e3]
+            axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
+    for i, (level, _) in enumerate(stages):
+        axes.axvline(level, color="0.5", linestyle=":", label=None if i else "candidates are dropped")
+    axes.set(xscale="log", xlabel="noise level (sigma / alpha)", ylabel="AUROC of the score at that level")
+    axes.invert_xaxis()
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def new_figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.2)
+    return figure, axes
+
+
+def calibrate(config: CalibrationConfig) -> dict:
+    """Calibrates a head; writes `filter_head/`, the report that it returns, `acceptance.png` and `noise.png`.
 
     Raises:
         ValueError: there is nothing to draw; no threshold or plan is as asked for; or another run has the folder.

@@ -21,9 +21,7 @@ class FilterConfig(DataOptions, RunOptions):
     block_out_channels: list[Count] = option([80, 144], "Two, of a head from scratch.")
 
     part: str = option("A", "Rows of the train split with this `part`; 'all' takes every row.")
-    ratings: str | None = option(
-        None, "CSV with path,Text,modality,rating[,rater,part,group]: people's grades of quality, 1 to 3."
-    )
+    ratings: str | None = option(None, "CSV of quality, 1 to 3: path,Text,modality,rating[,rater,part,group].")
     captions: str | None = option(None, "JSON with phrasings of every finding; default: the package's own.")
     caption_variants: Count = option(16, "Phrasings of every caption.")
     latent_variants: Count = option(8, "Augmented versions of every image.")

@@ -14,7 +14,7 @@ def pooled_features(head: FilterHead, pipe: MinimPipeline, images: torch.Tensor,
     pooled = []
     hook = head.norm.register_forward_hook(lambda norm, given, made: pooled.append(made.cpu()))
     try:
-        for part in encode(pipe.vae, images, bf16).split(128):
+        for part in encode(pipe, images, bf16).split(128):
             x = part.to(head.device).float()
             head.encode_image(x, x, x.new_zeros(len(x)))
     finally:
@@ -81,13 +81,12 @@ def veto_report(
     planted_modalities: list[str],
     false_alarms: float,
 ) -> tuple[dict[str, int], dict]:
-    """Limits by modality, and how many copies they miss.
+    """Limits by modality, within which a share `false_alarms` of `val` lies, and how many copies they miss.
 
     Args:
         known: fingerprints of the training images.
         val: features [N, F] of images that are no copies, but for what a data set repeats.
         planted: features [M, F] of copies, by name; of images that neither head nor code has learned from.
-        false_alarms: share of `val` within the limit.
     """
     with torch.no_grad():
         strangers = distances(code(val), known)
@@ -96,24 +95,25 @@ def veto_report(
     for modality in dict.fromkeys(val_modalities):
         own = torch.tensor([m == modality for m in val_modalities])
         limits[modality] = copy_limit(strangers[own], false_alarms)
+    limit_of_val = torch.tensor([limits[m] for m in val_modalities])
+    beyond = {name: d > torch.tensor([limits.get(m, -1) for m in planted_modalities]) for name, d in copies.items()}
+    for modality in limits:
         own = torch.tensor([m == modality for m in planted_modalities])
-        missed[modality] = {
-            name: round((d[own] > limits[modality]).double().mean().item(), 4)
-            for name, d in copies.items()
-            if own.any()
-        }
-    limit = {"val": [limits[m] for m in val_modalities], "planted": [limits.get(m, -1) for m in planted_modalities]}
+        missed[modality] = {name: share(far[own]) for name, far in beyond.items() if own.any()}
     report = {
         "n": len(planted_modalities),
         "bytes": known.numel(),
-        "false_alarms_val": round((strangers <= torch.tensor(limit["val"])).double().mean().item(), 4),
-        "missed": {
-            name: round((d > torch.tensor(limit["planted"])).double().mean().item(), 4) for name, d in copies.items()
-        },
+        "false_alarms_val": share(strangers <= limit_of_val),
+        "missed": {name: share(far) for name, far in beyond.items()},
         "missed_by_modality": missed,
         "median_distance": {"val": strangers.median().item()} | {n: d.median().item() for n, d in copies.items()},
     }
     return limits, report
+
+
+def share(flags: torch.Tensor) -> float:
+    """How many of bool [N] are true."""
+    return round(flags.double().mean().item(), 4)
 
 
 def fingerprints(code: nn.Linear, features: torch.Tensor) -> torch.Tensor:

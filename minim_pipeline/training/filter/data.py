@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from ... import MinimPipeline
@@ -20,7 +19,7 @@ from ..randomness import step_generator
 from ..rows import mirrored, tell_mirrored
 from . import rubric
 from .config import FilterConfig
-from .trajectories import Trajectories, draw_trajectories
+from .estimates import Trajectories, draw_trajectories
 
 
 KINDS = ("real", "real, damaged", "generated", "generated, damaged")
@@ -28,23 +27,14 @@ KINDS = ("real", "real, damaged", "generated", "generated, damaged")
 
 @dataclass
 class Pool:
-    """Clean latents and what is known of them.
+    """Clean latents and what is known of them."""
 
-    Args:
-        latents: half [P, C, h, w], scaled as the U-Net takes them.
-        quality: int64 [P], 1 to 3; 0 where it is not known.
-        shows: [P, K], the probability of each class; zeros where nothing can be seen.
-        readable: bool [P], whether the finding's grade is known.
-        kind: int64 [P], index into `KINDS`.
-        modality: int64 [P], index into the modalities.
-    """
-
-    latents: torch.Tensor
-    quality: torch.Tensor
-    shows: torch.Tensor
-    readable: torch.Tensor
-    kind: torch.Tensor
-    modality: torch.Tensor
+    latents: torch.Tensor  # half [P, C, h, w], scaled as the U-Net takes them
+    quality: torch.Tensor  # int64 [P], 1 to 3; 0 where it is not known
+    shows: torch.Tensor  # [P, K], the probability of each class; zeros where nothing can be seen
+    readable: torch.Tensor  # bool [P], whether the finding's grade is known
+    kind: torch.Tensor  # int64 [P], index into `KINDS`
+    modality: torch.Tensor  # int64 [P], index into the modalities
 
     def weights(self) -> torch.Tensor:
         """How often each is drawn: every kind of every modality alike, damaged ones as the rubric says."""
@@ -56,23 +46,20 @@ class Pool:
 
 @dataclass
 class Drawn:
-    """Trajectories and what came of them: the sampler's quality [N], classes shown [N, K], the row of the caption."""
+    """Trajectories and what came of them."""
 
     trajectories: Trajectories
-    quality: torch.Tensor
-    shows: torch.Tensor
-    row: torch.Tensor
+    quality: torch.Tensor  # int64 [N], of the sampler
+    shows: torch.Tensor  # [N, K], the probability of each class
+    row: torch.Tensor  # int64 [N], of the caption
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: torch.Tensor, bf16: bool, batch_size: int = 64) -> torch.Tensor:
-    """Latents, half [N, C, h, w] on the CPU, of images uint8 [N, 3, H, W]."""
-    latents = []
-    for part in tqdm(images.split(batch_size), "encoding", mininterval=2):
-        x = part.to(vae.device).float() / 127.5 - 1
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            mean = vae.encode(x).latent_dist.mean.float()
-        latents.append(((mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).half().cpu())
+def encode(pipe: MinimPipeline, images: torch.Tensor, bf16: bool, batch_size: int = 64) -> torch.Tensor:
+    """Latents, half [N, C, h, w] on the CPU, scaled as the U-Net takes them, of images uint8 [N, 3, H, W]."""
+    parts = tqdm(images.split(batch_size), "encoding", mininterval=2)
+    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
+        latents = [pipe.encode_images(x.to(pipe.device).float() / 127.5 - 1).half().cpu() for x in parts]
     return torch.cat(latents)
 
 
@@ -80,12 +67,10 @@ def versions(
     rows: list[dict], images: torch.Tensor, count: int, seed: int, device: torch.device, no_mirror: bool = False
 ) -> torch.Tensor:
     """`count` mildly changed versions of images uint8 [N, 3, H, W], the first unchanged: [N * count, 3, H, W]."""
-    may_mirror = torch.tensor(mirrored(rows, no_mirror))
-    g = step_generator(seed, 1, 0, device)
-    result = []
-    for part in torch.arange(len(rows)).split(64):
-        x = images[part].to(device).float() / 255
-        mirror = may_mirror[part].to(device)
+    may_mirror = torch.tensor(mirrored(rows, no_mirror), device=device)
+    g, result = step_generator(seed, 1, 0, device), []
+    for x, mirror in zip(images.split(64), may_mirror.split(64), strict=True):
+        x = x.to(device).float() / 255
         made = [x] + [augment(x, mirror, v, g) for v in range(1, count)]
         result.append((torch.stack(made, 1).flatten(0, 1) * 255).round().to(torch.uint8).cpu())
     return torch.cat(result)
@@ -104,15 +89,14 @@ def draw(
     pipe: MinimPipeline, teacher: Judges, rows: list[dict], classes: list[tuple[str, str]], config: FilterConfig
 ) -> Drawn:
     """Draws `drawn_images` trajectories with the rubric's samplers, and has the teacher say what came of them."""
-    generator = random.Random(config.seed)
+    generator, total_weight = random.Random(config.seed), sum(sampler.weight for sampler in rubric.SAMPLERS)
+    sizes = config.draw_batch_size, config.trajectory_steps
     parts, quality, chosen = [], [], []
     for i, sampler in enumerate(rubric.SAMPLERS):
-        total = max(1, round(config.drawn_images * sampler.weight / sum(s.weight for s in rubric.SAMPLERS)))
+        total = max(1, round(config.drawn_images * sampler.weight / total_weight))
         index = [generator.randrange(len(rows)) for _ in range(total)]
         seeds = [(config.seed * 1000 + i) * 10**6 + j for j in range(total)]
-        asked = [rows[j] for j in index]
-        sizes = config.draw_batch_size, config.trajectory_steps
-        parts.append(draw_trajectories(pipe, asked, sampler, seeds, *sizes, config.bf16))
+        parts.append(draw_trajectories(pipe, [rows[j] for j in index], sampler, seeds, *sizes, config.bf16))
         quality += [sampler.quality] * total
         chosen += index
     drawn = joined(parts)
@@ -121,10 +105,7 @@ def draw(
 
 
 def restrict(
-    probabilities: torch.Tensor,
-    known: list[tuple[str, str]],
-    classes: list[tuple[str, str]],
-    modalities: list[str],
+    probabilities: torch.Tensor, known: list[tuple[str, str]], classes: list[tuple[str, str]], modalities: list[str]
 ) -> torch.Tensor:
     """The teacher's probabilities [N, known] over `classes`, within each image's modality: [N, K]."""
     result = torch.zeros(len(probabilities), len(classes))
@@ -142,15 +123,13 @@ def build_pool(
     images: torch.Tensor,
     classes: list[tuple[str, str]],
     drawn: Drawn,
-    vae: AutoencoderKL,
+    pipe: MinimPipeline,
     rated: set[str],
     config: FilterConfig,
 ) -> Pool:
     """Real images in several versions, generated ones of the good samplers, and damaged ones of both.
 
-    Args:
-        images: of the rows, uint8 [N, 3, H, W].
-        rated: paths of images of which people have said how good they are.
+    Images are those of the rows, uint8 [N, 3, H, W]; `rated` are the paths of those that people have graded.
     """
     names = list(dict.fromkeys(modality for modality, _ in classes))
     labels = torch.tensor([classes.index(class_of(row)) for row in rows])
@@ -166,21 +145,18 @@ def build_pool(
     def times(tensor: torch.Tensor, n: int) -> torch.Tensor:
         return tensor.repeat_interleave(n, 0)
 
-    n, device = config.latent_variants, vae.device
-    whole = encode(vae, versions(rows, images, n, config.seed, device, config.no_mirror), config.bf16)
-    readable = torch.ones(len(whole), dtype=torch.bool)
-    parts = [pool(KINDS[0], whole, times(3 * known.long(), n), times(one_hot, n), readable, times(modality, n))]
+    n, device = config.latent_variants, pipe.device
+    latents = encode(pipe, versions(rows, images, n, config.seed, device, config.no_mirror), config.bf16)
+    readable = torch.ones(len(latents), dtype=torch.bool)
+    parts = [pool(KINDS[0], latents, times(3 * known.long(), n), times(one_hot, n), readable, times(modality, n))]
     good = (drawn.quality == 3).nonzero()[:, 0]
-    t = drawn.trajectories
-    drawn_modality = modality[drawn.row]
+    t, shows, place = drawn.trajectories, drawn.shows[good], modality[drawn.row[good]]
     ones = torch.ones(len(good), dtype=torch.bool)
-    parts.append(pool(KINDS[2], t.final[good], 3 * ones.long(), drawn.shows[good], ones, drawn_modality[good]))
+    parts.append(pool(KINDS[2], t.final[good], 3 * ones.long(), shows, ones, place))
+    real, generated = (KINDS[1], images, one_hot, modality), (KINDS[3], t.images[good], shows, place)
     for grade in (2, 1):
-        for kind, pictures, shows, place in (
-            (KINDS[1], images, one_hot, modality),
-            (KINDS[3], t.images[good], drawn.shows[good], drawn_modality[good]),
-        ):
-            latents = encode(vae, damaged(pictures, grade, config.seed, device), config.bf16)
+        for kind, whole, shows, place in (real, generated):
+            latents = encode(pipe, damaged(whole, grade, config.seed, device), config.bf16)
             # Through strong damage nobody sees the finding; through mild damage one does.
             readable = torch.full((len(latents),), grade == 2)
             parts.append(pool(kind, latents, torch.full((len(latents),), grade), shows, readable, place))
@@ -202,7 +178,7 @@ def load_materials(
     def make() -> dict[str, torch.Tensor]:
         drawn = draw(pipe, load_judges(config.teacher, pipe.device), rows, classes, config)
         images = load_images(rows, config.train_data, config.resolution, reading=config.reading)
-        pool = build_pool(rows, images, classes, drawn, pipe.vae, rated, config)
+        pool = build_pool(rows, images, classes, drawn, pipe, rated, config)
         made = {f"pool.{name}": tensor for name, tensor in vars(pool).items()}
         made |= {f"drawn.{name}": tensor for name, tensor in vars(drawn.trajectories).items() if name != "images"}
         return made | {"quality": drawn.quality, "shows": drawn.shows, "row": drawn.row}

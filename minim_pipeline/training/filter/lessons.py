@@ -1,11 +1,13 @@
-"""Training batches of the filter head, and its losses."""
+"""Training batches of the filter head: captions of each class, images with grades; and its losses."""
 
 import torch
 import torch.nn.functional as F
 
 from ... import MinimPipeline
+from ...evaluation.judges import class_of, merged_class
 from ...minim_filter import FilterHead
-from .class_captions import Captions
+from ..image_text_encoder import copy_loss
+from . import rubric
 from .config import FilterConfig
 from .data import Drawn, Pool
 from .estimates import NoisedEstimates
@@ -13,6 +15,53 @@ from .raters import Raters
 
 
 Batch = dict[str, torch.Tensor]
+
+
+class Captions:
+    """Captions of N rows by class, (modality id, finding); their token ids are [N, variants, L]."""
+
+    def __init__(self, rows: list[dict], classes: list[tuple[str, str]], ids: torch.Tensor):
+        self.ids, device = ids, ids.device
+        self.label = torch.tensor([classes.index(class_of(row)) for row in rows], device=device)
+        of_class = [(self.label == k).nonzero()[:, 0] for k in range(len(classes))]
+        self.count = torch.tensor([len(places) for places in of_class], device=device)
+        self.table = torch.nn.utils.rnn.pad_sequence(of_class, batch_first=True)  # [K, most]
+        modalities = [modality for modality, _ in classes]
+        names = list(dict.fromkeys(modalities))
+        self.modality = torch.tensor([names.index(m) for m in modalities], device=device)
+        alike = [[look_alike(a, b) for b in classes] for a in classes]
+        self.alike = torch.tensor(alike, dtype=torch.float32, device=device)
+
+    def of_rows(self, rows: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+        """Token ids [B, L] of the rows' captions, in some phrasing."""
+        return self.ids[rows, torch.randint(self.ids.shape[1], rows.shape, device=rows.device, generator=g)]
+
+    def of_classes(self, classes: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+        """Token ids [B, L] of some caption of each class."""
+        chance = torch.rand(classes.shape, device=classes.device, generator=g)
+        return self.of_rows(self.table[classes, (chance * self.count[classes]).long()], g)
+
+    def ask(self, present: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+        """A class to ask for, given the one that is shown: int64 [B], in the rubric's shares."""
+        shares = torch.tensor(list(rubric.CAPTION_SHARES.values()), device=present.device)
+        how = torch.multinomial(shares, len(present), replacement=True, generator=g)[:, None]  # [B, 1]
+        every = torch.arange(len(self.modality), device=present.device)[None]  # [1, K]
+        same = self.modality[present][:, None] == self.modality[None]
+        own = every == present[:, None]
+        allowed = torch.where(how == 0, own, torch.where(how == 1, same & ~own, ~same)).float()
+        allowed = torch.where(allowed.sum(1, keepdim=True) > 0, allowed, own.float())
+        return torch.multinomial(allowed, 1, generator=g)[:, 0]
+
+    def grades(self, shows: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+        """Probabilities [B, 3] of the finding's grades 1 to 3, from what is shown [B, K] and asked for [B]."""
+        right = shows.gather(1, asked[:, None])[:, 0]
+        alike = (shows * self.alike[asked]).sum(1)
+        return torch.stack([(1 - right - alike).clamp(min=0), alike, right], 1)
+
+
+def look_alike(a: tuple[str, str], b: tuple[str, str]) -> bool:
+    """Whether two classes are not the same, and yet what they show is."""
+    return a != b and merged_class(*a) == merged_class(*b)
 
 
 class Lessons:
@@ -63,11 +112,7 @@ class Lessons:
         }
 
     def from_grades(self, graded: tuple, count: int, g: torch.Generator) -> Batch:
-        """Images that people graded, finished; nothing is asked of the finding.
-
-        Args:
-            graded: latents [N, versions, C, h, w], grades int64 [N] and raters int64 [N].
-        """
+        """Images that people graded, as of `load_graded`, finished; nothing is asked of the finding."""
         latents, grades, rater = graded
         index = torch.randint(len(latents), (count,), device=latents.device, generator=g)
         version = torch.randint(latents.shape[1], (count,), device=latents.device, generator=g)
@@ -142,7 +187,4 @@ def code_loss(head: FilterHead, a: torch.Tensor, b: torch.Tensor, temperature: f
     """
     x = torch.cat([a, b])
     codes = F.normalize(head.encode_image(x, x, x.new_zeros(len(x)))[1].tanh(), dim=1)  # [2 N, B]
-    alike = codes @ codes.T / temperature
-    alike.fill_diagonal_(-torch.inf)
-    other = torch.arange(len(x), device=x.device).roll(len(a))
-    return F.cross_entropy(alike, other)
+    return copy_loss(codes[: len(a)], codes[len(a) :], temperature)

@@ -85,14 +85,9 @@ def learn_from_raters(
     learning_rate: float,
     max_grad_norm: float,
 ) -> None:
-    """Steps of AdamW on a head and on the biases of raters, at a rate that falls from the first step on, by a cosine.
+    """Steps of AdamW on parameters of a head and biases of raters, at a rate that falls by half a cosine.
 
-    Args:
-        parameters: of the head, those that learn.
-        loss: that of a step, a number, from 0 on.
-
-    Raises:
-        ValueError: the loss of a step is not finite.
+    `loss` gives that of a step, from 0 on; raises ValueError if one is not finite.
     """
     learning, finite = list(parameters), FiniteLoss()
     groups: list[dict[str, Any]] = [{"params": learning}, {"params": raters.parameters(), "weight_decay": 0.0}]
@@ -112,8 +107,7 @@ def learn_from_raters(
 def raters_report(ratings: list[dict], raters: Raters, guesses: torch.Tensor | None) -> dict:
     """Biases, agreement between raters, and of the head with them.
 
-    Args:
-        guesses: quality [N] by heads that have not learned from the images, or `None`.
+    `guesses` is the quality [N] by heads that have not learned from the images, if there are any.
     """
     counts = {name: sum(row["rater"] == name for row in ratings) for name in raters.names}
     biases = dict(zip(raters.names, raters.bias.tolist(), strict=True))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torchmetrics.functional.classification import binary_auroc
-from transformers import CLIPTokenizer
 
 from ...evaluation.judges import class_of, merged_class
 from ...minim_filter import FilterHead
@@ -33,25 +32,18 @@ def other_findings(rows: list[dict], seed: int) -> list[int]:
 
 @torch.no_grad()
 def finding_report(
-    head: FilterHead,
-    estimates: NoisedEstimates,
-    rows: list[dict],
-    latents: torch.Tensor,
-    tokenizer: CLIPTokenizer,
-    seed: int,
+    head: FilterHead, estimates: NoisedEstimates, rows: list[dict], latents: torch.Tensor, seed: int
 ) -> dict:
     """Right captions against wrong ones, by the finding's rating, at several noise levels sigma / alpha.
 
     Every image is rated twice, for its own caption and for one of another finding of its modality, in the same noise.
-
-    Returns:
-        By level: `auroc` over all images, `auroc_unlike` without pairs that look alike, `modalities`, and `n` images.
+    By level: `auroc` over all images, `auroc_unlike` without pairs that look alike, `modalities`, and `n` images.
     """
-    device = next(head.parameters()).device
+    device = head.device
     wrong = other_findings(rows, seed)
     index = [i for i, j in enumerate(wrong) if j >= 0]
     texts = [f"{resolve_modality(row['modality']).token} {row['Text']}" for row in rows]
-    ids = tokenize(tokenizer, texts).to(device)
+    ids = tokenize(estimates.tokenizer, texts).to(device)
     own, other = torch.tensor(index), torch.tensor([wrong[i] for i in index])
     names = [class_of(rows[i])[0] for i in index]
     alike = torch.tensor([merged_class(*class_of(rows[i])) == merged_class(*class_of(rows[wrong[i]])) for i in index])
@@ -66,16 +58,15 @@ def finding_report(
             rated = []
             for a, b in zip(own.split(128), captions.split(128), strict=True):
                 x, caption = latents[a].to(device).float(), ids[b.to(device)]
+                held = x, x, x.new_zeros(len(x))
                 if level:
-                    noisy, clean, angle = estimates(x, t.expand(len(x)), caption, noise[a].to(device))
-                else:
-                    noisy, clean, angle = x, x, x.new_zeros(len(x))
-                rated.append(head(noisy, clean, angle, caption).finding.cpu())
+                    held = estimates(x, t.expand(len(x)), caption, noise[a].to(device))
+                rated.append(head(*held, caption).finding.cpu())
             ratings.append(torch.cat(rated))
-        right = torch.cat([torch.ones(len(own)), torch.zeros(len(own))])
 
-        def among(which: torch.Tensor, ratings: list = ratings, right: torch.Tensor = right) -> float:
-            return auroc(torch.cat([r[which] for r in ratings]), torch.cat([r[which] for r in right.chunk(2)]))
+        def among(which: torch.Tensor, ratings: list = ratings) -> float:
+            scores = torch.cat([rated[which] for rated in ratings])
+            return auroc(scores, torch.arange(len(scores)) < len(scores) // 2)
 
         modality = {name: among(torch.tensor([n == name for n in names])) for name in dict.fromkeys(names)}
         every = torch.ones(len(own), dtype=torch.bool)
@@ -102,17 +93,11 @@ def rate(head: FilterHead, latents: torch.Tensor) -> torch.Tensor:
 
 
 def cross_validate(
-    ratings: list[dict],
-    folds: int,
-    seed: int,
-    train: Callable[[list[int], int], FilterHead],
-    latents: torch.Tensor,
+    ratings: list[dict], folds: int, seed: int, train: Callable[[list[int], int], FilterHead], latents: torch.Tensor
 ) -> torch.Tensor:
-    """The quality [N] that a head gives each rated image which has not learned from the image's fold.
+    """The quality [N] that a head gives each rated image, latents [N, C, h, w], whose fold it has not learned from.
 
-    Args:
-        train: (indices of ratings, fold) -> a head that has learned from them.
-        latents: of the images, [N, C, h, w].
+    `train` makes a head that has learned from some ratings, given their indices and the fold's number.
     """
     fold = folds_by_group(ratings, folds, seed)
     guesses = torch.zeros(len(ratings))

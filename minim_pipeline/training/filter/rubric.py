@@ -22,10 +22,8 @@ import torch.nn.functional as F
 class Damage:
     """A way in which pictures fail.
 
-    Args:
-        name: what a report calls it.
-        apply: (images [N, 3, H, W] in [0, 1], strengths [N] in [0, 1], generator) -> images.
-        weight: how often it is used, relative to the others.
+    `apply` makes images of images [N, 3, H, W] in [0, 1], strengths [N] in [0, 1] and a generator; `weight` says how
+    often it is used, relative to the others.
     """
 
     name: str

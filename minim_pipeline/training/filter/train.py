@@ -9,12 +9,14 @@ It learns from part A of the train split, as does the teacher that says what gen
 part B never meet it.
 """
 
+import copy
 import json
 import warnings
 from dataclasses import asdict
 
 import torch
 from diffusers.training_utils import EMAModel
+from torch.utils.data import TensorDataset
 
 from ... import MinimPipeline
 from ...data.image_loading import load_images
@@ -22,18 +24,17 @@ from ...disk import save_model
 from ...evaluation.judges import claimed_classes, class_of
 from ...files import read_report, write_report
 from ...minim_filter import FilterHead
-from ..captions import load_captions
+from ..captions import load_captions, phrase
 from ..hub import push_parts
-from ..rows import read_splits
+from ..randomness import step_generator
+from ..rows import of_part, read_splits
 from ..run import Run
-from .class_captions import Captions
 from .config import FilterConfig
-from .data import encode, load_materials
-from .grades import learn_all_grades
+from .data import encode, load_materials, versions
 from .heads import extend_head, new_head
-from .lessons import Lessons, join_batches
-from .raters import learned_from, read_ratings
-from .report import finding_report, other_findings
+from .lessons import Captions, Lessons, join_batches
+from .raters import Raters, learn_from_raters, learned_from, raters_report, read_ratings
+from .report import cross_validate, finding_report, other_findings, quality_report
 
 
 class Trainer:
@@ -49,9 +50,8 @@ class Trainer:
         for part in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
             part.requires_grad_(False).eval()
         phrasings, variants = load_captions(config.captions), config.caption_variants
-        captions = Captions(
-            self.rows, self.classes, phrasings, self.pipe.tokenizer, variants, config.seed, device=run.device
-        )
+        ids = phrase(self.rows, phrasings, self.pipe.tokenizer, variants, config.seed).to(run.device)
+        captions = Captions(self.rows, self.classes, ids)
         rated = {row["path"] for row in self.ratings}
         pool, drawn = load_materials(config, self.pipe, self.rows, self.classes, rated)
         self.lessons = Lessons(config, self.pipe, captions, pool, drawn)
@@ -61,9 +61,8 @@ class Trainer:
             head = new_head(self.pipe, (config.block_out_channels[0], config.block_out_channels[1]))
         self.ema = EMAModel(head.parameters(), decay=config.ema_decay, use_ema_warmup=True)
         self.ema.to(run.device)
-        optimizer = torch.optim.AdamW(
-            head.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=config.adam_weight_decay
-        )
+        decay = config.adam_weight_decay
+        optimizer = torch.optim.AdamW(head.parameters(), config.learning_rate, (0.9, 0.99), weight_decay=decay)
         head, self.optimizer = run.accelerator.prepare(head, optimizer)
         # As it was: its own arithmetic is fp32, always.
         self.head = run.accelerator.unwrap_model(head, keep_fp32_wrapper=False)
@@ -71,27 +70,26 @@ class Trainer:
         run.begin(self.ema)
         if self.val_rows:
             images = load_images(self.val_rows, config.train_data, config.resolution, reading=config.reading)
-            self.val_latents = encode(self.pipe.vae, images, config.bf16)
+            self.val_latents = encode(self.pipe, images, config.bf16)
 
     def read_rows(self) -> None:
         config = self.config
         train_rows, val_rows = read_splits(config)
         self.classes = claimed_classes(train_rows, train_rows, config.min_train, 0)
-        self.rows = [
-            row for row in train_rows if config.part in ("all", row.get("part")) and class_of(row) in self.classes
-        ]
-        val_rows = [row for row in val_rows if class_of(row) in self.classes]
-        self.val_rows = distinguishable(val_rows, config.train_data, config.seed)
+        self.rows = [row for row in of_part(train_rows, config.part) if class_of(row) in self.classes]
+        self.val_rows = [row for row in val_rows if class_of(row) in self.classes]
+        if self.val_rows and all(other < 0 for other in other_findings(self.val_rows, config.seed)):
+            told = "of one finding a modality only, which cannot be told from another: nothing is validated"
+            warnings.warn(f"{config.train_data} has val rows {told}.", stacklevel=2)
+            self.val_rows = []
         if not self.rows:
-            raise ValueError(
-                f"{config.train_data} has no rows of part {config.part!r} with a finding of {config.min_train}."
-            )
+            wanted = f"part {config.part!r} with a finding of {config.min_train}"
+            raise ValueError(f"{config.train_data} has no rows of {wanted}.")
         self.ratings = read_ratings(config.ratings) if config.ratings else []
         if self.ratings and not any(learned_from(row, config.part) for row in self.ratings):
             parts = ", ".join(sorted({repr(row.get("part", "")) for row in self.ratings}))
-            raise ValueError(
-                f"{config.ratings} has no ratings of part {config.part!r} to learn from; its parts are {parts}."
-            )
+            none = f"no ratings of part {config.part!r} to learn from"
+            raise ValueError(f"{config.ratings} has {none}; its parts are {parts}.")
 
     def step(self) -> dict[str, torch.Tensor]:
         config, run, lessons = self.config, self.run, self.lessons
@@ -114,8 +112,7 @@ class Trainer:
         return head.eval()
 
     def finding_report(self, head: FilterHead) -> dict:
-        estimates = self.lessons.estimates
-        return finding_report(head, estimates, self.val_rows, self.val_latents, self.pipe.tokenizer, self.config.seed)
+        return finding_report(head, self.lessons.estimates, self.val_rows, self.val_latents, self.config.seed)
 
     def validate(self) -> None:
         if self.val_rows:
@@ -140,23 +137,60 @@ class Trainer:
         return report
 
 
-def distinguishable(val_rows: list[dict], source: str, seed: int) -> list[dict]:
-    """The val rows, or none, with a word, if no modality has two findings to be told apart."""
-    if val_rows and all(other < 0 for other in other_findings(val_rows, seed)):
-        warnings.warn(
-            f"{source} has val rows of one finding a modality only, which cannot be told from another:"
-            " nothing is validated.",
-            stacklevel=2,
+def load_graded(ratings: list[dict], config: FilterConfig, pipe: MinimPipeline) -> TensorDataset:
+    """Of each rating the image's latents [versions, C, h, w], the grade, and the number of the rater."""
+    device = pipe.device
+    images = load_images(ratings, str(config.ratings), config.resolution, reading=config.reading_elsewhere())
+    pictures = versions(ratings, images, config.latent_variants, config.seed, device, config.no_mirror)
+    latents = encode(pipe, pictures, config.bf16).unflatten(0, (len(ratings), -1)).to(device)
+    grades = torch.tensor([int(row["rating"]) for row in ratings], device=device)
+    names = [row["rater"] for row in ratings]
+    return TensorDataset(latents, grades, Raters(names).index(names).to(device))
+
+
+def learn_grades(
+    head: FilterHead, lessons: Lessons, graded: tuple, names: list[str], seed: int
+) -> tuple[FilterHead, Raters]:
+    """A copy of the head after more steps with people's grades, items of `load_graded`; and their biases.
+
+    `names` are those of all raters.
+    """
+    config = lessons.config
+    device, count = graded[0].device, config.train_batch_size // 2
+    head, raters = copy.deepcopy(head).train(), Raters(names).to(device)
+
+    def loss(step: int) -> torch.Tensor:
+        g = step_generator(seed, step, 7, device)
+        batch = join_batches(
+            lessons.from_grades(graded, count, g), lessons.from_pool(count, g), lessons.from_trajectories(count, g)
         )
-        return []
-    return val_rows
+        return sum(lessons.losses(head, batch, g, raters).values()) + raters.penalty(len(graded[1]))
+
+    rate = config.rating_learning_rate
+    learn_from_raters(head.parameters(), raters, loss, config.rating_steps, rate, config.max_grad_norm)
+    return head.eval(), raters
+
+
+def learn_all_grades(
+    head: FilterHead, lessons: Lessons, ratings: list[dict], pipe: MinimPipeline
+) -> tuple[FilterHead, dict]:
+    """The head after learning from the ratings of its part; and a report, with `folds` of those it has not seen."""
+    config, names = lessons.config, [row["rater"] for row in ratings]
+    graded, report, guesses = load_graded(ratings, config, pipe), {}, None
+    if config.folds:
+
+        def train_without(index: list[int], fold: int) -> FilterHead:
+            return learn_grades(head, lessons, graded[index], names, fold)[0]
+
+        guesses = cross_validate(ratings, config.folds, config.seed, train_without, graded.tensors[0][:, 0])
+        report["quality_cross_validated"] = quality_report(ratings, guesses)
+    own = [i for i, row in enumerate(ratings) if learned_from(row, config.part)]
+    head, raters = learn_grades(head, lessons, graded[own], names, config.folds)
+    return head, report | raters_report(ratings, raters, guesses)
 
 
 def train(config: FilterConfig) -> dict:
-    """Trains the head, writes it to `filter_head/` in `--output_dir` and its report to `report.json`.
-
-    Returns:
-        The report.
+    """Trains the head, writes it to `filter_head/` in `--output_dir`, and its report, which it returns.
 
     Raises:
         ValueError: there are several processes, no rows or ratings to learn from, or as `Run.open`.

@@ -33,7 +33,7 @@ from ...files import write_report
 from ...locking import locked
 from ...minim_filter import FilterHead, FilterHeadOutput
 from ...tokens import tokenize
-from ..config import Count, HubOptions, Options, Precision, ReadingOptions, Share, Weight, Whole, option
+from ..config import Count, HubOptions, PrecisionOptions, ReadingOptions, Share, Weight, option
 from ..hub import check_hub, push_parts
 from ..preference.rewards import overall
 from ..randomness import step_generator
@@ -48,11 +48,9 @@ LEARNING = ("pool", "text", "quality", "finding", "logit_scale")
 
 
 @dataclass(kw_only=True)
-class TuningOptions(Options):
+class TuningOptions(PrecisionOptions):
     """The filter head's further training with ratings."""
 
-    seed: Whole = 0
-    mixed_precision: Precision = "no"
     tuning_steps: Count = 200
     tuning_learning_rate: Weight = 2e-4
     tuning_batch_size: Count = 256
@@ -99,16 +97,14 @@ def log_loss(probabilities: torch.Tensor, grades: torch.Tensor) -> torch.Tensor:
 def learn(head: FilterHead, pipe: MinimPipeline, rated: TensorDataset, raters: Raters, options: TuningOptions) -> None:
     """Trains the parts of `head` that are `LEARNING`, and the biases of raters; the pipeline's own head anchors it.
 
-    Args:
-        rated: of each rating the image's latents, fp32 [C, h, w], the token ids [L] of its prompt, the grade, 1 to 3,
-            and the number of the rater.
+    Of each rating `rated` has latents, fp32 [C, h, w], token ids [L] of the prompt, grade, 1 to 3, and rater's number.
     """
     device, anchor_head = pipe.filter_head.device, pipe.filter_head
     learning = [p for name, p in head.named_parameters() if name.split(".")[0] in LEARNING]
     for parameter in learning:
         parameter.requires_grad_(True)
     head.train()
-    estimates, count = NoisedEstimates(pipe, options.mixed_precision == "bf16"), options.tuning_batch_size
+    estimates, count = NoisedEstimates(pipe, options.bf16), options.tuning_batch_size
 
     def loss(step: int) -> torch.Tensor:
         g = step_generator(options.seed, step, 11, device)
@@ -169,10 +165,7 @@ def prediction_figures(head: FilterHead, latents: torch.Tensor, ids: torch.Tenso
     grades = grades.cpu()
     figures: dict[str, float | None] = {"log_loss": round(log_loss(probabilities, grades).mean().item(), 4)}
     figures["kappa"] = weighted_kappa((probabilities.argmax(1) + 1).tolist(), grades.tolist())
-    for name, truth, value in (
-        ("good", grades == 3, probabilities[:, 2]),
-        ("bad", grades == 1, probabilities[:, 0]),
-    ):
+    for name, truth, value in (("good", grades == 3, probabilities[:, 2]), ("bad", grades == 1, probabilities[:, 0])):
         figures[f"auroc_{name}"] = round(auroc(value, truth), 4) if 0 < truth.sum() < len(truth) else None
     return figures
 
@@ -192,7 +185,7 @@ def train(config: TuneConfig) -> dict:
             raise ValueError(f"{config.pretrained_model_name_or_path} has no filter head: train_filter.py makes one.")
         size = pipe.unet.config.sample_size * pipe.vae_scale_factor
         images = load_images(rows, config.ratings, size, reading=config.reading_elsewhere())
-        latents = encode(pipe.vae, images, config.mixed_precision == "bf16").float()
+        latents = encode(pipe, images, config.bf16).float()
         head, report = tune(pipe, rows, latents, config)
         save_model(head.half(), config.output / "filter_head")
         write_report(config.output / "report.json", report)

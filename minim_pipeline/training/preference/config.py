@@ -21,18 +21,14 @@ class PreferenceConfig(TuningOptions, ReadingOptions, RunOptions):
     pretrained_model_name_or_path: str = option(str(EMBEDDED_CHECKPOINT), "With a filter head.")
     filter_head: str | None = option(None, "Folder of another filter head than the pipeline's.")
     lora_rank: Whole = option(0, "Train a LoRA of this rank instead of the U-Net.")
-    prompts: str | None = option(
-        None, "CSV with Text,modality[,finding]: what is drawn, and rated by the head. Either this or --ratings."
-    )
+    prompts: str | None = option(None, "CSV with Text,modality[,finding]: what the head rates. Or else --ratings.")
     ratings: str | None = option(None, "CSV with path,Text,modality,rating[,rater]: the head learns from it first.")
     enough: Weight = option(1.5, "Log odds of the finding from which on none counts.")
     reward_until: Weight = option(0.4, "Share of noise levels, the lowest, to learn at.")
     diversity_weight: Weight = option(8.0, "Of a prompt's images staying unlike.")
     anchor_weight: Weight = option(50.0, "Of staying near the network begun with.")
     drop_text: Share = option(0.15, "Share of prompts left out, for the anchor only.")
-    guidance_scale: Weight | None = option(
-        None, "Of the new pipeline, which needs less than before; default: as it was."
-    )
+    guidance_scale: Weight | None = option(None, "Of the new pipeline, which needs less; default: as it was.")
     prompts_per_step: Count = option(64, "Prompts a step and a process.")
     images_per_prompt: Count = option(8, "Images of each.")
     timesteps_per_image: Count = option(12, "How often a step learns from each image.")
@@ -52,29 +48,20 @@ class PreferenceConfig(TuningOptions, ReadingOptions, RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        group = self.images_per_prompt
         if bool(self.prompts) == bool(self.ratings):
             raise ValueError(
                 "Give either --prompts, to be rated by the filter head, or --ratings, which it learns from."
             )
-        if self.images_per_prompt < 2:
-            raise ValueError(
-                f"--images_per_prompt has to be at least 2, got {self.images_per_prompt}: a group is compared."
-            )
-        if self.train_batch_size % self.images_per_prompt:
-            raise ValueError(
-                f"--train_batch_size has to be a multiple of --images_per_prompt ({self.images_per_prompt}), whose"
-                f" images are compared; got {self.train_batch_size}."
-            )
+        if group < 2:
+            raise ValueError(f"--images_per_prompt has to be at least 2, got {group}: a group is compared.")
+        if self.train_batch_size % group:
+            why = f"of --images_per_prompt ({group}), whose images are compared"
+            raise ValueError(f"--train_batch_size has to be a multiple {why}; got {self.train_batch_size}.")
         if not 0 < self.reward_until <= 1:
             raise ValueError(f"--reward_until has to be above 0 and at most 1, got {self.reward_until}.")
 
     def replay_data(self, resolution: int) -> DataOptions:
         """How the images of `--replay` are read, of which none are validated on."""
-        return DataOptions(
-            train_data=str(self.replay),
-            val_split="none",
-            resolution=resolution,
-            fit=self.fit,
-            window=self.window,
-            no_mirror=self.no_mirror,
-        )
+        shared = self.values("fit", "window", "no_mirror")
+        return DataOptions(train_data=str(self.replay), val_split="none", resolution=resolution, **shared)

@@ -33,10 +33,7 @@ def finding_reward(rated: FilterHeadOutput, limit: float = 6.0) -> torch.Tensor:
 
     P(finding = 3) P(quality >= 2), as the filter head foretells it. Not the expected rating: where that nears 3,
     nothing would be left to tell a clear image from a clearer one. Better than usable does not count, as it goes at
-    the cost of variety (see `FilterHead.enough`).
-
-    Args:
-        limit: rewards lie between -limit and limit, so that no image counts without end.
+    the cost of variety (see `FilterHead.enough`). It lies within `limit`, so that no image counts without end.
     """
     good = rated.finding_probs[:, 2] * rated.quality_probs[:, 1:].sum(1)
     return torch.logit(good, eps=1e-6).clamp(-limit, limit)
@@ -49,14 +46,10 @@ def are_copies(pipe: MinimPipeline, rated: FilterHeadOutput, modalities: list[st
 
 
 def spread(latents: torch.Tensor, group: torch.Tensor, pooled: int = 4) -> torch.Tensor:
-    """How unlike the others of its group each image is: mean cosine distance of pooled latents, fp32 [N].
+    """How unlike the others of its group, int64 [N], each image is: mean cosine distance of pooled latents, fp32 [N].
 
-    Averaged over `pooled` x `pooled`, latents tell where things are, and not which noise a camera has; and only their
-    direction counts, or more contrast would pass for more variety.
-
-    Args:
-        latents: [N, C, h, w].
-        group: int64 [N]; 0 for an image that is alone.
+    Averaged over `pooled` x `pooled`, latents [N, C, h, w] tell where things are, and not which noise a camera has;
+    and only their direction counts, or more contrast would pass for more variety. 0 for an image that is alone.
     """
     size = min(pooled, *latents.shape[-2:])
     same = (group[:, None] == group[None]).float().fill_diagonal_(0)  # [N, N]

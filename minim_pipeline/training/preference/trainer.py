@@ -14,32 +14,88 @@ scorer that the training does not see, the image-text encoder, which says when t
 
 import copy
 import shutil
+from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DConditionModel
 
 from ... import FilterHead, MinimPipeline
+from ...contact_sheet import contact_sheet
 from ...disk import save_model
+from ...evaluation.encoder import ImageTextEncoder
+from ...evaluation.sampling import draw_images
 from ...files import read_report, write_report
 from ..checkpoints import list_checkpoints, step_of
+from ..config import parse
 from ..denoising import noise_scheduler
 from ..hub import push_pipeline
 from ..pipeline import add_lora, save_weights
 from ..run import Best, Run
 from .config import PreferenceConfig
-from .prompts import encode_prompts, learn_ratings, read_prompts
-from .replay import Replay
-from .sampling import sample, score
+from .sampling import Replay, encode_prompts, learn_ratings, read_prompts, sample, score
 from .update import Objective, update
-from .watch import Watch
+
+
+class Watch:
+    """The image-text encoder's word on images of the same seeds each time, so many of each finding.
+
+    Prompts have `Text`, `modality` and, if known, `finding`; without one, a prompt is its own finding.
+    """
+
+    def __init__(self, encoder: str, prompts: list[dict], images: int, device: torch.device):
+        self.encoder = ImageTextEncoder.from_pretrained(encoder, device)
+        labels = [(row["modality"], row.get("finding") or row["Text"]) for row in prompts]
+        self.labels = list(dict.fromkeys(labels))
+        texts = self.encoder.encode_texts([row["Text"] for row in prompts], [row["modality"] for row in prompts])
+        known = [[i for i, label in enumerate(labels) if label == name] for name in self.labels]
+        # A finding lies where its phrasings lie on average.
+        self.prototypes = torch.stack([texts[own].mean(0) for own in known])  # [K, P]
+        self.rows = [prompts[own[i % len(own)]] for own in known for i in range(images)]
+        self.label = torch.arange(len(self.labels)).repeat_interleave(images)
+        kinds = [modality for modality, _ in self.labels]
+        self.same = torch.tensor([[a == b for b in kinds] for a in kinds])  # [K, K]
+
+    @torch.no_grad()
+    def look(self, pipe: MinimPipeline, folder: Path, batch_size: int) -> dict[str, float]:
+        """Draws the images, leaves a sheet of each modality in `folder`, and says how good they are.
+
+        `score`: the probability of the finding that was asked for among those of its modality, the mean over the
+        images; `right`: how often it is the largest; `spread`: mean distance of features among a finding's images.
+        """
+        texts, modalities = ([row[name] for row in self.rows] for name in ("Text", "modality"))
+        batch_size = min(batch_size, 64 if pipe.device.type == "cpu" else 256)
+        images = draw_images(pipe, texts, modalities, range(len(texts)), batch_size, name="watching")
+        self.save(images, folder)
+        with torch.autocast(pipe.device.type, enabled=False):  # a ruler, at its own precision
+            return self.measure(images)
+
+    def measure(self, images: torch.Tensor) -> dict[str, float]:
+        """`look`'s figures of images uint8 [N, 3, H, W], one for each row."""
+        features, embeddings = self.encoder.encode_images(images)
+        # 20 is near the temperature that the encoder was trained with; it only has to be the same each time.
+        logits = (20 * embeddings @ self.prototypes.T).masked_fill(~self.same[self.label], -torch.inf)
+        probabilities = logits.softmax(1)
+        asked = probabilities.gather(1, self.label[:, None])[:, 0]
+        spreads = [
+            torch.pdist(features[self.label == k]).mean() if (self.label == k).sum() > 1 else torch.zeros(())
+            for k in range(len(self.labels))
+        ]
+        right = (probabilities.argmax(1) == self.label).double()
+        figures = {"score": asked, "right": right, "spread": torch.stack(spreads)}
+        return {name: round(values.mean().item(), 5) for name, values in figures.items()}
+
+    def save(self, images: torch.Tensor, folder: Path, columns: int = 8) -> None:
+        """A row of `columns` images for each finding, a file for each modality."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for modality in dict.fromkeys(name for name, _ in self.labels):
+            findings = [k for k, (name, _) in enumerate(self.labels) if name == modality]
+            chosen = torch.cat([images[self.label == k][:columns] for k in findings])
+            contact_sheet(chosen, len(chosen) // len(findings)).save(folder / f"{modality}.png")
 
 
 class BestLook(Best):
-    """The best look so far.
-
-    `of` tells which was the best when the checkpoint of a step was written, and so is needed by who goes on from it.
-    """
+    """The best look so far; `of` tells which was the best when the checkpoint of a step was written."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,9 +133,8 @@ class Trainer:
         for part in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
             part.requires_grad_(False).eval()
         if self.pipe.filter_head is None:
-            raise ValueError(
-                f"{config.pretrained_model_name_or_path} has no filter head to reward with: train_filter.py makes one."
-            )
+            model = config.pretrained_model_name_or_path
+            raise ValueError(f"{model} has no filter head to reward with: train_filter.py makes one.")
         with run.accelerator.main_process_first():  # who tunes the head; the others read it
             if config.ratings:
                 self.prompts = learn_ratings(config.ratings, config, self.pipe)
@@ -104,9 +159,8 @@ class Trainer:
         if config.gradient_checkpointing:
             trained.enable_gradient_checkpointing()
         weights = [p for p in trained.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            weights, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.adam_weight_decay
-        )
+        decay = config.adam_weight_decay
+        optimizer = torch.optim.AdamW(weights, config.learning_rate, (0.9, 0.99), weight_decay=decay)
         self.model, self.optimizer = run.accelerator.prepare(trained, optimizer)
         if config.compile:
             for network in (trained, reference):
@@ -201,3 +255,7 @@ def train(config: PreferenceConfig) -> dict:
         if run.is_main:
             push_pipeline(config, run.output / "pipeline")
         return report
+
+
+if __name__ == "__main__":  # for `accelerate launch --module`, from where the package is installed
+    train(parse(PreferenceConfig))

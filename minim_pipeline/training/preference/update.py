@@ -1,5 +1,7 @@
 """What a step learns from the images that it has drawn: reward feedback learning (arXiv 2304.05977) on latents."""
 
+from dataclasses import dataclass
+
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -9,29 +11,18 @@ from ...finite import check_loss
 from ..denoising import clean_estimate, loss_weights, squared_error
 from ..randomness import step_generator
 from .config import PreferenceConfig
-from .prompts import Texts
-from .replay import Replay
 from .rewards import finding_reward, spread
-from .sampling import Samples
+from .sampling import Replay, Samples, Texts
 
 
+@dataclass
 class Objective:
-    """What the U-Net is trained for: the filter head's rating, near the network that it began with.
+    """What the U-Net is trained for: the frozen head's rating, near `reference`, the network that it began with."""
 
-    Args:
-        head: frozen.
-        reference: frozen.
-        scheduler: the noise schedule.
-    """
-
-    def __init__(
-        self,
-        head: FilterHead,
-        reference: UNet2DConditionModel,
-        scheduler: DDPMScheduler,
-        config: PreferenceConfig,
-    ):
-        self.head, self.reference, self.scheduler, self.config = head, reference, scheduler, config
+    head: FilterHead
+    reference: UNet2DConditionModel
+    scheduler: DDPMScheduler
+    config: PreferenceConfig
 
     def losses(
         self,
@@ -99,8 +90,7 @@ def update(
 ) -> dict[str, float]:
     """Learns from each image `timesteps_per_image` times, with new noise each time; returns means of the losses.
 
-    Args:
-        replay: real images, of which as many are learned from.
+    Of real images, `replay`, as many are learned from.
     """
     config, scheduler, device = objective.config, objective.scheduler, drawn.latents.device
     g = step_generator(config.seed, step, accelerator.process_index + 10_000, device)
@@ -121,8 +111,7 @@ def update(
         text = torch.where(guided[:, None, None], texts.conditional[prompt], texts.unconditional[prompt])
         if replay is not None:
             latents, text = (torch.cat(pair) for pair in zip((latents, text), replay.draw(n, g), strict=True))
-            more = torch.randint(trained_steps, (n,), device=device, generator=g)
-            timesteps = torch.cat([timesteps, more])
+            timesteps = torch.cat([timesteps, torch.randint(trained_steps, (n,), device=device, generator=g)])
         noise = torch.randn(latents.shape, device=device, generator=g)
         with accelerator.autocast():
             parts = objective.losses(unet, latents, timesteps, noise, text, texts.filter_ids[prompt], group)

@@ -22,18 +22,14 @@ class SelfImproveConfig(TuningOptions, ComparisonOptions, HubOptions):
     """Options of a round: of the head's further training, the comparison, and what is between."""
 
     pretrained_model_name_or_path: str = option(str(EMBEDDED_CHECKPOINT), "A pipeline with a filter head.")
-    prompts: str | None = option(
-        None, "CSV with Text,modality,finding; default: all phrasings of what the pipeline has learned."
-    )
+    prompts: str | None = option(None, "CSV with Text,modality,finding; default: all phrasings of what was learned.")
     candidates: Count = option(2, "Images of each prompt that are rated.")
     ratings: str | None = option(None, "CSV of ratings of the candidates, as `minim ratings` writes it.")
     preference: str = option("", "Arguments of train_preference.py as one: '--max_train_minutes 4'.")
     num_processes: Count = option(1, "Of preference training, a GPU each, through accelerate.")
     acceptance: Positive = option(0.7, "Share of generated images that the new thresholds accept.")
     calibration_images: Count = option(200, "Of each modality, to set the thresholds by.")
-    seed: Annotated[int, Range(0, SEEDS - 1)] = option(
-        0, "Another one for every round: no image is to be drawn twice."
-    )
+    seed: Annotated[int, Range(0, SEEDS - 1)] = option(0, "Another for every round: no image is to be drawn twice.")
     batch_size: Count = option(128, "Images drawn together.")
 
     def __post_init__(self) -> None:
@@ -51,18 +47,15 @@ class SelfImproveConfig(TuningOptions, ComparisonOptions, HubOptions):
     @property
     def preference_config(self) -> PreferenceConfig:
         """Of preference training, in `preference/`: what --preference says, and for the rest what the round does."""
-        defaults = {
-            "filter_head": str(self.output / "head" / "filter_head"),
-            "prompts": str(self.output / "prompts.csv"),
-            "output_dir": str(self.output / "preference"),
-        }
+        places = {"filter_head": "head/filter_head", "prompts": "prompts.csv", "output_dir": "preference"}
+        defaults = {name: str(self.output / place) for name, place in places.items()}
         shared = ("pretrained_model_name_or_path", "mixed_precision", "seed", "encoder", "fit", "window")
         return parse(PreferenceConfig, shlex.split(self.preference), defaults=defaults | self.values(*shared))
 
     @property
     def dtype(self) -> torch.dtype:
         """In which images are drawn."""
-        return torch.bfloat16 if self.mixed_precision == "bf16" else torch.float32
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     @property
     def first_seed(self) -> int:

@@ -19,19 +19,24 @@ import torch
 import yaml
 
 from ... import MinimPipeline, resolve_modality
-from ...data.sources import read_csv
+from ...data.image_loading import load_images
+from ...data.sources import read_csv, resolve_path
 from ...disk import save_model
 from ...evaluation.comparison import compare, summary
 from ...evaluation.sampling import draw_latents
-from ...evaluation.stand_in import RATER
-from ...files import atomic_path, read_report, write_json, write_report
+from ...evaluation.stand_in import RATER, StandIn
+from ...files import atomic_path, read_report, write_csv, write_json, write_report
+from ...generate.options import GenerateOptions
+from ...generate.plan import plan_file
+from ...generate.write import generate
 from ...loading import model_identity, register_modalities
 from ...locking import locked
 from ...minim_filter.funnel import combine
 from ...minim_filter.selection import Thresholds
 from ...ratings import image_digest
+from ..captions import load_captions
+from ..filter.candidates import threshold
 from ..filter.raters import read_ratings
-from ..filter.thresholds import threshold
 from ..filter.tune import tune
 from ..hub import check_hub, push_pipeline
 from ..log import read_log
@@ -39,7 +44,6 @@ from ..preference.rewards import rate
 from ..preference.trainer import train as train_preference
 from ..stages import Stages
 from .config import SelfImproveConfig
-from .ratings import PROMPT, draw_candidates, take_ratings, write_prompts
 
 
 # What may differ when a round goes on: where ratings come from, how it is run, and what it is judged by.
@@ -48,6 +52,94 @@ MAY_CHANGE = {
     # Of the comparison, whose images are kept by what they are of.
     *("data", "judges", "images_per_finding", "pairs", "comparison_seed", "skip_memorisation"),
 }
+PROMPT = ("Text", "modality", "finding")  # columns of prompts
+
+
+def write_prompts(config: SelfImproveConfig) -> None:
+    """`prompts.csv`: the given ones, or all training phrasings of the findings that the pipeline has learned."""
+    index = register_modalities(config.pretrained_model_name_or_path)
+    if config.prompts:
+
+        def check(row: dict) -> None:
+            resolve_modality(row["modality"], index.get("modalities"))
+
+        rows = read_csv(config.prompts, require=PROMPT, check_images=False, check=check)
+        rows = [{name: row[name] for name in PROMPT} for row in rows]
+    else:
+        captions = load_captions(config.captions)
+        rows = [
+            {"Text": text, "modality": modality, "finding": finding}
+            for modality, findings in (index.get("findings") or {}).items()
+            for finding in findings
+            for text in captions.get(modality, {}).get(finding, {}).get("train", [])
+        ]
+    if not rows:
+        raise ValueError("There are no prompts to draw for: give a CSV with --prompts.")
+    write_csv(config.output / "prompts.csv", rows)
+
+
+def draw_candidates(config: SelfImproveConfig) -> None:
+    """`candidates/`: PNGs and data.csv, as `minim generate` writes them and the rating page takes them."""
+    items = plan_file(config.output / "prompts.csv", config.candidates, config.first_seed)
+    dtype = str(config.dtype).removeprefix("torch.")
+    model = config.pretrained_model_name_or_path
+    drawing = GenerateOptions(model=model, dtype=dtype, batch_size=config.batch_size, no_filter=True)
+    generate(items, config.output / "candidates", drawing)
+
+
+def take_ratings(config: SelfImproveConfig) -> None:
+    """`ratings.csv`: each rating of a candidate once, by people or by the stand-in.
+
+    Raises:
+        ValueError: none of the ratings is of a candidate, or the stand-in knows none of their findings.
+    """
+    rows = match_ratings(config, config.ratings) if config.ratings else rate_by_stand_in(config, str(config.stand_in))
+    columns = ("path", *PROMPT, "rating", "rater", "seed")
+    write_json(config.output / "taken.json", {"ratings": image_digest(config.ratings) if config.ratings else None})
+    rows = [{name: row[name] for name in columns} | {"path": f"candidates/{row['path']}"} for row in rows]
+    write_csv(config.output / "ratings.csv", rows)
+
+
+def match_ratings(config: SelfImproveConfig, ratings: str) -> list[dict]:
+    """The candidates that people rated, once for each rating.
+
+    A picture is known by its content, of which the rating page notes a digest: every round has a 0000.png. Where there
+    is no digest, it is known by its place.
+    """
+    folder = config.output / "candidates"
+    candidates = read_csv(folder / "data.csv", check_images=False)
+    places = {(folder / row["path"]).resolve(): row for row in candidates}
+    digests = {image_digest(place): row for place, row in places.items()}
+    found, rows = {}, read_ratings(ratings, check_images=False)
+    for row in sorted(rows, key=lambda row: row.get("time") or ""):
+        place = Path(resolve_path(row, ratings)).resolve()
+        candidate = digests.get(row["digest"]) if row.get("digest") else places.get(place)
+        if candidate is not None:
+            # Of one and the same rating the later word counts.
+            key = (row["rater"], candidate["path"], row.get("turn") or "0")
+            found[key] = candidate | {"rating": row["rating"], "rater": row["rater"]}
+    left = len(rows) - len(found)
+    if not found:
+        raise ValueError(f"{ratings}: none of {left} ratings is of an image in {folder}.")
+    print(f"{len(found)} ratings taken; {left} of other images, or given twice, are left alone")
+    return list(found.values())
+
+
+def rate_by_stand_in(config: SelfImproveConfig, stand_in: str) -> list[dict]:
+    """The candidates of findings that the stand-in has learned, with its ratings."""
+    rater = StandIn.from_pretrained(stand_in, "cuda" if torch.cuda.is_available() else "cpu")
+    source = config.output / "candidates" / "data.csv"
+    rows = read_csv(source, check_images=False)
+    rows = [row | {"modality": resolve_modality(row["modality"]).id} for row in rows]
+    rows = [row for row in rows if (row["modality"], row["finding"]) in rater.findings.classes]
+    if not rows:
+        raise ValueError(f"The stand-in in {stand_in} has learned none of the findings in prompts.csv.")
+    model = config.pretrained_model_name_or_path
+    pipe = MinimPipeline.from_pretrained(model, text_encoder=None, filter_head=None)
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    images = load_images(rows, source, size, trim=False, reading=config.reading_elsewhere())
+    ratings = rater.rate(images, [row["modality"] for row in rows], [row["finding"] for row in rows])
+    return [row | {"rating": rating, "rater": RATER} for row, rating in zip(rows, ratings, strict=True)]
 
 
 def load_for_drawing(model: str | Path, dtype: torch.dtype) -> MinimPipeline:
@@ -83,9 +175,9 @@ def train_on_preferences(config: SelfImproveConfig) -> None:
     options = config.output / "preference.yaml"
     with atomic_path(options) as temporary:
         temporary.write_text(yaml.safe_dump(asdict(config.preference_config)))
-    launch = ("-m", "accelerate.commands.launch", "--num_processes", str(config.num_processes))
+    launch = f"-m accelerate.commands.launch --num_processes {config.num_processes}".split()
     kind = "--multi_gpu" if torch.cuda.is_available() else "--cpu"
-    module = ("--module", "minim_pipeline.training.preference", str(options))
+    module = ("--module", "minim_pipeline.training.preference.trainer", str(options))
     launched = subprocess.Popen([sys.executable, *launch, kind, *module])
     # Else the processes would go on when this one is ended; they write a checkpoint.
     before = signal.signal(signal.SIGTERM, lambda *_: launched.terminate())
@@ -101,15 +193,13 @@ def write_pipeline(config: SelfImproveConfig) -> None:
     """`pipeline/`: the new U-Net and head, with thresholds that accept as large a share of its images as before."""
     folder = config.output
     pipe = load_for_drawing(folder / "preference" / "pipeline", config.dtype)
-    prompts = read_csv(folder / "prompts.csv", check_images=False, require=PROMPT)
     by_modality: dict[str, list[dict]] = {}
-    for row in prompts:
+    for row in read_csv(folder / "prompts.csv", check_images=False, require=PROMPT):
         by_modality.setdefault(resolve_modality(row["modality"]).id, []).append(row)
     people: Counter[str] = Counter()
     if read_report(folder / "head" / "report.json")["taken"]:
         rated = [row for row in read_ratings(folder / "ratings.csv") if row["rater"] != RATER]
-        images = {row["path"]: resolve_modality(row["modality"]).id for row in rated}
-        people.update(images.values())
+        people.update({row["path"]: resolve_modality(row["modality"]).id for row in rated}.values())
     thresholds, figures = Thresholds.read(pipe.filter_head.config.calibration), {}
     for name, rows in by_modality.items():
         before = thresholds.get(name, Thresholds())
@@ -145,8 +235,8 @@ def spread_over(prompts: list[dict]) -> list[dict]:
 
 def evaluate(config: SelfImproveConfig) -> None:
     """`comparison/report.json`: before against after."""
-    folder = config.output
-    compare(config, config.pretrained_model_name_or_path, str(folder / "pipeline"), folder / "comparison")
+    before, after = config.pretrained_model_name_or_path, str(config.output / "pipeline")
+    compare(config, before, after, config.output / "comparison")
 
 
 # In this order; the comparison only where there is --data.
@@ -161,23 +251,12 @@ STAGES: dict[str, Callable[[SelfImproveConfig], None]] = {
 }
 
 
-def check_taken(config: SelfImproveConfig) -> None:
-    """Raises ValueError if the round has taken its ratings already, and others are given now."""
-    if config.ratings and (config.output / "ratings.csv").is_file():
-        taken = json.loads((config.output / "taken.json").read_text())["ratings"]
-        if taken != image_digest(config.ratings):
-            whose = "another file" if taken else "the stand-in"
-            raise ValueError(
-                f"{config.output_dir} has taken its ratings from {whose} already, not from {config.ratings}: begin"
-                " another round."
-            )
-
-
 def write_round_report(config: SelfImproveConfig, minutes: dict[str, float]) -> dict:
     """`report.json`: the figures of all stages."""
-    folder, compared = config.output, config.output / "comparison" / "report.json"
-    ratings = read_csv(folder / "ratings.csv", check_images=False)
-    log = read_log(folder / "preference")
+
+    compared = config.output / "comparison" / "report.json"
+    ratings = read_csv(config.output / "ratings.csv", check_images=False)
+    log = read_log(config.output / "preference")
     report = {
         "model": list(model_identity(config.pretrained_model_name_or_path)),
         "seed": config.seed,
@@ -186,13 +265,13 @@ def write_round_report(config: SelfImproveConfig, minutes: dict[str, float]) -> 
             "raters": dict(Counter(row["rater"] for row in ratings)),
             "given": {str(k): sum(row["rating"] == str(k) for row in ratings) for k in (1, 2, 3)},
         },
-        "head": read_report(folder / "head" / "report.json"),
+        "head": read_report(config.output / "head" / "report.json"),
         "preference": {
             "best": next(record for record in reversed(log) if record["kind"] == "best"),
             "looks": [record for record in log if record["kind"] == "val"],
             "arguments": config.preference,
         },
-        "thresholds": json.loads((folder / "thresholds.json").read_text()),
+        "thresholds": json.loads((config.output / "thresholds.json").read_text()),
         "comparison": read_report(compared) if compared.is_file() else None,
     }
     write_report(config.output / "report.json", report)
@@ -218,7 +297,11 @@ def improve(config: SelfImproveConfig) -> dict:
         raise ValueError(f"{model} has no filter head: train_filter.py makes one.")
     stages = Stages(config, MAY_CHANGE)
     stages.require("model", list(model_identity(model)), f"{model} has changed")
-    check_taken(config)
+    if config.ratings and (folder / "ratings.csv").is_file():
+        taken = json.loads((folder / "taken.json").read_text())["ratings"]
+        if taken != image_digest(config.ratings):
+            whose = f"{'another file' if taken else 'the stand-in'} already, not from {config.ratings}"
+            raise ValueError(f"{config.output_dir} has taken its ratings from {whose}: begin another round.")
     for name, stage in STAGES.items():
         if name == "comparison" and not config.data:
             continue

@@ -3,7 +3,7 @@
 A text encoder that learns from a handful of captions knows those captions and nothing else. This one learns
 
 - to point where a sentence encoder (MiniLM) points, for the captions' phrasings and for many more medical sentences
-  (`corpus.py`), so that an unseen wording lands near a known one;
+  (`corpus.json`), so that an unseen wording lands near a known one;
 - to tell the findings of a modality apart, denial from affirmation, and left from right, which a sentence encoder
   hardly does ("no macular edema" lies next to "macular edema").
 
@@ -18,6 +18,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from ...disk import save_model
 from ...files import write_report
@@ -27,7 +29,6 @@ from ..config import Count, RunOptions, Weight, Whole, option
 from ..hub import push_parts
 from ..rows import know_modalities, tell_cut
 from ..run import Run
-from .measure import measure
 from .student import Distillation, Heads, build_student, embed
 from .texts import Texts, read_rows, train_tokenizer
 
@@ -63,10 +64,9 @@ class TextEncoderConfig(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"--hidden_size has to be a multiple of --num_heads ({self.num_heads}), got {self.hidden_size}."
-            )
+        size, heads = self.hidden_size, self.num_heads
+        if size % heads:
+            raise ValueError(f"--hidden_size has to be a multiple of --num_heads ({heads}), got {size}.")
         defaults = {field.name: field.default for field in fields(self)}
         for name in ("ema_decay", "compile", "gradient_checkpointing"):
             if getattr(self, name) != defaults[name]:
@@ -86,9 +86,7 @@ class TextEncoderConfig(RunOptions):
 def one_cycle(progress: float, rise: float) -> tuple[float, float]:
     """Learning rate, as a share of its peak, and first beta of Adam: one cycle (arXiv 1708.07120) as in torch.
 
-    Args:
-        progress: of the run, 0 to 1.
-        rise: the share of it in which the rate rises, and beta falls.
+    `progress` of the run and `rise`, the share of it in which the rate rises and beta falls, are from 0 to 1.
     """
 
     def between(start: float, end: float, share: float) -> float:  # half a cosine
@@ -98,6 +96,68 @@ def one_cycle(progress: float, rise: float) -> tuple[float, float]:
         return between(1 / 25, 1, progress / rise), between(0.95, 0.85, progress / rise)
     share = (progress - rise) / (1 - rise)
     return between(1, 1 / 25e4, share), between(0.85, 0.95, share)
+
+
+@torch.no_grad()
+def encode(student: CLIPTextModel, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Hidden states averaged over all positions, padded to the full length as the pipeline pads: [N, C]."""
+    inputs = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    hidden = [student(ids).last_hidden_state.cpu() for ids in inputs.input_ids.to(student.device).split(64)]
+    return torch.cat(hidden).mean(1)
+
+
+def linear_probe(x: torch.Tensor, y: torch.Tensor, x_new: torch.Tensor) -> torch.Tensor:
+    """The labels of `x_new` [M, C] by a logistic regression fitted to `x` [N, C] and `y` [N]: [M]."""
+    probe = torch.nn.Linear(x.shape[1], int(y.max()) + 1)
+    torch.nn.init.zeros_(probe.weight)
+    torch.nn.init.zeros_(probe.bias)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=100)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(probe(x), y) + 1e-3 * probe.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return probe(x_new).argmax(1)
+
+
+def measure(
+    student: CLIPTextModel, tokenizer: CLIPTokenizer, captions: dict, phrasings: str = "new"
+) -> dict[str, dict]:
+    """Per modality, how many of its `phrasings` ("new" or "test", never trained on) are understood.
+
+    Modalities without any are left out. Hidden states are standardized by those of the training phrasings.
+    `prototype`: the share nearest to the mean of their own finding's training phrasings; `probe`: the share that a
+    logistic regression on the training phrasings gets right; `n`: how many there are; `missed`: those that
+    `prototype` takes for another finding, and which.
+    """
+    student.eval()
+    report = {}
+    for modality, findings in captions.items():
+        names = list(findings)
+        parts = {}
+        for part in ("train", phrasings):
+            pairs = [(p, i) for i, f in enumerate(names) for p in findings[f].get(part, [])]
+            if not pairs:
+                break
+            texts = [f"{MODALITIES[modality].token} {p}" for p, _ in pairs]
+            parts[part] = encode(student, tokenizer, texts), torch.tensor([i for _, i in pairs])
+        if phrasings not in parts:
+            continue
+        (x, y), (x_new, y_new) = parts["train"], parts[phrasings]
+        mean, std = x.mean(0), x.std(0) + 1e-4
+        x, x_new = (x - mean) / std, (x_new - mean) / std
+        prototypes = torch.stack([x[y == i].mean(0) for i in range(int(y.max()) + 1)])
+        nearest = F.cosine_similarity(x_new[:, None], prototypes[None], dim=-1).argmax(1)
+        report[modality] = {
+            "prototype": (nearest == y_new).float().mean().item(),
+            "probe": (linear_probe(x, y, x_new) == y_new).float().mean().item(),
+            "n": len(y_new),
+            "missed": {p: names[i] for (p, own), i in zip(pairs, nearest.tolist()) if own != i},
+        }
+    return report
 
 
 class Trainer:
@@ -114,16 +174,15 @@ class Trainer:
         self.student = build_student(self.tokenizer, teacher, config.hidden_size, config.num_layers, config.num_heads)
         embeddings = embed(teacher, self.texts.targets)
         heads = Heads(config.hidden_size, embeddings.shape[1], self.texts.findings, self.texts.modalities)
+        size = sum(p.numel() for p in self.student.parameters()) / 1e6
         run.accelerator.print(
             f"{len(self.texts.phrasings)} phrasings, {len(rows)} captions, {len(self.texts.targets)} sentences for the"
-            f" teacher; {len(self.tokenizer)} tokens,"
-            f" {sum(p.numel() for p in self.student.parameters()) / 1e6:.2f} M parameters"
+            f" teacher; {len(self.tokenizer)} tokens, {size:.2f} M parameters"
         )
         model = Distillation(self.student, heads, embeddings, self.tokenizer.eos_token_id)
         self.weights = list(model.parameters())
-        optimizer = torch.optim.AdamW(
-            self.weights, config.learning_rate, betas=(0.9, 0.98), weight_decay=config.adam_weight_decay
-        )
+        decay = config.adam_weight_decay
+        optimizer = torch.optim.AdamW(self.weights, config.learning_rate, (0.9, 0.98), weight_decay=decay)
         self.model, self.optimizer = run.accelerator.prepare(model, optimizer)
         self.rise = min(0.3, config.lr_warmup_steps / config.max_train_steps)
         self.history: list[float] = []
@@ -147,9 +206,8 @@ class Trainer:
         padding = "max_length" if (run.schedule.step + 1) % 8 == 0 else True
         texts = [sample["text"] for sample in samples]
         ids = self.tokenizer(texts, padding=padding, truncation=True, return_tensors="pt").input_ids  # [B, L]
-        batch = {
-            key: torch.tensor([s[key] for s in samples], device=run.device) for key in samples[0] if key != "text"
-        }
+        labels = [key for key in samples[0] if key != "text"]
+        batch = {key: torch.tensor([sample[key] for sample in samples], device=run.device) for key in labels}
         for group in self.optimizer.param_groups:
             share, beta = one_cycle(run.schedule.progress, self.rise)
             group["lr"], group["betas"] = share * config.learning_rate, (beta, 0.98)
@@ -167,11 +225,9 @@ class Trainer:
     def validate(self) -> None:
         """How many phrasings that nobody trained on are understood, by the main process."""
         if self.run.is_main:
-            self.report = {
-                part: measure(self.student, self.tokenizer, self.captions, part) for part in ("new", "test")
-            }
-            for part, modalities in self.report.items():
-                self.run.log.write(part, **modalities)
+            for part in ("new", "test"):
+                self.report[part] = measure(self.student, self.tokenizer, self.captions, part)
+                self.run.log.write(part, **self.report[part])
             self.student.train()
         self.run.accelerator.wait_for_everyone()
 
@@ -185,10 +241,7 @@ class Trainer:
 
 
 def train(config: TextEncoderConfig) -> list[float]:
-    """Trains the text encoder, measures it, and writes `text_encoder/`, `tokenizer/` and `report.json`.
-
-    Returns:
-        The loss of every step that was taken.
+    """Trains the text encoder; writes `text_encoder/`, `tokenizer/` and `report.json`; gives the loss of every step.
 
     Raises:
         ValueError: phrasings that are kept for measuring are among the captions; and as `Run.open`.

@@ -1,6 +1,7 @@
 """The text encoder that learns, the teacher that it learns from, and what it is asked: heads and losses."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,33 +20,36 @@ def embed(teacher_dir: str | Path, texts: list[str], batch_size: int = 64) -> to
     out = torch.empty(len(texts), teacher.config.hidden_size)
     for i in range(0, len(order), batch_size):
         index = order[i : i + batch_size]
-        inputs = tokenizer(
-            [texts[j] for j in index], padding=True, truncation=True, max_length=64, return_tensors="pt"
-        )
+        limits = {"padding": True, "truncation": True, "max_length": 64}
+        inputs = tokenizer([texts[j] for j in index], **limits, return_tensors="pt")
         hidden = teacher(**inputs).last_hidden_state  # [B, L, D]
         mask = inputs["attention_mask"].unsqueeze(-1)  # [B, L, 1]
         out[index] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
     return out
 
 
-def build_student(
-    tokenizer: CLIPTokenizer, teacher_dir: str | Path, hidden_size: int, num_layers: int, num_heads: int
-) -> CLIPTextModel:
-    """A CLIP text encoder whose token embeddings start from what the teacher makes of each token, by PCA."""
-    config = CLIPTextConfig(
+def text_config(tokenizer: CLIPTokenizer, hidden_size: int, layers: int, heads: int, **others: Any) -> CLIPTextConfig:
+    """Of a CLIP text encoder that reads what `tokenizer` writes."""
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
-        projection_dim=hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         max_position_embeddings=tokenizer.model_max_length,
-        hidden_act="gelu",
         # The real id, so that CLIP pools at the end of the text: with the old default of 2 it pools at the largest id.
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **others,
     )
+
+
+def build_student(
+    tokenizer: CLIPTokenizer, teacher_dir: str | Path, hidden_size: int, num_layers: int, num_heads: int
+) -> CLIPTextModel:
+    """A CLIP text encoder whose token embeddings start from what the teacher makes of each token, by PCA."""
+    config = text_config(tokenizer, hidden_size, num_layers, num_heads, projection_dim=hidden_size, hidden_act="gelu")
     student = CLIPTextModel(config)
     words = {m.token: m.words for m in MODALITIES.values()}
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -91,9 +95,8 @@ def views(hidden: torch.Tensor, ids: torch.Tensor, eos: int) -> torch.Tensor:
 def losses(z: torch.Tensor, batch: dict, embeddings: torch.Tensor, heads: Heads) -> dict[str, torch.Tensor]:
     """The parts of the loss, each a mean over the three views `z` [3, B, C] and the samples that have the label."""
     known = batch["target"] != IGNORE
-    cosine = F.cosine_similarity(
-        heads.embedding(z[:, known]), embeddings[batch["target"][known]], dim=-1
-    )  # [3, known]
+    target = embeddings[batch["target"][known]]
+    cosine = F.cosine_similarity(heads.embedding(z[:, known]), target, dim=-1)  # [3, known]
 
     def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         labels = labels.expand(len(z), -1)

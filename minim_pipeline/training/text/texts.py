@@ -1,9 +1,16 @@
-"""The texts that the text encoder learns from, as users type them, and the tokenizer that is made of them."""
+"""The texts that the text encoder learns from, as users type them, and the tokenizer that is made of them.
+
+Beside the captions they are medical sentences from templates, with far more words and ways to say no. Only the text
+encoder is trained on these, so that an unseen wording lands near one that the image model knows.
+"""
 
 import json
 import random
+import re
 import string
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
@@ -11,26 +18,77 @@ from transformers import CLIPTokenizer
 from ...data.sources import read_csv
 from ...modalities import MODALITIES, resolve_modality
 from ..captions import never_trained_on, normalize, vary_caption
-from .corpus import SYNONYMS, abbreviate, decorate, expand, generate
 
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 IGNORE = -100
 SIDES = {"left": 1, "os": 1, "lul": 1, "lll": 1, "right": 2, "od": 2, "rul": 2, "rml": 2, "rll": 2}
-# What of a modality has a left and a right one.
-PAIRED = {
-    "oct": "eye",
-    "fundus": "eye",
-    "cxr": "lung",
-    "chest_ct": "lung",
-    "brain_mri": "hemisphere",
-    "breast_us": "breast",
-    "breast_mri": "breast",
-}
 NEGATIONS = set(
     "no not non without absent absence negative none nothing neither nor against free normal excluded excludes out "
     "never lack lacks lacking".split()
 )
+
+
+@lru_cache
+def load_corpus() -> dict:
+    """Reads `corpus.json`.
+
+    `synonyms`: what is written -> what the teacher reads, as abbreviations, lay words and British spelling mean their
+    long, plain form. `regions`: of each body part its share of the sentences, modality ids, sites, findings and
+    diseases, those of the captions and many more. `affirmed`, `negated` and `normal`: templates. `qualifiers`, and
+    what stands before and behind a sentence, `intros` and `tails`. `paired`: the organ of a modality that has a side.
+    """
+    return json.loads(Path(__file__).parents[1].joinpath("corpus.json").read_text(encoding="utf-8"))
+
+
+@lru_cache
+def _lower_synonyms() -> tuple[dict[str, str], re.Pattern]:
+    words = {word.lower(): plain for word, plain in load_corpus()["synonyms"].items()}
+    longest_first = "|".join(sorted(map(re.escape, words), key=len, reverse=True))
+    return words, re.compile(rf"(?<![\w-])({longest_first})(?![\w-])")
+
+
+def expand(text: str) -> str:
+    """`text` in lower case with abbreviations and lay words spelt out, which is what the teacher understands."""
+    words, pattern = _lower_synonyms()
+    return pattern.sub(lambda match: words[match[0]], text.lower())
+
+
+def abbreviate(text: str, rng: random.Random) -> str:
+    """The way back: one of the long forms in `text`, if it holds any, becomes a short or lay one."""
+    synonyms = load_corpus()["synonyms"].items()
+    found = [(word, plain) for word, plain in synonyms if re.search(rf"\b{re.escape(plain)}\b", text)]
+    if not found:
+        return text
+    word, plain = rng.choice(found)
+    return text.replace(plain, word, 1)
+
+
+def generate(size: int, rng: random.Random) -> list[tuple[str, str, bool]]:
+    """`size` sentences as (text, modality id, whether it denies or calls normal), most of them distinct."""
+    corpus, sentences = load_corpus(), []
+    regions = list(corpus["regions"].values())
+    weights = [region["weight"] for region in regions]
+    for _ in range(size):
+        region = rng.choices(regions, weights)[0]
+        kind = rng.choices(("affirmed", "negated", "normal"), (5, 3, 1))[0]
+        f, g = rng.sample(region["findings"], 2)
+        s, t = rng.sample(region["sites"], 2)
+        words = {"f": f, "g": g, "s": s, "t": t}
+        template = rng.choice(corpus[kind])
+        text = template.format(**words, d=rng.choice(region["diseases"]), q=rng.choice(corpus["qualifiers"]))
+        sentences.append((text, rng.choice(region["modalities"]), kind != "affirmed"))
+    return sentences
+
+
+def decorate(text: str, rng: random.Random) -> str:
+    """`text` with words around it that change nothing of what is to be seen."""
+    corpus = load_corpus()
+    if rng.random() < 0.25:
+        text = f"{rng.choice(corpus['intros'])} {text}"
+    if rng.random() < 0.2:
+        text = f"{text.removesuffix('.')} {rng.choice(corpus['tails'])}"
+    return text
 
 
 def read_rows(path: str | Path, split: str, modality: str | None = None) -> list[tuple[str, str, str]]:
@@ -52,22 +110,15 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> CLIPT
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     # Every character also as a word's last one: the trainer adds only those that it saw there, the rest would be unk.
     units = alphabet + [c + "</w>" for c in alphabet]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(alphabet) - 2,
-        min_frequency=2,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
+    options: dict[str, Any] = {"min_frequency": 2, "end_of_word_suffix": "</w>", "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(alphabet) - 2, initial_alphabet=alphabet, **options)
     bpe.train_from_iterator(texts, trainer)
     merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = dict.fromkeys([*units, *("".join(m) for m in merges), BOS, EOS])
-    tokenizer = CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=max_length
-    )
-    tokenizer.add_tokens(
-        [AddedToken(m.token, special=True, normalized=False) for m in MODALITIES.values()], special_tokens=True
-    )
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+    special = [AddedToken(m.token, special=True, normalized=False) for m in MODALITIES.values()]
+    tokenizer.add_tokens(special, special_tokens=True)
     return tokenizer
 
 
@@ -115,7 +166,7 @@ class Texts:
         self.rows_of = list(by_finding.items())
         self.corpus = [s for s in generate(corpus_size, rng) if normalize(s[0]) not in new]
         # What the teacher embeds, clean and spelt out: abbreviations and lay words on their own, phrasings, corpus.
-        self.terms = [term for term in SYNONYMS if normalize(term) not in new]
+        self.terms = [term for term in load_corpus()["synonyms"] if normalize(term) not in new]
         sources = [*self.terms, *(p for p, _, _ in self.phrasings), *(text for text, _, _ in self.corpus)]
         self.targets = list(dict.fromkeys(map(expand, sources)))
         self.target_index = {text: i for i, text in enumerate(self.targets)}
@@ -151,7 +202,8 @@ class Texts:
             finding_index = self.findings.index((modality, finding))
             text = decorate(text, rng)
             if rng.random() < 0.2:
-                text = f"{text.removesuffix('.')}, {rng.choice(('left', 'right'))} {PAIRED.get(modality, 'side')}"
+                organ = load_corpus()["paired"].get(modality, "side")
+                text = f"{text.removesuffix('.')}, {rng.choice(('left', 'right'))} {organ}"
         else:
             # By finding first: a few name age and side in hundreds of captions, others have only three.
             (modality, finding), texts = rng.choice(self.rows_of)

@@ -9,7 +9,7 @@ from ...tokens import tokenize
 from ..captions import load_captions, phrase
 from ..latents import Latents
 from ..pipeline import Trainee
-from ..replay import Rows, modality_of
+from ..rows import Rows, modality_of
 from ..run import Run
 from .config import TextToImageConfig
 from .texts import Texts

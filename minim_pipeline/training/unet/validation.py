@@ -14,7 +14,7 @@ from ..captions import load_captions, phrase
 from ..denoising import Denoise, loss_weights, noise_scheduler, validation_errors
 from ..latents import Latents, memorised_share
 from ..pipeline import Trainee
-from ..replay import Rows, modality_of
+from ..rows import Rows, modality_of
 from ..run import Run
 from .config import TextToImageConfig
 from .trainer import Trainer

@@ -13,10 +13,8 @@ from minim_pipeline.evaluation.classifier import make_resnet
 from minim_pipeline.evaluation.judges import Judges
 from minim_pipeline.minim_filter.funnel import plan_stages
 from minim_pipeline.training.filter.calibration import plan_prompts
-from minim_pipeline.training.filter.candidates import Candidates, draw_candidates, follow
+from minim_pipeline.training.filter.candidates import Candidates, choose_stages, draw_candidates, follow, threshold
 from minim_pipeline.training.filter.copies import copy_limit, fingerprints, fit_code, veto_report
-from minim_pipeline.training.filter.stages import choose_stages
-from minim_pipeline.training.filter.thresholds import threshold
 
 
 torch.set_num_threads(1)

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from minim_pipeline.evaluation.classifier import make_resnet
 from minim_pipeline.evaluation.judges import Judges
 from minim_pipeline.minim_filter import FilterHead
+from minim_pipeline.training.captions import phrase
 from minim_pipeline.training.filter import rubric
-from minim_pipeline.training.filter.class_captions import Captions, look_alike
 from minim_pipeline.training.filter.data import Pool
+from minim_pipeline.training.filter.estimates import draw_trajectories
+from minim_pipeline.training.filter.lessons import Captions, look_alike
 from minim_pipeline.training.filter.report import auroc, folds_by_group, other_findings, quality_report
-from minim_pipeline.training.filter.trajectories import draw_trajectories
 
 
 torch.set_num_threads(1)
@@ -169,7 +170,7 @@ def test_damaged_images_say_what_was_done():
 @pytest.fixture(scope="module")
 def captions(make_pipeline):
     rows = [{"Text": f"{finding}", "modality": modality, "finding": finding} for modality, finding in CLASSES * 2]
-    return Captions(rows, CLASSES, {}, make_pipeline().tokenizer, 1, 0, torch.device("cpu"))
+    return Captions(rows, CLASSES, phrase(rows, {}, make_pipeline().tokenizer, 1, 0))
 
 
 def test_captions_are_asked_in_the_shares_of_the_rubric(captions):

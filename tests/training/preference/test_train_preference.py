@@ -22,9 +22,8 @@ from minim_pipeline.minim_filter.fingerprints import pack
 from minim_pipeline.training.config import parse
 from minim_pipeline.training.preference import trainer
 from minim_pipeline.training.preference.config import PreferenceConfig
-from minim_pipeline.training.preference.prompts import encode_prompts
 from minim_pipeline.training.preference.rewards import are_copies, finding_reward, rate, spread
-from minim_pipeline.training.preference.sampling import Samples, sample, score
+from minim_pipeline.training.preference.sampling import Samples, encode_prompts, sample, score
 from minim_pipeline.training.preference.update import Objective, update
 
 

@@ -9,9 +9,18 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from minim_pipeline.files import read_report
 from minim_pipeline.modalities import MODALITIES
 from minim_pipeline.training.captions import load_captions, normalize
-from minim_pipeline.training.text.corpus import abbreviate, expand, generate
 from minim_pipeline.training.text.encoder import TextEncoderConfig, one_cycle, train
-from minim_pipeline.training.text.texts import IGNORE, PAIRED, Texts, corrupt, read_rows, side_of
+from minim_pipeline.training.text.texts import (
+    IGNORE,
+    Texts,
+    abbreviate,
+    corrupt,
+    expand,
+    generate,
+    load_corpus,
+    read_rows,
+    side_of,
+)
 
 
 CAPTIONS = {
@@ -193,7 +202,7 @@ def test_a_side_is_of_an_organ_that_the_modality_shows():
     drawn = [texts.draw() for _ in range(4000)]
     sided = [s for s in drawn if s["finding"] != IGNORE and "Finding, " in s["text"] and s["side"]]
     organs = {(s["text"].split(">")[0].strip("<"), s["text"].split()[-1].rstrip(".")) for s in sided}
-    assert set(PAIRED.items()) <= organs
+    assert set(load_corpus()["paired"].items()) <= organs
     assert not [s["text"] for s in sided if "eye" in s["text"] and not s["text"].startswith(("<oct>", "<fundus>"))]
 
 
