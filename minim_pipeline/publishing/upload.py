@@ -16,7 +16,7 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from .. import EMBEDDED_CHECKPOINT
 from .card import license_name, read_card, write_card
 from .leaks import check_folder
-from .reports import gather_reports, read_report
+from .reports import gather_reports, read_sections
 from .staging import stage
 
 
@@ -83,7 +83,7 @@ def staged(
     """A temporary folder with all that would be uploaded, checked; arguments and errors as for `publish`."""
     found_card, figures, page = find_papers(pipe)
     if report is not None:
-        figures, page = read_report(report), None
+        figures, page = read_sections(report), None
     card = card or found_card
     if card is not None:
         front = read_card(card)
@@ -114,7 +114,7 @@ def find_papers(pipe) -> tuple[Path | None, dict, Path | None]:
         docs = CHECKOUT / "docs"
         return CHECKOUT / "pipeline_card.md", gather_reports(docs, source), docs / "evaluation" / "report.html"
     card, report, page = source / "README.md", source / "report.json", source / "evaluation" / "report.html"
-    figures = read_report(report) if report.is_file() else {}
+    figures = read_sections(report) if report.is_file() else {}
     return card if card.is_file() else None, figures, page if page.is_file() else None
 
 

@@ -22,7 +22,7 @@ from ... import MinimPipeline
 from ...data.image_loading import load_images
 from ...disk import save_model
 from ...evaluation.judges import claimed_classes, class_of
-from ...files import write_json
+from ...files import read_report, write_report
 from ...minim_filter import FilterHead
 from ..captions import load_captions, phrase
 from ..hub import push_parts
@@ -129,9 +129,9 @@ class Trainer:
             head, of_grades = learn_all_grades(head, self.lessons, self.ratings, self.pipe)
             report |= of_grades
         if self.val_rows:
-            report["finding, val"] = self.finding_report(head)
+            report["finding_val"] = self.finding_report(head)
         save_model(head.half(), self.run.output / "filter_head")
-        write_json(self.run.output / "report.json", report)
+        write_report(self.run.output / "report.json", report)
         self.run.finish()
         print(json.dumps({name: value for name, value in report.items() if name != "arguments"}, indent=2))
         return report
@@ -183,7 +183,7 @@ def learn_all_grades(
             return learn_grades(head, lessons, graded[index], names, fold)[0]
 
         guesses = cross_validate(ratings, config.folds, config.seed, train_without, graded.tensors[0][:, 0])
-        report["quality, cross-validated"] = quality_report(ratings, guesses)
+        report["quality_cross_validated"] = quality_report(ratings, guesses)
     own = [i for i, row in enumerate(ratings) if learned_from(row, config.part)]
     head, raters = learn_grades(head, lessons, graded[own], names, config.folds)
     return head, report | raters_report(ratings, raters, guesses)
@@ -199,7 +199,7 @@ def train(config: FilterConfig) -> dict:
         if run.accelerator.num_processes > 1:
             raise ValueError(f"train_filter.py is run by one process, got {run.accelerator.num_processes}.")
         if run.finished:
-            report = json.loads((run.output / "report.json").read_text())
+            report = read_report(run.output / "report.json")
         else:
             trainer = Trainer(config, run)
             run.train(trainer.step, trainer.validate)

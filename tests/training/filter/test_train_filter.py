@@ -61,9 +61,9 @@ def test_a_run_writes_a_head_and_says_how_well_it_rates(arguments, data, tmp_pat
     graded = ["--ratings", str(data.with_name("ratings.csv")), "--mixed_precision", precision]
     report = run_script(train_filter, *arguments, *graded, "--output_dir", str(tmp_path))
     assert report["n"] == 16, "part B is left to the judges"
-    assert set(report["finding, val"]) == {"0.0", "1.0", "2.6", "4.0"}
-    assert 0 <= report["finding, val"]["1.0"]["auroc"] <= 1 and report["finding, val"]["1.0"]["n"] == 8
-    assert report["quality, cross-validated"]["all"]["n"] == 12
+    assert set(report["finding_val"]) == {"0.0", "1.0", "2.6", "4.0"}
+    assert 0 <= report["finding_val"]["1.0"]["auroc"] <= 1 and report["finding_val"]["1.0"]["n"] == 8
+    assert report["quality_cross_validated"]["all"]["n"] == 12
     assert json.loads((tmp_path / "report.json").read_text())["steps"] == 4
     head = FilterHead.from_pretrained(tmp_path / "filter_head").eval()
     assert (
@@ -113,7 +113,7 @@ def test_val_rows_that_tell_nothing_apart_are_said(arguments, data, tmp_path):
     few = write_csv(data.with_name("few.csv"), rows)
     with pytest.warns(UserWarning, match="val rows of one finding a modality only"):
         report = run_script(train_filter, *arguments, "--train_data", str(few), "--output_dir", str(tmp_path))
-    assert report["steps"] == 4 and "finding, val" not in report
+    assert report["steps"] == 4 and "finding_val" not in report
 
 
 def test_bad_ratings_are_told_before_any_work(arguments, data, tmp_path):
@@ -212,5 +212,5 @@ def test_folds_keep_groups_together_and_figures_are_right():
     folds = folds_by_group(rows, 5, 0)
     assert all(len({folds[j] for j in range(i, i + 3)}) == 1 for i in range(0, 30, 3)) and set(folds) == set(range(5))
     grades = torch.tensor([float(row["rating"]) for row in rows])
-    assert quality_report(rows, grades)["all"] == {"n": 30, "3 against 1 and 2": 1.0, "3 against 2": 1.0}
+    assert quality_report(rows, grades)["all"] == {"n": 30, "3_against_1_and_2": 1.0, "3_against_2": 1.0}
     assert auroc(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0, 0, 1, 1])) == 0.75
