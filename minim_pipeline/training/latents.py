@@ -23,6 +23,7 @@ from .randomness import step_generator
 from .rows import mirrored, tell_mirrored
 from .run import Run
 
+
 PIXELS_AT_ONCE = 2**22  # that are encoded together: 64 images of 256 px, 16 of 512
 
 
