@@ -52,7 +52,10 @@ class Judges:
         return next(next(iter(self.models.values())).parameters()).device
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes `judges.json` and a folder for each model (config and safetensors); raises as `save_model`."""
+        """Writes `judges.json` and a folder for each model (config and safetensors); raises as `save_model`.
+
+        In `judges.json` a family is a triple: modality id, finding, and the family's name.
+        """
         for name, model in self.models.items():
             save_model(model, Path(path) / name)
         config = {"models": list(self.models), "classes": self.classes, "image_size": self.image_size}
