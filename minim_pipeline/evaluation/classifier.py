@@ -80,6 +80,7 @@ PRETRAINED: dict[str, Any] = {
     "adam_weight_decay": 0.02,
     "label_smoothing": 0.05,
     "mix": 0.0,
+    "ema_decay": 0.99,
     "resolution": 224,
 }
 

@@ -67,7 +67,7 @@ class ClassifierConfig(CsvOptions, HubOptions, PrecisionOptions):
     adam_weight_decay: Weight | None = option(None, "Default: 0.05, from ImageNet 0.02.")
     label_smoothing: Share | None = option(None, "Default: 0.1, from ImageNet 0.05.")
     mix: Share | None = option(None, "Share of steps with mixup or CutMix; default: 0.5, from ImageNet 0.")
-    ema_decay: Share = Recipe.ema_decay
+    ema_decay: Share | None = option(None, "Default: 0.998, from ImageNet 0.99.")
     min_train: Count = option(20, "Findings with fewer train images are left out.")
     min_val: Whole = option(9, "Findings with fewer val images are left out.")
     threads: Count | None = option(None, "CPU threads.")

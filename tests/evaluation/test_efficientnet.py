@@ -92,6 +92,7 @@ def test_each_architecture_has_its_recipe_unless_one_is_given(tmp_path):
     short = config.recipe(LITE0)
     assert (short.max_train_steps, short.train_batch_size, short.resolution) == (1500, 64, 224)
     assert (short.learning_rate, short.adam_weight_decay, short.label_smoothing) == (1e-3, 0.02, 0.05)
+    assert (short.mix, short.ema_decay) == (0, 0.99)
     given = {"max_train_steps": 7, "mix": 0.25, "seed": 3}
     assert ClassifierConfig(**call, **given).recipe(LITE0) == recipe_of(LITE0, **given) == replace(short, **given)
 
