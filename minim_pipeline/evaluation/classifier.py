@@ -1,4 +1,4 @@
-"""Small classifiers of modality and finding, trained from scratch on few images, and how they are trained.
+"""Small classifiers of modality and finding, trained on few images from scratch or from ImageNet, and how.
 
 They judge what a generator drew (judges.py), and what its images are worth as training data (downstream.py). Colour,
 contrast, sharpness and noise are varied strongly, so that they do not go by the camera, the scanner or the decoder.
@@ -6,6 +6,7 @@ contrast, sharpness and noise are varied strongly, so that they do not go by the
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,12 @@ from transformers import (
 )
 
 from ..finite import FiniteLoss, check_weights
+from .efficientnet import VARIANTS, check_installed, make_efficientnet
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a classifier is trained.
+    """How a classifier is trained; the defaults suit one from scratch, `recipe_of` knows what suits another.
 
     Args:
         resolution: side in pixels of what it sees.
@@ -70,7 +72,54 @@ def make_convnext(num_labels: int, width: int) -> PreTrainedModel:
     )
 
 
-ARCHITECTURES = {"resnet": make_resnet, "convnextv2": make_convnext}
+ARCHITECTURES = {"resnet": make_resnet, "convnextv2": make_convnext}  # from scratch; `VARIANTS` start from ImageNet
+# Of what starts from ImageNet: less has to be learned, and less of it kept from being learned by heart.
+PRETRAINED: dict[str, Any] = {
+    "max_train_steps": 1500,
+    "train_batch_size": 64,
+    "adam_weight_decay": 0.02,
+    "label_smoothing": 0.05,
+    "mix": 0.0,
+    "ema_decay": 0.99,
+    "resolution": 224,
+}
+
+
+def make_classifier(architecture: str, num_labels: int, width: int) -> PreTrainedModel:
+    """A classifier to train, of `ARCHITECTURES` or `VARIANTS`.
+
+    Args:
+        width: channels of the first stage; those that start from ImageNet have their own.
+
+    Raises:
+        ImportError: the packages with the network and its weights are missing.
+    """
+    if architecture in VARIANTS:
+        return make_efficientnet(architecture, num_labels)
+    return ARCHITECTURES[architecture](num_labels, width)
+
+
+def check_architecture(architecture: str) -> None:
+    """Raises ImportError as `make_classifier`, for those who have much to do before."""
+    if architecture in VARIANTS:
+        check_installed(architecture)
+
+
+def recipe_of(architecture: str, **given: Any) -> Recipe:
+    """How a classifier is trained, by its architecture; `given` replaces that, where it is not None."""
+    defaults = PRETRAINED if architecture in VARIANTS else {}
+    return Recipe(**defaults | {name: value for name, value in given.items() if value is not None})
+
+
+def preprocessing(model: PreTrainedModel, image_size: int) -> tuple[int, float, float]:
+    """What a classifier sees: side in pixels, and mean and standard deviation to normalise [0, 1] by.
+
+    From its config; one that does not say it sees `image_size` px, from -2 to 2.
+    """
+    config = model.config
+    if hasattr(config, "image_mean"):
+        return config.image_size, config.image_mean, config.image_std
+    return image_size, 0.5, 0.25
 
 
 def stored_side(resolution: int) -> int:
@@ -152,7 +201,7 @@ def mix(x: Tensor, y: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
 def prepare_training(
     model: nn.Module, max_train_steps: int, learning_rate: float, weight_decay: float, ema_decay: float
 ) -> tuple:
-    """Running average of the weights, AdamW that spares biases and norms, and its schedule: a rise, half a cosine."""
+    """Running average of the weights, AdamW that spares biases and norms, and one cycle: a rise, half a cosine."""
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -178,7 +227,7 @@ def train_classifier(
     """Trains for a fixed number of steps where the images lie; gives the running average of the weights.
 
     Args:
-        model: a classifier of transformers.
+        model: a classifier of transformers, whose config is told what it sees: `preprocessing`.
         images: uint8 [N, 3, H, W].
         labels: int64 [N]; every class that occurs is drawn equally often, since what is measured is balanced.
         may_mirror, grey: bool [N], see `augment`.
@@ -189,6 +238,8 @@ def train_classifier(
         ValueError: the loss, or a weight in the end, is not finite.
     """
     device, num_classes = images.device, model.config.num_labels
+    _, mean, std = preprocessing(model, recipe.resolution)
+    model.config.update({"image_size": recipe.resolution, "image_mean": mean, "image_std": std})
     model.to(device).train()
     average, optimizer, schedule = prepare_training(
         model, recipe.max_train_steps, recipe.learning_rate, recipe.adam_weight_decay, recipe.ema_decay
@@ -205,7 +256,7 @@ def train_classifier(
             if torch.rand((), device=device, generator=g).item() < recipe.mix:
                 x, y = mix(x, y, g)
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
-                logits = model((x - 0.5) * 4).logits
+                logits = model((x - mean) / std).logits
             loss = F.cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

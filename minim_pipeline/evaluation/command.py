@@ -42,6 +42,7 @@ def run(options: EvaluateOptions) -> dict:
     from accelerate import PartialState
 
     from ..data.image_loading import check_values
+    from .classifier import check_architecture
     from .drawing import draw_synthetic, run_downstream
     from .judges import load_judges
 
@@ -55,6 +56,8 @@ def run(options: EvaluateOptions) -> dict:
     state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=1))
     extractors = load_extractors(options, state.device)
     judges = load_judges(options.judges, state.device) if options.judges else None
+    if options.downstream:
+        check_architecture(options.classifier_architecture)
     if options.pipeline:
         files["synthetic"], rows["synthetic"] = draw_synthetic(options, options.pipeline, rows["real"])
     real, synthetic, train = (

@@ -32,7 +32,7 @@ from ..files import atomic_path, write_report
 from ..loading import model_identity
 from ..options import Count, Precision, ReadingOptions, Whole, option
 from .encoder import ImageTextEncoder
-from .judges import Class, class_of, finds_asked, load_judges
+from .judges import Class, Families, class_of, finds_asked, load_judges
 from .memorisation import ByModality, copies_in_both_spaces
 from .metrics import (
     bootstrap_interval,
@@ -150,10 +150,16 @@ def draw_both(
     return planned, images
 
 
-def right_findings(probabilities: Tensor, classes: list[Class], planned: list[dict], merge: bool = False) -> Tensor:
+def right_findings(
+    probabilities: Tensor,
+    classes: list[Class],
+    planned: list[dict],
+    merge: bool = False,
+    families: Families | None = None,
+) -> Tensor:
     """Whether judges find what was asked for, within the modality: bool [N]; arguments as of `finds_asked`."""
     modalities, findings = ([p[key] for p in planned] for key in ("modality", "finding"))
-    return torch.from_numpy(finds_asked(probabilities, classes, modalities, findings, merge))
+    return torch.from_numpy(finds_asked(probabilities, classes, modalities, findings, merge, families))
 
 
 def paired(before: Tensor, after: Tensor, planned: list[dict], draws: int = 1000, seed: int = 0) -> dict:

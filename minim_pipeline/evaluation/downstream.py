@@ -31,7 +31,7 @@ from ..cache import cached_tensor
 from ..captions import may_mirror
 from ..modalities import resolve_modality
 from ..pipeline_minim import MinimPipeline
-from .classifier import ARCHITECTURES, Recipe, train_classifier
+from .classifier import Recipe, make_classifier, train_classifier
 from .judges import Class, Judges, claimed_classes, class_of, finds_asked
 from .metrics import drawn_within, interval_of, places
 from .sampling import draw_images
@@ -130,6 +130,7 @@ class Design:
         recipe: how each is trained; its seed is replaced.
         percents: synthetic images added to those of the low-data settings, per cent of them; multiples of 100.
         column: of the finding.
+        architecture, width: as of `make_classifier`.
         min_train, min_val: findings with fewer images are left out.
     """
 
@@ -165,7 +166,7 @@ class Classifiers:
 
     def train(self, name: str, parts: list[Labelled], seed: int) -> Tensor:
         torch.manual_seed(seed)
-        model = ARCHITECTURES[self.design.architecture](len(self.classes), self.design.width)
+        model = make_classifier(self.design.architecture, len(self.classes), self.design.width)
         images = torch.cat([part.images for part in parts]).to(self.device)
         labels = torch.cat([part.labels for part in parts]).to(self.device)
         origin = torch.cat([torch.full_like(part.labels, i) for i, part in enumerate(parts)]).to(self.device)

@@ -21,7 +21,7 @@ from ..generate.plan import Item
 from ..generate.write import generate
 from ..loading import load_pipeline, model_identity, read_model_index, register_modalities
 from ..modalities import resolve_modality
-from .classifier import Recipe
+from .classifier import recipe_of
 from .downstream import Design, downstream, drawn_by, take_share, taken_from
 from .options import DrawingOptions, EvaluateOptions
 
@@ -95,8 +95,10 @@ def run_downstream(options: EvaluateOptions, train_csv: Path, state, sets: tuple
     if not sources:
         sources["data_sharing"] = taken_from(_shrink(synthetic.images, size), synthetic.rows, options.label_column)
     bf16, seeds = state.device.type == "cuda", range(options.classifier_seeds)
-    recipe = Recipe(max_train_steps=options.classifier_steps, resolution=options.classifier_resolution, bf16=bf16)
-    design = Design(recipe=recipe, percents=options.percents, seeds=seeds, column=options.label_column)
+    kind, column = options.classifier_architecture, options.label_column
+    steps, resolution = options.classifier_steps, options.classifier_resolution
+    recipe = recipe_of(kind, max_train_steps=steps, resolution=resolution, bf16=bf16)
+    design = Design(recipe=recipe, percents=options.percents, seeds=seeds, column=column, architecture=kind)
     images = _shrink(train.images, size)
     return downstream((train.rows, images), (real.rows, real.images), low_rows, sources, folder, state, design)
 

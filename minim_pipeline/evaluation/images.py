@@ -10,9 +10,9 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
-def to_input(images: Tensor, size: int) -> Tensor:
-    """What the networks see of images [N, 3, H, W], uint8 or float in [0, 1]: float32, resized, about -2 to 2."""
+def to_input(images: Tensor, size: int, mean: float = 0.5, std: float = 0.25) -> Tensor:
+    """What the networks see of images [N, 3, H, W], uint8 or float in [0, 1]: float32, resized, normalised."""
     x = to_unit(images)
     if x.shape[-2:] != (size, size):
         x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
-    return (x - 0.5) * 4
+    return (x - mean) / std

@@ -16,11 +16,13 @@ from transformers import AutoModelForImageClassification
 from ..disk import save_model
 from ..files import write_json
 from ..modalities import resolve_modality
+from .classifier import preprocessing
 from .images import to_input
 from .metrics import bootstrap_interval, drawn_within, interval_of, places
 
 
 Class = tuple[str, str]  # modality id and finding
+Families = dict[Class, str]  # findings that look alike and are one to a claim, by the name that they share
 
 
 class Judges:
@@ -29,13 +31,16 @@ class Judges:
     Args:
         models: name -> a transformers image classifier over `classes`.
         classes: (modality id, finding) of each output, in order.
-        image_size: side in pixels of what the models see.
+        image_size: side in pixels of what models see whose config does not say it.
+        families: of classes, and of other findings that are no class of their own.
     """
 
-    def __init__(self, models: dict[str, nn.Module], classes: list[Class], image_size: int):
+    def __init__(
+        self, models: dict[str, nn.Module], classes: list[Class], image_size: int, families: Families | None = None
+    ):
         self.models = {name: model.eval() for name, model in models.items()}
         self.classes = [(modality, finding) for modality, finding in classes]
-        self.image_size = image_size
+        self.image_size, self.families = image_size, families or {}
 
     def to(self, device: torch.device | str) -> "Judges":
         for model in self.models.values():
@@ -47,10 +52,15 @@ class Judges:
         return next(next(iter(self.models.values())).parameters()).device
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes `judges.json` and a folder for each model (config and safetensors); raises as `save_model`."""
+        """Writes `judges.json` and a folder for each model (config and safetensors); raises as `save_model`.
+
+        In `judges.json` a family is a triple: modality id, finding, and the family's name.
+        """
         for name, model in self.models.items():
             save_model(model, Path(path) / name)
         config = {"models": list(self.models), "classes": self.classes, "image_size": self.image_size}
+        if self.families:
+            config["families"] = [[*key, family] for key, family in self.families.items()]
         write_json(Path(path) / "judges.json", config)
 
     @torch.no_grad()
@@ -64,8 +74,9 @@ class Judges:
         batch_size = batch_size or (16 if self.device.type == "cpu" else 128)
         probabilities: dict[str, list[Tensor]] = {name: [] for name in self.models}
         for part in images.split(batch_size):
-            x = to_input(part.to(self.device), self.image_size)
+            part = part.to(self.device)
             for name, model in self.models.items():
+                x = to_input(part, *preprocessing(model, self.image_size))
                 probabilities[name].append(model(x).logits.float().softmax(1).cpu())
         return {name: torch.cat(parts) for name, parts in probabilities.items()}
 
@@ -79,12 +90,20 @@ def load_judges(path: str | Path, device: torch.device | str = "cpu") -> Judges:
     config = json.loads((Path(path) / "judges.json").read_text())
     load = AutoModelForImageClassification.from_pretrained
     models = {name: load(Path(path) / name, dtype=torch.float32) for name in config["models"]}
-    return Judges(models, config["classes"], config["image_size"]).to(device)
+    families = {(modality, finding): family for modality, finding, family in config.get("families", [])}
+    return Judges(models, config["classes"], config["image_size"], families).to(device)
 
 
 def class_of(row: dict[str, str], column: str = "finding") -> Class:
     """Modality id and finding of a row."""
     return resolve_modality(row["modality"]).id, row[column]
+
+
+def families_of(rows: list[dict], column: str = "finding") -> Families:
+    """The family of every finding, by the rows' column `family`; one of a single finding has that finding's name."""
+    named = {class_of(row, column): row["family"] for row in rows if row.get("family")}
+    sizes = Counter((modality, family) for (modality, _), family in named.items())
+    return {key: family if sizes[key[0], family] > 1 else key[1] for key, family in named.items()}
 
 
 def claimed_classes(
@@ -97,17 +116,23 @@ def claimed_classes(
 
 
 FEWEST = 5  # images of a finding of one source, for it to be told from others there
-# Findings of different sources that look alike: what is called apart in them is mostly the source.
+# Families where the data name none: of different sources, and what is called apart in them is mostly the source.
 LOOK_ALIKE = {("fundus", "no diabetic retinopathy"): "normal", ("oct", "no diabetic macular edema"): "normal"}
 
 
-def merged_class(modality: str, finding: str) -> Class:
-    """The class that stands for all that look like it."""
-    return modality, LOOK_ALIKE.get((modality, finding), finding)
+def merged_class(modality: str, finding: str, families: Families | None = None) -> Class:
+    """The class that stands for all that look like it: its family."""
+    key = modality, finding
+    return modality, (families or {}).get(key) or LOOK_ALIKE.get(key, finding)
 
 
 def finds_asked(
-    probabilities: Tensor, classes: list[Class], modalities: str | list[str], findings: list[str], merge: bool = False
+    probabilities: Tensor,
+    classes: list[Class],
+    modalities: str | list[str],
+    findings: list[str],
+    merge: bool = False,
+    families: Families | None = None,
 ) -> np.ndarray:
     """Whether the asked-for finding of each image is found, within its modality.
 
@@ -115,7 +140,8 @@ def finds_asked(
         probabilities: [N, classes].
         modalities: the id that all N have, or that of each.
         findings: the asked-for finding of each.
-        merge: look-alike findings (`LOOK_ALIKE`) count as one; their probabilities are added.
+        merge: findings of one family count as one; their probabilities are added.
+        families: those that the judges know; default: `LOOK_ALIKE`.
 
     Returns:
         bool [N].
@@ -125,7 +151,7 @@ def finds_asked(
         modalities = [modalities] * len(findings)
     asked = list(zip(modalities, findings))
     if merge:
-        classes, asked = ([merged_class(*key) for key in keys] for keys in (classes, asked))
+        classes, asked = ([merged_class(*key, families) for key in keys] for keys in (classes, asked))
     names = list(dict.fromkeys(classes))
     scores = np.zeros((len(probabilities), len(names)))
     for i, key in enumerate(classes):
@@ -152,15 +178,16 @@ def accuracy_report(
     modalities: list[str],
     findings: list[str],
     sources: list[str] | None = None,
+    families: Families | None = None,
 ) -> dict:
-    """How often the judges find what is asked for, given their probabilities [N, classes].
+    """How often the judges find what is asked for, given their probabilities [N, classes]; `families` are theirs.
 
     Returns:
         `balanced_accuracy`: mean over modalities of the balanced accuracy of the finding within its modality;
-        `balanced_accuracy_merged`: the same with look-alike findings as one;
+        `balanced_accuracy_merged`: the same of the family, with findings that look alike as one;
         `modality_accuracy`: share of images whose most probable modality is theirs; `n`; and `modalities`: for each
-        the same figures, a 95 % interval, and the accuracy and n of each finding. With `sources`, also the balanced
-        accuracy within each source that has at least two findings of five images each.
+        the same figures, a 95 % interval, and the accuracy and n of each finding and of each family. With `sources`,
+        also the balanced accuracy within each source that has at least two findings of five images each.
     """
     of_modality = places(modality for modality, _ in classes)
     names = list(of_modality)
@@ -171,19 +198,17 @@ def accuracy_report(
         index = images[name]
         asked = [findings[i] for i in index]
         right = finds_asked(probabilities[index], classes, name, asked)
-        merged = finds_asked(probabilities[index], classes, name, asked, merge=True)
-        merged_asked = [merged_class(name, finding)[1] for finding in asked]
+        merged = finds_asked(probabilities[index], classes, name, asked, merge=True, families=families)
+        of_family = [merged_class(name, finding, families)[1] for finding in asked]
         report[name] = {
             "balanced_accuracy": round(balanced_accuracy(right, asked), 4),
             "interval": accuracy_interval(right, asked),
-            "balanced_accuracy_merged": round(balanced_accuracy(merged, merged_asked), 4),
+            "balanced_accuracy_merged": round(balanced_accuracy(merged, of_family), 4),
             "chance": round(1 / len(of_modality[name]), 4),
             "modality_accuracy": round(float(modality_right[index].mean()), 4),
             "n": len(index),
-            "findings": {
-                finding: {"accuracy": round(float(right[own].mean()), 4), "n": len(own)}
-                for finding, own in places(asked).items()
-            },
+            "findings": _shares(right, asked),
+            "families": _shares(merged, of_family),
         }
         if sources is not None:
             own = [sources[i] for i in index]
@@ -194,6 +219,12 @@ def accuracy_report(
         "n": len(modalities),
         "modalities": report,
     }
+
+
+def _shares(right: np.ndarray, names: list[str]) -> dict:
+    """What is right of each name."""
+    found = places(names).items()
+    return {name: {"accuracy": round(float(right[own].mean()), 4), "n": len(own)} for name, own in found}
 
 
 def _within_source(
@@ -241,11 +272,16 @@ def format_report(title: str, report: dict) -> str:
     lines = [f"{title}: n {report['n']}, modality {report['modality_accuracy']:.3f}"]
     for name, r in report["modalities"].items():
         low, high = r["interval"]
-        findings = ", ".join(f"{k} {v['accuracy']:.2f} ({v['n']})" for k, v in r["findings"].items())
+        findings, families = (
+            ", ".join(f"{k} {v['accuracy']:.2f} ({v['n']})" for k, v in r[which].items())
+            for which in ("findings", "families")
+        )
         lines.append(
             f"  {name:10s} {r['balanced_accuracy']:.3f} [{low:.2f}, {high:.2f}] chance {r['chance']:.2f} "
             f"merged {r['balanced_accuracy_merged']:.3f} modality {r['modality_accuracy']:.3f} | {findings}"
         )
+        if r["families"].keys() != r["findings"].keys():
+            lines.append(f"    by family: {families}")
         for source, s in r.get("within_source", {}).items():
             lines.append(f"    within {source}: {s['balanced_accuracy']:.3f} (chance {s['chance']:.2f}, n {s['n']})")
     lines.append(f"  {'mean':10s} {report['balanced_accuracy']:.3f} merged {report['balanced_accuracy_merged']:.3f}")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from .. import EMBEDDED_ENCODER
 from ..generate.options import SamplingOptions
@@ -10,6 +10,8 @@ from ..options import Count, Options, Range, TableOptions, Whole, option
 
 
 OpenShare = Annotated[float, Range(0, 1, open=True)]
+# Of classifiers; those of efficientnet-lite start from ImageNet, and need the extra `train`.
+Architecture = Literal["resnet", "convnextv2", "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"]
 Hundreds = Annotated[int, Range(100, multiple=100)]
 
 
@@ -74,6 +76,9 @@ class DownstreamOptions(Options):
     low_data_pipeline: str | None = option(None, "A model trained on OUTPUT/low_data.csv: honest low data.")
     percents: list[Hundreds] = option([100, 200, 500, 1000, 2000], "Synthetic images, % of the real ones.")
     classifier_seeds: Count = option(3, "Classifiers of each kind (default 3).")
+    classifier_architecture: Architecture = option(
+        "resnet", "What they are; efficientnet-lite starts from ImageNet (default resnet)."
+    )
     classifier_steps: Count = option(1500, "Steps of each (default 1500).")
     classifier_resolution: Count = option(128, "What they see, in pixels (default 128).")
 

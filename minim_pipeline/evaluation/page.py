@@ -181,6 +181,7 @@ def _judges(judges: Mapping) -> list[dict]:
         parts.append(make_table("Each judge", ["Judge", *head], rows, words["each"], folded=True))
     for title, kind, place, key in (
         ("Each finding", "Finding", "findings", "accuracy"),
+        ("Each family of findings", "Family", "families", "accuracy"),
         ("Within each source", "Source", "within_source", "balanced_accuracy"),
     ):
         rows = []

@@ -342,7 +342,7 @@ def _judged(judges: Judges | None, sets: dict[str, ImageSet], said: dict, column
         numbers = known[name]
         asked = list(sets[name].modalities[numbers]), sets[name].column(column, numbers)
         sources = sets[name].column("source", numbers) if sets[name].has("source") else None
-        return accuracy_report(probabilities[numbers], judges.classes, *asked, sources)
+        return accuracy_report(probabilities[numbers], judges.classes, *asked, sources, judges.families)
 
     report: dict[str, Any] = {"names": list(judges.models), "each": {}}
     for judge in judges.models:

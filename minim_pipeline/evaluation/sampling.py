@@ -57,10 +57,14 @@ def draw_images(
             **settings,
         )
         x = output.images[: len(index)].float()
-        if resolution is not None and x.shape[-2:] != (resolution, resolution):
-            x = F.interpolate(x, size=(resolution, resolution), mode="bicubic", antialias=True).clamp(0, 1)
-        images.append((x * 255).round().to(torch.uint8).cpu())
+        images.append((_resized(x, resolution).clamp(0, 1) * 255).round().to(torch.uint8).cpu())
     return torch.cat(images)
+
+
+def _resized(x: Tensor, resolution: int | None) -> Tensor:
+    if resolution is None or x.shape[-2:] == (resolution, resolution):
+        return x
+    return F.interpolate(x, size=(resolution, resolution), mode="bicubic", antialias=True)
 
 
 def batches(count: int, size: int, name: str | None = None) -> Iterator[slice]:
@@ -105,6 +109,22 @@ def decode_latents(pipe: MinimPipeline, latents: Tensor, modalities: Texts, bf16
 def bytes_of(pictures: Tensor) -> Tensor:
     """uint8 on the CPU, of pictures in [-1, 1]."""
     return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+@torch.no_grad()
+def reconstruct(
+    pipe: MinimPipeline, images: Tensor, modalities: Texts, batch_size: int = 64, resolution: int | None = None
+) -> Tensor:
+    """Images uint8 [N, 3, H, W] through the autoencoder, as the pipeline delivers them: likewise, on the CPU.
+
+    Args:
+        resolution: as of `draw_images`.
+    """
+    made = []
+    for batch in batches(len(images), batch_size):
+        latents = pipe.encode_images(images[batch].to(pipe.device) / 127.5 - 1)
+        made.append(bytes_of(_resized(decode_latents(pipe, latents, modalities[batch]), resolution)))
+    return torch.cat(made)
 
 
 def plan(

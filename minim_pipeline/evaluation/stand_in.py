@@ -75,11 +75,12 @@ class StandIn:
             if key not in self.findings.classes:
                 raise ValueError(f"This stand-in has not learned the finding {key[1]!r} of {key[0]!r}.")
         probabilities, real = self.findings.judge(images), self.looks_real(images, modalities, findings)
+        families = self.findings.families
         right, ratings = finds_asked(probabilities, self.findings.classes, modalities, findings), []
         for i, (modality, finding) in enumerate(zip(modalities, findings, strict=True)):
             asked, other = 0.0, 0.0
             for key, probability in zip(self.findings.classes, probabilities[i].tolist(), strict=True):
-                if key[0] == modality and merged_class(*key) == merged_class(modality, finding):
+                if merged_class(*key, families) == merged_class(modality, finding, families):
                     asked = max(asked, probability)
                 elif key[0] == modality:
                     other = max(other, probability)

@@ -24,7 +24,9 @@ from ..data.image_loading import key_of
 from ..data.sources import read_csv, resolve_path
 from ..data.splits import assign_splits
 from ..disk import save_model
+from ..evaluation.classifier import check_architecture
 from ..evaluation.judges import claimed_classes
+from ..evaluation.options import Architecture
 from ..files import read_report, write_csv, write_report
 from ..loading import model_identity
 from ..locking import locked
@@ -94,9 +96,10 @@ class AddModalityConfig(CsvOptions, HubOptions, PrecisionOptions):
 
     skip_filter: bool = option(False, "The new pipeline has no filter head then.")
     teacher: str | None = option(None, "Classifiers that know the new modality; default: trained here on part A.")
+    teacher_architecture: Architecture = option("resnet", "Of such; efficientnet-lite starts from ImageNet.")
     teacher_steps: Count = 2000
     teacher_width: Count = 48
-    teacher_resolution: Count = 192
+    teacher_resolution: Count | None = option(None, "What they see, in pixels; default: 192, from ImageNet 224.")
     ratings: str | None = option(None, "CSV of people's grades of quality, as train_filter.py takes it.")
     filter_steps: Count = 2000
     filter_minutes: Positive | None = None
@@ -181,7 +184,10 @@ Source = tuple[list[dict], str]  # rows, and the CSV that they are of
 
 
 def check_filter(config: AddModalityConfig, modality: Modality, sources: list[Source]) -> None:
-    """Raises ValueError if the filter could not learn from the rows of these CSV files, the new ones first."""
+    """Raises ValueError if the filter could not learn from the rows of these CSV files, the new ones first.
+
+    Raises ImportError if the teacher that is to be trained needs packages that are not installed.
+    """
     lacking = [source for rows, source in sources if not all(row.get("finding") for row in rows)]
     if lacking:
         why = "which the filter needs: add it, or --skip_filter"
@@ -197,6 +203,8 @@ def check_filter(config: AddModalityConfig, modality: Modality, sources: list[So
         if modality.id not in known:
             names = ", ".join(known)
             raise ValueError(f"The classifiers of --teacher {config.teacher} know no {modality.id!r}, only {names}.")
+    else:
+        check_architecture(config.teacher_architecture)
 
 
 def write_rows(path: Path, sources: list[Source]) -> str:
@@ -277,7 +285,7 @@ class Addition:
     def teacher_config(self) -> ClassifierConfig:
         return ClassifierConfig(
             part=[self.parts[0]],
-            architectures=["resnet"],
+            architectures=[self.config.teacher_architecture],
             max_train_steps=self.config.teacher_steps,
             width=self.config.teacher_width,
             resolution=self.config.teacher_resolution,

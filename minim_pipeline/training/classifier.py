@@ -1,66 +1,94 @@
-"""Trains the judges: two classifiers of modality and finding, of different build, from scratch, on few real images.
+"""Trains the judges: two classifiers of modality and finding, of different build, on few real images.
 
 They are to read generated images, which are a little smoother and of slightly other colours than real ones, so colour,
 contrast, sharpness and noise are varied so strongly that none of them can be relied on. A run has a fixed number of
 steps and looks at the val split once, at the end: nothing is chosen by it.
+
+They learn from scratch, or start from ImageNet (`efficientnet-lite0` and its like), which takes fewer steps and reads
+more of the findings. With `--autoencoder`, half of what they see has gone through the autoencoder of a pipeline, as
+all has that is generated.
 """
 
 import time
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from ..data.image_loading import load_images
-from ..evaluation.classifier import ARCHITECTURES, Recipe, stored_side, train_classifier
-from ..evaluation.judges import Judges, accuracy_report, claimed_classes, class_of, format_report, load_judges
+from ..evaluation.classifier import (
+    ARCHITECTURES,
+    Recipe,
+    check_architecture,
+    make_classifier,
+    recipe_of,
+    stored_side,
+    train_classifier,
+)
+from ..evaluation.judges import (
+    Class,
+    Families,
+    Judges,
+    accuracy_report,
+    claimed_classes,
+    class_of,
+    families_of,
+    format_report,
+    load_judges,
+)
+from ..evaluation.options import Architecture
+from ..evaluation.sampling import reconstruct
 from ..files import write_report
 from ..locking import locked
 from ..modalities import resolve_modality
+from ..pipeline_minim import MinimPipeline
 from .config import Count, CsvOptions, HubOptions, PrecisionOptions, Share, Weight, Whole, option
 from .hub import check_hub, push_parts
 from .rows import mirrored, of_part, read_findings, tell_mirrored, tell_repeats
 
 
 # Options that name places of the machine, or its size: a report shows none of them.
-PATHS = ("train_data", "image_root", "output_dir", "modalities_from", "threads")
+PATHS = ("train_data", "autoencoder", "image_root", "output_dir", "modalities_from", "threads")
 
 
 @dataclass(kw_only=True)
 class ClassifierConfig(CsvOptions, HubOptions, PrecisionOptions):
-    """Options of the classifiers' training; how each is trained: `Recipe`."""
+    """Options of the classifiers' training; how each is trained, unless that is given: `recipe_of`."""
 
     part: list[str] = option(["B"], "Rows of the train split with these `part`s; 'all' takes every row.")
-    architectures: list[str] = option(list(ARCHITECTURES), "Which are trained.", choices=list(ARCHITECTURES))
-    width: Count = option(64, "Channels of the first stage; each later one doubles.")
-    resolution: Count = option(Recipe.resolution, "What the classifiers see, in pixels.")
-    max_train_steps: Count = Recipe.max_train_steps
-    train_batch_size: Count = Recipe.train_batch_size
+    architectures: list[str] = option(list(ARCHITECTURES), "Which are trained.", choices=list(get_args(Architecture)))
+    width: Count = option(64, "Channels of the first stage of those from scratch; each later one doubles.")
+    autoencoder: str | None = option(None, "A pipeline, through whose autoencoder half of what is seen goes.")
+    resolution: Count | None = option(None, "What they see, in pixels; default: 192, from ImageNet 224.")
+    max_train_steps: Count | None = option(None, "Default: 2000, from ImageNet 1500.")
+    train_batch_size: Count | None = option(None, "Default: 128, from ImageNet 64.")
     learning_rate: Weight = Recipe.learning_rate
-    adam_weight_decay: Weight = Recipe.adam_weight_decay
-    label_smoothing: Share = Recipe.label_smoothing
-    mix: Share = option(Recipe.mix, "Share of steps with mixup or CutMix.")
-    ema_decay: Share = Recipe.ema_decay
+    adam_weight_decay: Weight | None = option(None, "Default: 0.05, from ImageNet 0.02.")
+    label_smoothing: Share | None = option(None, "Default: 0.1, from ImageNet 0.05.")
+    mix: Share | None = option(None, "Share of steps with mixup or CutMix; default: 0.5, from ImageNet 0.")
+    ema_decay: Share | None = option(None, "Default: 0.998, from ImageNet 0.99.")
     min_train: Count = option(20, "Findings with fewer train images are left out.")
     min_val: Whole = option(9, "Findings with fewer val images are left out.")
     threads: Count | None = option(None, "CPU threads.")
 
-    @property
-    def recipe(self) -> Recipe:
-        return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.architectures:
+            check_architecture(name)
+
+    def recipe(self, architecture: str) -> Recipe:
+        return recipe_of(architecture, **self.values(*(field.name for field in fields(Recipe))))
 
 
-Class = tuple[str, str]  # modality id and finding
-
-
-def read_rows(config: ClassifierConfig) -> tuple[list[dict], list[dict], list[Class]]:
-    """The rows to train on, those to validate on, and the classes: findings with enough images on both sides.
+def read_rows(config: ClassifierConfig) -> tuple[list[dict], list[dict], list[Class], Families]:
+    """The rows to train on, to validate on, the classes (findings with enough images on both sides), and families.
 
     Raises:
         ValueError: one side has no rows of these parts and classes.
     """
     train_rows, val_rows = read_findings(config)
+    families = families_of(train_rows + val_rows)
     classes = claimed_classes(train_rows, val_rows, config.min_train, config.min_val)
     rows, val_rows = (
         [row for row in some if class_of(row) in classes] for some in (of_part(train_rows, *config.part), val_rows)
@@ -70,39 +98,58 @@ def read_rows(config: ClassifierConfig) -> tuple[list[dict], list[dict], list[Cl
         least = f"{config.min_train} train and {config.min_val} val images"
         raise ValueError(f"{config.train_data} has {found} with {least}: lower --min_train or --min_val.")
     tell_repeats(config.train_data, rows, val_rows)
-    return rows, val_rows, classes
+    return rows, val_rows, classes, families
+
+
+def load_seen(config: ClassifierConfig, rows: list[dict], side: int, device: torch.device) -> torch.Tensor:
+    """The images of `rows`, uint8 [N, 3, side, side]; with an autoencoder [2 N, ...], all again as that makes them."""
+    images = load_images(rows, config.train_data, side, reading=config.reading)
+    if config.autoencoder is None:
+        return images
+    pipe = MinimPipeline.from_pretrained(config.autoencoder, filter_head=None).to(device)
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    own = images if size == side else load_images(rows, config.train_data, size, reading=config.reading)
+    return torch.cat([images, reconstruct(pipe, own, [row["modality"] for row in rows], resolution=side)])
 
 
 def train_all(
     config: ClassifierConfig, rows: list[dict], classes: list[Class], device: torch.device
 ) -> tuple[dict[str, nn.Module], dict[str, int]]:
     """The classifier of each architecture, and the seconds that its training took."""
-    images = load_images(rows, config.train_data, stored_side(config.resolution), reading=config.reading).to(device)
-    labels = torch.tensor([classes.index(class_of(row)) for row in rows], device=device)
     # The caption is not learned: only a finding with a side forbids it.
     may_mirror = mirrored(rows, config.no_mirror, said=("finding",))
     tell_mirrored(config.train_data, rows, may_mirror)
-    grey = torch.tensor([resolve_modality(row["modality"]).grey for row in rows], device=device)
-    flags = torch.tensor(may_mirror, device=device), grey
-    models, seconds = {}, {}
+    labels = [classes.index(class_of(row)) for row in rows]
+    grey = [resolve_modality(row["modality"]).grey for row in rows]
+    models: dict[str, nn.Module] = {}
+    seconds, seen = {}, {}
     for name in config.architectures:
+        side = stored_side(config.recipe(name).resolution)
+        if side not in seen:
+            seen[side] = load_seen(config, rows, side, device).to(device)
+        copies = len(seen[side]) // len(rows)
+        y, flip, is_grey = (torch.tensor(v, device=device).repeat(copies) for v in (labels, may_mirror, grey))
         torch.manual_seed(config.seed)
         start = time.monotonic()
-        model = ARCHITECTURES[name](len(classes), config.width)
+        model = make_classifier(name, len(classes), config.width)
         model.config.id2label = {i: f"{modality}: {finding}" for i, (modality, finding) in enumerate(classes)}
         model.config.label2id = {label: i for i, label in model.config.id2label.items()}
-        models[name] = train_classifier(model, images, labels, *flags, config.recipe, name)
+        models[name] = train_classifier(model, seen[side], y, flip, is_grey, config.recipe(name), name)
         seconds[name] = round(time.monotonic() - start)
     return models, seconds
 
 
 def validate(judges: Judges, config: ClassifierConfig, val_rows: list[dict]) -> dict[str, dict]:
-    """`accuracy_report` of each classifier and, as `judges`, of their mean."""
-    each = judges.judge_each(load_images(val_rows, config.train_data, 256, reading=config.reading))
+    """By classifier, and as `judges` of their mean, `accuracy_report` of `val` and `val_reconstructed` images."""
+    each = judges.judge_each(load_seen(config, val_rows, 256, judges.device))
     each["judges"] = torch.stack(list(each.values())).mean(0)
     modalities, findings = map(list, zip(*map(class_of, val_rows), strict=True))
-    sources, classes = [row.get("source", "") for row in val_rows], judges.classes
-    return {name: accuracy_report(said, classes, modalities, findings, sources) for name, said in each.items()}
+    asked = modalities, findings, [row.get("source", "") for row in val_rows], judges.families
+    report: dict[str, dict] = {"val": {}} | ({"val_reconstructed": {}} if config.autoencoder else {})
+    for name, said in each.items():
+        for part, probabilities in zip(report.values(), said.split(len(val_rows)), strict=True):
+            part[name] = accuracy_report(probabilities, judges.classes, *asked)
+    return report
 
 
 def train(config: ClassifierConfig) -> dict:
@@ -118,13 +165,14 @@ def train(config: ClassifierConfig) -> dict:
         torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with locked(config.output):
-        rows, val_rows, classes = read_rows(config)
+        rows, val_rows, classes, families = read_rows(config)
         models, seconds = train_all(config, rows, classes, device)
+        image_size = config.recipe(config.architectures[0]).resolution
         if (config.output / "judges.json").exists():
             earlier = load_judges(config.output, device)
-            if (earlier.classes, earlier.image_size) == (classes, config.resolution):
-                models = {**earlier.models, **models}
-        judges = Judges(models, classes, config.resolution)
+            if earlier.classes == classes:
+                models, image_size = {**earlier.models, **models}, earlier.image_size
+        judges = Judges(models, classes, image_size, families)
         judges.save_pretrained(config.output)
         report: dict[str, Any] = {
             "trained_on": {"part": " ".join(config.part), "n": len(rows)},
@@ -132,7 +180,8 @@ def train(config: ClassifierConfig) -> dict:
             "seconds": seconds,
             "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
             "arguments": {name: value for name, value in asdict(config).items() if name not in PATHS},
-            "val": validate(judges, config, val_rows),
+            "recipes": {name: asdict(config.recipe(name)) for name in config.architectures},
+            **validate(judges, config, val_rows),
         }
         write_report(config.output / "report.json", report)
         push_parts(config, "train_classifier", *(config.output / name for name in (*models, "judges.json")))

@@ -14,7 +14,9 @@ from minim_pipeline.evaluation.judges import (  # noqa: E402
     accuracy_interval,
     accuracy_report,
     balanced_accuracy,
+    families_of,
     finds_asked,
+    format_report,
     load_judges,
 )
 
@@ -121,6 +123,30 @@ def test_findings_are_read_within_the_modality_and_merged():
     ]
     assert finds_asked(probabilities, CLASSES, ["oct", "cxr"], ["cyst", "normal"]).tolist() == [False, False]
     assert len(finds_asked(probabilities[:0], CLASSES, [], [])) == 0
+
+
+def test_the_families_of_the_data_are_merged():
+    rows = [
+        {"modality": "OCT", "finding": finding, "family": family}
+        for finding, family in (("edema", "fluid"), ("cyst", "fluid"), ("normal", "healthy"), ("other", ""))
+    ]
+    families = families_of(rows)
+    assert families == {("oct", "edema"): "fluid", ("oct", "cyst"): "fluid", ("oct", "normal"): "normal"}
+    assert families_of([{"modality": "OCT", "finding": "edema"}]) == {}
+    classes = [("oct", "edema"), ("oct", "cyst"), ("oct", "normal"), ("cxr", "normal")]
+    probabilities = torch.tensor([[0.3, 0.1, 0.35, 0.25]])
+    assert not finds_asked(probabilities, classes, "oct", ["edema"], families=families)[0]
+    assert finds_asked(probabilities, classes, "oct", ["edema"], merge=True, families=families)[0]
+    # Of a finding that is no class of its own the family can be read.
+    classes, probabilities = [classes[0], classes[2]], torch.tensor([[0.6, 0.4]])
+    assert not finds_asked(probabilities, classes, "oct", ["cyst"], families=families)[0]
+    assert finds_asked(probabilities, classes, "oct", ["cyst"], merge=True, families=families)[0]
+
+    report = accuracy_report(probabilities, classes, ["oct"], ["cyst"], families=families)
+    figures = report["modalities"]["oct"]
+    assert figures["findings"] == {"cyst": {"accuracy": 0, "n": 1}}
+    assert figures["families"] == {"fluid": {"accuracy": 1, "n": 1}} and figures["balanced_accuracy_merged"] == 1
+    assert "by family: fluid 1.00 (1)" in format_report("judges", report)
 
 
 def test_report_agrees_with_counting_by_hand():

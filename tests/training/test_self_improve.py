@@ -11,8 +11,10 @@ from conftest import write_csv
 from PIL import Image
 
 from minim_pipeline import FilterHead, MinimPipeline, prompt_text, resolve_modality
+from minim_pipeline.evaluation import classifier
 from minim_pipeline.evaluation.classifier import make_resnet
 from minim_pipeline.evaluation.judges import Judges
+from minim_pipeline.evaluation.stand_in import StandIn
 from minim_pipeline.minim_filter import FilterHeadOutput
 from minim_pipeline.ratings import Rating, RatingStore, image_digest
 from minim_pipeline.tokens import tokenize
@@ -62,6 +64,18 @@ def rater(world):
     report = stand_in.main([*where, *few.split(), "--output_dir", str(world / "stand_in")])
     assert 0 <= report["realism_unseen_halves"]["oct"]["auroc"] <= 1
     return world / "stand_in"
+
+
+def test_a_stand_in_may_start_from_imagenet(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "PRETRAINED", {"resolution": 32, "train_batch_size": 4})
+    few = "--classifier_steps 1 --realism_steps 1 --min_train 1 --min_val 1 --images_per_caption 1"
+    where = ["--train_data", str(world / "data.csv"), "--pretrained_model_name_or_path", str(world / "model")]
+    kind = ["--architecture", "efficientnet-lite0", "--output_dir", str(tmp_path)]
+    assert stand_in.main([*where, *few.split(), *kind])["findings_val"]["n"] == 12
+    rater = StandIn.from_pretrained(tmp_path)
+    assert [list(part.models) for part in (rater.findings, *rater.realism)] == [["efficientnet-lite0"]] * 3
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert set(rater.rate(images, ["oct", "oct"], FINDINGS)) <= {1, 2, 3}
 
 
 @pytest.fixture(scope="module")
