@@ -20,7 +20,7 @@ from .metrics import gradient_magnitude
 from .options import EvaluateOptions
 from .report import NO_TRAIN, UNIT, ImageSet, figure, interval
 from .sampling import bytes_of
-from .two_sample import Fit, fresh_network, held_out_scores, mean_auroc, network, ridge
+from .two_sample import Fit, held_out_scores, mean_auroc, network, network_name, ridge
 
 
 NO_AUTOENCODER = "it needs an autoencoder: give --pipeline or --autoencoder"
@@ -102,7 +102,7 @@ def realism(sets: Mapping[str, ImageSet], modality: str, features: Mapping[tuple
         report["two_sample"][extractor.name] = tests(raw, through, ridge)
     if looks.steps:
         fit = network(looks.steps, looks.device)
-        report["two_sample_trained"] = tests(images, again, fit, network=fresh_network()[0], steps=looks.steps)
+        report["two_sample_trained"] = tests(images, again, fit, network=network_name(), steps=looks.steps)
     return report
 
 

