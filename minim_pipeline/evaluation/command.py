@@ -43,7 +43,7 @@ def run(options: EvaluateOptions) -> dict:
     from accelerate import PartialState
 
     from ..data.image_loading import check_values
-    from .curve import draw_curve
+    from .curve import draw_curve, has_filter
     from .drawing import batch_size, draw_synthetic, run_downstream
     from .judges import load_judges
     from .realism import Looks, load_autoencoder
@@ -53,6 +53,9 @@ def run(options: EvaluateOptions) -> dict:
     if "synthetic" in rows:
         check_values([(rows["synthetic"], files["synthetic"])], readings["synthetic"])
 
+    if options.pipeline and max(options.curve_candidates) > 1 and not has_filter(options.pipeline):
+        asked = " ".join(map(str, options.curve_candidates))
+        raise ValueError(f"--curve-candidates {asked}: {options.pipeline} has no filter to choose with.")
     # Whatever may be wrong with them shows before images are drawn, which takes long.
     # The main process measures alone, which may take longer than the others wait by default.
     state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=1))

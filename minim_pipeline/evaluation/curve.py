@@ -30,18 +30,19 @@ class Point:
     rows: list[dict]
 
 
-def draw_curve(options: EvaluateOptions, model: str, real_rows: list[dict]) -> list[Point]:
-    """Draws every point of the curve into OUTPUT/curve, or goes on with that, candidates by candidates.
+def has_filter(model: str) -> bool:
+    """Whether a pipeline, a folder or a Hub id, has a filter to choose among candidates with."""
+    return read_model_index(model).get("filter_head") not in (None, [None, None])
 
-    Raises:
-        ValueError: more than one candidate is asked for, and the model has no filter to choose with.
-    """
+
+def draw_curve(options: EvaluateOptions, model: str, real_rows: list[dict]) -> list[Point]:
+    """Draws every point of the curve into OUTPUT/curve, or goes on with that, candidates by candidates."""
     # Of a model with a filter one candidate is one that it rates: it says which share it would have accepted.
-    filtering = not options.no_filter and read_model_index(model).get("filter_head") not in (None, [None, None])
+    filtering = not options.no_filter and has_filter(model)
     points = []
     for candidates, guidance in product(sorted(set(options.curve_candidates)), sorted(set(options.curve_guidance))):
         folder = options.output_dir / "curve" / f"guidance-{guidance:g}-candidates-{candidates}"
-        count = candidates if filtering or candidates > 1 else None
+        count = candidates if filtering else None
         drawn = draw_synthetic(replace(options, guidance_scale=guidance), model, real_rows, folder, count)
         points.append(Point(guidance, candidates, *drawn))
     return points
