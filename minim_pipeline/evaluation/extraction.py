@@ -58,14 +58,14 @@ def extract_training_images(
     seeds = range(seed, seed + len(asked))
     drawn = draw_images(pipe, texts, modalities, seeds, batch_size, name="rare captions", **settings)
     features = encoder.encode_images(drawn)[0].split(images)
-    for prompt, mine in zip(prompts, features):
+    for prompt, drawn_features in zip(prompts, features):
         name = prompt["modality"]
         known = copies[name]["encoder"]
-        distance, _ = nearest_distances(mine, known.references)
+        distance, _ = nearest_distances(drawn_features, known.references)
         own = torch.tensor([text == prompt["text"] for text in train.column("Text", train.of(name))])
         prompt["copies"] = int((distance < known.limit).sum())
         prompt["distance"] = round(distance.min().item(), 5)
-        prompt["own_distance"] = round(nearest_distances(mine, known.references[own])[0].min().item(), 5)
+        prompt["own_distance"] = round(nearest_distances(drawn_features, known.references[own])[0].min().item(), 5)
     found = sum(prompt["copies"] for prompt in prompts)
     return {
         "encoder": {"share": round(found / len(asked), 4), "copies": found, "n": len(asked), "captions": len(prompts)},

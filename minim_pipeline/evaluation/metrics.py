@@ -69,9 +69,9 @@ def frechet_floor(real: Tensor, count: int, other: Tensor | None = None, draws: 
     generator = torch.Generator().manual_seed(seed)
     total = 0.0
     for _ in range(draws):
-        mine, rest = real[torch.randperm(len(real), generator=generator)].tensor_split([count])
-        theirs = rest if other is None else other[torch.randperm(len(other), generator=generator)]
-        total += frechet_distance(mine, theirs[:count])
+        some, rest = real[torch.randperm(len(real), generator=generator)].tensor_split([count])
+        others = rest if other is None else other[torch.randperm(len(other), generator=generator)]
+        total += frechet_distance(some, others[:count])
     return total / draws
 
 
@@ -308,7 +308,7 @@ def bootstrap_interval(
     halves: list[Any] = []
     for _ in range(draws):
         half = [torch.randperm(len(array), generator=generator)[: len(array) // 2] for array in arrays]
-        halves.append(function(*(array[half[0] if paired else mine] for array, mine in zip(arrays, half))))
+        halves.append(function(*(array[half[0] if paired else index] for array, index in zip(arrays, half))))
 
     def interval(value, values, bounds):
         values = torch.tensor(values, dtype=torch.float64)

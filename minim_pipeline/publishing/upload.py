@@ -148,14 +148,14 @@ def check_target(api: HfApi, repo_id: str, kind: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} is no id of a repository: it is to be 'owner/name'.") from error
-    with told("reach the Hub"):
+    with hub_errors("reach the Hub"):
         user = api.whoami()
         repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
         kinds = [other for other in KINDS if api.repo_exists(repo_id, repo_type=other)]
     if kinds and kind not in kinds:
         raise ValueError(f"{repo_id} is a {kinds[0]} on the Hub, not a {kind}: choose another name.")
     if kind in kinds:
-        with told(f"write to {repo_id}"):
+        with hub_errors(f"write to {repo_id}"):
             api.auth_check(repo_id, repo_type=kind, write=True)
     if kind == "model" and kind in kinds:
         check_class(api, repo_id)
@@ -190,7 +190,7 @@ def upload(
         commit: `commit_message`, `revision` and `create_pr`, as of `HfApi.upload_folder`.
     """
     where: dict[str, Any] = {"repo_type": kind, "exist_ok": True}
-    with told(f"write to {repo_id}"):
+    with hub_errors(f"write to {repo_id}"):
         repo_id = api.create_repo(repo_id, private=private, space_sdk=space_sdk, **where).repo_id
         if commit.get("revision") and not commit.get("create_pr"):
             api.create_branch(repo_id, branch=commit["revision"], **where)
@@ -200,7 +200,7 @@ def upload(
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def hub_errors(what: str) -> Iterator[None]:
     """Turns what the Hub refuses into one line."""
     try:
         yield

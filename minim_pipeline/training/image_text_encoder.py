@@ -187,8 +187,8 @@ class Trainer:
         tell_repeats(config.train_data, rows, self.val_rows)
         if not config.no_mirror:
             sides = sum(names_a_side(row["Text"]) for row in rows)
-            told = f"all {len(rows)} images may be mirrored; {sides} of them have captions with a side"
-            say(f"{config.train_data}: {told}.")
+            mirroring = f"all {len(rows)} images may be mirrored; {sides} of them have captions with a side"
+            say(f"{config.train_data}: {mirroring}.")
         self.labels = torch.tensor(numbered(rows), device=device)
         self.grey = torch.tensor([resolve_modality(row["modality"]).grey for row in rows], device=device)
         self.tokenizer = CLIPTokenizer.from_pretrained(config.tokenizer)

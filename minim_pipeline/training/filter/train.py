@@ -79,8 +79,8 @@ class Trainer:
         self.rows = [row for row in of_part(train_rows, config.part) if class_of(row) in self.classes]
         self.val_rows = [row for row in val_rows if class_of(row) in self.classes]
         if self.val_rows and all(other < 0 for other in other_findings(self.val_rows, config.seed)):
-            told = "of one finding a modality only, which cannot be told from another: nothing is validated"
-            warnings.warn(f"{config.train_data} has val rows {told}.", stacklevel=2)
+            alone = "of one finding a modality only, which cannot be told from another: nothing is validated"
+            warnings.warn(f"{config.train_data} has val rows {alone}.", stacklevel=2)
             self.val_rows = []
         if not self.rows:
             wanted = f"part {config.part!r} with a finding of {config.min_train}"
