@@ -118,13 +118,13 @@ def _overview(report: Mapping) -> list[dict]:
     names = [extractor["name"] for extractor in extractors][:1]
     # What is missing here is said where the section itself would be, or has its reason there.
     judged = [("Found by the judges", "synthetic"), ("Same of real images", "real")] if report.get("judges") else []
-    head = ["Modality", *("Fréchet distance", "Fréchet floor", "Coverage") * bool(names)]
+    head = ["Modality", *("Fréchet distance", "Fréchet floor", "Over floor", "Coverage") * bool(names)]
     head += [*(title for title, _ in judged), "Copies, by features", "Copies, by pixels"]
     rows = []
     for modality, part in report["modalities"].items():
         row = [head_cell(name_of(modality))]
         for name in names:
-            keys = ("frechet_distance", "frechet_floor", "coverage")
+            keys = ("frechet_distance", "frechet_floor", "frechet_over_floor", "coverage")
             row += [figure_cell(reach(part, "fidelity", name, key)) for key in keys]
         for _, side in judged:
             found = reach(report, "judges", side, "modalities", modality)

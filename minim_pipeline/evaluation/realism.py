@@ -130,6 +130,8 @@ def _test(items: Mapping[str, Tensor], groups: Mapping[str, list], other: str, f
 
 def _sharpness(raw: Mapping[str, Tensor], through: Mapping[str, Tensor]) -> dict:
     real, generated = gradient_magnitude(through.get("real", raw["real"])), gradient_magnitude(raw["synthetic"])
+    if not real.any():
+        raise ValueError("the real images have no edges to compare with")
 
     def ratio(real: Tensor, generated: Tensor) -> float:
         return (generated.mean() / real.mean()).item()

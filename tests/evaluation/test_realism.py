@@ -97,6 +97,8 @@ def test_what_cannot_be_measured_says_why(real_sets):
     assert "--autoencoder" in found["decoded"]["left_out"]
     few = told(real_sets | {"synthetic": image_set(pictures(2, 7))})["two_sample"]["eyes"]
     assert "7 and 7 given, equally many and at least 8 needed" in few["raw"]["left_out"]
+    flat = image_set(torch.zeros(60, 3, 32, 32, dtype=torch.uint8))
+    assert "no edges" in told({"real": flat, "synthetic": real_sets["real"]})["sharpness"]["left_out"]
     one = image_set(pictures(0), group=["the only patient"] * 60)
     found = told({"real": one, "synthetic": image_set(pictures(2))})["two_sample"]["eyes"]
     assert "1 group given" in found["raw"]["left_out"]
