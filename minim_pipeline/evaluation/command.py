@@ -22,6 +22,7 @@ from ..data.table import read_table
 from ..files import atomic_path, write_report
 from ..loading import register_modalities
 from .options import EvaluateOptions, ExtractorOptions
+from .page_parts import reach, value_of
 
 
 def run(options: EvaluateOptions) -> dict:
@@ -43,14 +44,19 @@ def run(options: EvaluateOptions) -> dict:
 
     from ..data.image_loading import check_values
     from .classifier import check_architecture
-    from .drawing import draw_synthetic, run_downstream
+    from .curve import draw_curve, has_filter
+    from .drawing import batch_size, draw_synthetic, run_downstream
     from .judges import load_judges
+    from .realism import Looks, load_autoencoder
 
     # Real images are scaled alike, whichever file names them; the synthetic ones have their own range.
     found = check_values([(rows[name], files[name]) for name in ("real", "train") if name in rows], options.reading)
     if "synthetic" in rows:
         check_values([(rows["synthetic"], files["synthetic"])], readings["synthetic"])
 
+    if options.pipeline and max(options.curve_candidates) > 1 and not has_filter(options.pipeline):
+        asked = " ".join(map(str, options.curve_candidates))
+        raise ValueError(f"--curve-candidates {asked}: {options.pipeline} has no filter to choose with.")
     # Whatever may be wrong with them shows before images are drawn, which takes long.
     # The main process measures alone, which may take longer than the others wait by default.
     state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=1))
@@ -58,8 +64,12 @@ def run(options: EvaluateOptions) -> dict:
     judges = load_judges(options.judges, state.device) if options.judges else None
     if options.downstream:
         check_architecture(options.classifier_architecture)
+    autoencoder = load_autoencoder(options, state.device)
+    looks = Looks(extractors, autoencoder, options.c2st_steps, batch_size(options), state.device)
+    points = []
     if options.pipeline:
         files["synthetic"], rows["synthetic"] = draw_synthetic(options, options.pipeline, rows["real"])
+        points = draw_curve(options, options.pipeline, rows["real"])
     real, synthetic, train = (
         load_set(rows[name], files[name], readings[name], found if name != "synthetic" else None, options.resolution)
         if name in rows
@@ -72,7 +82,7 @@ def run(options: EvaluateOptions) -> dict:
         report["conversions"] += conversions(name, images, extractors[0].encoder) if images else []
     report["extractors"] = [{"name": extractor.name, "digest": extractor.digest} for extractor in extractors]
     if state.is_main_process:  # the others go ahead to the classifiers
-        measured, shown = measure(options, (real, synthetic, train), extractors, judges)
+        measured, shown = measure(options, (real, synthetic, train), looks, judges, points)
         report |= measured
         report["made"] = made(state.device, time.monotonic() - start)
         # Already now: training classifiers takes long, and may fail.
@@ -140,16 +150,32 @@ def load_set(rows: list[dict], path: Path, reading: Reading, found: dict[str, Fo
     return ImageSet(rows, images, changes)
 
 
-def measure(options: EvaluateOptions, sets: tuple, extractors: list, judges) -> tuple[dict, tuple[dict, dict]]:
-    """What `evaluate` and, if asked for, extraction find of the real, synthetic and train images; and pictures."""
+def measure(options: EvaluateOptions, sets: tuple, looks, judges, points: list) -> tuple[dict, tuple[dict, dict]]:
+    """All that the main process finds of the real, synthetic and train images, and of the curve's points; pictures."""
+    from tqdm.auto import tqdm
+
+    from .curve import measure_point
     from .drawing import batch_size, load_for_drawing
     from .extraction import extract_training_images
     from .pictures import collect
+    from .realism import realism
     from .report import evaluate
 
     real, synthetic, train = sets
-    encoder = extractors[0].encoder
-    report, copies, readings = evaluate(real, synthetic, train, encoder, extractors, judges, options.label_column)
+    extractors, encoder = looks.extractors, looks.extractors[0].encoder
+    report, copies, readings, features = evaluate(
+        real, synthetic, train, encoder, extractors, judges, options.label_column
+    )
+    known = {"real": real, "synthetic": synthetic} | ({"train": train} if train else {})
+    for modality, part in tqdm(report["modalities"].items(), "telling apart"):
+        part["realism"] = realism(known, modality, features, looks)
+    del known["synthetic"]
+    curve = []
+    for point in tqdm(points, "curve", disable=not points):
+        images = load_set(point.rows, point.path, options.reading_elsewhere(), None, options.resolution)
+        curve.append(measure_point(point, images, features, known, extractors, judges, report["labels"]))
+    if curve:
+        report["curve"] = {"real": value_of(reach(report, "judges", "real"), "balanced_accuracy"), "points": curve}
     if options.extraction_captions and options.pipeline:
         drawn = options.extraction_captions, options.extraction_images, batch_size(options)
         settings: Any = options.values("num_inference_steps", "guidance_scale")

@@ -26,8 +26,18 @@ from .downstream import Design, downstream, drawn_by, take_share, taken_from
 from .options import DrawingOptions, EvaluateOptions
 
 
-def draw_synthetic(options: EvaluateOptions, model: str, real_rows: list[dict]) -> tuple[Path, list[dict]]:
-    """Draws `--num-images` for every caption of the real images into OUTPUT/synthetic, or goes on with that.
+def draw_synthetic(
+    options: EvaluateOptions,
+    model: str,
+    real_rows: list[dict],
+    folder: Path | None = None,
+    num_candidates: int | None = None,
+) -> tuple[Path, list[dict]]:
+    """Draws `--num-images` for every caption of the real images into a folder, or goes on with that.
+
+    Args:
+        folder: default OUTPUT/synthetic.
+        num_candidates: of which the model's filter chooses; default: the model's.
 
     Returns:
         The CSV there, and its rows of the images asked for, with the other columns as the real rows have them now.
@@ -45,10 +55,10 @@ def draw_synthetic(options: EvaluateOptions, model: str, real_rows: list[dict]) 
             items.append(Item(len(items), row["Text"], modality, options.seed + len(items), extra))
     if not items:
         raise ValueError(f"{model} has learned no modality of {options.real}: {', '.join(unknown)}.")
-    folder = options.output_dir / "synthetic"
+    folder = folder or options.output_dir / "synthetic"
     shared = options.values(*(f.name for f in fields(SamplingOptions)))
     shared["batch_size"] = batch_size(options)
-    generate(items, folder, GenerateOptions(model=model, **shared))
+    generate(items, folder, GenerateOptions(model=model, num_candidates=num_candidates, **shared))
     digits = name_digits(folder, len(items))
     asked = {image_name(item.index, digits): item.extra for item in items}
     rows = read_csv(folder / "data.csv")

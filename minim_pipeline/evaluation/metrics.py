@@ -149,6 +149,37 @@ def precision_recall_density_coverage(real: Tensor, synthetic: Tensor, k: int = 
     }
 
 
+def auroc(negative: Tensor, positive: Tensor) -> float:
+    """Share of pairs in which a positive item has the higher score, ties as halves (area under the ROC curve).
+
+    Args:
+        negative, positive: scores [N] and [M], N, M >= 1.
+
+    Returns:
+        0 to 1; 0.5 where the scores tell nothing.
+    """
+    _need("AUROC, items of each kind", min(len(negative), len(positive)), 1)
+    _, place, count = torch.cat([negative, positive]).unique(return_inverse=True, return_counts=True)
+    rank = count.cumsum(0) - (count - 1) / 2  # from 1 on; equal scores share the mean of theirs
+    least = len(positive) * (len(positive) + 1) / 2
+    above = rank.double()[place[len(negative) :]].sum().item() - least
+    return above / (len(negative) * len(positive))
+
+
+def gradient_magnitude(images: Tensor) -> Tensor:
+    """Mean length of the gradient of each image's grey values, which falls where it is blurred: float32 [N].
+
+    Args:
+        images: [N, C, H, W], uint8 or float in [0, 1]; H, W >= 2.
+    """
+    found = []
+    for part in images.split(64):
+        x = to_unit(part).mean(1)
+        across, down = x[:, :-1, 1:] - x[:, :-1, :-1], x[:, 1:, :-1] - x[:, :-1, :-1]
+        found.append(torch.hypot(across, down).mean((1, 2)))
+    return torch.cat(found)
+
+
 def multiscale_ssim(a: Tensor, b: Tensor) -> Tensor:
     """MS-SSIM of pairs of images at five scales (Wang et al., 2003; torchmetrics'), 1 for equal ones: float32 [N].
 

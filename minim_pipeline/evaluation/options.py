@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from .. import EMBEDDED_ENCODER
 from ..generate.options import SamplingOptions
-from ..options import Count, Options, Range, TableOptions, Whole, option
+from ..options import Count, Options, Range, TableOptions, Weight, Whole, option
 
 
 OpenShare = Annotated[float, Range(0, 1, open=True)]
@@ -43,6 +43,10 @@ class ExtractorOptions(Options):
         action="append",
     )
     judges: str | None = option(None, "Classifiers of the finding, of train/train_classifier.py.")
+    autoencoder: str | None = option(
+        None, "Tell generated from real images through this autoencoder, too (default: --pipeline's)."
+    )
+    c2st_steps: Whole = option(0, "Steps of a network fine-tuned to tell them apart, on a GPU (default 0: none).")
 
 
 @dataclass(kw_only=True)
@@ -68,6 +72,14 @@ class DrawingOptions(SamplingOptions):
 
 
 @dataclass(kw_only=True)
+class CurveOptions(Options):
+    """The curve of what is read against how far from real images it lies, with --pipeline."""
+
+    curve_guidance: list[Weight] = option([], "Guidance scales to draw the captions of --real with, again.")
+    curve_candidates: list[Count] = option([1], "And numbers of candidates, every one with each scale (default 1).")
+
+
+@dataclass(kw_only=True)
 class DownstreamOptions(Options):
     """Worth as training data, for a GPU."""
 
@@ -84,7 +96,7 @@ class DownstreamOptions(Options):
 
 
 @dataclass(kw_only=True)
-class EvaluateOptions(SetOptions, ExtractorOptions, ReportOptions, DrawingOptions, DownstreamOptions):
+class EvaluateOptions(SetOptions, ExtractorOptions, ReportOptions, DrawingOptions, CurveOptions, DownstreamOptions):
     """An evaluation; raises ValueError for what cannot be done, before anything is."""
 
     separator = "-"
@@ -99,5 +111,9 @@ class EvaluateOptions(SetOptions, ExtractorOptions, ReportOptions, DrawingOption
             raise ValueError("--downstream needs --train, the real images to train on.")
         if self.no_filter and not self.pipeline:
             raise ValueError("--no-filter belongs to --pipeline: images that are there have been chosen already.")
+        if self.curve_guidance and not self.pipeline:
+            raise ValueError("--curve-guidance needs --pipeline, a model to draw with.")
+        if self.curve_candidates != [1] and (self.no_filter or not self.curve_guidance):
+            raise ValueError("--curve-candidates needs --curve-guidance, and a filter to choose among them.")
         if self.low_data_pipeline and not (self.downstream and self.pipeline):
             raise ValueError("--low-data-pipeline belongs to --downstream with --pipeline.")

@@ -8,21 +8,22 @@ Whatever lacks a figure says why: a dict with `left_out` in place of a figure, o
 becomes a dash with a footnote; what is not in the report at all is "not computed".
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from .page_parts import (
+    AS_ABOVE,
     DASH,
+    WORDS,
     Cell,
     cells_with_modalities,
     figure_cell,
+    figures_table,
     head_cell,
     keys_of,
     left_out_part,
     make_facts,
     make_table,
-    modality_cell,
     name_of,
     plain,
     plot_part,
@@ -33,13 +34,12 @@ from .page_parts import (
     value_of,
     written,
 )
+from .page_realism import curve_parts, realism_parts
 from .plots import distance_curves, downstream_curve
 
 
-WORDS = json.loads(Path(__file__).with_name("page.json").read_text(encoding="utf-8"))
 SPACES = {"encoder": "the encoder's features", "pixels": "pixels"}
 SIDES = ("synthetic", "real")
-AS_ABOVE = "Read as the table above."
 WORTHWHILE_GAIN = 0.05  # of balanced accuracy, from adding synthetic images to real ones
 
 
@@ -77,9 +77,11 @@ def render(report: Mapping, pictures: Mapping, curves: Mapping) -> str:
     sections = {
         "overview": _overview(report),
         "fidelity": _fidelity(report),
-        "diversity": [_figures(report, "diversity", "Diversity", ["diversity"])],
-        "retrieval": [_figures(report, "retrieval", "Retrieval", ["retrieval"], "percent")],
+        "realism": realism_parts(report),
+        "diversity": [figures_table(report, "diversity", "Diversity", ["diversity"])],
+        "retrieval": [figures_table(report, "retrieval", "Retrieval", ["retrieval"], "percent")],
         "judges": if_there("judges", _judges),
+        "curve": if_there("curve", curve_parts),
         "downstream": if_there("downstream", _downstream),
         "memorisation": _memorisation(report, pictures.get("neighbours") or {}, curves),
         "extraction": if_there("extraction", _extraction),
@@ -116,13 +118,13 @@ def _overview(report: Mapping) -> list[dict]:
     names = [extractor["name"] for extractor in extractors][:1]
     # What is missing here is said where the section itself would be, or has its reason there.
     judged = [("Found by the judges", "synthetic"), ("Same of real images", "real")] if report.get("judges") else []
-    head = ["Modality", *("Fréchet distance", "Fréchet floor", "Coverage") * bool(names)]
+    head = ["Modality", *("Fréchet distance", "Fréchet floor", "Over floor", "Coverage") * bool(names)]
     head += [*(title for title, _ in judged), "Copies, by features", "Copies, by pixels"]
     rows = []
     for modality, part in report["modalities"].items():
         row = [head_cell(name_of(modality))]
         for name in names:
-            keys = ("frechet_distance", "frechet_floor", "coverage")
+            keys = ("frechet_distance", "frechet_floor", "frechet_over_floor", "coverage")
             row += [figure_cell(reach(part, "fidelity", name, key)) for key in keys]
         for _, side in judged:
             found = reach(report, "judges", side, "modalities", modality)
@@ -134,25 +136,13 @@ def _overview(report: Mapping) -> list[dict]:
     return [make_facts(facts), *changed, make_table("Main figures", head, rows, reading)]
 
 
-def _figures(
-    report: Mapping, section: str, title: str, place: list[str], style: str = "number", reading: str = ""
-) -> dict:
-    """A table of what lies at `place` in each modality's part of the report, in the columns of the section."""
-    columns = WORDS[section]["columns"]
-    rows = [
-        [modality_cell(name, part), *(figure_cell(reach(part, *place, key), style) for key in columns)]
-        for name, part in report["modalities"].items()
-    ]
-    return make_table(title, ["Modality", *columns.values()], rows, reading or WORDS[section]["reading"])
-
-
 def _fidelity(report: Mapping) -> list[dict]:
     names = [extractor["name"] for extractor in report.get("extractors", [])]
     names += keys_of(*(reach(part, "fidelity") for part in report["modalities"].values()))
     parts: list[dict] = []
     for name in dict.fromkeys(names):
         reading = AS_ABOVE if parts else ""
-        parts.append(_figures(report, "fidelity", f"Features of {name}", ["fidelity", name], reading=reading))
+        parts.append(figures_table(report, "fidelity", f"Features of {name}", ["fidelity", name], reading=reading))
     return parts or [left_out_part("no extractor was used")]
 
 

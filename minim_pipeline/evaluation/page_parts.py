@@ -5,9 +5,11 @@ No key of a part is called as a method of dict is, such as `copy`: the template 
 
 import base64
 import io
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeGuard
 
 import numpy as np
@@ -16,6 +18,8 @@ from PIL import Image
 from ..modalities import MODALITIES
 
 
+WORDS = json.loads(Path(__file__).with_name("page.json").read_text(encoding="utf-8"))
+AS_ABOVE = "Read as the table above."
 DASH = "—"
 THUMBNAIL = 160  # px, the longer side
 
@@ -42,6 +46,18 @@ def make_table(
     notes = list(dict.fromkeys(cell.why for row in rows for cell in row if cell.why))
     shown = {"head": head, "rows": rows, "notes": notes, "reading": reading}
     return {"kind": "table", "title": title, "text": text, "folded": folded, **shown}
+
+
+def figures_table(
+    report: Mapping, section: str, title: str, place: Sequence[str], style: str = "number", reading: str = ""
+) -> dict:
+    """A table of what lies at `place` in each modality's part of the report, in the columns of the section."""
+    columns = WORDS[section]["columns"]
+    rows = [
+        [modality_cell(name, part), *(figure_cell(reach(part, *place, key), style) for key in columns)]
+        for name, part in report["modalities"].items()
+    ]
+    return make_table(title, ["Modality", *columns.values()], rows, reading or WORDS[section]["reading"])
 
 
 def make_facts(facts: Iterable[tuple[str, object]], title: str = "", folded: bool = False) -> dict:

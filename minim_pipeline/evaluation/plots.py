@@ -6,7 +6,7 @@ Needs matplotlib, which is imported where it is used; pyplot and its global stat
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 # Of middling lightness: seen on white and on black. Dashes and marks tell lines apart where colours do not.
 SYNTHETIC = "#d9730d"
 REAL = "#3b82c4"
+CANDIDATES = (SYNTHETIC, REAL, "#4f9d4f", "#a05fb4")
 STYLES: dict[str, dict] = {
     "synthetic": {"color": SYNTHETIC, "linestyle": "-"},
     "val": {"color": REAL, "linestyle": "--"},
@@ -91,6 +92,35 @@ def downstream_curve(setting: Mapping, name: str = "downstream") -> str:
         axes.set_xlim(left=0)
         # Room for the band; a scale from 0 would hide what a few points are.
         axes.margins(y=0.1)
+
+    return _svg(draw, name)
+
+
+def realism_curve(lines: Mapping[int, Sequence[Mapping]], real: float | None = None, name: str = "curve") -> str:
+    """Share of findings read against the Fréchet distance over its floor, a line for each number of candidates.
+
+    Args:
+        lines: number of candidates -> dicts with `guidance`, which labels the point, `over_floor` and `read` (0 to 1),
+            in the order in which they are joined.
+        real: share read in real images, drawn across.
+        name: goes in front of the SVG's ids; another for each plot of a page.
+
+    Returns:
+        `<svg ...>...</svg>`, the same for the same input.
+    """
+    marks = ("o-", "s--", "^-.", "D:")
+
+    def draw(axes):
+        for i, (candidates, points) in enumerate(sorted(lines.items())):
+            x, y = [point["over_floor"] for point in points], [100 * point["read"] for point in points]
+            label, colour = f"{candidates} candidate{'s' * (candidates > 1)}", CANDIDATES[i % len(CANDIDATES)]
+            axes.plot(x, y, marks[i % len(marks)], color=colour, markersize=4, label=label, clip_on=False)
+            for point, place in zip(points, zip(x, y)):
+                axes.annotate(f"{point['guidance']:g}", place, (4, 4), textcoords="offset points", fontsize=8)
+        if real is not None:
+            axes.axhline(100 * real, color=_TEXT, linewidth=1, linestyle=":", label="real images", clip_on=False)
+        axes.set(xlabel="Fréchet distance over its floor", ylabel="finding read (%)")
+        axes.margins(0.1)
 
     return _svg(draw, name)
 

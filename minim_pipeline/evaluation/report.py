@@ -88,7 +88,9 @@ def figure(compute: Callable[[], dict]) -> dict:
 
 
 def interval(function: Callable, *arrays: Tensor, **options) -> dict:
-    """`{"interval": ...}` of `bootstrap_interval`, or nothing where half of the images are too few for it."""
+    """`{"interval": ...}` of `bootstrap_interval`, or nothing for no draws or where half of the images are too few."""
+    if options.get("draws") == 0:
+        return {}
     try:
         return {"interval": bootstrap_interval(function, *arrays, **options)}
     except ValueError:
@@ -104,7 +106,8 @@ def _rounded(value):
 def fidelity(real: Tensor, synthetic: Tensor, train: Tensor | None, draws: int = 200) -> dict:
     """Distances and neighbourhoods of features [N, D], [M, D]; beside them those of other real images, if there are.
 
-    The Fréchet distance depends on n, so it and its floor take equally many images on each side.
+    The Fréchet distance depends on n, so it and its floor take equally many images on each side. Intervals are of
+    `draws` halves; 0 leaves them out.
     """
     n = min(len(real), len(synthetic))
     generator = torch.Generator().manual_seed(0)
@@ -129,7 +132,8 @@ def fidelity(real: Tensor, synthetic: Tensor, train: Tensor | None, draws: int =
         found = {"value": kernel_distance(real, synthetic), "n": len(synthetic), "n_real": len(real)}
         return found | interval(kernel_distance, real, synthetic, draws=draws)
 
-    report = {"frechet_distance": figure(frechet), "frechet_floor": figure(floor)}
+    distance, least = figure(frechet), figure(floor)
+    report = {"frechet_distance": distance, "frechet_floor": least, "frechet_over_floor": over_floor(distance, least)}
     report |= {"kernel_distance": figure(kernel), "kernel_floor": figure(kernel_floor)}
     bounds = {"precision": UNIT, "recall": UNIT, "density": above, "coverage": UNIT}
     try:
@@ -141,6 +145,19 @@ def fidelity(real: Tensor, synthetic: Tensor, train: Tensor | None, draws: int =
         found = {"value": value, "n": len(synthetic)} | ({"interval": each[name]} if each else {})
         report[name] = {key: _rounded(v) for key, v in found.items()}
     return report
+
+
+def over_floor(distance: dict, floor: dict) -> dict:
+    """How many times as far as other real images the generated ones lie: a figure made of two."""
+    for part in (distance, floor):
+        if "left_out" in part:
+            return part
+    if not floor["value"]:
+        return {"left_out": "the floor is 0: the real images do not differ"}
+    found = {"value": distance["value"] / floor["value"], "n": distance["n"], "floor": floor["value"]}
+    if "interval" in distance:
+        found["interval"] = [bound / floor["value"] for bound in distance["interval"]]
+    return {key: _rounded(value) for key, value in found.items()}
 
 
 def diversity(images: Tensor, prompts: list[str], grey: bool, probabilities: Tensor | None) -> dict:
@@ -183,8 +200,8 @@ def evaluate(
     extractors: list[Extractor],
     judges: Judges | None = None,
     label_column: str = "finding",
-) -> tuple[dict, dict[str, dict[str, Copies]], list[str] | None]:
-    """Everything but extraction and downstream use.
+) -> tuple[dict, dict[str, dict[str, Copies]], list[str] | None, dict[tuple[str | None, str], Tensor]]:
+    """Everything but realism, extraction and downstream use.
 
     Args:
         real: images that neither generator nor judges have learned from.
@@ -196,16 +213,11 @@ def evaluate(
         label_column: of the finding.
 
     Returns:
-        The report; the distances to the training images, modality -> "encoder" or "pixels" -> Copies; and what the
-        judges read in each synthetic image.
+        The report; the distances to the training images, modality -> "encoder" or "pixels" -> Copies; what the judges
+        read in each synthetic image; and the features, as `look` gives them.
     """
     sets = {"real": real, "synthetic": synthetic} | ({"train": train} if train else {})
-    unlabelled = [name for name in ("real", "synthetic") if not sets[name].has(label_column)]
-    report: dict[str, Any] = {"labels": {"column": label_column}}
-    if unlabelled:
-        which = " and ".join(unlabelled)
-        report["labels"] = {"left_out": f"not every {which} image has a value in the column {label_column!r}"}
-
+    report: dict[str, Any] = {"labels": _labels(sets, label_column)}
     have = {name: dict.fromkeys(map(str, sets[name].modalities)) for name in ("synthetic", "real")}
     shared = [name for name in have["synthetic"] if name in have["real"]]
     only = {name: "no real images" for name in have["synthetic"] if name not in shared}
@@ -255,8 +267,15 @@ def evaluate(
     if copies:
         each_modality = [report["modalities"][modality]["memorisation"] for modality in copies]
         report["memorisation"] = {key: total(m[key] for m in each_modality) for key in ("encoder", "pixels")}
-    report["judges"] = _judged(judges, sets, said, label_column, report["labels"].get("left_out"))
-    return report, copies, _readings(judges, synthetic, probabilities)
+    report["judges"] = judged(judges, sets, said, label_column, report["labels"].get("left_out"))
+    return report, copies, _readings(judges, synthetic, probabilities), features
+
+
+def _labels(sets: dict[str, ImageSet], column: str) -> dict:
+    """The column that every real and synthetic image has a value in, or why it is none."""
+    if unlabelled := [name for name in ("real", "synthetic") if not sets[name].has(column)]:
+        return {"left_out": f"not every {' and '.join(unlabelled)} image has a value in the column {column!r}"}
+    return {"column": column}
 
 
 def _memorisation(
@@ -325,7 +344,7 @@ def _image_retrieval(synthetic, real, labels, real_labels, left_out: str | None)
     }
 
 
-def _judged(judges: Judges | None, sets: dict[str, ImageSet], said: dict, column: str, left_out: str | None) -> dict:
+def judged(judges: Judges | None, sets: dict[str, ImageSet], said: dict, column: str, left_out: str | None) -> dict:
     """What the judges read of the findings that they know; each of them, and their mean."""
     if judges is None:
         return {"left_out": "no classifiers of the finding were given (--judges)"}

@@ -110,6 +110,20 @@ def test_figures_are_there_with_their_n_and_whose_they_are(report):
     assert "--judges" in figures["judges"]["left_out"]
 
 
+def test_realism_is_a_figure_beside_its_floor(report):
+    oct = report[0]["modalities"]["oct"]
+    tests = oct["realism"]["two_sample"]["minim-encoder"]
+    assert tests["raw"]["n"] == tests["raw_floor"]["n"] == 13 and 0 <= tests["raw"]["value"] <= 1
+    assert "give --pipeline or --autoencoder" in tests["decoded"]["left_out"]
+    assert 0.5 < oct["realism"]["sharpness"]["value"] < 2
+    near = oct["fidelity"]["minim-encoder"]
+    times = near["frechet_distance"]["value"] / near["frechet_floor"]["value"]
+    assert near["frechet_over_floor"]["value"] == pytest.approx(times, rel=1e-3)
+    assert near["frechet_over_floor"]["n"] == 13
+    assert "Realism: whether synthetic images can be told from real ones" in report[1]
+    assert "curve" not in report[0]
+
+
 def test_page_stands_alone(report):
     figures, page = report
     assert "oct-12.png" in page and f"{figures['modalities']['cxr']['memorisation']['encoder']['limit']:.3g}" in page
@@ -183,6 +197,8 @@ def test_pipeline_draws_what_is_measured_and_goes_on(sets, pipeline_dir, tmp_pat
     options = ["--pipeline", str(pipeline_dir), "--num-inference-steps", "1", "--device", "cpu"]
     downstream = ["--downstream", "--train", str(sets["train"]), "--low-data-share", "0.5"]
     report = evaluate({"real": few}, tmp_path / "out", *options, *downstream)
+    tests = report["modalities"]["oct"]["realism"]["two_sample"]["minim-encoder"]
+    assert "4 and 4 given" in tests["decoded"]["left_out"], "the model's own autoencoder is there"
     assert report["sets"]["synthetic"]["n"] == 4 and report["sets"]["synthetic"]["settings"]["steps"] == "1"
     assert report["downstream"] == {"left_out": "no finding has 20 train and 9 val images"}
     low = (tmp_path / "out" / "low_data.csv").read_text().splitlines()
@@ -245,6 +261,18 @@ BAD = [
     (
         ["--real", "{real}", "--synthetic", "{real}", "--downstream", "--output-dir", "out"],
         "--downstream needs --train",
+    ),
+    (
+        ["--real", "{real}", "--synthetic", "{real}", "--curve-guidance", "1", "--output-dir", "out"],
+        "--curve-guidance needs --pipeline",
+    ),
+    (
+        ["--real", "{real}", "--pipeline", "x", "--curve-candidates", "2", "--output-dir", "out"],
+        "--curve-candidates needs --curve-guidance",
+    ),
+    (
+        ["--real", "{real}", "--synthetic", "{real}", "--c2st-steps", "-1", "--output-dir", "out"],
+        "--c2st-steps has to be at least 0, got -1",
     ),
     (["--real", "{real}", "--synthetic", "{real}", "--encoder", "none", "--output-dir", "out"], "'none' is neither"),
 ]

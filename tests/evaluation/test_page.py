@@ -75,6 +75,7 @@ REPORT = {
                 "minim-encoder": {
                     "frechet_distance": {"value": 12.345, "interval": [11.2, 13.6], "n": 71},
                     "frechet_floor": {"value": 4.561, "n": 72},
+                    "frechet_over_floor": {"value": 2.707, "n": 71, "floor": 4.561},
                     "kernel_distance": {"value": -0.00123, "interval": [-0.0041, 0.0022]},
                     "kernel_floor": {"value": 0.000345},
                     "precision": {"value": 0.812},
@@ -193,7 +194,13 @@ class Text(HTMLParser):
 
 def test_every_figure_is_there(page):
     text = Text(page).text
-    fidelity = ["12.3 [11.2, 13.6] n 71", "4.56 n 72", "−0.00123 [−0.00410, 0.00220]", "0.000345"]
+    fidelity = [
+        "12.3 [11.2, 13.6] n 71",
+        "4.56 n 72",
+        "2.71 n 71 · floor 4.561",
+        "−0.00123 [−0.00410, 0.00220]",
+        "0.000345",
+    ]
     fidelity += ["0.812", "0.634", "0.957", "real 76 · synthetic 77 · train 776"]
     diversity = ["0.311", "0.289", "2.41", "2.73"]
     retrieval = ["85.1 % chance 13.7 % · pool 79 · n 70", "87.1 %", "64.1 %"]
@@ -252,6 +259,26 @@ def test_whole_parts_can_be_left_out_with_a_reason():
     report["modalities"]["oct"]["memorisation"] = {"left_out": "no memorisation today"}
     text = Text(render(report, {}, {})).text
     assert all(f"no {key} today" in text for key in ("memorisation", "extraction", "judges", "downstream", "labels"))
+
+
+def test_what_is_told_apart_is_shown_beside_its_floor():
+    report = copy.deepcopy(REPORT)
+    tests = {
+        "raw": {"value": 0.912, "interval": [0.881, 0.943], "n": 70},
+        "raw_floor": {"value": 0.523, "n": 69},
+        "decoded": {"left_out": "no autoencoder today"},
+        "decoded_floor": {"left_out": "no autoencoder today"},
+    }
+    realism = {"sharpness": {"value": 0.871, "real": "decoded"}, "two_sample": {"minim-encoder": tests}}
+    report["modalities"]["oct"]["realism"] = realism
+    text = Text(render(report, {}, {})).text
+    wanted = ["0.912 [0.881, 0.943] n 70", "0.523 n 69", "no autoencoder today", "0.871 real decoded"]
+    assert [words for words in wanted if words not in text] == []
+    assert "A fine-tuned network" not in text
+    realism["two_sample_trained"] = tests | {"raw": {"value": 0.987, "network": "resnet", "steps": 100}}
+    text = Text(render(report, {}, {})).text
+    assert "A fine-tuned network" in text and "0.987 network resnet · steps 100" in text
+    assert "told from real ones" not in Text(render(REPORT, {}, {})).text, "older reports do not have it"
 
 
 def test_conditions_of_downstream_training_can_be_left_out():
