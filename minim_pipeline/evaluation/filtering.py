@@ -14,7 +14,7 @@ from PIL import ImageOps
 from .. import MinimPipeline, resolve_modality
 from ..contact_sheet import contact_sheet
 from ..minim_filter import FilterHead, FilterHeadOutput
-from ..minim_filter.funnel import plan_stages
+from ..minim_filter.funnel import accepted_first, plan_stages
 from ..training.filter.candidates import Candidates, follow
 from ..training.filter.report import other_findings, quality_report, rate
 from .agreement import weighted_kappa
@@ -28,7 +28,8 @@ def judge_candidates(
     """Whether the pipeline accepts each finished candidate, bool [N], and if not, why not."""
     device = pipe.filter_head.device
     quality, finding = drawn.quality[:, -1].to(device), drawn.finding[:, -1].to(device)
-    finished = FilterHeadOutput(quality, finding, None, None, None, drawn.code.to(device))
+    realism = None if drawn.realism is None else drawn.realism[:, -1].to(device)
+    finished = FilterHeadOutput(quality, finding, None, None, None, drawn.code.to(device), realism)
     _, accepted, reasons = pipe.judge(finished, [resolve_modality(name) for name in modalities])
     return accepted.cpu(), reasons
 
@@ -46,7 +47,7 @@ def choices(drawn: Candidates, accepted: torch.Tensor, head: FilterHead, candida
     guided = (drawn.guidance > 0).any(0)
     score, every = (values.view(-1, candidates, values.shape[1]).clone() for values in (drawn.rank(head), drawn.score))
     for values in (score, every):
-        values[:, :, -1] += 4 * accepted.view(-1, candidates)  # at the end accepted ones go first
+        values[:, :, -1] = accepted_first(values[:, :, -1], accepted.view(-1, candidates))  # at the end
     sums = drawn.guidance_sum.view_as(score)
     plans = plan_stages(head.config.stages, candidates)
     ways = {"filter": (score, plans), "filter at the end": (score, [])}

@@ -7,7 +7,7 @@ from diffusers import ConfigMixin
 from ..modalities import Modality
 from ..tokens import prompt_text
 from .filter_head import FilterHeadOutput
-from .funnel import Funnel
+from .funnel import REASONS, Funnel
 from .seeds import draw_seeds
 from .selection import RoundResult, choose_best, judge
 
@@ -43,6 +43,11 @@ class Filtering(ConfigMixin):
         if prompt is None:
             return "which reads the prompt's words: pass `prompt`"
         return "which output_type='latent' bypasses" if output_type == "latent" else None
+
+    @property
+    def reject_reasons(self) -> tuple[str, ...]:
+        """Why a candidate may not come back: without "realism" where the head does not rate that."""
+        return REASONS if self.filter_head is not None and self.filter_head.config.rates_realism else REASONS[:-1]
 
     def rate_pictures(
         self, pictures: list[PIL.Image.Image], prompts: list[str], modalities: list[Modality], device: torch.device

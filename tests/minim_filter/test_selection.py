@@ -1,7 +1,6 @@
 """Thresholds, and which candidate of each image comes back, and what is drawn again."""
 
 import json
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +16,7 @@ def test_thresholds_of_the_embedded_model_are_read_as_they_were_saved():
     config = json.loads((EMBEDDED_CHECKPOINT / "filter_head" / "config.json").read_text())
     thresholds = Thresholds.read(config["calibration"])
     assert thresholds["fundus"] == Thresholds(score=2.4345, finding=2.0, copy=39, ratings=281)
-    assert {name: asdict(entry) for name, entry in thresholds.items()} == config["calibration"]
+    assert {name: entry.entry() for name, entry in thresholds.items()} == config["calibration"]
     assert Thresholds.of(SimpleNamespace(**config), "cxr").copy == 58
 
 
