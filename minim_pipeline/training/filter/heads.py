@@ -25,18 +25,15 @@ def new_head(pipe: MinimPipeline, block_out_channels: tuple[int, int], rates_rea
     )
 
 
-def extend_head(base: FilterHead, pipe: MinimPipeline, rates_realism: bool | None = None) -> FilterHead:
+def extend_head(base: FilterHead, pipe: MinimPipeline) -> FilterHead:
     """A head like `base` that also reads the tokens of modalities which the pipeline has learned since.
 
     The row of a new modality in the embedding starts as the mean of those of its words, as in the text encoder; so
     does that of a token which lay there unused, of a modality for which a calibrated head has no thresholds.
 
     Thresholds stay until `calibrate_filter.py` finds new ones. Fingerprints go, and with them the thresholds for
-    copies: they are read from features that are about to change. The code, which that script fits, begins anew. So
-    does a realism that `base` does not rate; thresholds of realism go, as no scale of 1 to 3 holds it.
-
-    Args:
-        rates_realism: whether the new head does; None for as `base`.
+    copies: they are read from features that are about to change. The code, which that script fits, begins anew. The
+    thresholds of realism go as well: no scale from 1 to 3 holds them.
 
     Raises:
         ValueError: `base` was trained for other latents, or for a larger vocabulary.
@@ -51,12 +48,10 @@ def extend_head(base: FilterHead, pipe: MinimPipeline, rates_realism: bool | Non
     thresholds = Thresholds.read(base.config.calibration)
     calibration = {name: replace(found, copy=-1, realism=None).entry() for name, found in thresholds.items()} or None
     changed = {"vocab_size": len(tokenizer), "num_fingerprints": 0, "calibration": calibration}
-    changed["rates_realism"] = base.config.rates_realism if rates_realism is None else rates_realism
     head = FilterHead.from_config({**base.config, **changed})
-    state, known = head.state_dict(), base.state_dict()
-    fresh = ("code.", "fingerprints")
-    state |= {name: value for name, value in known.items() if name in state and not name.startswith(fresh)}
-    rows = torch.cat([known["text.tokens.weight"], head.text["tokens"].weight.detach()[old:]])
+    fresh = {name: value for name, value in head.state_dict().items() if name.startswith("code.")}
+    state = {**base.state_dict(), **fresh, "fingerprints": head.fingerprints}
+    rows = torch.cat([state["text.tokens.weight"], head.text["tokens"].weight.detach()[old:]])
     for name in pipe.config.modalities or []:
         token = tokenizer.convert_tokens_to_ids(MODALITIES[name].token)
         if token >= old or (calibration and name not in calibration):

@@ -136,8 +136,8 @@ def realism_report(
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(seed))
     report = {}
     for level in LEVELS:
-        rated = (rate_at(head, estimates, level, x, ids, noise, "realism") for x in (real, generated))
-        report[str(level)] = separations(*rated, [class_of(row)[0] for row in rows]) | {"n": len(rows)}
+        high, low = (rate_at(head, estimates, level, x, ids, noise, "realism") for x in (real, generated))
+        report[str(level)] = separations(high, low, [class_of(row)[0] for row in rows]) | {"n": len(rows)}
     return report
 
 

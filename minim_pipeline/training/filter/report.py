@@ -90,9 +90,9 @@ def finding_report(
     report = {}
     for level in LEVELS:
         held = head, estimates, level, latents[own]
-        right, other_rated = (rate_at(*held, ids[captions], noise[own], "finding") for captions in (own, other))
-        report[str(level)] = separations(right, other_rated, names)
-        report[str(level)] |= {"auroc_unlike": separation(right[~alike], other_rated[~alike]), "n": len(own)}
+        high, low = (rate_at(*held, ids[captions], noise[own], "finding") for captions in (own, other))
+        report[str(level)] = separations(high, low, names)
+        report[str(level)] |= {"auroc_unlike": separation(high[~alike], low[~alike]), "n": len(own)}
     return report
 
 

@@ -56,15 +56,15 @@ class Trainer:
         captions = Captions(self.rows, self.classes, ids)
         rated = {row["path"] for row in self.ratings}
         pool, drawn = load_materials(config, self.pipe, self.rows, self.classes, rated)
-        counterparts = None
-        if rates_realism := config.realism_loss_weight > 0:
+        if config.pretrained_filter_head:
+            head = extend_head(FilterHead.from_pretrained(config.pretrained_filter_head), self.pipe).to(run.device)
+        else:
+            channels = config.block_out_channels[0], config.block_out_channels[1]
+            head = new_head(self.pipe, channels, config.realism_loss_weight > 0)
+        self.rates_realism, counterparts = head.config.rates_realism, None
+        if self.rates_realism:
             counterparts = load_counterparts(config, self.pipe, self.rows, self.more_real, self.classes, drawn)
         self.lessons = Lessons(config, self.pipe, captions, pool, drawn, counterparts)
-        if config.pretrained_filter_head:
-            base = FilterHead.from_pretrained(config.pretrained_filter_head)
-            head = extend_head(base, self.pipe, rates_realism).to(run.device)
-        else:
-            head = new_head(self.pipe, (config.block_out_channels[0], config.block_out_channels[1]), rates_realism)
         self.ema = EMAModel(head.parameters(), decay=config.ema_decay, use_ema_warmup=True)
         self.ema.to(run.device)
         decay = config.adam_weight_decay
@@ -72,12 +72,12 @@ class Trainer:
         head, self.optimizer = run.accelerator.prepare(head, optimizer)
         # As it was: its own arithmetic is fp32, always.
         self.head = run.accelerator.unwrap_model(head, keep_fp32_wrapper=False)
-        run.images_a_step *= 2 + rates_realism  # as many of each kind
+        run.images_a_step *= 2 + self.rates_realism  # as many of each kind
         run.begin(self.ema)
         if self.val_rows:
             images = load_images(self.val_rows, config.train_data, config.resolution, reading=config.reading)
             self.val_latents = encode(self.pipe, images, config.bf16)
-            if rates_realism:
+            if self.rates_realism:
                 self.val_counterparts = val_counterparts(self.pipe, self.val_rows, images, config)
 
     def read_rows(self) -> None:
@@ -125,7 +125,7 @@ class Trainer:
         """What the head tells apart of the val rows, by what."""
         held = head, self.lessons.estimates, self.val_rows
         reports = {"finding, val": finding_report(*held, self.val_latents, self.config.seed)}
-        if head.config.rates_realism:
+        if self.rates_realism:
             reports["realism, val"] = realism_report(*held, *self.val_counterparts, self.config.seed)
         return reports
 
