@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 EMBEDDED_CHECKPOINT: Path = Path(__file__).parent / "checkpoints" / "minim-256"
 # The image-text encoder that reports and copy checks look through: 6 MB.
 EMBEDDED_ENCODER: Path = Path(__file__).parent / "checkpoints" / "minim-encoder"
+# Phrasings of every finding, to train with and to measure by.
+CAPTIONS: Path = Path(__file__).parent / "training" / "captions.json"
 
 _MODULE_OF = {
     "MinimPipeline": "pipeline_minim",
@@ -34,7 +36,7 @@ _MODULE_OF = {
     "prompt_text": "tokens",
 }
 
-__all__ = ["EMBEDDED_CHECKPOINT", "EMBEDDED_ENCODER", "__version__", *_MODULE_OF]
+__all__ = ["CAPTIONS", "EMBEDDED_CHECKPOINT", "EMBEDDED_ENCODER", "__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str):

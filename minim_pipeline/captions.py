@@ -24,8 +24,8 @@ def check_caption(text: str) -> None:
     words = re.split(r"[,;/|]\s+", plain.lower().strip("()[]{}\"'.!?,; "))
     missing = plain.lower() in _MISSING or all(word in _MISSING for word in words)
     if missing or (plain and not any(map(str.isalnum, plain))):
-        why = "what stands where one is missing: say what the image shows, or leave it out"
-        raise ValueError(f"{text!r} is no caption, but {why}.")
+        advice = "say what the image shows, or leave it out"
+        raise ValueError(f"{text!r} is no caption, but what stands where one is missing: {advice}.")
 
 
 def without_prefix(text: str, modality: Modality) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 # Of the system's errors those for want of room: a full disk, a quota, a limit on the size of files.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+SCHEMA_VERSION = 1  # of reports: another where a key changes its name or its meaning
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -39,6 +41,27 @@ def write_json(path: Path, content: Any) -> None:
     """Writes the file whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Writes figures, and first the version of their keys; these are snake_case, but for names from the data."""
+    write_json(path, {"schema_version": SCHEMA_VERSION} | report)
+
+
+def read_report(path: str | Path) -> dict[str, Any]:
+    """What `write_report` was given.
+
+    Raises:
+        ValueError: the file is no report, or one of another version.
+    """
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no report: {error}.") from error
+    found = report.pop("schema_version", None) if isinstance(report, dict) else None
+    if found != SCHEMA_VERSION:
+        raise ValueError(f"{path} is no report of this package: its schema_version is {found}, not {SCHEMA_VERSION}.")
+    return report
 
 
 def write_csv(path: Path, rows: Iterable[Mapping], columns: Sequence[str] | None = None, end: str = "\r\n") -> None:

@@ -67,9 +67,9 @@ def score_csv(options: ScoreOptions) -> tuple[Path, list[dict[str, str]]]:
                 place = os.path.relpath(resolve_path(row, data).resolve(), output.parent.resolve())
                 parts = {"score": rated.scores, "quality": rated.quality, "finding": rated.finding}
                 parts |= {"realism": rated.realism} if rated.realism else {}
-                told = {name: f"{values[i]:.4f}" for name, values in parts.items()}
-                told |= {"accepted": str(rated.accepted[i]).lower(), "reason": rated.reasons[i] or ""}
-                scored.append(row | {"path": Path(place).as_posix()} | told)
+                columns = {name: f"{values[i]:.4f}" for name, values in parts.items()}
+                columns |= {"accepted": str(rated.accepted[i]).lower(), "reason": rated.reasons[i] or ""}
+                scored.append(row | {"path": Path(place).as_posix()} | columns)
             bar.update(len(batch))
     tell(changes, len(rows), data, reading)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -7,19 +7,18 @@
 settled on. What the report at --output says of other comparisons, those that rules were settled on, is kept.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from minim_pipeline.evaluation.filtering import compare_wrong
-from minim_pipeline.files import write_json
+from minim_pipeline.evaluation.judges import compare_wrong
+from minim_pipeline.files import read_report, write_report
 from minim_pipeline.training.config import Options, option, parse
 
 
-SETTLED = "comparisons that rules were settled on"
+SETTLED = "settled_comparisons"
 
 
 @dataclass(kw_only=True)
@@ -42,10 +41,6 @@ class GatherConfig(Options):
             raise ValueError(f"There is no {', no '.join(missing)}.")
 
 
-def read(path: str | Path) -> dict:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
 def without_paths(report: dict) -> dict:
     """The report without arguments that are paths: they tell of the machine it ran on, not of what it did."""
     return report | {"arguments": {k: v for k, v in report["arguments"].items() if "/" not in str(v)}}
@@ -57,13 +52,12 @@ def read_comparisons(folders: list[str]) -> list[dict]:
     Raises:
         ValueError: more than the seed differs, of another model for instance.
     """
-    reports = [read(Path(folder) / "report.json") for folder in folders]
+    reports = [read_report(Path(folder) / "report.json") for folder in folders]
     seeds = [report["arguments"].pop("seed") for report in reports]
     first, *others = ({k: v for k, v in r["arguments"].items() if k != "output_dir"} for r in reports)
     for other in others:
-        differ = [
-            f"{k} is {first.get(k)!r} and {other.get(k)!r}" for k in first | other if first.get(k) != other.get(k)
-        ]
+        names = [name for name in first | other if first.get(name) != other.get(name)]
+        differ = [f"{name} is {first.get(name)!r} and {other.get(name)!r}" for name in names]
         if differ:
             raise ValueError(f"The comparisons may differ in their seeds only, but {'; '.join(differ)}.")
     return [{"seed": seed, **without_paths(report)} for seed, report in zip(seeds, reports, strict=True)]
@@ -82,15 +76,15 @@ def pooled(folders: list[str]) -> dict:
         on.append(wrong.gather(1, chosen[:, None])[:, 0])
         each.append(wrong.double().mean(1))
     off, on, each = (torch.cat(parts) for parts in (off, on, each))
-    figures = compare_wrong(off, on) | {"wrong without": round(off.double().mean().item(), 4), "n": len(off)}
+    figures = compare_wrong(off, on) | {"wrong_without": round(off.double().mean().item(), 4), "n": len(off)}
     mean = each.mean().item()
-    return figures | {"against the mean candidate": round(1 - on.double().mean().item() / mean, 4) if mean else None}
+    return figures | {"against_mean_candidate": round(1 - on.double().mean().item() / mean, 4) if mean else None}
 
 
 def main(argv: list[str] | None = None) -> dict:
     config = parse(GatherConfig, argv, __doc__)
     output = Path(config.output)
-    before = read(output) if output.is_file() else {}
+    before = read_report(output) if output.is_file() else {}
     comparisons = read_comparisons(config.comparisons)
     seeds = [comparison["seed"] for comparison in comparisons]
     known = [c["seed"] for c in before.get(SETTLED, [])]
@@ -98,15 +92,15 @@ def main(argv: list[str] | None = None) -> dict:
         raise ValueError(f"The comparisons need seeds of their own, not {seeds}; rules were settled on {known}.")
     people = [comparison.pop("people", None) for comparison in comparisons]  # the same for all seeds
     report = {
-        "training": without_paths(read(config.training)),
-        "calibration": without_paths(read(config.calibration)),
+        "training": without_paths(read_report(config.training)),
+        "calibration": without_paths(read_report(config.calibration)),
         "comparisons": comparisons,
         "people": people[0],
         SETTLED: before.get(SETTLED, []),
-        "fresh comparisons, pooled": pooled(config.comparisons),
+        "fresh_comparisons_pooled": pooled(config.comparisons),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, report)
+    write_report(output, report)
     return report
 
 

@@ -14,6 +14,7 @@
 Findings that the judges do not know (too few images) are left out, and modalities without val images.
 """
 
+import itertools
 import json
 import platform
 import re
@@ -23,29 +24,28 @@ from pathlib import Path
 from typing import Literal
 
 import diffusers
+import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL
+from torch import Tensor
 
-from minim_pipeline import MODALITIES, MinimPipeline, resolve_modality
+from minim_pipeline import CAPTIONS, MODALITIES, MinimPipeline, resolve_modality
 from minim_pipeline.cache import cached_tensor
 from minim_pipeline.contact_sheet import contact_sheet
-from minim_pipeline.data.image_loading import load_images
+from minim_pipeline.data.image_loading import load_images, trim_letterbox
 from minim_pipeline.data.splits import read_split
 from minim_pipeline.evaluation.comparison import JUDGES
-from minim_pipeline.evaluation.flaws import checks
+from minim_pipeline.evaluation.images import to_unit
 from minim_pipeline.evaluation.judges import Judges, accuracy_report, format_report, load_judges
-from minim_pipeline.evaluation.memorisation import (
-    format_memorisation,
-    latent_features,
-    memorisation_report,
-    pixel_features,
-)
-from minim_pipeline.evaluation.planned import by_modality, draw_planned, plan
-from minim_pipeline.files import write_json
+from minim_pipeline.evaluation.memorisation import copies_in_both_spaces, format_memorisation
+from minim_pipeline.evaluation.metrics import places
+from minim_pipeline.evaluation.sampling import by_modality, draw_planned, plan
+from minim_pipeline.files import write_report
 from minim_pipeline.loading import model_identity
 from minim_pipeline.training.autoencoder import reconstruction_figures
-from minim_pipeline.training.captions import CAPTIONS, load_captions
+from minim_pipeline.training.captions import load_captions
 from minim_pipeline.training.config import Count, ReadingOptions, Share, Weight, Whole, option, parse
 
 
@@ -99,19 +99,18 @@ class RealImages:
         # Of a modality without real images there is nothing to compare with.
         self.learned = {name: found for name, found in pipe.config.findings.items() if name in self.names}
         left_out = [name for name in pipe.config.findings if name not in self.learned]
+        names = ", ".join(left_out)
         if not self.learned:
-            raise ValueError(
-                f"{config.data} has no val images of what {config.model} has learned: {', '.join(left_out)}."
-            )
+            raise ValueError(f"{config.data} has no val images of what {config.model} has learned: {names}.")
         if left_out:
-            print(f"left out, without val images in {config.data}: {', '.join(left_out)}")
+            print(f"left out, without val images in {config.data}: {names}")
 
     def rows_of(self, split: str) -> tuple[list[dict], list[str]]:
         require = ("path", "Text", "modality", "finding")
         rows = read_split(self.config.data, split, require=require, check_images=False)
         return rows, [resolve_modality(row["modality"]).id for row in rows]
 
-    def load(self, rows: list[dict], trim: bool = True) -> torch.Tensor:
+    def load(self, rows: list[dict], trim: bool = True) -> Tensor:
         return load_images(rows, self.config.data, self.size, trim=trim, reading=self.config.reading_elsewhere())
 
 
@@ -121,16 +120,12 @@ def settings_report(config: ReportConfig, pipe: MinimPipeline, device: torch.dev
         "settings": {
             **{k: pipe.config[k] if getattr(config, k) is None else getattr(config, k) for k in SAMPLING},
             "scheduler": type(pipe.scheduler).__name__,
-            "seed": config.seed,
-            "batch_size": config.batch_size,
-            "dtype": config.dtype,
+            **config.values("seed", "batch_size", "dtype"),
             "compiled": config.compile,
         },
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
+            **{package.__name__: package.__version__ for package in (torch, diffusers, transformers)},
         },
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
     }
@@ -144,27 +139,24 @@ def real_report(config: ReportConfig, pipe: MinimPipeline, judges: Judges, real:
         report["autoencoder"] = {**figures, "n": len(real.rows)}
         print("autoencoder on val:", json.dumps(figures))
     known = [i for i, row in enumerate(real.rows) if (real.names[i], row["finding"]) in judges.classes]
-    report["judges_on_val"] = accuracy_report(
-        judges.judge(real.images[known]),
-        judges.classes,
-        [real.names[i] for i in known],
-        [real.rows[i]["finding"] for i in known],
-        [real.rows[i].get("source", "") for i in known],
-    )
+    rows = [real.rows[i] for i in known]
+    asked = [real.names[i] for i in known], [row["finding"] for row in rows]
+    sources = [row.get("source", "") for row in rows]
+    report["judges_on_val"] = accuracy_report(judges.judge(real.images[known]), judges.classes, *asked, sources)
     print(format_report("judges on val images", report["judges_on_val"]))
     return report
 
 
 def generate(
     pipe: MinimPipeline, planned: list[dict], batch_size: int, settings: dict, cache: Path | None = None
-) -> torch.Tensor:
+) -> Tensor:
     """The planned images, uint8 [N, 3, H, W]; stored in the file `cache`, and made only if that is missing.
 
     Raises:
         ValueError: `cache` holds images of another model, or of other settings.
     """
 
-    def draw() -> torch.Tensor:
+    def draw() -> Tensor:
         sampling = {name: settings[name] for name in SAMPLING if name in settings}
         return draw_planned(pipe, planned, batch_size, **sampling)
 
@@ -173,7 +165,7 @@ def generate(
 
 def generated_report(
     config: ReportConfig, pipe: MinimPipeline, judges: Judges, learned: dict, settings: dict
-) -> tuple[dict, dict[str, torch.Tensor]]:
+) -> tuple[dict, dict[str, Tensor]]:
     """What judges see in generated images, for each set of phrasings, and all images by modality."""
     captions, settings = load_captions(config.captions), settings | {"model": model_identity(config.model)}
     report, generated, names = {}, [], []
@@ -183,11 +175,12 @@ def generated_report(
         cache = Path(config.save_images) / f"{phrasing}.safetensors" if config.save_images else None
         images = generate(pipe, planned, config.batch_size, settings, cache)
         asked = [p["modality"] for p in planned], [p["finding"] for p in planned]
-        figures = accuracy_report(judges.judge(images), judges.classes, *asked)
-        figures["each_judge"] = {
-            name: accuracy_report(said, judges.classes, *asked)["balanced_accuracy"]
-            for name, said in judges.judge_each(images).items()
-        }
+        each = judges.judge_each(images)
+        figures, *alone = (
+            accuracy_report(said, judges.classes, *asked)
+            for said in (torch.stack(list(each.values())).mean(0), *each.values())
+        )
+        figures["each_judge"] = {name: of["balanced_accuracy"] for name, of in zip(each, alone, strict=True)}
         figures["seconds"] = round(time.monotonic() - begun, 1)
         report[phrasing] = figures
         print(format_report(f"judges on generated images, phrasings {phrasing!r}", figures))
@@ -198,14 +191,36 @@ def generated_report(
     return report, by_modality(torch.cat(generated), names)
 
 
+def specks(images: Tensor, threshold: float = 0.25) -> float:
+    """Share of pixels that differ by more than `threshold` of the range from the median of their 3 x 3 neighbours."""
+    total = 0.0
+    for part in images.split(16):
+        grey = to_unit(part).mean(1, keepdim=True)  # [B, 1, H, W]
+        median = F.unfold(F.pad(grey, (1,) * 4, mode="replicate"), 3).median(1).values  # [B, H*W]
+        total += ((grey.flatten(1) - median).abs() > threshold).float().mean(1).sum().item()
+    return total / len(images)
+
+
+def checks(images: Tensor, real: Tensor, modality: str) -> dict:
+    """Flaws that show without a judge; specks beside those of real images, whose texture may look like them."""
+    boxed = [trim_letterbox(image) is not image for image in images.permute(0, 2, 3, 1).numpy()]
+    equal = bool((images == images[:, :1]).all())
+    return {
+        "equal_channels": equal if MODALITIES[modality].grey else None,
+        "letterboxes": round(float(np.mean(boxed)), 4),
+        "specks": round(specks(images), 6),
+        "specks_real": round(specks(real), 6),
+        "n": len(images),
+    }
+
+
 def in_turn(findings: list[str]) -> list[int]:
     """Places of the findings in turn, each in its order."""
-    queues = {finding: [i for i, f in enumerate(findings) if f == finding] for finding in dict.fromkeys(findings)}
-    turns = range(max(map(len, queues.values())))
-    return [queue[turn] for turn in turns for queue in queues.values() if turn < len(queue)]
+    turns = itertools.zip_longest(*places(findings).values())
+    return [place for turn in turns for place in turn if place is not None]
 
 
-def save_sheet(images: torch.Tensor, findings: list[str], path: Path, rows: int = 5, columns: int = 8) -> None:
+def save_sheet(images: Tensor, findings: list[str], path: Path, rows: int = 5, columns: int = 8) -> None:
     """A sheet of `rows` x `columns` images: the findings in turn, each in the order of its seeds."""
     chosen = images[in_turn(findings)[: rows * columns]]
     chosen = torch.cat([chosen, chosen.new_zeros(rows * columns - len(chosen), *chosen.shape[1:])])
@@ -214,29 +229,22 @@ def save_sheet(images: torch.Tensor, findings: list[str], path: Path, rows: int 
     (sheet.convert("L") if (chosen == chosen[:, :1]).all() else sheet).save(path, optimize=True)
 
 
-def save_sheets(images: torch.Tensor, modalities: list[str], findings: list[str], folder: Path) -> None:
+def save_sheets(images: Tensor, modalities: list[str], findings: list[str], folder: Path) -> None:
     """A sheet a modality, and `overview.png`: the first row of each, at half the size."""
     rows, columns = SHEET
     strips = []
-    for name, own in by_modality(images, modalities).items():
-        of = [f for n, f in zip(modalities, findings, strict=True) if n == name]
+    for name, index in places(modalities).items():
+        own, of = images[index], [findings[i] for i in index]
         save_sheet(own, of, folder / f"{name}.png", rows, columns)
         strips.append(contact_sheet(own[in_turn(of)[:columns]], columns, images.shape[-1] // 2))
     contact_sheet(strips, 1).save(folder / "overview.png", optimize=True)
 
 
-def copies_report(
-    samples: dict[str, torch.Tensor], real: RealImages, vae: AutoencoderKL, device: torch.device
-) -> dict:
+def copies_report(samples: dict[str, Tensor], real: RealImages, vae: AutoencoderKL) -> dict:
     rows, names = real.rows_of("train")
     train, val = by_modality(real.load(rows), names), by_modality(real.images, real.names)
     mirror = {name: MODALITIES[name].flip for name in samples}
-    report = {
-        "latents": memorisation_report(
-            samples, val, train, lambda images: latent_features(images, vae), mirror, remove_mean=True
-        ),
-        "pixels": memorisation_report(samples, val, train, lambda i: pixel_features(i.to(device)), mirror),
-    }
+    report = copies_in_both_spaces(samples, val, train, mirror, vae)
     for name, figures in report.items():
         print(format_memorisation(name, figures))
     return report
@@ -268,10 +276,10 @@ def main(argv: list[str] | None = None) -> dict:
     for name, figures in report["checks"].items():
         print(f"checks {name:10s} {json.dumps(figures)}")
     if not config.skip_memorisation:
-        report["memorisation"] = copies_report(samples, real, vae, device)
+        report["memorisation"] = copies_report(samples, real, vae)
     report["minutes"] = round((time.monotonic() - start) / 60, 2)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    write_json(config.output, report)
+    write_report(Path(config.output), report)
     return report
 
 

@@ -20,7 +20,16 @@ from huggingface_hub import HfApi, RepoCard, snapshot_download
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
 from minim_pipeline.loading import read_model_index
-from minim_pipeline.publishing import SPACE_FILES, check_folder, check_target, connect, publish, staged, told, upload
+from minim_pipeline.publishing import (
+    SPACE_FILES,
+    check_folder,
+    check_target,
+    connect,
+    hub_errors,
+    publish,
+    staged,
+    upload,
+)
 
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +96,7 @@ def push_space(api: HfApi, folder: Path, args: argparse.Namespace) -> str:
         commit_message=args.commit_message or f"The pages for {args.repo_id}",
         space_sdk="gradio",
     )
-    with told(f"set the variables of {args.space_id}"):
+    with hub_errors(f"set the variables of {args.space_id}"):
         api.add_space_variable(args.space_id, "MINIM_MODEL", args.repo_id)
         if args.ratings_dataset_id:
             api.add_space_variable(args.space_id, "MINIM_RATINGS_REPO", args.ratings_dataset_id)
@@ -96,7 +105,7 @@ def push_space(api: HfApi, folder: Path, args: argparse.Namespace) -> str:
 
 def push_ratings(api: HfApi, args: argparse.Namespace) -> str:
     """Creates the private dataset repository of ratings; what is in an old one stays."""
-    with told(f"write to {args.ratings_dataset_id}"):
+    with hub_errors(f"write to {args.ratings_dataset_id}"):
         if api.repo_exists(args.ratings_dataset_id, repo_type="dataset"):
             return f"https://huggingface.co/datasets/{args.ratings_dataset_id}"
         url = api.create_repo(args.ratings_dataset_id, repo_type="dataset", private=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from transformers import (
@@ -78,9 +78,7 @@ def stored_side(resolution: int) -> int:
     return min(256, resolution * 5 // 4 // 8 * 8)
 
 
-def augment(
-    x: torch.Tensor, size: int, may_mirror: torch.Tensor, grey: torch.Tensor, g: torch.Generator
-) -> torch.Tensor:
+def augment(x: Tensor, size: int, may_mirror: Tensor, grey: Tensor, g: torch.Generator) -> Tensor:
     """Varies place, colour, contrast, sharpness and noise of images [B, 3, H, W] in [0, 1]: [B, 3, size, size].
 
     Args:
@@ -89,23 +87,19 @@ def augment(
     """
     batch, device = len(x), x.device
 
-    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(batch, *shape, device=device, generator=g) * (high - low) + low
 
-    def some(share: float) -> torch.Tensor:
+    def some(share: float) -> Tensor:
         return (uniform(0, 1) < share)[:, None, None, None]
 
     # Position: turn by up to 12 degrees, zoom 0.8 to 1.15, aspect, shift, mirror.
     turn, zoom, aspect = uniform(-0.21, 0.21), uniform(0.8, 1.15), uniform(-0.08, 0.08).exp()
     sign = torch.where(may_mirror & (uniform(0, 1) < 0.5), -1.0, 1.0)
     shift = uniform(-1, 1, 2) * (0.05 + (1 - zoom).clamp(min=0))[:, None]
-    theta = torch.stack(
-        [
-            torch.stack([sign * zoom * aspect * turn.cos(), -zoom * turn.sin(), shift[:, 0]], 1),
-            torch.stack([sign * zoom * aspect * turn.sin(), zoom * turn.cos(), shift[:, 1]], 1),
-        ],
-        1,
-    )
+    across = torch.stack([sign * zoom * aspect * turn.cos(), -zoom * turn.sin(), shift[:, 0]], 1)
+    down = torch.stack([sign * zoom * aspect * turn.sin(), zoom * turn.cos(), shift[:, 1]], 1)
+    theta = torch.stack([across, down], 1)
     grid = F.affine_grid(theta, [batch, 3, size, size], align_corners=False)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
@@ -141,7 +135,7 @@ def augment(
     return torch.where(some(0.5), x + noise, x).clamp(0, 1)
 
 
-def mix(x: torch.Tensor, y: torch.Tensor, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def mix(x: Tensor, y: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899) of a batch with itself in another order."""
     order = torch.randperm(len(x), device=x.device, generator=g)
     a, b, top, left = torch.rand(4, device=x.device, generator=g).tolist()
@@ -166,21 +160,20 @@ def prepare_training(
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99))
     warmup = max(1, max_train_steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min(1, (s + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * s / max_train_steps)),
+        optimizer, lambda s: min(1, (s + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * s / max_train_steps))
     )
     return average, optimizer, schedule
 
 
 def train_classifier(
     model: PreTrainedModel,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    may_mirror: torch.Tensor,
-    grey: torch.Tensor,
+    images: Tensor,
+    labels: Tensor,
+    may_mirror: Tensor,
+    grey: Tensor,
     recipe: Recipe,
     name: str = "",
-    origin: torch.Tensor | None = None,
+    origin: Tensor | None = None,
 ) -> nn.Module:
     """Trains for a fixed number of steps where the images lie; gives the running average of the weights.
 

@@ -3,7 +3,6 @@
 torch and transformers are imported when everything that can be checked without them has been.
 """
 
-import json
 import platform
 import time
 from collections import Counter
@@ -20,7 +19,7 @@ from ..data.image_reader import Reading, file_keys, tell
 from ..data.sources import resolve_path
 from ..data.splits import read_split
 from ..data.table import read_table
-from ..files import atomic_path
+from ..files import atomic_path, write_report
 from ..loading import register_modalities
 from .options import EvaluateOptions, ExtractorOptions
 
@@ -43,9 +42,8 @@ def run(options: EvaluateOptions) -> dict:
     from accelerate import PartialState
 
     from ..data.image_loading import check_values
-    from .drawing import draw_synthetic
+    from .drawing import draw_synthetic, run_downstream
     from .judges import load_judges
-    from .training_value import run_downstream
 
     # Real images are scaled alike, whichever file names them; the synthetic ones have their own range.
     found = check_values([(rows[name], files[name]) for name in ("real", "train") if name in rows], options.reading)
@@ -96,11 +94,10 @@ def read_rows(options: EvaluateOptions) -> tuple[dict[str, Path], dict[str, list
     readings = {"real": options.reading, "train": options.reading, "synthetic": own}
     given = {"real": options.real, "train": options.train, "synthetic": options.synthetic}
     files = {name: path for name, path in given.items() if path}
-    splits = {"real": options.real_split, "train": options.train_split, "synthetic": None}
-    rows = {}
+    splits, rows = {"real": options.real_split, "train": options.train_split}, {}
     for name, path in files.items():
         where: dict[str, Any] = {"image_root": readings[name].image_root, "modality": readings[name].modality}
-        rows[name] = read_split(path, splits[name], skip_bad_rows=options.skip_bad_rows, **where)
+        rows[name] = read_split(path, splits.get(name), skip_bad_rows=options.skip_bad_rows, **where)
     if "train" in files:
         check_overlap(rows["real"], files["real"], rows["train"], files["train"])
     return files, rows, readings
@@ -152,10 +149,7 @@ def measure(options: EvaluateOptions, sets: tuple, extractors: list, judges) -> 
     report, copies, readings = evaluate(real, synthetic, train, encoder, extractors, judges, options.label_column)
     if options.extraction_captions and options.pipeline:
         drawn = options.extraction_captions, options.extraction_images, batch_size(options)
-        settings: dict[str, Any] = {
-            "num_inference_steps": options.num_inference_steps,
-            "guidance_scale": options.guidance_scale,
-        }
+        settings: Any = options.values("num_inference_steps", "guidance_scale")
         pipe = load_for_drawing(options, options.pipeline)
         report["extraction"] = extract_training_images(pipe, train, encoder, copies, *drawn, **settings)
     return report, collect(synthetic, train, copies, readings, options.sheet_images, 6, options.no_real_images)
@@ -194,9 +188,9 @@ def write(report: dict, pictures: dict, curves: dict, folder: Path) -> None:
 
     page = render(report, pictures, curves)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("report.json", json.dumps(report, indent=2) + "\n"), ("report.html", page)):
-        with atomic_path(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    write_report(folder / "report.json", report)
+    with atomic_path(folder / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def describe(options: EvaluateOptions, real, synthetic, train) -> dict:

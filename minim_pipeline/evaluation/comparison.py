@@ -21,29 +21,31 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from PIL import ImageOps
+from torch import Tensor
 
-from .. import EMBEDDED_ENCODER, MinimPipeline, resolve_modality
+from .. import CAPTIONS, EMBEDDED_ENCODER, MinimPipeline, resolve_modality
 from ..cache import cached_tensor
 from ..contact_sheet import contact_sheet
 from ..data.image_loading import load_images
 from ..data.splits import read_split
-from ..files import atomic_path, write_json
+from ..files import atomic_path, write_report
 from ..loading import model_identity
 from ..options import Count, Precision, ReadingOptions, Whole, option
-from ..training.captions import CAPTIONS
 from .encoder import ImageTextEncoder
-from .judges import class_of, finds_asked, load_judges
-from .memorisation import latent_features, memorisation_report, pixel_features
+from .judges import Class, class_of, finds_asked, load_judges
+from .memorisation import ByModality, copies_in_both_spaces
 from .metrics import (
     bootstrap_interval,
+    drawn_within,
     frechet_distance,
     inception_score,
+    interval_of,
     kernel_distance,
     ms_ssim_of_pairs,
+    places,
     precision_recall_density_coverage,
 )
-from .planned import by_modality, draw_planned, plan
-from .resampling import drawn_within, interval
+from .sampling import by_modality, draw_planned, plan
 from .stand_in import StandIn
 
 
@@ -89,11 +91,9 @@ class ComparisonConfig(ComparisonOptions):
 
 def modalities_of(data: str, skip_memorisation: bool = False) -> set[str]:
     """The ids of which a CSV has what both models are compared with: val images and, for copies, train images."""
-    found = []
-    for split in ("val",) if skip_memorisation else ("val", "train"):
-        rows = read_split(data, split, check_images=False)
-        found.append({resolve_modality(row["modality"]).id for row in rows})
-    return set.intersection(*found)
+    splits = ("val",) if skip_memorisation else ("val", "train")
+    rows = (read_split(data, split, check_images=False) for split in splits)
+    return set.intersection(*({resolve_modality(row["modality"]).id for row in some} for some in rows))
 
 
 def plan_both(options: ComparisonOptions, before: MinimPipeline, after: MinimPipeline) -> list[dict]:
@@ -120,9 +120,8 @@ def plan_both(options: ComparisonOptions, before: MinimPipeline, after: MinimPip
             f"The judges in {options.judges} know no finding that both models have learned, of a modality with images"
             f" in {options.data}."
         )
-    for modality in dict.fromkeys(p["modality"] for p in planned):
-        prompts = [p["prompt"] for p in planned if p["modality"] == modality]
-        if len(set(prompts)) == len(prompts):
+    for modality, index in places(p["modality"] for p in planned).items():
+        if len({planned[i]["prompt"] for i in index}) == len(index):
             raise ValueError(
                 f"--images_per_finding {options.images_per_finding} draws every prompt of {modality!r} once, and"
                 " images of a prompt are compared with each other: raise it."
@@ -132,14 +131,14 @@ def plan_both(options: ComparisonOptions, before: MinimPipeline, after: MinimPip
 
 def draw_both(
     options: ComparisonOptions, models: dict[str, str], folder: Path, device: torch.device
-) -> tuple[list[dict], dict[str, torch.Tensor]]:
+) -> tuple[list[dict], dict[str, Tensor]]:
     """The plan, and by name the images uint8 [N, 3, H, W] of both `models`, which `folder` stores."""
     pipes = {name: MinimPipeline.from_pretrained(model, filter_head=None) for name, model in models.items()}
     planned, images = plan_both(options, pipes["before"], pipes["after"]), {}
     for name, pipe in pipes.items():
         pipe.set_progress_bar_config(disable=True)
 
-        def draw(pipe: MinimPipeline = pipe, name: str = name) -> torch.Tensor:
+        def draw(pipe: MinimPipeline = pipe, name: str = name) -> Tensor:
             pipe.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
                 drawn = draw_planned(pipe, planned, options.batch_size, name)
@@ -151,15 +150,13 @@ def draw_both(
     return planned, images
 
 
-def right_findings(
-    probabilities: torch.Tensor, classes: list[tuple[str, str]], planned: list[dict], merge: bool = False
-) -> torch.Tensor:
+def right_findings(probabilities: Tensor, classes: list[Class], planned: list[dict], merge: bool = False) -> Tensor:
     """Whether judges find what was asked for, within the modality: bool [N]; arguments as of `finds_asked`."""
     modalities, findings = ([p[key] for p in planned] for key in ("modality", "finding"))
     return torch.from_numpy(finds_asked(probabilities, classes, modalities, findings, merge))
 
 
-def paired(before: torch.Tensor, after: torch.Tensor, planned: list[dict], draws: int = 1000, seed: int = 0) -> dict:
+def paired(before: Tensor, after: Tensor, planned: list[dict], draws: int = 1000, seed: int = 0) -> dict:
     """Shares of two tests of the same slots, and their difference with its 95 % interval.
 
     Every finding counts alike within its modality, and every modality alike. The interval draws slots anew within each
@@ -171,22 +168,21 @@ def paired(before: torch.Tensor, after: torch.Tensor, planned: list[dict], draws
     generator = np.random.default_rng(seed)
     values = torch.stack([before, after]).double().numpy()  # [2, N]
     shares, drawn = [], []
-    for modality in dict.fromkeys(p["modality"] for p in planned):
-        index = [i for i, p in enumerate(planned) if p["modality"] == modality]
-        own, findings = values[:, index], np.array([planned[i]["finding"] for i in index])
-        shares.append(np.mean([own[:, findings == name].mean(1) for name in dict.fromkeys(findings)], 0))
+    for index in places(p["modality"] for p in planned).values():
+        own, findings = values[:, index], [planned[i]["finding"] for i in index]
+        shares.append(np.mean([own[:, i].mean(1) for i in places(findings).values()], 0))
         drawn.append(np.mean([own[:, i].mean(2) for i in drawn_within(findings, draws, generator)], 0))
     share, drawn = np.mean(shares, 0), np.mean(drawn, 0)  # [2], [2, draws]
     return {
         "before": round(float(share[0]), 4),
         "after": round(float(share[1]), 4),
         "difference": round(float(share[1] - share[0]), 4),
-        "interval": interval(drawn[1] - drawn[0]),
+        "interval": interval_of(drawn[1] - drawn[0]),
         "n": len(planned),
     }
 
 
-def by_slot(before: torch.Tensor, after: torch.Tensor, planned: list[dict]) -> dict:
+def by_slot(before: Tensor, after: Tensor, planned: list[dict]) -> dict:
     """`paired` of everything, of each set of phrasings, of each modality, and shares of each finding."""
     report = paired(before, after, planned)
 
@@ -196,35 +192,30 @@ def by_slot(before: torch.Tensor, after: torch.Tensor, planned: list[dict]) -> d
 
     report["phrasings"] = {name: part(phrasing=name) for name in dict.fromkeys(p["phrasing"] for p in planned)}
     report["modalities"] = {name: part(modality=name) for name in dict.fromkeys(p["modality"] for p in planned)}
-    for name, figures in report["modalities"].items():
-        findings = dict.fromkeys(p["finding"] for p in planned if p["modality"] == name)
-        each = {finding: part(modality=name, finding=finding) for finding in findings}
-        figures["findings"] = {f: [v["before"], v["after"]] for f, v in each.items()}
+    for name, finding in dict.fromkeys(map(class_of, planned)):
+        found = part(modality=name, finding=finding)
+        report["modalities"][name].setdefault("findings", {})[finding] = [found["before"], found["after"]]
     return report
 
 
-def distances(features: dict[str, torch.Tensor], planned: list[dict], val: dict[str, torch.Tensor]) -> dict:
+def distances(features: dict[str, Tensor], planned: list[dict], val: dict[str, Tensor]) -> dict:
     """KID and Fréchet distance from val images, of both models: means over modalities, and each modality's.
 
     `difference` of KID has a paired interval: the same slots are drawn of both.
     """
     report: dict[str, Any] = {"kid": {"modalities": {}}, "frechet": {"modalities": {}}}
-    differences = []
+    differences, index = [], places(p["modality"] for p in planned)
     for modality, real in val.items():
-        index = [i for i, p in enumerate(planned) if p["modality"] == modality]
-        before, after = features["before"][index], features["after"][index]
+        drawn = {when: each[index[modality]] for when, each in features.items()}
         for name, function in (("kid", kernel_distance), ("frechet", frechet_distance)):
-            report[name]["modalities"][modality] = {
-                "before": round(function(real, before), 5),
-                "after": round(function(real, after), 5),
-            }
+            report[name]["modalities"][modality] = {when: round(function(real, x), 5) for when, x in drawn.items()}
 
-        def difference(a: torch.Tensor, b: torch.Tensor, real: torch.Tensor = real) -> float:
+        def difference(a: Tensor, b: Tensor, real: Tensor = real) -> float:
             return kernel_distance(real, b) - kernel_distance(real, a)
 
-        low, high = bootstrap_interval(difference, before, after, paired=True, draws=200)
+        low, high = bootstrap_interval(difference, *drawn.values(), paired=True, draws=200)
         report["kid"]["modalities"][modality]["interval"] = [round(low, 5), round(high, 5)]
-        differences.append((difference(before, after), (high - low) / 2))
+        differences.append((difference(*drawn.values()), (high - low) / 2))
     for figures in report.values():
         for name in ("before", "after"):
             figures[name] = round(float(np.mean([m[name] for m in figures["modalities"].values()])), 5)
@@ -235,77 +226,59 @@ def distances(features: dict[str, torch.Tensor], planned: list[dict], val: dict[
     return report
 
 
-def diversity(
-    images: torch.Tensor, features: torch.Tensor, planned: list[dict], val: dict[str, torch.Tensor], pairs: int
-) -> dict:
+def diversity(images: Tensor, features: Tensor, planned: list[dict], val: dict[str, Tensor], pairs: int) -> dict:
     """MS-SSIM among images of a prompt (low is diverse) and recall of val images, means over modalities."""
     similarity, recall = {}, {}
-    for modality in dict.fromkeys(p["modality"] for p in planned):
-        index = [i for i, p in enumerate(planned) if p["modality"] == modality]
+    for modality, index in places(p["modality"] for p in planned).items():
         x = images[index][:, :1] if resolve_modality(modality).grey else images[index]
         prompts = [planned[i]["prompt"] for i in index]
         generator = torch.Generator().manual_seed(0)
         similarity[modality] = ms_ssim_of_pairs(x, prompts, pairs, generator, batch_size=100).mean().item()
         recall[modality] = precision_recall_density_coverage(val[modality], features[index])["recall"]
-    report = {"MS-SSIM": similarity, "recall": recall}
+    report = {"ms_ssim": similarity, "recall": recall}
     return {name: round(sum(v.values()) / len(v), 4) for name, v in report.items()} | {
         "modalities": {m: {name: round(v[m], 4) for name, v in report.items()} for m in recall}
     }
 
 
 def copies(
-    options: ComparisonOptions,
-    images: dict[str, torch.Tensor],
-    planned: list[dict],
-    val: dict[str, torch.Tensor],
-    vae: AutoencoderKL,
+    options: ComparisonOptions, images: dict[str, Tensor], planned: list[dict], val: ByModality, vae: AutoencoderKL
 ) -> dict:
     """Shares of copies of train images, of both models, in latents and in pixels; `val`: images by modality."""
-    data = options.real_data()
+    data, names = options.real_data(), [p["modality"] for p in planned]
     rows = read_split(data, "train", check_images=False)
-    names = [p["modality"] for p in planned]
     rows = [row for row in rows if resolve_modality(row["modality"]).id in names]
-    size = next(iter(images.values())).shape[-1]
-    real = load_images(rows, data, size, reading=options.reading_elsewhere())
-    train = by_modality(real, [resolve_modality(r["modality"]).id for r in rows])
+    real = load_images(rows, data, images["before"].shape[-1], reading=options.reading_elsewhere())
+    train = by_modality(real, [resolve_modality(row["modality"]).id for row in rows])
     # A mirrored copy counts where the modality may be mirrored.
     mirror = {name: resolve_modality(name).flip for name in set(names)}
-    report: dict[str, dict] = {}
-    for space, extract, centre in (
-        ("latents", lambda x: latent_features(x, vae), True),
-        ("pixels", lambda x: pixel_features(x.to(vae.device)), False),
-    ):
-        report[space] = {}
-        for when, drawn in images.items():
-            found = memorisation_report(by_modality(drawn, names), val, train, extract, mirror, remove_mean=centre)
+    report: dict[str, dict] = {"latents": {}, "pixels": {}}
+    for when, drawn in images.items():
+        for space, found in copies_in_both_spaces(by_modality(drawn, names), val, train, mirror, vae).items():
             each = {name: figures["share"] for name, figures in found["modalities"].items()}
             report[space][when] = {"share": found["share"], "n": found["n"], "modalities": each}
     return report
 
 
-def at_least(images: torch.Tensor, side: int) -> torch.Tensor:
+def at_least(images: Tensor, side: int) -> Tensor:
     """Images uint8 [N, 3, H, W], enlarged if they are smaller than `side`."""
     if images.shape[-1] >= side:
         return images
     return F.interpolate(images.float(), size=(side, side), mode="bilinear").round().to(torch.uint8)
 
 
-def save_sheet(
-    images: dict[str, torch.Tensor], planned: list[dict], path: Path, columns: int = 6, side: int = 128
-) -> None:
+def save_sheet(images: dict[str, Tensor], planned: list[dict], path: Path, columns: int = 6, side: int = 128) -> None:
     """Of every finding the first images: on the left before, on the right after, seeds in order, nothing picked."""
     halves = []
     for name in ("before", "after"):
-        rows = []
-        for key in dict.fromkeys(class_of(p) for p in planned):
-            index = [i for i, p in enumerate(planned) if class_of(p) == key][:columns]
-            rows.append(contact_sheet(images[name][index], columns, side, blank="white"))
+        chosen = (index[:columns] for index in places(map(class_of, planned)).values())
+        rows = [contact_sheet(images[name][index], columns, side, blank="white") for index in chosen]
         halves.append(ImageOps.expand(contact_sheet(rows, 1), border=(0, 0, 8, 0), fill="white"))
     with atomic_path(path) as temporary:
         contact_sheet(halves, 2).save(temporary, format="PNG", optimize=True)
 
 
-def rated(stand_in: str, images: dict[str, torch.Tensor], planned: list[dict], device: torch.device) -> dict:
+def rated(stand_in: str, images: dict[str, Tensor], planned: list[dict], device: torch.device) -> dict:
     """Shares that the stand-in rates 3 and 1, of the findings that it has learned."""
     rater = StandIn.from_pretrained(stand_in, device)
     known = [i for i, p in enumerate(planned) if (p["modality"], p["finding"]) in rater.findings.classes]
@@ -315,8 +288,8 @@ def rated(stand_in: str, images: dict[str, torch.Tensor], planned: list[dict], d
     asked = [p["modality"] for p in slots], [p["finding"] for p in slots]
     before, after = (torch.tensor(rater.rate(images[name][known], *asked)) for name in ("before", "after"))
     return {
-        "rated 3 by the stand-in": by_slot(before == 3, after == 3, slots),
-        "rated 1 by the stand-in": paired(before == 1, after == 1, slots),
+        "rated_3_by_stand_in": by_slot(before == 3, after == 3, slots),
+        "rated_1_by_stand_in": paired(before == 1, after == 1, slots),
     }
 
 
@@ -347,7 +320,7 @@ def compare(options: ComparisonOptions, before: str, after: str, folder: Path) -
     val = by_modality(encoder.encode_images(val_images)[0], val_names)
     features = {name: encoder.encode_images(drawn)[0] for name, drawn in images.items()}
     report |= distances(features, planned, val)
-    report["inception score"] = {name: round(inception_score(p), 4) for name, p in said.items()}
+    report["inception_score"] = {name: round(inception_score(p), 4) for name, p in said.items()}
     report["diversity"] = {
         # As large as MS-SSIM's coarsest scale needs.
         name: diversity(at_least(drawn, 176).to(device), features[name], planned, val, options.pairs)
@@ -357,28 +330,32 @@ def compare(options: ComparisonOptions, before: str, after: str, folder: Path) -
         vae = MinimPipeline.from_pretrained(before, filter_head=None).vae.to(device).eval()
         report["copies"] = copies(options, images, planned, by_modality(val_images, val_names), vae)
     save_sheet(images, planned, folder / "sheet.png")
-    write_json(folder / "report.json", report)
+    write_report(folder / "report.json", report)
     return report
+
+
+# What `summary` calls a figure, where its key does not say it as people write it.
+LABELS = {"rated_3_by_stand_in": "rated 3 by the stand-in", "inception_score": "inception score", "ms_ssim": "MS-SSIM"}
 
 
 def summary(report: dict) -> str:
     """The figures in some lines."""
     lines = []
-    for name in ("accuracy", "rated 3 by the stand-in"):
+    for name in ("accuracy", "rated_3_by_stand_in"):
         if name in report:
             r = report[name]
             low, high = (100 * v for v in r["interval"])
             lines.append(
-                f"{name}: {r['before']:.3f} -> {r['after']:.3f} "
+                f"{LABELS.get(name, name)}: {r['before']:.3f} -> {r['after']:.3f} "
                 f"({100 * r['difference']:+.1f} points [{low:+.1f}, {high:+.1f}], n {r['n']})"
             )
             for kind in ("phrasings", "modalities"):
                 each = r[kind].items()
                 lines.append("  " + "; ".join(f"{k} {v['before']:.3f} -> {v['after']:.3f}" for k, v in each))
-    plain = {name: report[name] for name in ("kid", "frechet", "inception score")}
-    for name in ("MS-SSIM", "recall"):
+    plain = {name: report[name] for name in ("kid", "frechet", "inception_score")}
+    for name in ("ms_ssim", "recall"):
         plain[name] = {when: report["diversity"][when][name] for when in ("before", "after")}
     for space, r in report.get("copies", {}).items():
         plain[f"copies, {space}"] = {when: r[when]["share"] for when in ("before", "after")}
-    lines += [f"{name}: {r['before']} -> {r['after']}" for name, r in plain.items()]
+    lines += [f"{LABELS.get(name, name)}: {r['before']} -> {r['after']}" for name, r in plain.items()]
     return "\n".join(lines)

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..cache import cached_tensor
@@ -31,14 +32,14 @@ from ..captions import may_mirror
 from ..modalities import resolve_modality
 from ..pipeline_minim import MinimPipeline
 from .classifier import ARCHITECTURES, Recipe, train_classifier
-from .judges import Judges, balanced_accuracy, claimed_classes, class_of, finds_asked
-from .resampling import drawn_within, interval
+from .judges import Class, Judges, claimed_classes, class_of, finds_asked
+from .metrics import drawn_within, interval_of, places
 from .sampling import draw_images
 
 
 MEANING = {
-    "data sharing": "The generator was trained on all real images, the classifier has only its share of them.",
-    "honest low data": "The generator's U-Net was trained on no other real images than the classifier's share.",
+    "data_sharing": "The generator was trained on all real images, the classifier has only its share of them.",
+    "honest_low_data": "The generator's U-Net was trained on no other real images than the classifier's share.",
 }
 
 
@@ -46,15 +47,15 @@ MEANING = {
 class Labelled:
     """Images uint8 [N, 3, S, S] and the class of each, int64 [N]."""
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    images: Tensor
+    labels: Tensor
 
     def __getitem__(self, index: slice | list[int]) -> "Labelled":
         return Labelled(self.images[index], self.labels[index])
 
 
 # Given rows of real images and a number, so many synthetic images for each: round after round, in the rows' order.
-Source = Callable[[list[dict], int], torch.Tensor]
+Source = Callable[[list[dict], int], Tensor]
 
 
 class TooFewImages(ValueError):
@@ -63,11 +64,8 @@ class TooFewImages(ValueError):
 
 def take_share(rows: list[dict], share: float, column: str = "finding", seed: int = 0) -> list[dict]:
     """A share of `rows`, the same of every finding of every modality and at least one of each; in their order."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(class_of(row, column), []).append(i)
-    generator = random.Random(seed)
-    chosen = [i for index in groups.values() for i in generator.sample(index, max(1, round(share * len(index))))]
+    generator, groups = random.Random(seed), places(class_of(row, column) for row in rows).values()
+    chosen = [i for index in groups for i in generator.sample(index, max(1, round(share * len(index))))]
     return [rows[i] for i in sorted(chosen)]
 
 
@@ -88,12 +86,12 @@ def drawn_by(
         settings: of the pipeline's call.
     """
 
-    def draw(rows: list[dict], copies: int) -> torch.Tensor:
+    def draw(rows: list[dict], copies: int) -> Tensor:
         total = len(rows) * copies
         prompts, modalities = [row["Text"] for row in rows] * copies, [row["modality"] for row in rows] * copies
         parts = np.array_split(np.arange(total), max(1, total // 128))
 
-        def part(i: int) -> torch.Tensor:
+        def part(i: int) -> Tensor:
             seeds = parts[i].tolist()
             asked = [prompts[j] for j in seeds], [modalities[j] for j in seeds], seeds
             key = hashlib.sha256(json.dumps([identity, resolution, settings, asked]).encode()).hexdigest()
@@ -108,13 +106,11 @@ def drawn_by(
     return draw
 
 
-def taken_from(images: torch.Tensor, rows: list[dict], column: str = "finding") -> Source:
+def taken_from(images: Tensor, rows: list[dict], column: str = "finding") -> Source:
     """Takes synthetic images that are there already, each at most once, by the finding of the rows."""
-    stock: dict[tuple[str, str], list[int]] = {}
-    for i, row in enumerate(rows):
-        stock.setdefault(class_of(row, column), []).append(i)
+    stock = places(class_of(row, column) for row in rows)
 
-    def take(wanted: list[dict], copies: int) -> torch.Tensor:
+    def take(wanted: list[dict], copies: int) -> Tensor:
         left = {key: iter(index) for key, index in stock.items()}
         chosen = [next(left.get(class_of(row, column), iter(())), None) for row in wanted * copies]
         if None in chosen:
@@ -150,9 +146,7 @@ class Design:
 class Classifiers:
     """The classifiers of all conditions and seeds; what each says of the val images is cached in `folder`."""
 
-    def __init__(
-        self, design: Design, classes: list[tuple[str, str]], val: Labelled, folder: Path, device: torch.device
-    ):
+    def __init__(self, design: Design, classes: list[Class], val: Labelled, folder: Path, device: torch.device):
         self.design, self.classes, self.val, self.folder, self.device = design, classes, val, folder, device
         modalities = [resolve_modality(modality) for modality, _ in classes]
         # The caption is not learned: only a finding with a side forbids it.
@@ -160,16 +154,16 @@ class Classifiers:
         self.flip = torch.tensor(flip, device=device)
         self.grey = torch.tensor([m.grey for m in modalities], device=device)
 
-    def say(self, name: str, parts: list[Labelled], seed: int) -> torch.Tensor:
+    def say(self, name: str, parts: list[Labelled], seed: int) -> Tensor:
         """Probabilities [n, classes] on the val images of a classifier that was trained on `parts`."""
         design, digest = self.design, hashlib.sha256()
         for tensor in [self.val.images, *(tensor for part in parts for tensor in (part.images, part.labels))]:
             digest.update(tensor.contiguous().numpy().data)
         key = json.dumps([digest.hexdigest(), self.classes, design.architecture, design.width, asdict(design.recipe)])
-        file = self.folder / f"{name.replace(' ', '-')}-{seed}.safetensors"
+        file = self.folder / f"{name.replace('_', '-')}-{seed}.safetensors"
         return cached_tensor(file, key, lambda: self.train(name, parts, seed))
 
-    def train(self, name: str, parts: list[Labelled], seed: int) -> torch.Tensor:
+    def train(self, name: str, parts: list[Labelled], seed: int) -> Tensor:
         torch.manual_seed(seed)
         model = ARCHITECTURES[self.design.architecture](len(self.classes), self.design.width)
         images = torch.cat([part.images for part in parts]).to(self.device)
@@ -177,15 +171,16 @@ class Classifiers:
         origin = torch.cat([torch.full_like(part.labels, i) for i, part in enumerate(parts)]).to(self.device)
         recipe = replace(self.design.recipe, seed=seed)
         flags = self.flip[labels], self.grey[labels]
-        model = train_classifier(model, images, labels, *flags, recipe, f"{name}, seed {seed}", origin)
+        title = f"{name.replace('_', ' ')}, seed {seed}"
+        model = train_classifier(model, images, labels, *flags, recipe, title, origin)
         return Judges({"cnn": model}, self.classes, recipe.resolution).judge(self.val.images)
 
     def score(self, name: str, parts: list[Labelled]) -> "Score":
-        classes = [self.classes[i] for i in self.val.labels.tolist()]
-        modalities, findings = [modality for modality, _ in classes], [finding for _, finding in classes]
+        asked = [self.classes[i] for i in self.val.labels.tolist()]
+        modalities, findings = map(list, zip(*asked))
         said = [self.say(name, parts, seed) for seed in self.design.seeds]
         right = np.stack([finds_asked(each, self.classes, modalities, findings) for each in said])
-        return Score(right, modalities, findings, sum(len(part.labels) for part in parts))
+        return Score(right, asked, sum(len(part.labels) for part in parts))
 
 
 Conditions = dict[str, list[Labelled] | str]
@@ -209,7 +204,7 @@ def conditions_of(
         # The largest first: the smaller ones are its beginning.
         most = None
         for percent in sorted(percents, reverse=True):
-            name, copies = f"{setting} {percent}", percent // 100
+            name, copies = f"{setting}_{percent}", percent // 100
             try:
                 if most is None:
                     most = Labelled(source(low_rows, copies), low.labels.repeat(copies))
@@ -220,8 +215,8 @@ def conditions_of(
 
 
 def downstream(
-    train: tuple[list[dict], torch.Tensor],
-    val: tuple[list[dict], torch.Tensor],
+    train: tuple[list[dict], Tensor],
+    val: tuple[list[dict], Tensor],
     low_rows: list[dict],
     sources: dict[str, Source],
     folder: Path,
@@ -233,7 +228,7 @@ def downstream(
     Args:
         train, val: rows and their images, uint8 [N, 3, S, S].
         low_rows: the rows of `train` that the low-data settings have.
-        sources: "data sharing" and, if there is one, "honest low data": where their synthetic images come from.
+        sources: "data_sharing" and, if there is one, "honest_low_data": where their synthetic images come from.
         folder: holds what each classifier said on the val images; a run that was stopped goes on from there.
         state: its processes share the classifiers.
 
@@ -249,7 +244,7 @@ def downstream(
     if not classes:
         return {"left_out": f"no finding has {design.min_train} train and {design.min_val} val images"}
 
-    def labelled(rows: list[dict], images: torch.Tensor) -> Labelled:
+    def labelled(rows: list[dict], images: Tensor) -> Labelled:
         known = [i for i, row in enumerate(rows) if class_of(row, column) in classes]
         return Labelled(images[known], torch.tensor([classes.index(class_of(rows[i], column)) for i in known]))
 
@@ -285,7 +280,7 @@ def _report(scores: dict[str, "Score"], conditions: Conditions, settings: list[s
 
     low_data = {}
     for setting in settings:
-        names = {percent: f"{setting} {percent}" for percent in percents}
+        names = {percent: f"{setting}_{percent}" for percent in percents}
         gains = {p: _compare(scores, name, "low", conditions, lambda a, b: a - b) for p, name in names.items()}
         low_data[setting] = {
             "meaning": MEANING.get(setting, ""),
@@ -303,46 +298,40 @@ def _report(scores: dict[str, "Score"], conditions: Conditions, settings: list[s
 
 
 class Score:
-    """What the classifiers of one condition read right: bool [seeds, n], and whose images they are."""
+    """What the classifiers of one condition read right: bool [seeds, n], and the class of each image."""
 
-    def __init__(self, right: np.ndarray, modalities: Sequence[str], findings: Sequence[str], n_train: int):
-        self.right, self.modalities, self.findings, self.n_train = right, modalities, findings, n_train
-        self.names = list(dict.fromkeys(modalities))
+    def __init__(self, right: np.ndarray, classes: Sequence[Class], n_train: int):
+        self.right, self.classes, self.n_train = right, classes, n_train
+        self.index = places(modality for modality, _ in classes)
 
     def of(self, name: str, draws: int = 0) -> np.ndarray:
         """Balanced accuracy of a modality, mean over seeds: [1], or for seeds and images drawn anew: [draws].
 
         The same ones are drawn for every condition, so that two of them can be compared draw by draw.
         """
-        generator = np.random.default_rng(0)
-        count = len(self.right)
+        generator, index, count = np.random.default_rng(0), self.index[name], len(self.right)
         seeds = generator.integers(0, count, (draws, count)) if draws else np.arange(count)[None]
-        right = self.right[seeds].mean(1)  # [draws or 1, n]
-        of_modality = np.array(self.modalities) == name
-        right, findings = right[:, of_modality], np.array(self.findings)[of_modality]
-        if not draws:
-            return np.array([balanced_accuracy(right[0], list(findings))])
-        drawn = drawn_within(findings, draws, generator)
-        return np.mean([np.take_along_axis(right, index, 1).mean(1) for index in drawn], 0)
+        right = self.right[seeds].mean(1)[:, index]  # [draws or 1, n]
+        findings = [self.classes[i][1] for i in index]
+        whole = [np.array(own)[None] for own in places(findings).values()]
+        drawn = drawn_within(findings, draws, generator) if draws else whole
+        return np.mean([np.take_along_axis(right, own, 1).mean(1) for own in drawn], 0)
 
     def total(self, draws: int = 0) -> np.ndarray:
-        return np.mean([self.of(name, draws) for name in self.names], 0)
+        return np.mean([self.of(name, draws) for name in self.index], 0)
 
     def report(self) -> dict:
-        def each_seed(right: np.ndarray) -> float:
-            labels, names = np.array(self.findings), np.array(self.modalities)
-            return float(np.mean([balanced_accuracy(right[names == n], list(labels[names == n])) for n in self.names]))
-
-        return {
-            "accuracy": round(float(self.total()[0]), 4),
-            "interval": interval(self.total(1000)),
+        each_seed = (Score(right[None], self.classes, self.n_train).total() for right in self.right)
+        return _figure(self.total, "accuracy") | {
             "n_train": self.n_train,
-            "seeds": [round(float(each_seed(right)), 4) for right in self.right],
-            "modalities": {
-                name: {"accuracy": round(float(self.of(name)[0]), 4), "interval": interval(self.of(name, 1000))}
-                for name in self.names
-            },
+            "seeds": [round(float(total[0]), 4) for total in each_seed],
+            "modalities": {name: _figure(partial(self.of, name), "accuracy") for name in self.index},
         }
+
+
+def _figure(of: Callable[[int], np.ndarray], key: str = "value") -> dict:
+    """A figure and its interval, from what gives it without draws and for many."""
+    return {key: round(float(of(0)[0]), 4), "interval": interval_of(of(1000))}
 
 
 def _compare(scores: dict, first: str, second: str, conditions: dict, how: Callable) -> dict:
@@ -351,9 +340,8 @@ def _compare(scores: dict, first: str, second: str, conditions: dict, how: Calla
         return {"left_out": conditions[first]}
     a, b = scores[first], scores[second]
 
-    def figure(of_a: Callable[[int], np.ndarray], of_b: Callable[[int], np.ndarray]) -> dict:
-        value = how(of_a(0), of_b(0))[0]
-        return {"value": round(float(value), 4), "interval": interval(how(of_a(1000), of_b(1000)))}
+    def part(name: str, draws: int) -> np.ndarray:
+        return how(a.of(name, draws), b.of(name, draws))
 
-    each = {name: figure(partial(a.of, name), partial(b.of, name)) for name in a.names}
-    return {**figure(a.total, b.total), "modalities": each}
+    each = {name: _figure(partial(part, name)) for name in a.index}
+    return _figure(lambda draws: how(a.total(draws), b.total(draws))) | {"modalities": each}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import CLIPTokenizer, VisionTextDualEncoderModel
 
 from ..modalities import resolve_modality
@@ -47,7 +48,7 @@ class ImageTextEncoder:
         return self.model.device
 
     @torch.no_grad()
-    def encode_images(self, images: torch.Tensor, batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_images(self, images: Tensor, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
         """Features [N, D] for distances and copies, embeddings [N, P] to lay beside those of texts: fp32, of length 1.
 
         Args:
@@ -72,7 +73,7 @@ class ImageTextEncoder:
         return [f"{resolve_modality(m).token} {text}" for text, m in zip(texts, modalities, strict=True)]
 
     @torch.no_grad()
-    def encode_texts(self, texts: list[str], modalities: list[str], batch_size: int = 256) -> torch.Tensor:
+    def encode_texts(self, texts: list[str], modalities: list[str], batch_size: int = 256) -> Tensor:
         """Embeddings [N, P] of length 1, fp32, of sentences and their modalities (ids or aliases)."""
         prompts = self._prompts(texts, modalities)
         embeddings = []

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from .encoder import ImageTextEncoder
-from .memorisation import nearest_distances
-from .report import Copies, ImageSet
+from .memorisation import Copies, nearest_distances
+from .report import ImageSet
 from .sampling import draw_images
 
 
@@ -42,42 +42,32 @@ def extract_training_images(
         settings: of the pipeline's call.
 
     Returns:
-        `encoder`: `share`, `copies`, `n` and `captions`; `prompts`: of every caption `modality`, `Text`, how many
+        `encoder`: `share`, `copies`, `n` and `captions`; `prompts`: of every caption `modality`, `text`, how many
         `train_images` have it, `images` drawn, `copies` among them, the least `distance` to any training image, and
         the least to one with this caption (`own_distance`).
     """
-    prompts: list[dict[str, Any]] = []
-    for modality in copies:
-        for text, number in rare_captions(train, modality, captions):
-            prompts.append({"modality": modality, "Text": text, "train_images": number, "images": images})
+    prompts: list[dict[str, Any]] = [
+        {"modality": modality, "text": text, "train_images": number, "images": images}
+        for modality in copies
+        for text, number in rare_captions(train, modality, captions)
+    ]
     if not prompts:
         return {"left_out": "there are no training images of the modalities that were drawn"}
     asked = [prompt for prompt in prompts for _ in range(images)]
-    drawn = draw_images(
-        pipe,
-        [prompt["Text"] for prompt in asked],
-        [prompt["modality"] for prompt in asked],
-        [seed + i for i in range(len(asked))],
-        batch_size,
-        name="rare captions",
-        **settings,
-    )
+    texts, modalities = [prompt["text"] for prompt in asked], [prompt["modality"] for prompt in asked]
+    seeds = range(seed, seed + len(asked))
+    drawn = draw_images(pipe, texts, modalities, seeds, batch_size, name="rare captions", **settings)
     features = encoder.encode_images(drawn)[0].split(images)
-    for prompt, mine in zip(prompts, features):
+    for prompt, drawn_features in zip(prompts, features):
         name = prompt["modality"]
         known = copies[name]["encoder"]
-        distance, _ = nearest_distances(mine, known.references)
-        own = torch.tensor([text == prompt["Text"] for text in train.column("Text", train.of(name))])
+        distance, _ = nearest_distances(drawn_features, known.references)
+        own = torch.tensor([text == prompt["text"] for text in train.column("Text", train.of(name))])
         prompt["copies"] = int((distance < known.limit).sum())
         prompt["distance"] = round(distance.min().item(), 5)
-        prompt["own_distance"] = round(nearest_distances(mine, known.references[own])[0].min().item(), 5)
+        prompt["own_distance"] = round(nearest_distances(drawn_features, known.references[own])[0].min().item(), 5)
     found = sum(prompt["copies"] for prompt in prompts)
     return {
-        "encoder": {
-            "share": round(found / len(asked), 4),
-            "copies": found,
-            "n": len(asked),
-            "captions": len(prompts),
-        },
+        "encoder": {"share": round(found / len(asked), 4), "copies": found, "n": len(asked), "captions": len(prompts)},
         "prompts": prompts,
     }

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -33,7 +34,7 @@ class Extractor:
 
     name: str
     digest: str
-    extract: Callable[[torch.Tensor], torch.Tensor]
+    extract: Callable[[Tensor], Tensor]
     encoder: ImageTextEncoder | None = None
 
 
@@ -68,7 +69,7 @@ def load_extractor(model: str | Path, device: torch.device | str = "cpu", batch_
     size, mean, std = _preprocessing(model, config)
 
     @torch.no_grad()
-    def extract(images: torch.Tensor) -> torch.Tensor:
+    def extract(images: Tensor) -> Tensor:
         features = []
         for part in images.split(batch_size):
             x = to_unit(part.to(device))
@@ -87,17 +88,17 @@ def _torchscript(file: Path, device: torch.device | str, batch_size: int) -> Ext
     network = torch.jit.load(file, map_location=device).eval()
 
     @torch.no_grad()
-    def extract(images: torch.Tensor) -> torch.Tensor:
+    def extract(images: Tensor) -> Tensor:
         parts = [(to_unit(part.to(device)) * 255).round().to(torch.uint8) for part in images.split(batch_size)]
         return torch.cat([network(part, return_features=True).flatten(1).float().cpu() for part in parts])
 
     return Extractor(file.stem, digest(network), extract)
 
 
-def _pooled(network: PreTrainedModel, x: torch.Tensor) -> torch.Tensor:
+def _pooled(network: PreTrainedModel, x: Tensor) -> Tensor:
     if hasattr(network, "get_image_features"):
         found = network.get_image_features(pixel_values=x)
-        return found if isinstance(found, torch.Tensor) else found.pooler_output
+        return found if isinstance(found, Tensor) else found.pooler_output
     output = network(pixel_values=x)
     if getattr(output, "pooler_output", None) is not None:
         return output.pooler_output
@@ -105,7 +106,7 @@ def _pooled(network: PreTrainedModel, x: torch.Tensor) -> torch.Tensor:
     return hidden.mean(1) if hidden.ndim == 3 else hidden.mean((2, 3))
 
 
-def _preprocessing(model, config) -> tuple[int, torch.Tensor, torch.Tensor]:
+def _preprocessing(model, config) -> tuple[int, Tensor, Tensor]:
     """Side in pixels, mean and standard deviation [1, 3, 1, 1]: the model's own, read without its image processor.
 
     The processors of transformers crop the middle of what they get; medical pictures are square and are taken whole.

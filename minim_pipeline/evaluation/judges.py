@@ -6,17 +6,21 @@ They are trained by `train/train_classifier.py` on real images of a part of the 
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from ..disk import save_model
-from ..files import atomic_path
+from ..files import write_json
 from ..modalities import resolve_modality
 from .images import to_input
-from .resampling import drawn_within, interval
+from .metrics import bootstrap_interval, drawn_within, interval_of, places
+
+
+Class = tuple[str, str]  # modality id and finding
 
 
 class Judges:
@@ -28,7 +32,7 @@ class Judges:
         image_size: side in pixels of what the models see.
     """
 
-    def __init__(self, models: dict[str, nn.Module], classes: list[tuple[str, str]], image_size: int):
+    def __init__(self, models: dict[str, nn.Module], classes: list[Class], image_size: int):
         self.models = {name: model.eval() for name, model in models.items()}
         self.classes = [(modality, finding) for modality, finding in classes]
         self.image_size = image_size
@@ -47,11 +51,10 @@ class Judges:
         for name, model in self.models.items():
             save_model(model, Path(path) / name)
         config = {"models": list(self.models), "classes": self.classes, "image_size": self.image_size}
-        with atomic_path(Path(path) / "judges.json") as temporary:
-            temporary.write_text(json.dumps(config, indent=2) + "\n")
+        write_json(Path(path) / "judges.json", config)
 
     @torch.no_grad()
-    def judge_each(self, images: torch.Tensor, batch_size: int | None = None) -> dict[str, torch.Tensor]:
+    def judge_each(self, images: Tensor, batch_size: int | None = None) -> dict[str, Tensor]:
         """The probabilities of every model: name -> float32 [N, classes] on the CPU.
 
         Args:
@@ -59,14 +62,14 @@ class Judges:
             batch_size: default 16 on a CPU, which is slower with more, else 128.
         """
         batch_size = batch_size or (16 if self.device.type == "cpu" else 128)
-        probabilities: dict[str, list[torch.Tensor]] = {name: [] for name in self.models}
+        probabilities: dict[str, list[Tensor]] = {name: [] for name in self.models}
         for part in images.split(batch_size):
             x = to_input(part.to(self.device), self.image_size)
             for name, model in self.models.items():
                 probabilities[name].append(model(x).logits.float().softmax(1).cpu())
         return {name: torch.cat(parts) for name, parts in probabilities.items()}
 
-    def judge(self, images: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
+    def judge(self, images: Tensor, batch_size: int | None = None) -> Tensor:
         """Mean probabilities of the models: float32 [N, classes]; `images` as in `judge_each`."""
         return torch.stack(list(self.judge_each(images, batch_size).values())).mean(0)
 
@@ -74,45 +77,37 @@ class Judges:
 def load_judges(path: str | Path, device: torch.device | str = "cpu") -> Judges:
     """The judges that `save_pretrained` wrote to `path`."""
     config = json.loads((Path(path) / "judges.json").read_text())
-    models = {
-        name: AutoModelForImageClassification.from_pretrained(Path(path) / name, dtype=torch.float32)
-        for name in config["models"]
-    }
+    load = AutoModelForImageClassification.from_pretrained
+    models = {name: load(Path(path) / name, dtype=torch.float32) for name in config["models"]}
     return Judges(models, config["classes"], config["image_size"]).to(device)
 
 
-def class_of(row: dict[str, str], column: str = "finding") -> tuple[str, str]:
+def class_of(row: dict[str, str], column: str = "finding") -> Class:
     """Modality id and finding of a row."""
     return resolve_modality(row["modality"]).id, row[column]
 
 
 def claimed_classes(
     train_rows: list[dict], val_rows: list[dict], min_train: int, min_val: int, column: str = "finding"
-) -> list[tuple[str, str]]:
+) -> list[Class]:
     """(modality id, finding) of all findings with enough images on both sides, in alphabetical order."""
     train = Counter(class_of(row, column) for row in train_rows)
     val = Counter(class_of(row, column) for row in val_rows)
     return [key for key in sorted(train) if train[key] >= min_train and val[key] >= min_val]
 
 
+FEWEST = 5  # images of a finding of one source, for it to be told from others there
 # Findings of different sources that look alike: what is called apart in them is mostly the source.
-LOOK_ALIKE = {
-    ("fundus", "no diabetic retinopathy"): "normal",
-    ("oct", "no diabetic macular edema"): "normal",
-}
+LOOK_ALIKE = {("fundus", "no diabetic retinopathy"): "normal", ("oct", "no diabetic macular edema"): "normal"}
 
 
-def merged_class(modality: str, finding: str) -> tuple[str, str]:
+def merged_class(modality: str, finding: str) -> Class:
     """The class that stands for all that look like it."""
     return modality, LOOK_ALIKE.get((modality, finding), finding)
 
 
 def finds_asked(
-    probabilities: torch.Tensor,
-    classes: list[tuple[str, str]],
-    modalities: str | list[str],
-    findings: list[str],
-    merge: bool = False,
+    probabilities: Tensor, classes: list[Class], modalities: str | list[str], findings: list[str], merge: bool = False
 ) -> np.ndarray:
     """Whether the asked-for finding of each image is found, within its modality.
 
@@ -142,19 +137,18 @@ def finds_asked(
 
 def balanced_accuracy(right: np.ndarray, findings: list[str]) -> float:
     """Mean over the findings of the share that is right."""
-    labels = np.array(findings)
-    return float(np.mean([right[labels == finding].mean() for finding in dict.fromkeys(findings)]))
+    return float(np.mean([right[index].mean() for index in places(findings).values()]))
 
 
 def accuracy_interval(right: np.ndarray, findings: list[str], draws: int = 1000, seed: int = 0) -> tuple:
     """95 % interval of `balanced_accuracy`, images drawn anew within each finding."""
     drawn = drawn_within(findings, draws, np.random.default_rng(seed))
-    return tuple(interval(np.mean([right[index].mean(1) for index in drawn], 0)))
+    return tuple(interval_of(np.mean([right[index].mean(1) for index in drawn], 0)))
 
 
 def accuracy_report(
-    probabilities: torch.Tensor,
-    classes: list[tuple[str, str]],
+    probabilities: Tensor,
+    classes: list[Class],
     modalities: list[str],
     findings: list[str],
     sources: list[str] | None = None,
@@ -168,14 +162,13 @@ def accuracy_report(
         the same figures, a 95 % interval, and the accuracy and n of each finding. With `sources`, also the balanced
         accuracy within each source that has at least two findings of five images each.
     """
-    names = list(dict.fromkeys(modality for modality, _ in classes))
-    by_modality = torch.stack(
-        [probabilities[:, [i for i, (m, _) in enumerate(classes) if m == name]].sum(1) for name in names], 1
-    )
+    of_modality = places(modality for modality, _ in classes)
+    names = list(of_modality)
+    by_modality = torch.stack([probabilities[:, columns].sum(1) for columns in of_modality.values()], 1)
     modality_right = np.array([names[i] for i in by_modality.argmax(1)]) == np.array(modalities)
-    report = {}
-    for name in [name for name in names if name in modalities]:
-        index = np.flatnonzero(np.array(modalities) == name)
+    report, images = {}, places(modalities)
+    for name in [name for name in names if name in images]:
+        index = images[name]
         asked = [findings[i] for i in index]
         right = finds_asked(probabilities[index], classes, name, asked)
         merged = finds_asked(probabilities[index], classes, name, asked, merge=True)
@@ -184,24 +177,19 @@ def accuracy_report(
             "balanced_accuracy": round(balanced_accuracy(right, asked), 4),
             "interval": accuracy_interval(right, asked),
             "balanced_accuracy_merged": round(balanced_accuracy(merged, merged_asked), 4),
-            "chance": round(1 / sum(m == name for m, _ in classes), 4),
+            "chance": round(1 / len(of_modality[name]), 4),
             "modality_accuracy": round(float(modality_right[index].mean()), 4),
             "n": len(index),
             "findings": {
-                finding: {
-                    "accuracy": round(float(right[np.array(asked) == finding].mean()), 4),
-                    "n": asked.count(finding),
-                }
-                for finding in dict.fromkeys(asked)
+                finding: {"accuracy": round(float(right[own].mean()), 4), "n": len(own)}
+                for finding, own in places(asked).items()
             },
         }
         if sources is not None:
-            report[name]["within_source"] = _within_source(
-                probabilities[index], classes, name, asked, [sources[i] for i in index]
-            )
-    return {
-        "balanced_accuracy": round(float(np.mean([r["balanced_accuracy"] for r in report.values()])), 4),
-        "balanced_accuracy_merged": round(float(np.mean([r["balanced_accuracy_merged"] for r in report.values()])), 4),
+            own = [sources[i] for i in index]
+            report[name]["within_source"] = _within_source(probabilities[index], classes, name, asked, own)
+    keys = ("balanced_accuracy", "balanced_accuracy_merged")
+    return {key: round(float(np.mean([r[key] for r in report.values()])), 4) for key in keys} | {
         "modality_accuracy": round(float(modality_right.mean()), 4),
         "n": len(modalities),
         "modalities": report,
@@ -209,19 +197,13 @@ def accuracy_report(
 
 
 def _within_source(
-    probabilities: torch.Tensor,
-    classes: list[tuple[str, str]],
-    modality: str,
-    asked: list[str],
-    sources: list[str],
-    least: int = 5,
+    probabilities: Tensor, classes: list[Class], modality: str, asked: list[str], sources: list[str]
 ) -> dict:
     """Balanced accuracy among the findings that a source has, so that telling sources apart does not help."""
     report = {}
-    for source in sorted(set(sources)):
-        index = [i for i, s in enumerate(sources) if s == source]
-        labels = [asked[i] for i in index]
-        known = [finding for finding in dict.fromkeys(labels) if labels.count(finding) >= least]
+    for source, index in sorted(places(sources).items()):
+        counts = Counter(asked[i] for i in index)
+        known = [finding for finding, count in counts.items() if count >= FEWEST]
         if len(known) < 2:
             continue
         of_known = [i for i in index if asked[i] in known]
@@ -235,6 +217,23 @@ def _within_source(
             "n": len(of_known),
         }
     return report
+
+
+def removed(off: Tensor, on: Tensor) -> float:
+    """Share of the wrong images without a filter that are right with it, less those that it made wrong."""
+    return 1 - (on.double().mean() / off.double().mean().clamp(min=1e-9)).item()
+
+
+def compare_wrong(off: Tensor, on: Tensor) -> dict[str, Any]:
+    """Wrong findings, bool [M] each, of the same slots; `None` for what too few of them tell nothing of."""
+    figures: dict[str, Any] = {"wrong": round(on.double().mean().item(), 4), "removed": None, "interval": None}
+    if off.any():
+        figures["removed"] = round(removed(off, on), 4)
+    # Of fewer a half may hold none, and a share of none is no number.
+    if off.sum() >= 20:
+        interval = bootstrap_interval(removed, off, on, paired=True, draws=1000)
+        figures["interval"] = [round(value, 4) for value in interval]
+    return figures
 
 
 def format_report(title: str, report: dict) -> str:

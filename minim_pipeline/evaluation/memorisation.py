@@ -5,14 +5,20 @@ do. A generator that remembers nothing then has a share of about 1 %; one that c
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
 
 from .images import to_unit
 
 
-def pixel_features(images: torch.Tensor, size: int = 64) -> torch.Tensor:
+ByModality = dict[str, Tensor]  # modality id -> images [N, 3, H, W], uint8
+
+
+def pixel_features(images: Tensor, size: int = 64) -> Tensor:
     """Grey values at `size` x `size` px without their mean, of unit length: a dot product of two is Pearson's r.
 
     Args:
@@ -29,7 +35,7 @@ def pixel_features(images: torch.Tensor, size: int = 64) -> torch.Tensor:
 
 
 @torch.no_grad()
-def latent_features(images: torch.Tensor, vae) -> torch.Tensor:
+def latent_features(images: Tensor, vae) -> Tensor:
     """The autoencoder's latents (posterior mode) averaged over 2 x 2: float32 [N, C * h/2 * w/2].
 
     The average is a low pass: the finest latents tell noise apart, in which a copy may differ. What all images share
@@ -39,9 +45,7 @@ def latent_features(images: torch.Tensor, vae) -> torch.Tensor:
     return F.avg_pool2d(vae.encode(x).latent_dist.mode().float(), 2).flatten(1)
 
 
-def nearest_distances(
-    queries: torch.Tensor, references: torch.Tensor, mean: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest_distances(queries: Tensor, references: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cosine distance of each query [n, D] to the nearest reference [N, D], 0 to 2, and which it is: both [n].
 
     Args:
@@ -55,8 +59,8 @@ def nearest_distances(
 
 
 def nearest_in_any_view(
-    views: Sequence[torch.Tensor], references: torch.Tensor, mean: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    views: Sequence[Tensor], references: Tensor, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`nearest_distances` of whichever view of a query comes nearest, for instance the image and its mirror image.
 
     Args:
@@ -68,7 +72,7 @@ def nearest_in_any_view(
     return distance, indices.gather(0, best[None])[0]
 
 
-def copy_share(samples: torch.Tensor, val: torch.Tensor, quantile: float = 0.01) -> tuple[float, float]:
+def copy_share(samples: Tensor, val: Tensor, quantile: float = 0.01) -> tuple[float, float]:
     """Share of samples nearer to the training images than the nearest 1 % of val images, and that distance.
 
     Args:
@@ -79,22 +83,50 @@ def copy_share(samples: torch.Tensor, val: torch.Tensor, quantile: float = 0.01)
     return (samples < limit).float().mean().item(), limit.item()
 
 
-def copy_figures(samples: torch.Tensor, val: torch.Tensor) -> dict:
-    """What a report says of distances to the nearest training image: of samples [n] and of val images [m].
+@dataclass
+class Copies:
+    """The nearest training image of each sample of a modality, and how near val images come to one."""
 
-    Returns:
-        `share` and number of `copies`, `n`, `n_val`, the `limit` below which a sample is a copy, both medians.
-    """
-    share, limit = copy_share(samples, val)
-    return {
-        "share": round(share, 4),
-        "copies": int((samples < limit).sum()),
-        "n": len(samples),
-        "n_val": len(val),
-        "limit": round(limit, 5),
-        "median": round(samples.median().item(), 5),
-        "median_val": round(val.median().item(), 5),
-    }
+    distances: Tensor  # [n], cosine
+    nearest: Tensor  # [n], numbers among the training images
+    val: Tensor  # [m]
+    references: Tensor  # [N, D], features of those training images
+
+    @property
+    def limit(self) -> float:
+        return copy_share(self.distances, self.val)[1]
+
+    def figures(self) -> dict:
+        """`share` and number of `copies`, `n`, `n_val`, the `limit` below which a sample is a copy, both medians."""
+        share, limit = copy_share(self.distances, self.val)
+        return {
+            "share": round(share, 4),
+            "copies": int((self.distances < limit).sum()),
+            "n": len(self.distances),
+            "n_val": len(self.val),
+            "limit": round(limit, 5),
+            "median": round(self.distances.median().item(), 5),
+            "median_val": round(self.val.median().item(), 5),
+        }
+
+    def report(self, samples: list[str], train: list[str], most: int = 50) -> dict:
+        """Figures, and the copies by name, the nearest first; `nearest` names the five nearest, copies or not."""
+
+        def named(i: int) -> dict:
+            distance = round(self.distances[i].item(), 5)
+            return {"synthetic": samples[i], "train": train[int(self.nearest[i])], "distance": distance}
+
+        figures, order = self.figures(), self.distances.argsort().tolist()
+        copied = order[: min(figures["copies"], most)]
+        return figures | {"copied": [named(i) for i in copied], "nearest": [named(i) for i in order[:5]]}
+
+
+def find_copies(
+    samples: Sequence[Tensor], val: Sequence[Tensor], references: Tensor, mean: Tensor | None = None
+) -> Copies:
+    """The nearest of the training images' features [N, D], in any view, as of `nearest_in_any_view`."""
+    distances, nearest = nearest_in_any_view(samples, references, mean)
+    return Copies(distances, nearest, nearest_in_any_view(val, references, mean)[0], references)
 
 
 def total(modalities: Iterable[dict]) -> dict:
@@ -105,10 +137,10 @@ def total(modalities: Iterable[dict]) -> dict:
 
 
 def memorisation_report(
-    samples: dict[str, torch.Tensor],
-    val: dict[str, torch.Tensor],
-    train: dict[str, torch.Tensor],
-    extract: Callable[[torch.Tensor], torch.Tensor],
+    samples: ByModality,
+    val: ByModality,
+    train: ByModality,
+    extract: Callable[[Tensor], Tensor],
     may_mirror: dict[str, bool],
     remove_mean: bool = False,
     batch_size: int = 64,
@@ -123,28 +155,32 @@ def memorisation_report(
             what every image of the modality shares.
 
     Returns:
-        `share` (of all samples), `copies`, `n`, and `modalities`: `copy_figures` of each, and of its nearest five
+        `share` (of all samples), `copies`, `n`, and `modalities`: `Copies.figures` of each, and of its nearest five
         samples (index of the sample, of the training image, distance).
     """
 
-    def features(images):
-        return torch.cat([extract(part).float().cpu() for part in images.split(batch_size)])
+    def views(images: Tensor, mirror: bool) -> list[Tensor]:
+        seen = [images, images.flip(-1)] if mirror else [images]
+        return [torch.cat([extract(part).float().cpu() for part in x.split(batch_size)]) for x in seen]
 
     modalities = {}
     for name, images in samples.items():
-        references = features(train[name])
+        references = views(train[name], False)[0]
         mean = references.mean(0) if remove_mean else None
-
-        def distances(images, mirror=may_mirror[name], references=references, mean=mean):
-            views = [features(images), features(images.flip(-1))] if mirror else [features(images)]
-            return nearest_in_any_view(views, references, mean)
-
-        found, nearest = distances(images)
-        modalities[name] = {
-            **copy_figures(found, distances(val[name])[0]),
-            "nearest": [[int(i), int(nearest[i]), round(found[i].item(), 5)] for i in found.argsort()[:5]],
-        }
+        found = find_copies(views(images, may_mirror[name]), views(val[name], may_mirror[name]), references, mean)
+        order = found.distances.argsort()[:5].tolist()
+        nearest = [[i, int(found.nearest[i]), round(found.distances[i].item(), 5)] for i in order]
+        modalities[name] = found.figures() | {"nearest": nearest}
     return {**total(modalities.values()), "modalities": modalities}
+
+
+def copies_in_both_spaces(
+    samples: ByModality, val: ByModality, train: ByModality, may_mirror: dict[str, bool], vae: AutoencoderKL
+) -> dict[str, dict]:
+    """`memorisation_report` in `latents` of the autoencoder, less their mean, and in `pixels`."""
+    latents = memorisation_report(samples, val, train, lambda x: latent_features(x, vae), may_mirror, remove_mean=True)
+    pixels = memorisation_report(samples, val, train, lambda x: pixel_features(x.to(vae.device)), may_mirror)
+    return {"latents": latents, "pixels": pixels}
 
 
 def format_memorisation(name: str, report: dict) -> str:

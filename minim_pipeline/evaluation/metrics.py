@@ -7,16 +7,22 @@ Distances to the nearest training image are in `memorisation.py`.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .images import to_unit
 
 
-def frechet_distance(real: torch.Tensor, synthetic: torch.Tensor) -> float:
+Key = TypeVar("Key", bound=Hashable)
+
+
+def frechet_distance(real: Tensor, synthetic: Tensor) -> float:
     """Fréchet distance of the Gaussians fitted to two sets of features (FID where Inception gives them, 1706.08500).
 
     |m - m'|^2 + Tr(S + S' - 2 (S S')^(1/2)): the distance as it is always quoted, which has the square in it. The last
@@ -43,9 +49,7 @@ def frechet_distance(real: torch.Tensor, synthetic: torch.Tensor) -> float:
     return max((apart + a.square().sum() + b.square().sum() - 2 * common).item(), 0.0)
 
 
-def frechet_floor(
-    real: torch.Tensor, count: int, other: torch.Tensor | None = None, draws: int = 10, seed: int = 0
-) -> float:
+def frechet_floor(real: Tensor, count: int, other: Tensor | None = None, draws: int = 10, seed: int = 0) -> float:
     """Fréchet distance of real images against real images, `count` of each: what a perfect generator would reach.
 
     Args:
@@ -65,13 +69,13 @@ def frechet_floor(
     generator = torch.Generator().manual_seed(seed)
     total = 0.0
     for _ in range(draws):
-        mine, rest = real[torch.randperm(len(real), generator=generator)].tensor_split([count])
-        theirs = rest if other is None else other[torch.randperm(len(other), generator=generator)]
-        total += frechet_distance(mine, theirs[:count])
+        some, rest = real[torch.randperm(len(real), generator=generator)].tensor_split([count])
+        others = rest if other is None else other[torch.randperm(len(other), generator=generator)]
+        total += frechet_distance(some, others[:count])
     return total / draws
 
 
-def kernel_distance(real: torch.Tensor, synthetic: torch.Tensor) -> float:
+def kernel_distance(real: Tensor, synthetic: Tensor) -> float:
     """KID: squared maximum mean discrepancy under the kernel (x . y / D + 1)^3, the unbiased estimate (1801.01401).
 
     Over all images at once, which the paper's mean over subsets estimates; its expectation does not depend on n.
@@ -96,7 +100,7 @@ def kernel_distance(real: torch.Tensor, synthetic: torch.Tensor) -> float:
     return (mean_of_pairs(real) + mean_of_pairs(synthetic) - 2 * kernel(real, synthetic).mean()).item()
 
 
-def inception_score(probabilities: torch.Tensor) -> float:
+def inception_score(probabilities: Tensor) -> float:
     """exp of the mean KL divergence of p(y | x) from p(y), in nats (1606.03498), over all images, not over splits.
 
     Args:
@@ -111,7 +115,7 @@ def inception_score(probabilities: torch.Tensor) -> float:
     return divergence.exp().item()
 
 
-def precision_recall_density_coverage(real: torch.Tensor, synthetic: torch.Tensor, k: int = 5) -> dict[str, float]:
+def precision_recall_density_coverage(real: Tensor, synthetic: Tensor, k: int = 5) -> dict[str, float]:
     """Who lies in whose neighbourhood; a neighbourhood reaches to an image's k-th neighbour of its own set.
 
     Precision and recall are of 1904.06991, density and coverage of 2002.09797 (which takes k = 5).
@@ -145,7 +149,7 @@ def precision_recall_density_coverage(real: torch.Tensor, synthetic: torch.Tenso
     }
 
 
-def multiscale_ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def multiscale_ssim(a: Tensor, b: Tensor) -> Tensor:
     """MS-SSIM of pairs of images at five scales (Wang et al., 2003; torchmetrics'), 1 for equal ones: float32 [N].
 
     Args:
@@ -161,12 +165,12 @@ def multiscale_ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def ms_ssim_of_pairs(
-    images: torch.Tensor,
+    images: Tensor,
     prompts: Sequence[str],
     pairs: int = 100,
     generator: torch.Generator | None = None,
     batch_size: int = 16,
-) -> torch.Tensor:
+) -> Tensor:
     """MS-SSIM of pairs of images that share a prompt, low where they differ (1610.09585): float32 [pairs or fewer].
 
     Args:
@@ -176,54 +180,15 @@ def ms_ssim_of_pairs(
         pairs: how many pairs are drawn, without repetition; all where there are no more.
         generator: of torch, on the CPU, draws them.
     """
-    groups: dict[str, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        groups.setdefault(prompt, []).append(index)
-    _need("MS-SSIM, images of one prompt", max(map(len, groups.values()), default=0), 2)
-    chosen = torch.cat([torch.combinations(torch.tensor(mine)) for mine in groups.values() if len(mine) > 1])  # [P, 2]
+    alike = list(places(prompts).values())
+    _need("MS-SSIM, images of one prompt", max(map(len, alike), default=0), 2)
+    chosen = torch.cat([torch.combinations(torch.tensor(index)) for index in alike if len(index) > 1])  # [P, 2]
     chosen = chosen[torch.randperm(len(chosen), generator=generator)[:pairs]]
     return torch.cat([multiscale_ssim(images[part[:, 0]], images[part[:, 1]]) for part in chosen.split(batch_size)])
 
 
-def image_image_retrieval(
-    synthetic: torch.Tensor, real: torch.Tensor, labels: Sequence[str], real_labels: Sequence[str], top: int = 10
-) -> dict:
-    """IIR: does a synthetic image find, among its nearest real images, one that carries the same label?
-
-    Args:
-        synthetic: features [N, D], the queries; those whose label no real image carries are not asked.
-        real: features [M, D], the pool; M > top.
-        labels, real_labels: of each image; captions, or findings.
-
-    Returns:
-        As `retrieval`.
-    """
-    return retrieval("Image-image retrieval", synthetic, real, labels, real_labels, top)
-
-
-def image_text_retrieval(images: torch.Tensor, texts: torch.Tensor, captions: Sequence[str], top: int = 10) -> dict:
-    """ITR: does an image find, among the nearest distinct captions, the one that it was made from?
-
-    Args:
-        images: embeddings [N, P] in the space that images and texts share.
-        texts: [N, P], of the caption of each image.
-        captions: the N sentences (with the modality, where one sentence stands under several); equal ones are one
-            item of the pool, of which more than `top` are needed.
-
-    Returns:
-        As `retrieval`.
-    """
-    distinct = {caption: index for index, caption in enumerate(captions)}
-    return retrieval("Image-text retrieval", images, texts[list(distinct.values())], captions, list(distinct), top)
-
-
 def retrieval(
-    name: str,
-    queries: torch.Tensor,
-    pool: torch.Tensor,
-    query_labels: Sequence[str],
-    pool_labels: Sequence[str],
-    top: int = 10,
+    name: str, queries: Tensor, pool: Tensor, query_labels: Sequence[str], pool_labels: Sequence[str], top: int = 10
 ) -> dict:
     """Whether the `top` items of the pool with the largest cosine to a query hold one with the query's label.
 
@@ -266,36 +231,34 @@ def retrieval(
     }
 
 
-@overload
-def bootstrap_interval(
-    function: Callable[..., float],
-    *arrays: torch.Tensor,
-    paired: bool = ...,
-    draws: int = ...,
-    bounds: tuple[float, float] = ...,
-    seed: int = ...,
-) -> tuple[float, float]: ...
+# IIR: does a synthetic image find, among its nearest real ones, one of its label (a caption, or a finding)?
+image_image_retrieval = partial(retrieval, "Image-image retrieval")
 
 
-@overload
-def bootstrap_interval(
-    function: Callable[..., dict[str, float]],
-    *arrays: torch.Tensor,
-    paired: bool = ...,
-    draws: int = ...,
-    bounds: tuple[float, float] | dict[str, tuple[float, float]] = ...,
-    seed: int = ...,
-) -> dict[str, tuple[float, float]]: ...
+def image_text_retrieval(images: Tensor, texts: Tensor, captions: Sequence[str], top: int = 10) -> dict:
+    """ITR: does an image find, among the nearest distinct captions, the one that it was made from?
+
+    Args:
+        images: embeddings [N, P] in the space that images and texts share.
+        texts: [N, P], of the caption of each image.
+        captions: the N sentences (with the modality, where one sentence stands under several); equal ones are one
+            item of the pool, of which more than `top` are needed.
+
+    Returns:
+        As `retrieval`.
+    """
+    distinct = {caption: index for index, caption in enumerate(captions)}
+    return retrieval("Image-text retrieval", images, texts[list(distinct.values())], captions, list(distinct), top)
 
 
 def bootstrap_interval(
-    function: Callable[..., float | dict[str, float]],
-    *arrays: torch.Tensor,
+    function: Callable[..., Any],
+    *arrays: Tensor,
     paired: bool = False,
     draws: int = 200,
     bounds: tuple[float, float] | dict[str, tuple[float, float]] = (-math.inf, math.inf),
     seed: int = 0,
-) -> tuple[float, float] | dict[str, tuple[float, float]]:
+) -> Any:
     """Where a figure would lie for other images of the same kind and number: its 95 % interval.
 
     Each draw takes a random half of every array without repetition; the spread of a mean over such halves is that of
@@ -317,7 +280,7 @@ def bootstrap_interval(
     halves: list[Any] = []
     for _ in range(draws):
         half = [torch.randperm(len(array), generator=generator)[: len(array) // 2] for array in arrays]
-        halves.append(function(*(array[half[0] if paired else mine] for array, mine in zip(arrays, half))))
+        halves.append(function(*(array[half[0] if paired else index] for array, index in zip(arrays, half))))
 
     def interval(value, values, bounds):
         values = torch.tensor(values, dtype=torch.float64)
@@ -328,6 +291,25 @@ def bootstrap_interval(
         return interval(whole, halves, bounds)
     each = bounds if isinstance(bounds, dict) else dict.fromkeys(whole, bounds)
     return {key: interval(whole[key], [half[key] for half in halves], each[key]) for key in whole}
+
+
+def places(keys: Iterable[Key]) -> dict[Key, list[int]]:
+    """Of each key, in the order of its first place, all places where it stands."""
+    found: dict[Key, list[int]] = {}
+    for i, key in enumerate(keys):
+        found.setdefault(key, []).append(i)
+    return found
+
+
+def drawn_within(groups: Iterable[Hashable], draws: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """For each group, in the order of its first item, indices of its items, as many drawn anew: int [draws, n]."""
+    index = places(groups).values()
+    return [np.array(own)[generator.integers(0, len(own), (draws, len(own)))] for own in index]
+
+
+def interval_of(figures: np.ndarray) -> list[float]:
+    """The middle 95 % of the figures of all draws [draws]."""
+    return [round(float(q), 4) for q in np.quantile(figures, [0.025, 0.975])]
 
 
 def _need(what: str, given: int, least: int) -> None:

@@ -9,6 +9,10 @@ from ..generate.options import SamplingOptions
 from ..options import Count, Options, Range, TableOptions, Whole, option
 
 
+OpenShare = Annotated[float, Range(0, 1, open=True)]
+Hundreds = Annotated[int, Range(100, multiple=100)]
+
+
 @dataclass(kw_only=True)
 class SetOptions(TableOptions):
     """Sets of images, CSV files in MINIM's format: path,Text,modality[,finding,...]."""
@@ -21,9 +25,7 @@ class SetOptions(TableOptions):
     train_split: str | None = option(None, "Take only its rows of this `split`.")
     image_root: str | None = option(None, "Look for the images of --real and --train here.")
     label_column: str = option("finding", "Column of the finding (default: finding).")
-    modalities_from: str | None = option(
-        None, "Know the modalities that this model has defined, too, as --pipeline's are."
-    )
+    modalities_from: str | None = option(None, "A model whose own modalities are known, too, as --pipeline's are.")
     skip_bad_rows: bool = option(False, "Leave bad rows out instead of stopping.")
     resolution: Count = option(256, "Side in pixels to which all are brought (default 256).")
 
@@ -35,8 +37,7 @@ class ExtractorOptions(Options):
     encoder: str = option(str(EMBEDDED_ENCODER), "Image-text encoder (default: ours).")
     extractor: list[str] = option(
         [],
-        "Also measure distances through this vision model of transformers, or TorchScript Inception (.pt); may be "
-        "given several times.",
+        "Another vision model of transformers, or TorchScript Inception (.pt), to measure through; may be repeated.",
         action="append",
     )
     judges: str | None = option(None, "Classifiers of the finding, of train/train_classifier.py.")
@@ -59,9 +60,7 @@ class DrawingOptions(SamplingOptions):
     seed: Whole = option(0, "Image i has seed + i (default 0).")
     compile: bool = option(False, "torch.compile the model, where --extraction-captions and --downstream draw.")
     extraction_captions: Whole = option(
-        0,
-        "Try to draw training images out of the model by repeating the rarest captions of --train, so many a modality "
-        "(default 0: no attempt).",
+        0, "Rarest captions of --train, so many a modality, to draw training images with (default 0: no attempt)."
     )
     extraction_images: Count = option(8, "Images of each of them (default 8).")
 
@@ -71,13 +70,9 @@ class DownstreamOptions(Options):
     """Worth as training data, for a GPU."""
 
     downstream: bool = option(False, "Train classifiers with the synthetic images.")
-    low_data_share: Annotated[float, Range(0, 1, open=True)] = option(
-        0.1, "Share of --train for low data (default 0.1)."
-    )
+    low_data_share: OpenShare = option(0.1, "Share of --train for low data (default 0.1).")
     low_data_pipeline: str | None = option(None, "A model trained on OUTPUT/low_data.csv: honest low data.")
-    percents: list[Annotated[int, Range(100, multiple=100)]] = option(
-        [100, 200, 500, 1000, 2000], "Synthetic images, % of the real ones."
-    )
+    percents: list[Hundreds] = option([100, 200, 500, 1000, 2000], "Synthetic images, % of the real ones.")
     classifier_seeds: Count = option(3, "Classifiers of each kind (default 3).")
     classifier_steps: Count = option(1500, "Steps of each (default 1500).")
     classifier_resolution: Count = option(128, "What they see, in pixels (default 128).")

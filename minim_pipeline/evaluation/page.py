@@ -1,18 +1,20 @@
 """The evaluation's report as one HTML page that stands alone: pictures and plots are in it, nothing is requested.
 
-`render` turns the report into sections of tables, plots and pictures, in plain dicts; `report.html.jinja` only lays
-them out, with everything escaped. Needs jinja2, and matplotlib where there are curves to draw.
+`render` turns the report into sections of tables, plots and pictures, in plain dicts, whose titles, column heads and
+explanations are in `page.json`; `report.html.jinja` only lays them out, with everything escaped. Needs jinja2, and
+matplotlib where there are curves to draw.
 
 Whatever lacks a figure says why: a dict with `left_out` in place of a figure, or of a whole part of the report,
 becomes a dash with a footnote; what is not in the report at all is "not computed".
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from .page_parts import (
     DASH,
-    accuracy_of,
+    Cell,
     cells_with_modalities,
     figure_cell,
     head_cell,
@@ -25,11 +27,8 @@ from .page_parts import (
     plain,
     plot_part,
     reach,
-    set_words,
     share_cell,
-    text_cell,
     thumbnail,
-    titled,
     training_row,
     value_of,
     written,
@@ -37,7 +36,10 @@ from .page_parts import (
 from .plots import distance_curves, downstream_curve
 
 
+WORDS = json.loads(Path(__file__).with_name("page.json").read_text(encoding="utf-8"))
 SPACES = {"encoder": "the encoder's features", "pixels": "pixels"}
+SIDES = ("synthetic", "real")
+AS_ABOVE = "Read as the table above."
 WORTHWHILE_GAIN = 0.05  # of balanced accuracy, from adding synthetic images to real ones
 
 
@@ -66,283 +68,178 @@ def render(report: Mapping, pictures: Mapping, curves: Mapping) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections = [
-        _overview(report),
-        _fidelity(report),
-        _diversity(report),
-        _retrieval(report),
-        _judges(report),
-        _downstream(report),
-        _memorisation(report, pictures.get("neighbours") or {}, curves),
-        _extraction(report),
-        _sheets(pictures.get("sheets") or {}),
-        _conditions(report),
-    ]
-    return environment.get_template("report.html.jinja").render(
-        sections=[section for section in sections if section], version=reach(report, "made").get("minim", "")
-    )
+
+    def if_there(name: str, parts: Callable[[Mapping], list[dict]]) -> list[dict]:
+        part = report.get(name)
+        return parts(part) if part and "left_out" not in part else [left_out_part(part["left_out"])] if part else []
+
+    # Each is a list of parts; empty where the report has nothing of it.
+    sections = {
+        "overview": _overview(report),
+        "fidelity": _fidelity(report),
+        "diversity": [_figures(report, "diversity", "Diversity", ["diversity"])],
+        "retrieval": [_figures(report, "retrieval", "Retrieval", ["retrieval"], "percent")],
+        "judges": if_there("judges", _judges),
+        "downstream": if_there("downstream", _downstream),
+        "memorisation": _memorisation(report, pictures.get("neighbours") or {}, curves),
+        "extraction": if_there("extraction", _extraction),
+        "images": [_sheet(name, items) for name, items in (pictures.get("sheets") or {}).items() if items],
+        "made": _conditions(report),
+    }
+    shown = [{"id": name, "title": WORDS[name]["title"], "parts": parts} for name, parts in sections.items() if parts]
+    version = reach(report, "made").get("minim", "")
+    return environment.get_template("report.html.jinja").render(sections=shown, version=version)
 
 
-# Sections: each gives {"id", "title", "parts"}, or None where the report has nothing of it. No key is called as a
-# method of dict is, such as `copy`: the template would find the method.
+def _overview(report: Mapping) -> list[dict]:
+    sets, extractors = report["sets"], report.get("extractors", [])
 
+    def set_words(name: str) -> str:
+        split = f"split {sets[name]['split']}, " if sets[name].get("split") else ""
+        return f"{sets[name]['file']}, {split}{plain(sets[name]['n'])} images"
 
-def _overview(report: Mapping) -> dict:
-    sets = report["sets"]
-    facts = [
-        ("Real images", set_words(sets["real"])),
-        ("Synthetic images", set_words(sets["synthetic"])),
-        ("Training images", set_words(sets["train"]) if sets.get("train") else "none given"),
-    ]
+    facts = [("Real images", set_words("real")), ("Synthetic images", set_words("synthetic"))]
+    facts.append(("Training images", set_words("train") if sets.get("train") else "none given"))
     synthetic = sets["synthetic"]
     if synthetic.get("model"):
         revision = f", revision {synthetic['revision']}" if synthetic.get("revision") else ""
         facts.append(("Model", f"{synthetic['model']}{revision}"))
     labels = reach(report, "labels")
     facts.append(("Labels", f"none: {labels['left_out']}" if "left_out" in labels else f"column {labels['column']}"))
-    for extractor in report.get("extractors", []):
+    for extractor in extractors:
         known = [f"{plain(extractor['dimensions'])} dimensions"] if extractor.get("dimensions") else []
         known += [f"digest {extractor['digest']}"] if extractor.get("digest") else []
         facts.append((f"Features of {extractor['name']}", ", ".join(known) or DASH))
     for modality, reason in (report.get("modalities_left_out") or {}).items():
         facts.append((f"{name_of(modality)} left out", reason))
 
-    names = [extractor["name"] for extractor in report.get("extractors", [])][:1]
+    names = [extractor["name"] for extractor in extractors][:1]
     # What is missing here is said where the section itself would be, or has its reason there.
-    judges = [("Found by the judges", "judges", "synthetic"), ("Same of real images", "judges", "real")]
-    judges = judges if report.get("judges") else []
+    judged = [("Found by the judges", "synthetic"), ("Same of real images", "real")] if report.get("judges") else []
     head = ["Modality", *("Fréchet distance", "Fréchet floor", "Coverage") * bool(names)]
-    head += [*(title for title, *_ in judges), "Copies, by features", "Copies, by pixels"]
+    head += [*(title for title, _ in judged), "Copies, by features", "Copies, by pixels"]
     rows = []
-    for modality in report["modalities"]:
-        row = [
-            figure_cell(reach(report, "modalities", modality, "fidelity", name, key))
-            for name in names
-            for key in ("frechet_distance", "frechet_floor", "coverage")
-        ]
-        row += [
-            figure_cell(accuracy_of(reach(report, *keys, "modalities", modality), "balanced_accuracy"), "percent")
-            for _, *keys in judges
-        ]
-        row += [share_cell(reach(report, "modalities", modality, "memorisation", space)) for space in SPACES]
-        rows.append([head_cell(name_of(modality)), *row])
-    reading = "The main figures; each is explained, with the rest, in its own section below."
-    if names:
-        reading += f" Fréchet distance and coverage in the features of {names[0]}."
-    parts = [make_facts(facts), make_table("Main figures", head, rows, reading)]
-
+    for modality, part in report["modalities"].items():
+        row = [head_cell(name_of(modality))]
+        for name in names:
+            keys = ("frechet_distance", "frechet_floor", "coverage")
+            row += [figure_cell(reach(part, "fidelity", name, key)) for key in keys]
+        for _, side in judged:
+            found = reach(report, "judges", side, "modalities", modality)
+            row.append(figure_cell(value_of(found, "balanced_accuracy"), "percent"))
+        rows.append(row + [share_cell(reach(part, "memorisation", space)) for space in SPACES])
+    reading = WORDS["overview"]["reading"] + (WORDS["overview"]["features"].format(names[0]) if names else "")
     conversions = report.get("conversions") or []
-    if conversions:
-        parts.insert(1, {"kind": "list", "title": "Changed before measuring", "lines": conversions})
-    return {"id": "overview", "title": "Overview", "parts": parts}
+    changed = [{"kind": "list", "title": "Changed before measuring", "lines": conversions}] if conversions else []
+    return [make_facts(facts), *changed, make_table("Main figures", head, rows, reading)]
 
 
-def _rows(report: Mapping, place: list[str], columns: Mapping, style: str = "number") -> list[list[dict]]:
-    """A row for each modality, of the figures of `columns` that lie at `place` in its part of the report."""
-    return [
-        [
-            modality_cell(report, name),
-            *(figure_cell(reach(report, "modalities", name, *place, key), style) for key in columns),
-        ]
-        for name in report["modalities"]
+def _figures(
+    report: Mapping, section: str, title: str, place: list[str], style: str = "number", reading: str = ""
+) -> dict:
+    """A table of what lies at `place` in each modality's part of the report, in the columns of the section."""
+    columns = WORDS[section]["columns"]
+    rows = [
+        [modality_cell(name, part), *(figure_cell(reach(part, *place, key), style) for key in columns)]
+        for name, part in report["modalities"].items()
     ]
+    return make_table(title, ["Modality", *columns.values()], rows, reading or WORDS[section]["reading"])
 
 
-def _fidelity(report: Mapping) -> dict:
-    columns = {
-        "frechet_distance": "Fréchet distance",
-        "frechet_floor": "Fréchet floor",
-        "kernel_distance": "Kernel distance",
-        "kernel_floor": "Kernel floor",
-        "precision": "Precision",
-        "recall": "Recall",
-        "density": "Density",
-        "coverage": "Coverage",
-    }
-    reading = (
-        "Fréchet distance: lower is nearer. It depends on n, so compare it only with the floor beside it, which is "
-        "real against real at equal n. Kernel distance (KID): near 0 where both sets are alike, and at times below. "
-        "Precision: share of synthetic images within the neighbourhood of a real one. Recall: share of real images "
-        "within that of a synthetic one. Density: near 1 where both sets are alike. Coverage: share of real images "
-        "with a synthetic one in their neighbourhood. Figures of different extractors cannot be compared."
-    )
+def _fidelity(report: Mapping) -> list[dict]:
     names = [extractor["name"] for extractor in report.get("extractors", [])]
-    for modality in report["modalities"]:
-        names += [name for name in reach(report, "modalities", modality, "fidelity") if name != "left_out"]
-    parts = []
+    names += keys_of(*(reach(part, "fidelity") for part in report["modalities"].values()))
+    parts: list[dict] = []
     for name in dict.fromkeys(names):
-        rows = _rows(report, ["fidelity", name], columns)
-        parts.append(make_table(f"Features of {name}", ["Modality", *columns.values()], rows, reading))
-        reading = "Read as the table above."
-    parts = parts or [left_out_part("no extractor was used")]
-    return {"id": "fidelity", "title": "Fidelity: how near synthetic images are to real ones", "parts": parts}
+        reading = AS_ABOVE if parts else ""
+        parts.append(_figures(report, "fidelity", f"Features of {name}", ["fidelity", name], reading=reading))
+    return parts or [left_out_part("no extractor was used")]
 
 
-def _diversity(report: Mapping) -> dict:
-    columns = {
-        "ms_ssim": "MS-SSIM",
-        "ms_ssim_real": "MS-SSIM of real images",
-        "inception_score": "Inception score",
-        "inception_score_real": "Inception score of real images",
-    }
-    reading = (
-        "MS-SSIM: how alike pairs of images are, lower is more varied and 1 is one image repeated. Inception score: "
-        "higher where a classifier is certain of each image and gives many different answers; 1 is the least. "
-        "Beside both, the same of real images, which is where a good set comes to lie."
-    )
-    rows = _rows(report, ["diversity"], columns)
-    return {
-        "id": "diversity",
-        "title": "Diversity: how synthetic images differ among themselves",
-        "parts": [make_table("Diversity", ["Modality", *columns.values()], rows, reading)],
-    }
+def _judges(judges: Mapping) -> list[dict]:
+    words = WORDS["judges"]
+    columns = words["columns"]
 
+    def row(name: str, before: Sequence[str] = (), after: Sequence[str] = (), extra: Sequence[str] = ()) -> list[Cell]:
+        cells = [head_cell(name)]
+        for key in columns:
+            parts = (reach(judges, *before, side, *after) for side in SIDES)
+            of_key = extra if key == "balanced_accuracy" else ()
+            cells += [figure_cell(value_of(part, key, of_key), "percent") for part in parts]
+        return cells
 
-def _retrieval(report: Mapping) -> dict:
-    columns = {
-        "image_image": "Image to image",
-        "image_image_real": "Image to image, real",
-        "image_text": "Image to text",
-        "image_text_real": "Image to text, real",
-    }
-    reading = (
-        "Image to image: share of images that find a real one of their own label among the nearest. Image to text: "
-        "share that find their own caption among the nearest. Higher is better; compare with chance and with real "
-        "images, which are under and beside each rate. It is easier in a smaller pool. Where labels are few, "
-        "chance is high: precision, the share of the nearest that match, then tells more."
-    )
-    rows = _rows(report, ["retrieval"], columns, "percent")
-    return {
-        "id": "retrieval",
-        "title": "Retrieval: whether images match their label and caption",
-        "parts": [make_table("Retrieval", ["Modality", *columns.values()], rows, reading)],
-    }
-
-
-def _judges(report: Mapping) -> dict | None:
-    if not report.get("judges"):
-        return None
-    judges, title = report["judges"], "Judges: whether classifiers find what was asked for"
-    if "left_out" in judges:
-        return {"id": "judges", "title": title, "parts": [left_out_part(judges["left_out"])]}
-
-    columns = {
-        "balanced_accuracy": "Finding",
-        "balanced_accuracy_merged": "Finding, look-alikes as one",
-        "modality_accuracy": "Modality",
-    }
-    head = ["Modality", *(f"{words}, {side}" for words in columns.values() for side in ("synthetic", "real"))]
-    sides = ("synthetic", "real")
-
-    def row(name: str, *keys: str) -> list[dict]:
-        found = [
-            accuracy_of(reach(judges, side, *keys), key, ("chance", "n") if key == "balanced_accuracy" else ())
-            for key in columns
-            for side in sides
-        ]
-        return [head_cell(name), *(figure_cell(figure, "percent") for figure in found)]
-
-    modalities = keys_of(*(reach(judges, side, "modalities") for side in sides))
-    rows = [row(name_of(modality), "modalities", modality) for modality in modalities] + [row("All")]
-    reading = (
-        "Balanced accuracy of the asked-for finding within its modality, and share of images taken for their own "
-        "modality. Real images, beside, show how good the judges themselves are: a synthetic set can hardly pass "
-        "them without showing findings plainer than they are. Chance is what guessing would give."
-    )
+    head = [f"{title}, {side}" for title in columns.values() for side in SIDES]
+    modalities = keys_of(*(reach(judges, side, "modalities") for side in SIDES))
+    beside = ("chance", "n")
+    rows = [row(name_of(modality), (), ("modalities", modality), beside) for modality in modalities]
+    rows.append(row("All", extra=beside))
     names = ", ".join(judges.get("names") or judges.get("each") or [])
-    parts = [make_table(f"Mean of the judges{f' ({names})' if names else ''}", head, rows, reading)]
-
+    title = f"Mean of the judges{f' ({names})' if names else ''}"
+    parts = [make_table(title, ["Modality", *head], rows, words["reading"])]
     if judges.get("each"):
-        rows = [
-            [
-                head_cell(name),
-                *(
-                    figure_cell(accuracy_of(reach(judges, "each", name, side), key), "percent")
-                    for key in columns
-                    for side in sides
-                ),
-            ]
-            for name in judges["each"]
-        ]
-        reading = "All modalities together. Judges that differ much make their mean less certain."
-        parts.append(make_table("Each judge", ["Judge", *head[1:]], rows, reading, folded=True))
-
-    rows, within = [], []
-    for modality in modalities:
-        found = [reach(judges, side, "modalities", modality, "findings") for side in sides]
-        for finding in keys_of(*found):
-            cells = [figure_cell(accuracy_of(reach(part, finding), "accuracy", ("n",)), "percent") for part in found]
-            rows.append([head_cell(name_of(modality)), text_cell(finding), *cells])
-        found = [reach(judges, side, "modalities", modality, "within_source") for side in sides]
-        for source in keys_of(*found):
-            figures = [accuracy_of(reach(part, source), "balanced_accuracy", ("chance", "n")) for part in found]
-            cells = [figure_cell(figure, "percent") for figure in figures]
-            within.append([head_cell(name_of(modality)), text_cell(source), *cells])
-    if rows:
-        reading = "Share of the images asked to show a finding in which the judges find it. A small n says little."
-        parts.append(make_table("Each finding", ["Modality", "Finding", *titled(sides)], rows, reading, folded=True))
-    if within:
-        reading = "Balanced accuracy among the findings of one source, where telling sources apart does not help."
-        parts.append(
-            make_table("Within each source", ["Modality", "Source", *titled(sides)], within, reading, folded=True)
-        )
-    return {"id": "judges", "title": title, "parts": parts}
+        rows = [row(name, ("each", name)) for name in judges["each"]]
+        parts.append(make_table("Each judge", ["Judge", *head], rows, words["each"], folded=True))
+    for title, kind, place, key in (
+        ("Each finding", "Finding", "findings", "accuracy"),
+        ("Within each source", "Source", "within_source", "balanced_accuracy"),
+    ):
+        rows = []
+        for modality in modalities:
+            found = [reach(judges, side, "modalities", modality, place) for side in SIDES]
+            for name in keys_of(*found):
+                cells = [figure_cell(value_of(reach(part, name), key, beside), "percent") for part in found]
+                rows.append([head_cell(name_of(modality)), Cell(name), *cells])
+        if rows:
+            head = ["Modality", kind, *map(str.capitalize, SIDES)]
+            parts.append(make_table(title, head, rows, words[place], folded=True))
+    return parts
 
 
-def _downstream(report: Mapping) -> dict | None:
-    if not report.get("downstream"):
-        return None
-    downstream, title = report["downstream"], "Downstream: what a classifier learns from synthetic images"
-    if "left_out" in downstream:
-        return {"id": "downstream", "title": title, "parts": [left_out_part(downstream["left_out"])]}
-
+def _downstream(downstream: Mapping) -> list[dict]:
     real, synthetic = reach(downstream, "real"), reach(downstream, "synthetic")
     modalities = keys_of(reach(real, "modalities"), reach(synthetic, "modalities"))
-
     rows = [
         training_row("Real alone", real, modalities),
         training_row("Synthetic alone", synthetic, modalities),
         [head_cell("Ratio"), *cells_with_modalities(reach(downstream, "cas_ratio"), modalities)],
     ]
     head = ["Trained on", "All", *map(name_of, modalities)]
-    reading = (
-        "Accuracy on unseen real images of a classifier trained on each set. The ratio is synthetic over real: 1 "
-        "where synthetic images teach as much as the real ones do."
-    )
     # `note`: what a reader has to know first, such as that it was measured of another model than the rest.
-    parts = [make_table("Trained on one set", head, rows, reading, text=downstream.get("note", ""))]
-
+    note, reading = downstream.get("note", ""), WORDS["downstream"]["reading"]
+    parts = [make_table("Trained on one set", head, rows, reading, text=note)]
     low_data = downstream.get("low_data") or {}
     if "left_out" in low_data:
         parts.append(left_out_part(low_data["left_out"], "Few real images"))
-        low_data = {}
-    for index, (name, setting) in enumerate(low_data.items()):
-        setting_title = f"Few real images: {name}"
-        if "left_out" in setting:
-            parts.append(left_out_part(setting["left_out"], setting_title))
-            continue
-        points = setting.get("points", [])
-        modalities = keys_of(*(reach(point, "modalities") for point in (setting["real"], *points)))
-        rows = [training_row("Real alone", setting["real"], modalities)]
-        for point in points:
-            rows.append(training_row(f"+ {plain(point['percent'])} %", point, modalities))
-            gain = figure_cell(reach(point, "gain"), "points")
-            if not gain["why"]:
-                rows[-1][1]["details"].append(f"gain {gain['text']} {gain['interval']}".strip())
-        whole = reach(setting, "gain")
-        name_of_gain = f"Gain at {plain(setting['gain_at'])} %" if "gain_at" in setting else "Gain"
-        rows.append([head_cell(name_of_gain), *cells_with_modalities(whole, modalities, "points")])
-        head = ["Synthetic images added", "All", *map(name_of, modalities)]
-        reading = "Accuracy on unseen real images. The gain is over real alone, in points; it counts if its interval, "
-        reading += "in brackets, leaves out 0."
-        text = " ".join(filter(None, [setting.get("meaning", ""), _verdict(whole)]))
-        parts.append(make_table(setting_title, head, rows, reading, text=text))
-        if "left_out" not in setting["real"] and any("accuracy" in point for point in points):
-            drawn = downstream_curve(setting, f"downstream-{index}")
-            parts.append({"kind": "plots", "title": "", "plots": [plot_part(drawn, name)], "reading": ""})
+    else:
+        for index, (name, setting) in enumerate(low_data.items()):
+            parts += _low_data(name.replace("_", " "), setting, f"downstream-{index}")
     if downstream.get("settings"):
         parts.append(make_facts(downstream["settings"].items(), "Settings of the training", folded=True))
-    return {"id": "downstream", "title": title, "parts": parts}
+    return parts
+
+
+def _low_data(name: str, setting: Mapping, plot: str) -> list[dict]:
+    title = f"Few real images: {name}"
+    if "left_out" in setting:
+        return [left_out_part(setting["left_out"], title)]
+    points = setting.get("points", [])
+    modalities = keys_of(*(reach(point, "modalities") for point in (setting["real"], *points)))
+    rows = [training_row("Real alone", setting["real"], modalities)]
+    for point in points:
+        rows.append(training_row(f"+ {plain(point['percent'])} %", point, modalities))
+        gain = figure_cell(reach(point, "gain"), "points")
+        if not gain.why:
+            rows[-1][1].details.append(f"gain {gain.text} {gain.interval}".strip())
+    whole = reach(setting, "gain")
+    name_of_gain = f"Gain at {plain(setting['gain_at'])} %" if "gain_at" in setting else "Gain"
+    rows.append([head_cell(name_of_gain), *cells_with_modalities(whole, modalities, "points")])
+    head = ["Synthetic images added", "All", *map(name_of, modalities)]
+    text = " ".join(filter(None, [setting.get("meaning", ""), _verdict(whole)]))
+    parts = [make_table(title, head, rows, WORDS["downstream"]["low_data"], text=text)]
+    if "left_out" not in setting["real"] and any("accuracy" in point for point in points):
+        drawn = plot_part(downstream_curve(setting, plot), name)
+        parts.append({"kind": "plots", "title": "", "plots": [drawn], "reading": ""})
+    return parts
 
 
 def _verdict(gain: Mapping) -> str:
@@ -350,22 +247,15 @@ def _verdict(gain: Mapping) -> str:
     if not isinstance(gain.get("value"), int | float) or not gain.get("interval"):
         return ""
     if gain["interval"][0] <= 0:
-        return "The synthetic images are not shown to help: the interval of the gain is not above 0."
+        return WORDS["downstream"]["no_gain"]
     size = "at least" if gain["value"] >= WORTHWHILE_GAIN else "less than"
-    return f"The synthetic images help, by {size} the {100 * WORTHWHILE_GAIN:g} points that were aimed at."
+    return WORDS["downstream"]["gain"].format(size, 100 * WORTHWHILE_GAIN)
 
 
-def _memorisation(report: Mapping, neighbours: Mapping, curves: Mapping) -> dict:
-    whole, modalities = reach(report, "memorisation"), report["modalities"]
-    found = {name: reach(report, "modalities", name, "memorisation") for name in modalities}
+def _memorisation(report: Mapping, neighbours: Mapping, curves: Mapping) -> list[dict]:
+    whole, words = reach(report, "memorisation"), WORDS["memorisation"]
+    found = {name: reach(part, "memorisation") for name, part in report["modalities"].items()}
     spaces = keys_of(*found.values(), whole)
-    head = ["Modality", "Copies", "Median, synthetic", "Median, val", "Limit"]
-    reading = (
-        "An image is called a copy if it lies nearer to some training image than all but the nearest 1 % of val "
-        "images do. So 1 % are expected by chance, and more where val images are few (4 % with 30 of them); far more "
-        "mean that training images are repeated. A median distance of synthetic images well below that of val images "
-        "is a sign of the same."
-    )
     # Where all is left out for one reason, one sentence says it.
     reasons = {part.get("left_out") for part in (whole, *found.values())}
     parts = [] if spaces else [left_out_part(reason) for reason in sorted(filter(None, reasons))]
@@ -373,51 +263,39 @@ def _memorisation(report: Mapping, neighbours: Mapping, curves: Mapping) -> dict
         rows = []
         for name, part in found.items():
             measured = reach(part, space)
-            distances = [
-                figure_cell(value_of(measured, "median")),
-                figure_cell(value_of(measured, "median_val", ("n_val",))),
-                figure_cell(value_of(measured, "limit")),
-            ]
-            rows.append([head_cell(name_of(name)), share_cell(measured), *distances])
-        rows.append([head_cell("All"), share_cell(reach(whole, space)), *(text_cell("") for _ in head[2:])])
+            distances = (("median", ()), ("median_val", ("n_val",)), ("limit", ()))
+            cells = [figure_cell(value_of(measured, key, extra)) for key, extra in distances]
+            rows.append([head_cell(name_of(name)), share_cell(measured), *cells])
+        rows.append([head_cell("All"), share_cell(reach(whole, space)), Cell(""), Cell(""), Cell("")])
+        head = ["Modality", "Copies", "Median, synthetic", "Median, val", "Limit"]
+        reading = AS_ABOVE if parts else words["reading"]
         parts.append(make_table(f"Distance in {SPACES.get(space, space)}", head, rows, reading))
-        reading = "Read as the table above."
 
     plots = [
         plot_part(distance_curves(curve, f"distances-{index}"), name_of(name))
         for index, (name, curve) in enumerate(curves.items())
     ]
     if plots:
-        reading = (
-            "Share of images whose nearest training image is no farther than the distance below. Left of the limit "
-            "lie the copies. A synthetic curve left of that of val means nearer to the training images than unseen "
-            "images are."
-        )
-        parts.append({"kind": "plots", "title": "Distances", "plots": plots, "reading": reading})
-
-    parts += [_neighbour_part(name, pairs) for name, pairs in neighbours.items() if pairs]
+        parts.append({"kind": "plots", "title": "Distances", "plots": plots, "reading": words["distances"]})
+    parts += [_neighbours(name, pairs) for name, pairs in neighbours.items() if pairs]
     parts += filter(None, (_pair_table(found, space) for space in spaces))
-    title = "Memorisation: whether training images are repeated"
-    return {"id": "memorisation", "title": title, "parts": parts}
+    return parts
 
 
-def _neighbour_part(name: str, pairs: Sequence[Mapping]) -> dict:
+def _neighbours(name: str, pairs: Sequence[Mapping]) -> dict:
     """Synthetic images of a modality beside the training images nearest to them."""
-    return {
-        "kind": "pairs",
-        "title": f"Nearest training images: {name_of(name)}",
-        "pairs": [
-            {
-                "synthetic": thumbnail(pair["synthetic"]),
-                "train": None if pair["train"] is None else thumbnail(pair["train"]),
-                "names": pair["names"],
-                "distance": written(pair["distance"]),
-                "copied": pair["copy"],
-            }
-            for pair in pairs
-        ],
-        "reading": "Left the synthetic image, right the training image nearest to it by the encoder.",
-    }
+    shown = [
+        {
+            "synthetic": thumbnail(pair["synthetic"]),
+            "train": None if pair["train"] is None else thumbnail(pair["train"]),
+            "names": pair["names"],
+            "distance": written(pair["distance"]),
+            "copied": pair["copy"],
+        }
+        for pair in pairs
+    ]
+    title = f"Nearest training images: {name_of(name)}"
+    return {"kind": "pairs", "title": title, "pairs": shown, "reading": WORDS["memorisation"]["neighbours"]}
 
 
 def _pair_table(found: Mapping[str, Mapping], space: str) -> dict | None:
@@ -425,74 +303,57 @@ def _pair_table(found: Mapping[str, Mapping], space: str) -> dict | None:
     rows = []
     for name, part in found.items():
         measured = reach(part, space)
-        copied = {(pair["synthetic"], pair["train"]): pair["distance"] for pair in measured.get("copied", [])}
-        nearest = {(pair["synthetic"], pair["train"]): pair["distance"] for pair in measured.get("nearest", [])}
+        copied, nearest = (
+            {(pair["synthetic"], pair["train"]): pair["distance"] for pair in measured.get(key, [])}
+            for key in ("copied", "nearest")
+        )
         for pair, distance in sorted((copied | nearest).items(), key=lambda item: item[1]):
-            cells = [*pair, written(distance), "yes" * (pair in copied)]
-            rows.append([head_cell(name_of(name)), *map(text_cell, cells)])
+            rows.append([head_cell(name_of(name)), *map(Cell, (*pair, written(distance), "yes" * (pair in copied)))])
     head = ["Modality", "Synthetic", "Training image", "Distance", "Copy"]
-    title, reading = f"Nearest pairs in {SPACES.get(space, space)}", "All copies, and the nearest of the rest."
+    title, reading = f"Nearest pairs in {SPACES.get(space, space)}", WORDS["memorisation"]["pairs"]
     return make_table(title, head, rows, reading, folded=True) if rows else None
 
 
-def _extraction(report: Mapping) -> dict | None:
-    if not report.get("extraction"):
-        return None
-    extraction, title = report["extraction"], "Extraction: whether rare captions bring training images back"
-    if "left_out" in extraction:
-        return {"id": "extraction", "title": title, "parts": [left_out_part(extraction["left_out"])]}
+def _extraction(extraction: Mapping) -> list[dict]:
+    words = WORDS["extraction"]
     spaces = [key for key, part in extraction.items() if isinstance(part, Mapping)]
     rows = [[head_cell(SPACES.get(space, space).capitalize()), share_cell(extraction[space])] for space in spaces]
-    reading = (
-        "Several images are made of captions of few training images, which are remembered most easily. A copy is what "
-        "it is under memorisation, by the encoder."
-    )
-    parts = [make_table("Copies of training images", ["Distance in", "Copies"], rows, reading)]
-    prompts = extraction.get("prompts") or []
+    parts = [make_table("Copies of training images", ["Distance in", "Copies"], rows, words["reading"])]
+    prompts = extraction.get("prompts")
     if prompts:
         head = ["Modality", "Caption", "Training images", "Images made", "Copies", "Nearest distance"]
         rows = [
             [
                 head_cell(name_of(prompt["modality"])),
-                text_cell(prompt["Text"], wide=True),
-                *(text_cell(plain(prompt.get(key))) for key in ("train_images", "images", "copies")),
-                text_cell(plain(prompt.get("distance"))),
+                Cell(prompt["text"], wide=True),
+                *(Cell(plain(prompt.get(key))) for key in ("train_images", "images", "copies", "distance")),
             ]
             for prompt in prompts
         ]
-        parts.append(make_table("Each caption", head, rows, "Distance: smaller is nearer to a copy.", folded=True))
-    return {"id": "extraction", "title": title, "parts": parts}
+        parts.append(make_table("Each caption", head, rows, words["prompts"], folded=True))
+    return parts
 
 
-def _sheets(sheets: Mapping) -> dict | None:
-    parts = [
+def _sheet(name: str, items: Sequence[Mapping]) -> dict:
+    images = [
         {
-            "kind": "sheet",
-            "title": name_of(name),
-            "images": [
-                {
-                    "image": thumbnail(item["image"]),
-                    "caption": item["caption"],
-                    "lines": [line for line in item.get("lines", []) if line],
-                    "copied": item.get("copy", False),
-                }
-                for item in items
-            ],
+            "image": thumbnail(item["image"]),
+            "caption": item["caption"],
+            "lines": [line for line in item.get("lines", []) if line],
+            "copied": item.get("copy", False),
         }
-        for name, items in sheets.items()
-        if items
+        for item in items
     ]
-    return {"id": "images", "title": "Synthetic images", "parts": parts} if parts else None
+    return {"kind": "sheet", "title": name_of(name), "images": images}
 
 
-def _conditions(report: Mapping) -> dict:
+def _conditions(report: Mapping) -> list[dict]:
     made = reach(report, "made")
     facts = [(words, plain(made[key])) for key, words in (("minim", "minim"), ("device", "Device")) if key in made]
     if "minutes" in made:
         facts.append(("Time", f"{plain(made['minutes'])} minutes"))
-    facts += [(name, plain(version)) for name, version in (made.get("versions") or {}).items()]
-    parts = [make_facts(facts)]
+    parts = [make_facts([*facts, *(made.get("versions") or {}).items()])]
     settings = report["sets"]["synthetic"].get("settings")
     if settings:
         parts.append(make_facts(settings.items(), "Settings of the synthetic images", folded=True))
-    return {"id": "made", "title": "How this report was made", "parts": parts}
+    return parts

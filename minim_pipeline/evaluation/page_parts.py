@@ -1,13 +1,13 @@
 """Parts of the page of a report: tables and their cells, numbers in words, and ways through the report.
 
-A cell is `{"text", "interval", "details", "why", "head", "wide"}`; `why` says why a figure is missing. No key is
-called as a method of dict is, such as `copy`: the template would find the method.
+No key of a part is called as a method of dict is, such as `copy`: the template would find the method.
 """
 
 import base64
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeGuard
 
 import numpy as np
@@ -20,25 +20,28 @@ DASH = "—"
 THUMBNAIL = 160  # px, the longer side
 
 
+@dataclass
+class Cell:
+    """A cell of a table; `why` says why its figure is missing, and becomes a footnote."""
+
+    text: str
+    interval: str = ""
+    details: list[str] = field(default_factory=list)
+    why: str = ""
+    head: bool = False
+    wide: bool = False
+
+
 # Parts of a section
 
 
 def make_table(
-    title: str, head: Sequence[str], rows: list[list[dict]], reading: str, text: str = "", folded: bool = False
+    title: str, head: Sequence[str], rows: list[list[Cell]], reading: str, text: str = "", folded: bool = False
 ) -> dict:
-    """A table of cells, with the reasons of left-out figures numbered in order as its footnotes."""
-    notes = list(dict.fromkeys(cell["why"] for row in rows for cell in row if cell["why"]))
-    rows = [[{**cell, "note": notes.index(cell["why"]) + 1 if cell["why"] else None} for cell in row] for row in rows]
-    return {
-        "kind": "table",
-        "title": title,
-        "text": text,
-        "head": head,
-        "rows": rows,
-        "notes": notes,
-        "reading": reading,
-        "folded": folded,
-    }
+    """A table of cells, with the reasons of left-out figures in order as its footnotes."""
+    notes = list(dict.fromkeys(cell.why for row in rows for cell in row if cell.why))
+    shown = {"head": head, "rows": rows, "notes": notes, "reading": reading}
+    return {"kind": "table", "title": title, "text": text, "folded": folded, **shown}
 
 
 def make_facts(facts: Iterable[tuple[str, object]], title: str = "", folded: bool = False) -> dict:
@@ -56,50 +59,43 @@ def plot_part(svg: str, title: str) -> dict:
     return {"svg": Markup(svg), "title": title}  # our own, from numbers only: the one thing that is not escaped
 
 
-def training_row(name: str, part: Mapping, modalities: Sequence[str]) -> list[dict]:
+# Cells of a table
+
+
+def training_row(name: str, part: Mapping, modalities: Sequence[str]) -> list[Cell]:
     """A row of accuracies of one training: all, and each modality."""
-    cells = [figure_cell(accuracy_of(part, "accuracy", ("n_train",)), "percent")]
+    whole = figure_cell(value_of(part, "accuracy", ("n_train",)), "percent")
     if part.get("seeds"):
-        cells[0]["details"].append(f"each seed {', '.join(written(each, 'percent') for each in part['seeds'])}")
-    each = (accuracy_of(reach(part, "modalities", modality), "accuracy") for modality in modalities)
-    return [head_cell(name), *cells, *(figure_cell(figure, "percent") for figure in each)]
+        whole.details.append(f"each seed {', '.join(written(each, 'percent') for each in part['seeds'])}")
+    each = (value_of(reach(part, "modalities", modality), "accuracy") for modality in modalities)
+    return [head_cell(name), whole, *(figure_cell(figure, "percent") for figure in each)]
 
 
-def cells_with_modalities(figure: Mapping, modalities: Sequence[str], style: str = "number") -> list[dict]:
+def cells_with_modalities(figure: Mapping, modalities: Sequence[str], style: str = "number") -> list[Cell]:
     """Cells of a figure and of what it has under `modalities`, figures or plain numbers; empty if it has none."""
     cells = [figure_cell(figure, style)]
     for modality in modalities:
-        mine = reach(figure, "modalities", modality)
-        mine = mine if isinstance(mine, Mapping) else {"value": mine}
-        cells.append(figure_cell(mine, style) if "modalities" in figure else text_cell(""))
+        each = reach(figure, "modalities", modality)
+        each = each if isinstance(each, Mapping) else {"value": each}
+        cells.append(figure_cell(each, style) if "modalities" in figure else Cell(""))
     return cells
 
 
-# Cells of a table: {"text", "interval", "details", "why", "head", "wide"}
+def head_cell(text: str, details: Sequence[str] = ()) -> Cell:
+    return Cell(text, details=list(details), head=True)
 
 
-def text_cell(text: str, wide: bool = False) -> dict:
-    return {"text": text, "interval": "", "details": [], "why": "", "head": False, "wide": wide}
+def modality_cell(modality: str, part: Mapping) -> Cell:
+    sets = ("real", "synthetic", "train")
+    n = reach(part, "n")
+    return head_cell(name_of(modality), [f"{name} {plain(n[name])}" for name in sets if n.get(name) is not None])
 
 
-def head_cell(text: str) -> dict:
-    return {**text_cell(text), "head": True}
-
-
-def modality_cell(report: Mapping, modality: str) -> dict:
-    n = reach(report, "modalities", modality, "n")
-    words = ("real", "synthetic", "train")
-    details = [f"{key} {plain(n[key])}" for key in words if n.get(key) is not None]
-    return {**head_cell(name_of(modality)), "details": details}
-
-
-def figure_cell(figure: Mapping, style: str = "number") -> dict:
+def figure_cell(figure: Mapping, style: str = "number") -> Cell:
     """The cell of a figure: its value and interval, and under it whatever else it carries, such as n or chance."""
-    if "left_out" in figure:
-        return {**text_cell(DASH), "why": figure["left_out"]}
     value, interval = figure.get("value"), figure.get("interval")
-    if not is_number(value):
-        return {**text_cell(DASH), "why": "not computed"}
+    if "left_out" in figure or not is_number(value):
+        return Cell(DASH, why=figure.get("left_out", "not computed"))
     if not interval or not all(map(is_number, interval)):
         interval = None
     unit = "percent" if style == "points" else style
@@ -108,34 +104,25 @@ def figure_cell(figure: Mapping, style: str = "number") -> dict:
         for key, each in figure.items()
         if key not in ("value", "interval", "modalities") and each is not None
     ]
-    cell = {**text_cell(written(value, style, interval)), "details": details}
-    if interval:
-        bounds = (written(bound, style, interval).removesuffix(" %").removesuffix(" points") for bound in interval)
-        cell["interval"] = f"[{', '.join(bounds)}]"
-    return cell
+    bounds = (written(bound, style, interval).removesuffix(" %").removesuffix(" points") for bound in interval or ())
+    return Cell(written(value, style, interval), f"[{', '.join(bounds)}]" if interval else "", details)
 
 
-def share_cell(part: Mapping) -> dict:
+def share_cell(part: Mapping) -> Cell:
     """The cell of a share of copies."""
     cell = figure_cell(value_of(part, "share", ("interval", "captions")), "percent")
     if {"copies", "n"} <= part.keys():
-        cell["details"].insert(0, f"{plain(part['copies'])} of {plain(part['n'])}")
+        cell.details.insert(0, f"{plain(part['copies'])} of {plain(part['n'])}")
     return cell
 
 
 def value_of(part: Mapping, key: str, extra: Iterable[str] = ()) -> dict:
-    """`part[key]` as a figure of its own, with the `extra` keys that `part` has."""
+    """`part[key]` as a figure of its own, with the `extra` keys that `part` has; its interval is the accuracy's."""
     if "left_out" in part:
         return {"left_out": part["left_out"]}
-    return {"value": part.get(key), **{name: part[name] for name in extra if name in part}}
-
-
-def accuracy_of(part: Mapping, key: str, extra: Iterable[str] = ()) -> dict:
-    """As `_value`, with the interval of `part`, which is that of its first accuracy."""
-    figure = value_of(part, key, extra)
     if key in ("accuracy", "balanced_accuracy") and part.get("interval"):
-        figure["interval"] = part["interval"]
-    return figure
+        extra = (*extra, "interval")
+    return {"value": part.get(key), **{name: part[name] for name in extra if name in part}}
 
 
 # Words and numbers
@@ -180,17 +167,8 @@ def plain(value: object) -> str:
     return str(value)
 
 
-def set_words(part: Mapping) -> str:
-    split = f"split {part['split']}, " if part.get("split") else ""
-    return f"{part['file']}, {split}{plain(part['n'])} images"
-
-
 def name_of(modality: str) -> str:
     return MODALITIES[modality].name if modality in MODALITIES else modality
-
-
-def titled(words: Iterable[str]) -> list[str]:
-    return [word.capitalize() for word in words]
 
 
 # Ways through the report

@@ -6,7 +6,7 @@ Needs matplotlib, which is imported where it is used; pyplot and its global stat
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,10 @@ import numpy as np
 # Of middling lightness: seen on white and on black. Dashes and marks tell lines apart where colours do not.
 SYNTHETIC = "#d9730d"
 REAL = "#3b82c4"
+STYLES: dict[str, dict] = {
+    "synthetic": {"color": SYNTHETIC, "linestyle": "-"},
+    "val": {"color": REAL, "linestyle": "--"},
+}
 
 # Stands for the colour of the text while matplotlib draws, which knows no currentColor.
 _TEXT = "#010203"
@@ -43,27 +47,16 @@ def distance_curves(curves: Mapping, name: str = "distances") -> str:
     Returns:
         `<svg ...>...</svg>`, the same for the same input.
     """
-    lines = [
-        (label, np.sort(np.asarray(curves[key], dtype=float)), color, style)
-        for key, label, color, style in (("synthetic", "synthetic", SYNTHETIC, "-"), ("val", "val", REAL, "--"))
-    ]
+    lines = {key: np.sort(np.asarray(curves[key], dtype=float)) for key in STYLES if len(curves[key])}
     limit = float(curves["limit"])
-    start = min([0.0, *(x[0] for _, x, _, _ in lines if len(x))])  # rounding may give a copy less than 0
-    end = max([limit, *(x[-1] for _, x, _, _ in lines if len(x))]) * 1.02
+    start = min([0.0, *(x[0] for x in lines.values())])  # rounding may give a copy less than 0
+    end = max([limit, *(x[-1] for x in lines.values())]) * 1.02
 
     def draw(axes):
-        for label, x, color, style in lines:
-            if len(x):
-                share = np.arange(len(x) + 1) / len(x) * 100
-                axes.step(
-                    [start, *x, end],
-                    [*share, 100],
-                    style,
-                    where="post",
-                    color=color,
-                    label=f"{label} (n {len(x)})",
-                    clip_on=False,
-                )
+        for key, x in lines.items():
+            share = np.arange(len(x) + 1) / len(x) * 100
+            label, style = f"{key} (n {len(x)})", {"where": "post", "clip_on": False, **STYLES[key]}
+            axes.step([start, *x, end], [*share, 100], label=label, **style)
         axes.axvline(limit, color=_TEXT, linewidth=1, linestyle=":", label=f"limit {limit:.3g}", clip_on=False)
         axes.set(xlabel="distance to the nearest training image", ylabel="images no farther (%)", ylim=(0, 100))
         axes.set_xlim(start, end if end > start else 1)
@@ -83,30 +76,23 @@ def downstream_curve(setting: Mapping, name: str = "downstream") -> str:
     Returns:
         `<svg ...>...</svg>`, the same for the same input.
     """
-    alone = setting["real"]
     points = [point for point in setting["points"] if point.get("accuracy") is not None]
-    points = [{"percent": 0, **alone}, *sorted(points, key=lambda point: point["percent"])]
+    points = [{"percent": 0, **setting["real"]}, *sorted(points, key=lambda point: point["percent"])]
     percent = [point["percent"] for point in points]
+    accuracy = 100 * np.array([point["accuracy"] for point in points])
     # Without an interval the band shrinks to the line.
-    bands = [point.get("interval") or (point["accuracy"], point["accuracy"]) for point in points]
+    low, high = 100 * np.array([point.get("interval") or [point["accuracy"]] * 2 for point in points]).T
 
     def draw(axes):
-        low, high = zip(*(_percent(band) for band in bands))
         axes.fill_between(percent, low, high, color=SYNTHETIC, alpha=0.2, linewidth=0, clip_on=False)
-        accuracy = _percent([point["accuracy"] for point in points])
         axes.plot(percent, accuracy, "o-", color=SYNTHETIC, markersize=4, label="with synthetic", clip_on=False)
-        (real,) = _percent([alone["accuracy"]])
-        axes.axhline(real, color=REAL, linestyle="--", label="real alone", clip_on=False)
+        axes.axhline(accuracy[0], color=REAL, linestyle="--", label="real alone", clip_on=False)
         axes.set(xlabel="synthetic images added (% of the real ones)", ylabel="accuracy (%)")
         axes.set_xlim(left=0)
         # Room for the band; a scale from 0 would hide what a few points are.
         axes.margins(y=0.1)
 
     return _svg(draw, name)
-
-
-def _percent(shares: Sequence[float]) -> list[float]:
-    return [100 * share for share in shares]
 
 
 def _svg(draw, name: str) -> str:

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..modalities import resolve_modality
 from .encoder import ImageTextEncoder
 from .extractors import Extractor
 from .judges import Judges, accuracy_report
-from .memorisation import copy_figures, copy_share, nearest_distances, nearest_in_any_view, pixel_features, total
+from .memorisation import Copies, find_copies, pixel_features, total
 from .metrics import (
     bootstrap_interval,
     frechet_distance,
@@ -34,6 +35,8 @@ from .metrics import (
 )
 
 
+UNIT = (0.0, 1.0)
+NO_TRAIN = "no training images were given"
 OWN: None = None  # in place of an extractor's name: the encoder's features, whatever other extractors are called
 
 
@@ -48,7 +51,7 @@ class ImageSet:
     """
 
     rows: list[dict]
-    images: torch.Tensor
+    images: Tensor
     changes: Counter = field(default_factory=Counter)
 
     def __post_init__(self):
@@ -84,7 +87,7 @@ def figure(compute: Callable[[], dict]) -> dict:
         return {"left_out": str(error)}
 
 
-def interval(function: Callable, *arrays: torch.Tensor, **options) -> dict:
+def interval(function: Callable, *arrays: Tensor, **options) -> dict:
     """`{"interval": ...}` of `bootstrap_interval`, or nothing where half of the images are too few for it."""
     try:
         return {"interval": bootstrap_interval(function, *arrays, **options)}
@@ -98,7 +101,7 @@ def _rounded(value):
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def fidelity(real: torch.Tensor, synthetic: torch.Tensor, train: torch.Tensor | None, draws: int = 200) -> dict:
+def fidelity(real: Tensor, synthetic: Tensor, train: Tensor | None, draws: int = 200) -> dict:
     """Distances and neighbourhoods of features [N, D], [M, D]; beside them those of other real images, if there are.
 
     The Fréchet distance depends on n, so it and its floor take equally many images on each side.
@@ -118,27 +121,17 @@ def fidelity(real: torch.Tensor, synthetic: torch.Tensor, train: torch.Tensor | 
             raise ValueError("it needs other real images: give --train")
         return {"value": kernel_distance(train, real), "n": len(real), "n_train": len(train)}
 
-    report = {
-        "frechet_distance": figure(
-            lambda: {
-                "value": frechet_distance(some_real, some_synthetic),
-                "n": n,
-                **interval(frechet_distance, some_real, some_synthetic, draws=draws, bounds=above),
-            }
-        ),
-        "frechet_floor": figure(floor),
-        "kernel_distance": figure(
-            lambda: {
-                "value": kernel_distance(real, synthetic),
-                "n": len(synthetic),
-                "n_real": len(real),
-                **interval(kernel_distance, real, synthetic, draws=draws),
-            }
-        ),
-        "kernel_floor": figure(kernel_floor),
-    }
-    unit = (0.0, 1.0)
-    bounds = {"precision": unit, "recall": unit, "density": above, "coverage": unit}
+    def frechet() -> dict:
+        found = {"value": frechet_distance(some_real, some_synthetic), "n": n}
+        return found | interval(frechet_distance, some_real, some_synthetic, draws=draws, bounds=above)
+
+    def kernel() -> dict:
+        found = {"value": kernel_distance(real, synthetic), "n": len(synthetic), "n_real": len(real)}
+        return found | interval(kernel_distance, real, synthetic, draws=draws)
+
+    report = {"frechet_distance": figure(frechet), "frechet_floor": figure(floor)}
+    report |= {"kernel_distance": figure(kernel), "kernel_floor": figure(kernel_floor)}
+    bounds = {"precision": UNIT, "recall": UNIT, "density": above, "coverage": UNIT}
     try:
         values = precision_recall_density_coverage(real, synthetic)
     except ValueError as error:
@@ -150,7 +143,7 @@ def fidelity(real: torch.Tensor, synthetic: torch.Tensor, train: torch.Tensor | 
     return report
 
 
-def diversity(images: torch.Tensor, prompts: list[str], grey: bool, probabilities: torch.Tensor | None) -> dict:
+def diversity(images: Tensor, prompts: list[str], grey: bool, probabilities: Tensor | None) -> dict:
     """MS-SSIM among images uint8 [N, 3, H, W] of one prompt, and the Inception-style score of [N, classes]."""
 
     def ms_ssim() -> dict:
@@ -158,16 +151,14 @@ def diversity(images: torch.Tensor, prompts: list[str], grey: bool, probabilitie
         values = ms_ssim_of_pairs(x, prompts, generator=torch.Generator().manual_seed(0))
         repeated = sum(count > 1 for count in Counter(prompts).values())
         report = {"value": values.mean().item(), "pairs": len(values), "prompts": repeated, "n": len(images)}
-        return report | interval(lambda v: v.mean().item(), values, bounds=(0.0, 1.0))
+        return report | interval(lambda v: v.mean().item(), values, bounds=UNIT)
 
     def score() -> dict:
         if probabilities is None:
             raise ValueError("it needs classifiers of the finding: give --judges")
-        value = inception_score(probabilities)
-        classes = probabilities.shape[1]
-        bounds = (1.0, float(classes))
-        report = {"value": value, "n": len(probabilities), "classes": classes}
-        return report | interval(inception_score, probabilities, bounds=bounds)
+        n, classes = probabilities.shape
+        report = {"value": inception_score(probabilities), "n": n, "classes": classes}
+        return report | interval(inception_score, probabilities, bounds=(1.0, float(classes)))
 
     return {"ms_ssim": figure(ms_ssim), "inception_score": figure(score)}
 
@@ -179,57 +170,9 @@ def retrieval_figure(compute: Callable[[], dict]) -> dict:
         found = compute()
         hits = found.pop("hits").double()
         found["value"] = found.pop("rate")
-        return found | interval(lambda h: h.mean().item(), hits, bounds=(0.0, 1.0))
+        return found | interval(lambda h: h.mean().item(), hits, bounds=UNIT)
 
     return figure(both)
-
-
-@dataclass
-class Copies:
-    """The nearest training image of each synthetic one of a modality, and how near val images come to one."""
-
-    distances: torch.Tensor  # [n], cosine
-    nearest: torch.Tensor  # [n], numbers among the train images of the modality
-    val: torch.Tensor  # [m]
-    references: torch.Tensor  # [N, D], features of those training images
-
-    @property
-    def limit(self) -> float:
-        return copy_share(self.distances, self.val)[1]
-
-    def report(self, synthetic: list[str], train: list[str], most: int = 50) -> dict:
-        """Figures, and the copies by name, the nearest first; `nearest` names the five nearest, copies or not."""
-        figures = copy_figures(self.distances, self.val)
-
-        def named(numbers) -> list[dict]:
-            return [
-                {
-                    "synthetic": synthetic[i],
-                    "train": train[int(self.nearest[i])],
-                    "distance": round(self.distances[i].item(), 5),
-                }
-                for i in numbers
-            ]
-
-        order = self.distances.argsort().tolist()
-        return {**figures, "copied": named(order[: min(figures["copies"], most)]), "nearest": named(order[:5])}
-
-
-def copies_by_features(synthetic: torch.Tensor, real: torch.Tensor, train: torch.Tensor) -> Copies:
-    """By the encoder's features, which are blind to mirroring, small shifts and brightness."""
-    distances, nearest = nearest_distances(synthetic, train)
-    return Copies(distances, nearest, nearest_distances(real, train)[0], train)
-
-
-def copies_by_pixels(synthetic: torch.Tensor, real: torch.Tensor, train: torch.Tensor) -> Copies:
-    """By correlation of the pixels, mirrored too, of images uint8 [N, 3, H, W]."""
-    references = pixel_features(train)
-
-    def nearest(images):
-        return nearest_in_any_view([pixel_features(images), pixel_features(images.flip(-1))], references)
-
-    distances, numbers = nearest(synthetic)
-    return Copies(distances, numbers, nearest(real)[0], references)
 
 
 def evaluate(
@@ -256,16 +199,17 @@ def evaluate(
         The report; the distances to the training images, modality -> "encoder" or "pixels" -> Copies; and what the
         judges read in each synthetic image.
     """
-    sets = {"real": real, "synthetic": synthetic, **({"train": train} if train else {})}
+    sets = {"real": real, "synthetic": synthetic} | ({"train": train} if train else {})
     unlabelled = [name for name in ("real", "synthetic") if not sets[name].has(label_column)]
     report: dict[str, Any] = {"labels": {"column": label_column}}
     if unlabelled:
         which = " and ".join(unlabelled)
         report["labels"] = {"left_out": f"not every {which} image has a value in the column {label_column!r}"}
 
-    shared = [name for name in dict.fromkeys(synthetic.modalities) if name in set(real.modalities)]
-    only = {str(name): "no real images" for name in dict.fromkeys(synthetic.modalities) if name not in shared}
-    only |= {str(name): "no synthetic images" for name in dict.fromkeys(real.modalities) if name not in shared}
+    have = {name: dict.fromkeys(map(str, sets[name].modalities)) for name in ("synthetic", "real")}
+    shared = [name for name in have["synthetic"] if name in have["real"]]
+    only = {name: "no real images" for name in have["synthetic"] if name not in shared}
+    only |= {name: "no synthetic images" for name in have["real"] if name not in shared}
     if not shared:
         raise ValueError(f"real and synthetic images share no modality: {only}")
 
@@ -307,7 +251,7 @@ def evaluate(
         report["modalities"][modality] = part
 
     report["modalities_left_out"] = only
-    report["memorisation"] = {"left_out": "no training images were given"}
+    report["memorisation"] = {"left_out": NO_TRAIN}
     if copies:
         each_modality = [report["modalities"][modality]["memorisation"] for modality in copies]
         report["memorisation"] = {key: total(m[key] for m in each_modality) for key in ("encoder", "pixels")}
@@ -316,18 +260,21 @@ def evaluate(
 
 
 def _memorisation(
-    sets: dict[str, ImageSet], index: dict[str, np.ndarray], features: dict[tuple[str | None, str], torch.Tensor]
+    sets: dict[str, ImageSet], index: dict[str, np.ndarray], features: dict[tuple[str | None, str], Tensor]
 ) -> tuple[dict, dict[str, Copies]]:
     """Of one modality, whose images `index` has: the report of copies, and the distances if there are any."""
-    if "train" not in sets:
-        return {key: {"left_out": "no training images were given"} for key in ("encoder", "pixels")}, {}
-    if not len(index["train"]):
-        reason = "there are no training images of this modality"
-        return {key: {"left_out": reason} for key in ("encoder", "pixels")}, {}
-    order = ("synthetic", "real", "train")
+    if "train" not in sets or not len(index["train"]):
+        given = "there are no training images of this modality" if "train" in sets else NO_TRAIN
+        return {key: {"left_out": given} for key in ("encoder", "pixels")}, {}
+    some = {name: (features[OWN, name][i], sets[name].images[i]) for name, i in index.items()}
+
+    def both_ways(name: str) -> list[Tensor]:
+        return [pixel_features(some[name][1]), pixel_features(some[name][1].flip(-1))]
+
     copies = {
-        "encoder": copies_by_features(*(features[OWN, name][index[name]] for name in order)),
-        "pixels": copies_by_pixels(*(sets[name].images[index[name]] for name in order)),
+        # The encoder is blind to mirroring, small shifts and brightness.
+        "encoder": find_copies([some["synthetic"][0]], [some["real"][0]], some["train"][0]),
+        "pixels": find_copies(both_ways("synthetic"), both_ways("real"), pixel_features(some["train"][1])),
     }
     synthetic, train = (sets[name].names(index[name]) for name in ("synthetic", "train"))
     return {key: found.report(synthetic, train) for key, found in copies.items()}, copies
@@ -343,7 +290,7 @@ def look(
         probabilities [N, classes] by set and judge, of the real and the synthetic set.
     """
     others = [extractor for extractor in extractors if extractor.encoder is not encoder]
-    features: dict[tuple[str | None, str], torch.Tensor] = {}
+    features: dict[tuple[str | None, str], Tensor] = {}
     embeddings, said = {}, {}
     passes = len(sets) * (1 + len(others)) + (2 if judges else 0)
     with tqdm(total=passes, desc="looking at images", unit="pass") as bar:
@@ -351,11 +298,9 @@ def look(
             features[OWN, name], embeddings[name] = encoder.encode_images(images.images)
             bar.update()
             for extractor in extractors:
-                if extractor.encoder is encoder:
-                    features[extractor.name, name] = features[OWN, name]
-                else:
-                    features[extractor.name, name] = extractor.extract(images.images)
-                    bar.update()
+                own = extractor.encoder is encoder
+                features[extractor.name, name] = features[OWN, name] if own else extractor.extract(images.images)
+                bar.update(not own)
         if judges:
             for name in ("real", "synthetic"):
                 said[name] = judges.judge_each(sets[name].images)
@@ -393,7 +338,7 @@ def _judged(judges: Judges | None, sets: dict[str, ImageSet], said: dict, column
         if not known[name]:
             return {"left_out": f"the classifiers know no finding of the {name} images"}
 
-    def read(name: str, probabilities: torch.Tensor) -> dict:
+    def read(name: str, probabilities: Tensor) -> dict:
         numbers = known[name]
         asked = list(sets[name].modalities[numbers]), sets[name].column(column, numbers)
         sources = sets[name].column("source", numbers) if sets[name].has("source") else None
@@ -402,8 +347,7 @@ def _judged(judges: Judges | None, sets: dict[str, ImageSet], said: dict, column
     report: dict[str, Any] = {"names": list(judges.models), "each": {}}
     for judge in judges.models:
         report["each"][judge] = {name: read(name, said[name][judge]) for name in said}
-    mean = {name: torch.stack(list(each.values())).mean(0) for name, each in said.items()}
-    return report | {name: read(name, mean[name]) for name in said}
+    return report | {name: read(name, torch.stack(list(each.values())).mean(0)) for name, each in said.items()}
 
 
 def _readings(judges: Judges | None, synthetic: ImageSet, probabilities: dict) -> list[str] | None:

@@ -1,17 +1,23 @@
-"""Draws many images for an evaluation, in memory: a list of captions in, one tensor out."""
+"""Draws many images for an evaluation, in memory: a list of captions in, one tensor out.
+
+What a model is measured by is planned: the same prompts and seeds every time, equally many of each finding.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..modalities import resolve_modality
 from ..pipeline_minim import MinimPipeline
+from .metrics import places
 
 
 Parts = TypeVar("Parts")
+Texts = Sequence[str]
 
 
 def joined(parts: list[Parts]) -> Parts:
@@ -23,14 +29,14 @@ def joined(parts: list[Parts]) -> Parts:
 @torch.no_grad()
 def draw_images(
     pipe: MinimPipeline,
-    prompts: Sequence[str],
-    modalities: Sequence[str],
+    prompts: Texts,
+    modalities: Texts,
     seeds: Sequence[int],
     batch_size: int = 64,
     resolution: int | None = None,
     name: str = "generating",
     **settings: Any,
-) -> torch.Tensor:
+) -> Tensor:
     """One image for each prompt, modality and seed: uint8 [N, 3, H, W] on the CPU.
 
     Args:
@@ -66,13 +72,8 @@ def batches(count: int, size: int, name: str | None = None) -> Iterator[slice]:
 
 @torch.no_grad()
 def draw_batch(
-    pipe: MinimPipeline,
-    prompts: Sequence[str],
-    modalities: Sequence[str],
-    seeds: Sequence[int],
-    bf16: bool = False,
-    **settings: Any,
-) -> torch.Tensor:
+    pipe: MinimPipeline, prompts: Texts, modalities: Texts, seeds: Sequence[int], bf16: bool = False, **settings: Any
+) -> Tensor:
     """Finished latents [N, C, h, w] of one batch, without the filter.
 
     Args:
@@ -85,13 +86,8 @@ def draw_batch(
 
 
 def draw_latents(
-    pipe: MinimPipeline,
-    prompts: Sequence[str],
-    modalities: Sequence[str],
-    seeds: Sequence[int],
-    batch_size: int,
-    **settings: Any,
-) -> torch.Tensor:
+    pipe: MinimPipeline, prompts: Texts, modalities: Texts, seeds: Sequence[int], batch_size: int, **settings: Any
+) -> Tensor:
     """As `draw_batch`, of any number: fp32 [N, C, h, w] on the CPU."""
     parts = (
         draw_batch(pipe, prompts[batch], modalities[batch], seeds[batch], **settings).float().cpu()
@@ -101,14 +97,47 @@ def draw_latents(
 
 
 @torch.no_grad()
-def decode_latents(
-    pipe: MinimPipeline, latents: torch.Tensor, modalities: Sequence[str], bf16: bool = False
-) -> torch.Tensor:
+def decode_latents(pipe: MinimPipeline, latents: Tensor, modalities: Texts, bf16: bool = False) -> Tensor:
     """Pictures [N, 3, H, W] in about [-1, 1] of latents; `bytes_of` makes files' values of them."""
     with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
         return pipe.decode_latents(latents, [resolve_modality(name) for name in modalities])
 
 
-def bytes_of(pictures: torch.Tensor) -> torch.Tensor:
+def bytes_of(pictures: Tensor) -> Tensor:
     """uint8 on the CPU, of pictures in [-1, 1]."""
     return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def plan(
+    classes: list[tuple[str, str]], learned: dict[str, list[str]], captions: dict, phrasing: str, count: int, seed: int
+) -> list[dict]:
+    """What to generate: `count` images a finding that judges and model both know, phrasings in turn.
+
+    Raises:
+        ValueError: `captions` has no such phrasings of one of these findings.
+    """
+    planned: list[dict] = []
+    for modality, finding in classes:
+        if finding not in learned.get(modality, []):
+            continue
+        texts = captions.get(modality, {}).get(finding, {}).get(phrasing)
+        if not texts:
+            raise ValueError(f"The captions have no {phrasing!r} phrasings of {finding!r} of {modality!r}.")
+        first = seed + len(planned)
+        for i in range(count):
+            prompt = texts[i % len(texts)]
+            planned.append({"modality": modality, "finding": finding, "prompt": prompt, "seed": first + i})
+    return planned
+
+
+def draw_planned(
+    pipe: MinimPipeline, planned: list[dict], batch_size: int, name: str = "generating", **settings: Any
+) -> Tensor:
+    """The planned images, uint8 [N, 3, H, W]; `settings`: of the pipeline's call."""
+    prompts, modalities, seeds = ([p[key] for p in planned] for key in ("prompt", "modality", "seed"))
+    return draw_images(pipe, prompts, modalities, seeds, batch_size, name=name, **settings)
+
+
+def by_modality(images: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """Of each modality in `names`, the images [N, ...] (or their features) that are its."""
+    return {name: images[index] for name, index in places(names).items()}

@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .judges import Judges, finds_asked, load_judges, merged_class
 
@@ -53,7 +54,7 @@ class StandIn:
             judge.save_pretrained(Path(path) / f"realism-{k}")
         (Path(path) / "scales.json").write_text(json.dumps(self.scales) + "\n")
 
-    def looks_real(self, images: torch.Tensor, modalities: list[str], findings: list[str]) -> torch.Tensor:
+    def looks_real(self, images: Tensor, modalities: list[str], findings: list[str]) -> Tensor:
         """The share of real images that look less real than each of these: [N] in [0, 1]."""
         shares = []
         for judge, scales in zip(self.realism, self.scales, strict=True):
@@ -64,7 +65,7 @@ class StandIn:
             shares.append(share)
         return torch.stack(shares).mean(0)
 
-    def rate(self, images: torch.Tensor, modalities: list[str], findings: list[str]) -> list[int]:
+    def rate(self, images: Tensor, modalities: list[str], findings: list[str]) -> list[int]:
         """Ratings, 1 to 3, of images uint8 [N, 3, H, W] for the findings asked for.
 
         Raises:
@@ -74,7 +75,7 @@ class StandIn:
             if key not in self.findings.classes:
                 raise ValueError(f"This stand-in has not learned the finding {key[1]!r} of {key[0]!r}.")
         probabilities, real = self.findings.judge(images), self.looks_real(images, modalities, findings)
-        ratings = []
+        right, ratings = finds_asked(probabilities, self.findings.classes, modalities, findings), []
         for i, (modality, finding) in enumerate(zip(modalities, findings, strict=True)):
             asked, other = 0.0, 0.0
             for key, probability in zip(self.findings.classes, probabilities[i].tolist(), strict=True):
@@ -82,14 +83,13 @@ class StandIn:
                     asked = max(asked, probability)
                 elif key[0] == modality:
                     other = max(other, probability)
-            right = finds_asked(probabilities[i : i + 1], self.findings.classes, modality, [finding])[0]
             if asked < other / 2 or real[i] < LIMITS[0]:
                 ratings.append(1)
             else:
-                ratings.append(3 if right and real[i] >= LIMITS[1] else 2)
+                ratings.append(3 if right[i] and real[i] >= LIMITS[1] else 2)
         return ratings
 
 
-def realism_of(judge: Judges, images: torch.Tensor) -> torch.Tensor:
+def realism_of(judge: Judges, images: Tensor) -> Tensor:
     """The log odds that images are real: fp32 [N]."""
     return torch.special.logit(judge.judge(images)[:, 1], eps=1e-6)

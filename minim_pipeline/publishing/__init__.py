@@ -1,7 +1,7 @@
 """Publishing on the Hugging Face Hub: what is uploaded, what a card says, and what never leaves."""
 
 from .leaks import SPACE_FILES, check_folder
-from .upload import check_target, connect, publish, staged, told, upload
+from .upload import check_target, connect, hub_errors, publish, staged, upload
 
 
-__all__ = ["SPACE_FILES", "check_folder", "check_target", "connect", "publish", "staged", "told", "upload"]
+__all__ = ["SPACE_FILES", "check_folder", "check_target", "connect", "hub_errors", "publish", "staged", "upload"]

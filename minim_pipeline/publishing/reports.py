@@ -1,6 +1,5 @@
 """The figures of a model in one `report.json` beside its weights; whatever its card claims is read from there."""
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 from safetensors import safe_open
+
+from ..files import read_report
 
 
 # Reports that make up report.json, as `train/` and `minim evaluate` write them into a project's docs/.
@@ -22,7 +23,7 @@ SECTIONS = {
 def gather_reports(docs: str | Path, model: str | Path) -> dict:
     """What report.json of a published model holds: the model's `parts`, and by section the reports found in `docs`."""
     found = {name: Path(docs) / file for name, file in SECTIONS.items()}
-    report = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.is_file()}
+    report = {name: read_report(path) for name, path in found.items() if path.is_file()}
     return {"parts": count_parts(model)} | report
 
 
@@ -42,19 +43,15 @@ def count_parts(model: str | Path) -> dict[str, dict[str, int]]:
     return parts
 
 
-def read_report(path: str | Path) -> dict:
+def read_sections(path: str | Path) -> dict:
     """A report.json with its sections: a published model's, or one of those that make it up; ValueError for others."""
-    try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no report: {error}.") from error
+    report = read_report(path)
     marks = {"generation": "generated", "filter": "comparisons", "evaluation": "sets", "rounds": "frechet"}
-    if isinstance(report, dict):
-        if set(report) & set(SECTIONS):
-            return report
-        for section, mark in marks.items():
-            if mark in report:
-                return {section: report}
+    if set(report) & set(SECTIONS):
+        return report
+    for section, mark in marks.items():
+        if mark in report:
+            return {section: report}
     raise ValueError(
         f"{path} is no report of this package: none of its sections {', '.join(SECTIONS)}, and not one of them itself."
     )

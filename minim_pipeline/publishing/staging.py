@@ -1,6 +1,5 @@
 """A folder with all that is uploaded: weights twice, code, card, report, and sample pictures."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..files import write_report
 from ..provenance import save_png
 from .card import Sample, complete
 from .reports import count_parts
@@ -33,8 +33,7 @@ def stage(pipe, folder: Path, repo_id: str, card: ModelCard, report: dict, page:
             save_half(path, path.with_name(f"{path.stem}.{VARIANT}.safetensors"))
     if report:
         report = {"parts": count_parts(folder)} | {name: part for name, part in report.items() if name != "parts"}
-        text = json.dumps(report, indent=1, ensure_ascii=False)
-        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+        write_report(folder / "report.json", report)
     if page is not None:
         (folder / "evaluation").mkdir()
         shutil.copyfile(page, folder / "evaluation" / "report.html")

@@ -16,7 +16,7 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from .. import EMBEDDED_CHECKPOINT
 from .card import license_name, read_card, write_card
 from .leaks import check_folder
-from .reports import gather_reports, read_report
+from .reports import gather_reports, read_sections
 from .staging import stage
 
 
@@ -83,7 +83,7 @@ def staged(
     """A temporary folder with all that would be uploaded, checked; arguments and errors as for `publish`."""
     found_card, figures, page = find_papers(pipe)
     if report is not None:
-        figures, page = read_report(report), None
+        figures, page = read_sections(report), None
     card = card or found_card
     if card is not None:
         front = read_card(card)
@@ -114,7 +114,7 @@ def find_papers(pipe) -> tuple[Path | None, dict, Path | None]:
         docs = CHECKOUT / "docs"
         return CHECKOUT / "pipeline_card.md", gather_reports(docs, source), docs / "evaluation" / "report.html"
     card, report, page = source / "README.md", source / "report.json", source / "evaluation" / "report.html"
-    figures = read_report(report) if report.is_file() else {}
+    figures = read_sections(report) if report.is_file() else {}
     return card if card.is_file() else None, figures, page if page.is_file() else None
 
 
@@ -148,14 +148,14 @@ def check_target(api: HfApi, repo_id: str, kind: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} is no id of a repository: it is to be 'owner/name'.") from error
-    with told("reach the Hub"):
+    with hub_errors("reach the Hub"):
         user = api.whoami()
         repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
         kinds = [other for other in KINDS if api.repo_exists(repo_id, repo_type=other)]
     if kinds and kind not in kinds:
         raise ValueError(f"{repo_id} is a {kinds[0]} on the Hub, not a {kind}: choose another name.")
     if kind in kinds:
-        with told(f"write to {repo_id}"):
+        with hub_errors(f"write to {repo_id}"):
             api.auth_check(repo_id, repo_type=kind, write=True)
     if kind == "model" and kind in kinds:
         check_class(api, repo_id)
@@ -190,7 +190,7 @@ def upload(
         commit: `commit_message`, `revision` and `create_pr`, as of `HfApi.upload_folder`.
     """
     where: dict[str, Any] = {"repo_type": kind, "exist_ok": True}
-    with told(f"write to {repo_id}"):
+    with hub_errors(f"write to {repo_id}"):
         repo_id = api.create_repo(repo_id, private=private, space_sdk=space_sdk, **where).repo_id
         if commit.get("revision") and not commit.get("create_pr"):
             api.create_branch(repo_id, branch=commit["revision"], **where)
@@ -200,7 +200,7 @@ def upload(
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def hub_errors(what: str) -> Iterator[None]:
     """Turns what the Hub refuses into one line."""
     try:
         yield

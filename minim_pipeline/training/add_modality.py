@@ -25,7 +25,7 @@ from ..data.sources import read_csv, resolve_path
 from ..data.splits import assign_splits
 from ..disk import save_model
 from ..evaluation.judges import claimed_classes
-from ..files import write_csv, write_json
+from ..files import read_report, write_csv, write_report
 from ..loading import model_identity
 from ..locking import locked
 from ..modalities import BUILT_IN, MODALITIES, split_prefix
@@ -255,7 +255,7 @@ class Addition:
             stages.run("calibrate", calibrate, self.calibration_config())
         stages.run("pipeline", self.write_pipeline)
         report = self.report()
-        write_json(output / "report.json", report)
+        write_report(output / "report.json", report)
         return report
 
     def unet_config(self, rows: str) -> TextToImageConfig:
@@ -330,7 +330,7 @@ class Addition:
         best = next(r["at_step"] for r in reversed(records) if r["kind"] == "best")
         after = next(r for r in reversed(records) if r["kind"] == "val" and r["step"] == best)
         moments = {"before": next((r for r in reversed(records) if r["kind"] == "base"), {}), "after": after}
-        report = {"best step": best}
+        report = {"best_step": best}
         for name in after:
             if name.startswith("loss_") and name != "loss_new":
                 losses = {moment: record[name] for moment, record in moments.items() if name in record}
@@ -341,12 +341,12 @@ class Addition:
         report = {
             "modality": asdict(self.modality),
             "model": list(model_identity(self.config.pretrained_model_name_or_path)),
-            "rows": {"new": dict(Counter(row["split"] for row in self.new_rows)), "left out": dict(self.left_out)},
+            "rows": {"new": dict(Counter(row["split"] for row in self.new_rows)), "left_out": dict(self.left_out)},
             "minutes": self.stages.minutes,
-            "validation loss": self.validation(),
+            "validation_loss": self.validation(),
         }
         if self.filtered:
-            made = json.loads((self.output / "calibrated" / "report.json").read_text())
+            made = read_report(self.output / "calibrated" / "report.json")
             report["filter"] = {"calibration": made["calibration"], "generated": made["generated"]}
         return report
 
@@ -364,5 +364,5 @@ def train(config: AddModalityConfig) -> dict:
     with locked(config.output):
         report = Addition(config).run()
         push_pipeline(config, config.output / "pipeline")
-    print(json.dumps({key: report[key] for key in ("minutes", "validation loss")}, indent=2))
+    print(json.dumps({key: report[key] for key in ("minutes", "validation_loss")}, indent=2))
     return report

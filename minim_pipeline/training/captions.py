@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from transformers import CLIPTokenizer
 
+from .. import CAPTIONS
 from ..captions import without_prefix
 from ..modalities import resolve_modality
 from ..tokens import tokenize
 from .rows import tell_cut
 
 
-CAPTIONS = Path(__file__).with_name("captions.json")
 Phrasings = dict[str, dict[str, dict[str, list[str]]]]  # as `load_captions` gives them
 
 # What a caption is varied by; the rest is beside, in `wording.json`. Of its `grades`, which say more than the finding

@@ -15,7 +15,7 @@ from torch import nn
 from ..data.image_loading import load_images
 from ..evaluation.classifier import ARCHITECTURES, Recipe, stored_side, train_classifier
 from ..evaluation.judges import Judges, accuracy_report, claimed_classes, class_of, format_report, load_judges
-from ..files import write_json
+from ..files import write_report
 from ..locking import locked
 from ..modalities import resolve_modality
 from .config import Count, CsvOptions, HubOptions, PrecisionOptions, Share, Weight, Whole, option
@@ -134,7 +134,7 @@ def train(config: ClassifierConfig) -> dict:
             "arguments": {name: value for name, value in asdict(config).items() if name not in PATHS},
             "val": validate(judges, config, val_rows),
         }
-        write_json(config.output / "report.json", report)
+        write_report(config.output / "report.json", report)
         push_parts(config, "train_classifier", *(config.output / name for name in (*models, "judges.json")))
     for name, figures in report["val"].items():
         print(format_report(f"{name} on val", figures))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minim_pipeline import MinimPipeline
 from minim_pipeline.licenses import license_of
-from minim_pipeline.publishing import check_folder, check_target, connect, publish, told, upload
+from minim_pipeline.publishing import check_folder, check_target, connect, hub_errors, publish, upload
 from minim_pipeline.publishing.card import license_note
 from minim_pipeline.training.config import HubOptions
 
@@ -36,7 +36,7 @@ def push_parts(config: HubOptions, script: str, *parts: str | Path) -> None:
         for part in map(Path, parts):
             copy = shutil.copytree if part.is_dir() else shutil.copyfile
             copy(part, folder / part.name)
-        with told(f"reach {repo_id}"):
+        with hub_errors(f"reach {repo_id}"):
             known = api.repo_exists(repo_id) and api.file_exists(repo_id, "README.md")
         if not known:
             names = ", ".join(f"`{Path(part).name}`" for part in parts)

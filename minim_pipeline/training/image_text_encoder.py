@@ -29,7 +29,7 @@ from ..data.image_loading import load_images
 from ..evaluation.classifier import augment, prepare_training, stored_side
 from ..evaluation.encoder import ImageTextEncoder
 from ..evaluation.judges import class_of
-from ..files import write_json
+from ..files import read_report, write_report
 from ..finite import check_weights
 from ..modalities import resolve_modality
 from .captions import load_captions, phrase
@@ -111,8 +111,8 @@ def disguise(images: torch.Tensor) -> dict[str, torch.Tensor]:
     # Edges are repeated where the picture moved away from them: wrapped around they would make a line of their own.
     shifted = F.pad(images.float(), (4, 0, 4, 0), mode="replicate")[:, :, :-4, :-4].to(torch.uint8)
     return {
-        "shifted by 4 px": shifted,
-        "12 % brighter": (images.float() * 1.12).clamp(0, 255).to(torch.uint8),
+        "shifted_by_4_px": shifted,
+        "brighter_by_12_percent": (images.float() * 1.12).clamp(0, 255).to(torch.uint8),
         "mirrored": images.flip(3),
     }
 
@@ -187,8 +187,8 @@ class Trainer:
         tell_repeats(config.train_data, rows, self.val_rows)
         if not config.no_mirror:
             sides = sum(names_a_side(row["Text"]) for row in rows)
-            told = f"all {len(rows)} images may be mirrored; {sides} of them have captions with a side"
-            say(f"{config.train_data}: {told}.")
+            mirroring = f"all {len(rows)} images may be mirrored; {sides} of them have captions with a side"
+            say(f"{config.train_data}: {mirroring}.")
         self.labels = torch.tensor(numbered(rows), device=device)
         self.grey = torch.tensor([resolve_modality(row["modality"]).grey for row in rows], device=device)
         self.tokenizer = CLIPTokenizer.from_pretrained(config.tokenizer)
@@ -245,7 +245,7 @@ class Trainer:
         if run.is_main:
             report["val"] = self.report
             encoder.save_pretrained(run.output)
-            write_json(run.output / "report.json", report)
+            write_report(run.output / "report.json", report)
             print(json.dumps({name: report[name] for name in ("parameters", "seconds", "val")}, indent=2))
         run.finish()
         return report
@@ -261,7 +261,7 @@ def train(config: ImageTextEncoderConfig) -> dict:
         torch.set_num_threads(config.threads)
     with Run.open(config, "minim-image-text-encoder") as run:
         if run.finished:
-            report = json.loads((config.output / "report.json").read_text())
+            report = read_report(config.output / "report.json")
         else:
             trainer = Trainer(config, run)
             run.train(trainer.step, trainer.validate)

@@ -24,6 +24,9 @@ from .rows import mirrored, tell_mirrored
 from .run import Run
 
 
+PIXELS_AT_ONCE = 2**22  # that are encoded together: 64 images of 256 px, 16 of 512
+
+
 class Latents:
     """Means and standard deviations of the autoencoder's posterior: both [N, versions, C, h, w], half precision.
 
@@ -115,12 +118,13 @@ class Latents:
         flips = torch.tensor(may_mirror[share], device=run.device)
         generator = step_generator(run.config.seed, 2**31, run.rank, run.device)
         means, stds = [], []
-        parts = tqdm(range(0, len(rows), 16), desc="encoding", disable=not run.accelerator.is_local_main_process)
+        count = max(1, PIXELS_AT_ONCE // data.resolution**2)
+        parts = tqdm(range(0, len(rows), count), desc="encoding", disable=not run.accelerator.is_local_main_process)
         for start in parts:
-            x = images[start : start + 16].to(run.device).float() / 255
+            x = images[start : start + count].to(run.device).float() / 255
             mean, std = [], []
             for version in range(versions):
-                y = augment(x, flips[start : start + 16], version, generator) if version else x
+                y = augment(x, flips[start : start + count], version, generator) if version else x
                 with run.accelerator.autocast():
                     posterior = vae.encode(y * 2 - 1).latent_dist
                 if not posterior.mean.isfinite().all():

@@ -106,8 +106,8 @@ def tell_overlap(name: str | Path, train: list[Path], val: list[Path]) -> None:
 
 
 def _named(pairs: list[tuple[Path, Path]]) -> str:
-    told = [str(a) if a == b else f"{a} is {b}" for a, b in pairs[:NAMED]]
-    return ", ".join(told) + (f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else "")
+    names = [str(a) if a == b else f"{a} is {b}" for a, b in pairs[:NAMED]]
+    return ", ".join(names) + (f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else "")
 
 
 def mirrored(rows: list[dict], no_mirror: bool = False, said: tuple[str, ...] = ("Text", "finding")) -> list[bool]:
@@ -121,10 +121,10 @@ def mirrored(rows: list[dict], no_mirror: bool = False, said: tuple[str, ...] = 
 def tell_mirrored(name: str | Path, rows: list[dict], flags: list[bool]) -> None:
     """Says how many rows may be mirrored, by what `mirrored` gave of them, and why not the others."""
     never = sum(not resolve_modality(row["modality"]).flip for row in rows)
-    told = f"{name}: {sum(flags)} of {len(rows)} images may be mirrored"
+    message = f"{name}: {sum(flags)} of {len(rows)} images may be mirrored"
     if any(flags):
-        told += f"; {len(rows) - sum(flags) - never} others name a side, {never} are of modalities with a side"
-    say(f"{told}.")
+        message += f"; {len(rows) - sum(flags) - never} others name a side, {never} are of modalities with a side"
+    say(f"{message}.")
 
 
 def tell_cut(texts: list[str], tokenizer: CLIPTokenizer) -> None:
@@ -216,6 +216,6 @@ def judgeable(val_rows: list[dict], train_rows: list[dict], index: dict, source:
         (counts.keys() & known - learned, "copies of train images are not looked for"),
     ):
         if names:
-            told = ", ".join(f"{name!r} ({counts[name]} val rows)" for name in sorted(names))
-            warnings.warn(f"{source} has no train rows of {told}: {what}.", stacklevel=2)
+            without = ", ".join(f"{name!r} ({counts[name]} val rows)" for name in sorted(names))
+            warnings.warn(f"{source} has no train rows of {without}: {what}.", stacklevel=2)
     return [row for row in val_rows if modality_of(row) in known]

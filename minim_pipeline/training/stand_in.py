@@ -12,7 +12,7 @@ from ..evaluation.classifier import Recipe, make_resnet, train_classifier
 from ..evaluation.judges import Judges, class_of, load_judges
 from ..evaluation.sampling import batches, bytes_of, decode_latents, draw_images
 from ..evaluation.stand_in import FOLDS, StandIn, realism_of
-from ..files import write_json
+from ..files import write_report
 from ..locking import locked
 from . import classifier
 from .config import Count, CsvOptions, HubOptions, PrecisionOptions, Whole, option
@@ -132,9 +132,9 @@ def train(config: StandInConfig) -> dict:
         rows = [row for row in rows if class_of(row) in known.classes]
         judges, scales, realism = train_realism(config, rows, device)
         StandIn(known, judges, scales).save_pretrained(config.output)
-        report = {"findings, val": findings["val"]["resnet"], "realism, unseen halves": realism}
-        write_json(config.output / "report.json", report)
+        report = {"findings_val": findings["val"]["resnet"], "realism_unseen_halves": realism}
+        write_report(config.output / "report.json", report)
         parts = ["findings", *(f"realism-{k}" for k in range(FOLDS)), "scales.json"]
         push_parts(config, "research/stand_in", *(config.output / part for part in parts))
-    print(json.dumps(report["realism, unseen halves"], indent=2))
+    print(json.dumps(report["realism_unseen_halves"], indent=2))
     return report

@@ -37,7 +37,7 @@ def run(folder, synthetic: torch.Tensor, synthetic_rows: list[dict], **arguments
         (rows, stripes(rows, 0)),
         (val_rows, stripes(val_rows, 1)),
         take_share(rows, 0.1),
-        {"data sharing": taken_from(synthetic, synthetic_rows)},
+        {"data_sharing": taken_from(synthetic, synthetic_rows)},
         folder,
         PartialState(cpu=True),
         Design(recipe=RECIPE, **{**defaults, **arguments}),
@@ -49,7 +49,7 @@ def test_good_images_score_as_real_ones_and_wrong_ones_do_not(tmp_path):
     good = run(tmp_path / "good", stripes(rows, 2), rows)
     assert good["real"]["accuracy"] >= 0.9 and good["real"]["n_train"] == 40
     assert good["cas_ratio"]["value"] >= 0.9 and good["synthetic"]["modalities"]["oct"]["accuracy"] >= 0.9
-    sharing = good["low_data"]["data sharing"]
+    sharing = good["low_data"]["data_sharing"]
     assert sharing["real"]["n_train"] == 4 and good["settings"]["share_of_real_images"] == 0.1
     assert [(p["percent"], p["n_train"]) for p in sharing["points"]] == [(100, 8), (500, 24)]
     assert sharing["gain_at"] == 500 and sharing["gain"] == sharing["points"][1]["gain"]
@@ -75,7 +75,7 @@ def test_too_few_synthetic_images_are_told(tmp_path):
     report = run(tmp_path, stripes(rows, 2), rows)
     assert "4 synthetic images of oct: " in report["synthetic"]["left_out"]
     assert report["cas_ratio"] == report["synthetic"]
-    at = {point["percent"]: point for point in report["low_data"]["data sharing"]["points"]}
+    at = {point["percent"]: point for point in report["low_data"]["data_sharing"]["points"]}
     assert at[100]["n_train"] == 8 and "more are needed for 500 %" in at[500]["left_out"]
     report = run(tmp_path, stripes(rows, 2), rows, min_train=50)
     assert report == {"left_out": "no finding has 50 train and 5 val images"}
@@ -106,6 +106,6 @@ def test_comparison_is_paired():
     generator = np.random.default_rng(0)
     right = generator.random((2, 400)) < 0.5
     findings = ["a"] * 200 + ["b"] * 200
-    one, other = (Score(values, ["oct"] * 400, findings, 1) for values in (right, right.copy()))
+    one, other = (Score(values, [("oct", finding) for finding in findings], 1) for values in (right, right.copy()))
     assert np.ptp(one.total(200)) > 0.05 and not np.any(one.total(200) - other.total(200))
     assert one.total()[0] == pytest.approx(right.mean())

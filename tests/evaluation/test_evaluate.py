@@ -14,6 +14,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from minim_pipeline.cli import main
 from minim_pipeline.data.image_loading import load_images
+from minim_pipeline.files import read_report
 
 
 pytest.importorskip("torchmetrics")
@@ -71,7 +72,7 @@ def sets(tmp_path_factory):
 def evaluate(sets: dict, folder: Path, *options: str) -> dict:
     arguments = [part for name in sets for part in (f"--{name}", str(sets[name]))]
     assert main(["evaluate", *arguments, "--output-dir", str(folder), *options]) == 0
-    return json.loads((folder / "report.json").read_text())
+    return read_report(folder / "report.json")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import torch
 from minim_pipeline import EMBEDDED_ENCODER
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.evaluation.extraction import extract_training_images, rare_captions
-from minim_pipeline.evaluation.report import Copies, ImageSet
+from minim_pipeline.evaluation.memorisation import Copies
+from minim_pipeline.evaluation.report import ImageSet
 from minim_pipeline.evaluation.sampling import draw_images
 
 
@@ -37,7 +38,7 @@ def test_what_the_model_gives_back_is_counted(shared_pipeline):
     report = extract_training_images(shared_pipeline, train, encoder, copies, 1, 2, batch_size=2)
     assert (report["encoder"]["n"], report["encoder"]["captions"]) == (2, 1) and report["encoder"]["copies"] >= 1
     (prompt,) = report["prompts"]
-    assert prompt["Text"] == "cyst" and prompt["train_images"] == 1 and prompt["own_distance"] < 1e-5
+    assert prompt["text"] == "cyst" and prompt["train_images"] == 1 and prompt["own_distance"] < 1e-5
     # With other seeds it does not come back.
     report = extract_training_images(shared_pipeline, train, encoder, copies, 1, 2, batch_size=2, seed=5)
     assert report["prompts"][0]["own_distance"] > 1e-5

@@ -105,7 +105,7 @@ REPORT = {
     "extraction": {
         "encoder": {"share": 0.019, "copies": 3, "n": 160, "captions": 40},
         "prompts": [
-            {"modality": "cxr", "Text": "a rare one", "train_images": 1, "images": 4, "copies": 0, "distance": 0.21}
+            {"modality": "cxr", "text": "a rare one", "train_images": 1, "images": 4, "copies": 0, "distance": 0.21}
         ],
     },
     "judges": {
@@ -131,7 +131,7 @@ REPORT = {
         "synthetic": training(0.715),
         "cas_ratio": {"value": 0.877, "modalities": {"oct": {"value": 0.866}}},
         "low_data": {
-            "data sharing": {
+            "data_sharing": {
                 "meaning": "One hospital shares synthetic images.",
                 "real": training(0.515),
                 "points": [training(0.535, percent=100), training(0.545, percent=250, gain={"value": 0.022})],
@@ -258,7 +258,7 @@ def test_conditions_of_downstream_training_can_be_left_out():
     report = copy.deepcopy(REPORT)
     report["downstream"]["note"] = "Measured of another model."
     assert "Measured of another model." in Text(render(report, {}, {})).text
-    setting = report["downstream"]["low_data"]["data sharing"]
+    setting = report["downstream"]["low_data"]["data_sharing"]
     setting["points"][0] = {"percent": 100, "left_out": "too few images to add", "gain": {"left_out": "nothing added"}}
     assert "too few images to add" in Text(render(report, {}, {})).text
     setting["real"] = report["downstream"]["synthetic"] = {"left_out": "no label is in both sets"}
@@ -277,7 +277,7 @@ def test_conditions_of_downstream_training_can_be_left_out():
 )
 def test_the_page_says_whether_synthetic_images_help(value, low, verdict):
     report = copy.deepcopy(REPORT)
-    report["downstream"]["low_data"]["data sharing"]["gain"] = {"value": value, "interval": [low, 0.09]}
+    report["downstream"]["low_data"]["data_sharing"]["gain"] = {"value": value, "interval": [low, 0.09]}
     assert verdict in Text(render(report, {}, {})).text
 
 
@@ -289,8 +289,8 @@ def test_text_from_outside_is_never_markup():
     report["modalities"]["oct"]["fidelity"] = {EVIL: {"recall": {"left_out": EVIL}}}
     report["conversions"] = report["judges"]["names"] = [EVIL]
     report["judges"]["synthetic"]["modalities"]["oct"]["findings"] = {EVIL: {"accuracy": 0.5, "n": 2}}
-    report["extraction"]["prompts"][0]["Text"] = report["downstream"]["settings"]["steps"] = EVIL
-    report["downstream"]["low_data"] = {EVIL: report["downstream"]["low_data"]["data sharing"]}
+    report["extraction"]["prompts"][0]["text"] = report["downstream"]["settings"]["steps"] = EVIL
+    report["downstream"]["low_data"] = {EVIL: report["downstream"]["low_data"]["data_sharing"]}
     shown = pictures(EVIL + '" onerror="x')
     shown["neighbours"]["oct"][0]["names"] = (EVIL, EVIL)
     found = Text(render(report, shown, {EVIL: CURVES["oct"]}))

@@ -1,6 +1,5 @@
 """What a card must say, and what must not be uploaded."""
 
-import json
 import os
 
 import pytest
@@ -11,10 +10,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from minim_pipeline import EMBEDDED_CHECKPOINT
+from minim_pipeline.files import write_report
 from minim_pipeline.provenance import save_png
 from minim_pipeline.publishing import SPACE_FILES, check_folder
 from minim_pipeline.publishing.card import NO_FILTER, Sample, complete, read_card, write_card
-from minim_pipeline.publishing.reports import gather_reports, read_report
+from minim_pipeline.publishing.reports import gather_reports, read_sections
 from minim_pipeline.publishing.staging import save_half
 
 
@@ -124,14 +124,14 @@ def test_a_card_that_lacks_fields_is_refused(tmp_path, front, told):
 
 def test_a_report_is_known_by_its_sections(tmp_path):
     for content, section in (({"generated": {}}, "generation"), ({"sets": {}, "modalities": {}}, "evaluation")):
-        (tmp_path / "report.json").write_text(json.dumps(content))
-        assert list(read_report(tmp_path / "report.json")) == [section]
-    (tmp_path / "report.json").write_text('{"val": 1}')
-    with pytest.raises(ValueError, match="is no report of this package"):
-        read_report(tmp_path / "report.json")
+        write_report(tmp_path / "report.json", content)
+        assert list(read_sections(tmp_path / "report.json")) == [section]
+    write_report(tmp_path / "report.json", {"val": 1})
+    with pytest.raises(ValueError, match="is no report of this package: none of its sections"):
+        read_sections(tmp_path / "report.json")
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(ValueError, match="report.json is no report: "):
-        read_report(tmp_path / "report.json")
+        read_sections(tmp_path / "report.json")
 
 
 def test_the_half_precision_variant_leaves_whole_numbers_alone(tmp_path):

@@ -11,6 +11,8 @@ import yaml
 from conftest import ROOT
 from hub_server import Hub, environment
 
+from minim_pipeline.files import write_report
+
 
 TRAIN = ROOT / "train"
 # Runs push_to_hub.py once for each (token, arguments), and prints what each came to.
@@ -55,7 +57,7 @@ def models(make_pipeline, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     make_pipeline(filtered=True).save_pretrained(folder / "full")
     (folder / "full" / "README.md").write_text(CARD)
-    (folder / "full" / "report.json").write_text(json.dumps(REPORT))
+    write_report(folder / "full" / "report.json", REPORT)
     make_pipeline().save_pretrained(folder / "bare")
     return folder
 
@@ -112,7 +114,8 @@ def test_what_lies_in_a_published_repository(hub, models, tmp_path):
     assert [m["value"] for r in measured for m in r["metrics"]] == [0.5, 0.25]
     assert b'from_pretrained("org/minim")' in first["README.md"] and b"without a filter head" not in first["README.md"]
     assert {w["output"]["url"] for w in data["widget"]} == {path for path in first if path.startswith("samples/")}
-    assert json.loads(first["report.json"])["generation"] == REPORT
+    published = json.loads(first["report.json"])
+    assert next(iter(published)) == "schema_version" and published["generation"] == REPORT
 
     assert "filter_head/config.json" not in second and b"without a filter head" in second["README.md"]
     index = json.loads(second["model_index.json"])
@@ -137,7 +140,7 @@ def test_whoever_may_not_is_told_in_a_line_and_nothing_is_uploaded(hub, models, 
         hub.repositories[key].commit(files)
     (tmp_path / "card.md").write_text(CARD.replace("license_name: house\n", "").replace("tags: [medical]\n", ""))
     (tmp_path / "broken.md").write_text("---\nlicense: [\n---\n# x\n")
-    (tmp_path / "report.json").write_text(json.dumps(REPORT | {"data": "/home/ann/patients/data.csv"}))
+    write_report(tmp_path / "report.json", REPORT | {"data": "/home/ann/patients/data.csv"})
     model = ["--model", models / "full"]
     cases = {
         "There is no token": (None, [*model, "--repo-id", "org/new"]),

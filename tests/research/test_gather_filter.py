@@ -6,10 +6,12 @@ import gather_filter
 import numpy as np
 import pytest
 
+from minim_pipeline.files import write_report
+
 
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    write_report(path, content)
     return str(path)
 
 
@@ -45,10 +47,10 @@ def test_the_report_has_all_parts_and_no_path_of_the_machine(call, tmp_path):
     assert [c["seed"] for c in report["comparisons"]] == [1, 2]
     assert report["comparisons"][0]["arguments"] == {"pairs": 4} and report["people"] == {"kappa": 0.8}
     assert report[gather_filter.SETTLED] == [{"seed": 0, "note": "kept"}]
-    pooled = report["fresh comparisons, pooled"]
-    assert (pooled["n"], pooled["wrong without"], pooled["wrong"]) == (4, 0.75, 0.25)
+    pooled = report["fresh_comparisons_pooled"]
+    assert (pooled["n"], pooled["wrong_without"], pooled["wrong"]) == (4, 0.75, 0.25)
     assert pooled["removed"] == pytest.approx(2 / 3, abs=1e-4), "two of three"
-    assert pooled["against the mean candidate"] == pytest.approx(1 - 0.25 / 0.625)
+    assert pooled["against_mean_candidate"] == pytest.approx(1 - 0.25 / 0.625)
 
 
 def test_comparisons_that_do_not_go_together_are_told(call, tmp_path):

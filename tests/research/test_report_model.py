@@ -10,6 +10,7 @@ from conftest import ROOT
 from PIL import Image
 
 from minim_pipeline.data.image_loading import load_images, trim_letterbox
+from minim_pipeline.files import read_report
 
 
 torch.set_num_threads(1)
@@ -60,7 +61,7 @@ def test_images_are_read_in_order_trimmed_and_resized(tmp_path):
 
 
 def test_specks_and_letterboxes_are_counted():
-    from minim_pipeline.evaluation.flaws import checks, specks
+    from report_model import checks, specks
 
     clean = torch.from_numpy(gradient(32, 32)).permute(2, 0, 1)[None]
     flawed = clean.clone()
@@ -117,7 +118,7 @@ def test_report_end_to_end(make_pipeline, tmp_path):
     report = report_model.main(arguments)
 
     assert set(report["generated"]["new"]["modalities"]) == set(report["checks"]) == {"oct", "cxr"}
-    assert json.loads(output.read_text()) == json.loads(json.dumps(report))
+    assert read_report(output) == json.loads(json.dumps(report))
     assert str(tmp_path) not in output.read_text()
     assert report["generated"]["train"]["n"] == report["generated"]["new"]["n"] == 9
     assert report["generated"]["train"]["modalities"]["oct"]["findings"]["normal"]["n"] == 3
@@ -143,7 +144,7 @@ def test_report_end_to_end(make_pipeline, tmp_path):
 def test_images_are_the_same_in_any_batch(shared_pipeline):
     import report_model
 
-    from minim_pipeline.evaluation.planned import plan
+    from minim_pipeline.evaluation.sampling import plan
 
     settings = {"num_inference_steps": 2}
     captions = {"oct": {"normal": {"train": ["fine", "all well"]}}}

@@ -218,7 +218,7 @@ def test_the_embedded_model_is_made_from_images_to_its_report(tmp_path, teacher,
         run_script(module, *arguments)
     filtered = json.loads((out / "docs" / "filter" / "report.json").read_text())
     compared = json.loads((out / "comparison" / "report.json").read_text())
-    assert filtered["comparisons"] and compared["n"] == 36 and "rated 3 by the stand-in" in compared
+    assert filtered["comparisons"] and compared["n"] == 36 and "rated_3_by_stand_in" in compared
     report = json.loads((out / "docs" / "report.json").read_text())
     assert set(report["generated"]["new"]["modalities"]) == {"oct", "cxr", "breast_us"}
     assert StandIn.from_pretrained(out / "stand_in").findings.classes == load_judges(out / "judges").classes

@@ -145,9 +145,9 @@ def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, 
     assert len(rows) == 24 and all((tmp_path / row["path"]).is_file() for row in rows)
     assert not list(tmp_path.rglob("*-?.png")), "images stay where they are"
 
-    assert report["rows"] == {"new": {"train": 6, "val": 2}, "left out": {"BreastMRI": 4}}
-    losses = report["validation loss"]
-    assert set(losses) == {"best step", "old", "oct", "cxr", "new"}
+    assert report["rows"] == {"new": {"train": 6, "val": 2}, "left_out": {"BreastMRI": 4}}
+    losses = report["validation_loss"]
+    assert set(losses) == {"best_step", "old", "oct", "cxr", "new"}
     assert all({"before", "after"} == set(losses[name]) for name in ("old", "oct", "cxr", "new"))
     old, pipe = MinimPipeline.from_pretrained(base), MinimPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.config.modalities == ["oct", "cxr", "breast_us"] and pipe.config.custom_modalities is None
@@ -284,7 +284,7 @@ def test_without_replay_old_rows_may_still_be_validated_on(base, data, tmp_path,
     log = read_log(tmp_path / "unet")
     val = next(r for r in log if r["kind"] == "val")
     assert val["loss"] == (val["loss_new"] if replay else val["loss_breast_us"])
-    assert ("old" in report["validation loss"]) == replay
+    assert ("old" in report["validation_loss"]) == replay
     assert json.loads((tmp_path / "unet" / "arguments.json").read_text())["anchor_weight"] == 0
     assert MinimPipeline.from_pretrained(tmp_path / "pipeline").config.modalities == ["oct", "cxr", "breast_us"]
 

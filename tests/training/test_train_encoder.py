@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from minim_pipeline.evaluation.encoder import ImageTextEncoder
 from minim_pipeline.evaluation.extractors import load_extractor
+from minim_pipeline.files import read_report
 from minim_pipeline.training.config import parse
 from minim_pipeline.training.image_text_encoder import ImageTextEncoderConfig, copy_loss, text_loss
 
@@ -65,9 +66,9 @@ def test_trained_encoder_loads_and_tells_what_it_is(data, tmp_path):
     run = ["--max_train_steps", "12", "--train_batch_size", "8", "--caption_variants", "2", "--ema_decay", "0.5"]
     report = train_encoder.main(["--train_data", str(data), "--output_dir", str(tmp_path), *sizes, *run])
     assert report["trained_on"] == {"part": "A", "n": 14}, "rows of part B are left to the judges"
-    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert read_report(tmp_path / "report.json") == json.loads(json.dumps(report))
     assert str(tmp_path) not in (tmp_path / "report.json").read_text()
-    assert set(report["val"]["copies_found"]) == {"shifted by 4 px", "12 % brighter", "mirrored"}
+    assert set(report["val"]["copies_found"]) == {"shifted_by_4_px", "brighter_by_12_percent", "mirrored"}
     assert report["val"]["pool"] == 14 + 8
 
     encoder = ImageTextEncoder.from_pretrained(tmp_path)

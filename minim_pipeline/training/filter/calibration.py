@@ -28,7 +28,7 @@ from ...data.sources import read_csv
 from ...data.splits import assign_splits
 from ...disk import save_model
 from ...evaluation.judges import claimed_classes, class_of, finds_asked, load_judges
-from ...files import write_json
+from ...files import write_report
 from ...locking import locked
 from ...minim_filter.selection import Thresholds
 from ..config import Count, CsvOptions, HubOptions, PrecisionOptions, Range, Share, Whole, option
@@ -189,7 +189,7 @@ class Calibration:
             thresholds[name] = least
             figures[name] = {"n": int(own.sum()), "accepted": share(passed[own])}
             if right is not None and known is not None and (own := own & known).any():
-                figures[name] |= {"right": share(right[own]), "right of accepted": share(right[own & passed])}
+                figures[name] |= {"right": share(right[own]), "right_of_accepted": share(right[own & passed])}
         return thresholds, figures
 
     def learn_copies(self) -> tuple[dict[str, int], dict]:
@@ -234,7 +234,7 @@ class Calibration:
         report |= {"realism": realism} if realism else {}
         print(json.dumps(report | {"noise": table}, indent=2))
         report = {"arguments": asdict(config)} | report | {"plans": plans, "noise": table}
-        write_json(output / "report.json", report)
+        write_report(output / "report.json", report)
         return report
 
 
@@ -261,7 +261,7 @@ def acceptance_curves(
 def noise_curves(table: list[dict], stages: Sequence[tuple[float, float]], path: Path) -> None:
     """How well scores foretell (`foretelling`), against the noise level; where candidates are dropped."""
     figure, axes = new_figure()
-    for name, label in (("final score", "final score above its median"), ("right finding", "finding read as right")):
+    for name, label in (("final_score", "final score above its median"), ("right_finding", "finding read as right")):
         if name in table[0]:
             points = [(row["level"], row[name]) for row in table if 0 < row["level"] < 1e3]
             axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)

@@ -194,8 +194,8 @@ def foretelling(drawn: Candidates, right: torch.Tensor | None, known: torch.Tens
     table = []
     for i, level in enumerate(drawn.levels.tolist()):
         row = {"level": round(min(level, 1e3), 3)}
-        row["final score"] = auroc(drawn.score[:, i], drawn.score[:, -1] > drawn.score[:, -1].median())
+        row["final_score"] = auroc(drawn.score[:, i], drawn.score[:, -1] > drawn.score[:, -1].median())
         if right is not None:
-            row["right finding"] = auroc(drawn.finding[known, i], right[known])
+            row["right_finding"] = auroc(drawn.finding[known, i], right[known])
         table.append(row)
     return table

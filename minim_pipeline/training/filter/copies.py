@@ -59,9 +59,9 @@ def plant(images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Copies as a generator might make them, by name: uint8 [N, 3, H, W]."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * 255 * 0.02
     return {
-        "12 % brighter": (images.float() * 1.12).clamp(0, 255).to(torch.uint8),
-        "noise of 2 %": (images.float() + noise).clamp(0, 255).to(torch.uint8),
-        "shifted by 4 px": images.roll((4, 4), (2, 3)),
+        "brighter_by_12_percent": (images.float() * 1.12).clamp(0, 255).to(torch.uint8),
+        "noise_of_2_percent": (images.float() + noise).clamp(0, 255).to(torch.uint8),
+        "shifted_by_4_px": images.roll((4, 4), (2, 3)),
         "mirrored": images.flip(-1),
     }
 
@@ -103,10 +103,10 @@ def veto_report(
     report = {
         "n": len(planted_modalities),
         "bytes": known.numel(),
-        "false alarms, val": share(strangers <= limit_of_val),
+        "false_alarms_val": share(strangers <= limit_of_val),
         "missed": {name: share(far) for name, far in beyond.items()},
-        "missed by modality": missed,
-        "median distance": {"val": strangers.median().item()} | {n: d.median().item() for n, d in copies.items()},
+        "missed_by_modality": missed,
+        "median_distance": {"val": strangers.median().item()} | {n: d.median().item() for n, d in copies.items()},
     }
     return limits, report
 

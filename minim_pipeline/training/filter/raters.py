@@ -112,7 +112,7 @@ def raters_report(ratings: list[dict], raters: Raters, guesses: torch.Tensor | N
     counts = {name: sum(row["rater"] == name for row in ratings) for name in raters.names}
     biases = dict(zip(raters.names, raters.bias.tolist(), strict=True))
     report = {"raters": {name: {"bias": round(biases[name], 4), "n": counts[name]} for name in raters.names}}
-    report["agreement"] = {"between raters": rater_agreement(ratings)}
+    report["agreement"] = {"between_raters": rater_agreement(ratings)}
     if guesses is not None:
         by_head = guesses.round().long().tolist()
         report["agreement"]["head"] = {}

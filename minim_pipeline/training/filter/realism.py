@@ -160,6 +160,6 @@ def realism_thresholds(
         rejected = math.floor((1 - passing) * int(own.sum()) + 1e-9)
         least = math.floor(through[own].sort().values[min(rejected, int(own.sum()) - 1)].item() * 1e4) / 1e4
         thresholds[name] = least
-        figures[name] = {"n": int(own.sum()), "through the autoencoder": share(through[own] >= least)}
-        figures[name]["as they are"] = share(plain[own] >= least)
+        figures[name] = {"n": int(own.sum()), "through_autoencoder": share(through[own] >= least)}
+        figures[name]["as_they_are"] = share(plain[own] >= least)
     return thresholds, figures

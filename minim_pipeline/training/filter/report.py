@@ -137,8 +137,8 @@ def quality_report(ratings: list[dict], guesses: torch.Tensor) -> dict:
     report = {}
     for name in ("all", *sorted(set(sources))):
         which = torch.tensor([name in ("all", source) for source in sources])
-        report[name] = {"n": int(which.sum()), "3 against 1 and 2": auroc(guesses[which], grades[which] == 3)}
+        report[name] = {"n": int(which.sum()), "3_against_1_and_2": auroc(guesses[which], grades[which] == 3)}
         which &= grades != 1
         if len(set(grades[which].tolist())) == 2:
-            report[name]["3 against 2"] = auroc(guesses[which], grades[which] == 3)
+            report[name]["3_against_2"] = auroc(guesses[which], grades[which] == 3)
     return report

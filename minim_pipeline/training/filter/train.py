@@ -23,7 +23,7 @@ from ... import MinimPipeline
 from ...data.image_loading import load_images
 from ...disk import save_model
 from ...evaluation.judges import claimed_classes, class_of
-from ...files import write_json
+from ...files import read_report, write_report
 from ...minim_filter import FilterHead
 from ..captions import load_captions, phrase
 from ..hub import push_parts
@@ -90,8 +90,8 @@ class Trainer:
         self.more_real = [row for row in more if class_of(row) in self.classes]
         self.val_rows = [row for row in val_rows if class_of(row) in self.classes]
         if self.val_rows and all(other < 0 for other in other_findings(self.val_rows, config.seed)):
-            told = "of one finding a modality only, which cannot be told from another: nothing is validated"
-            warnings.warn(f"{config.train_data} has val rows {told}.", stacklevel=2)
+            alone = "of one finding a modality only, which cannot be told from another: nothing is validated"
+            warnings.warn(f"{config.train_data} has val rows {alone}.", stacklevel=2)
             self.val_rows = []
         if not self.rows:
             wanted = f"part {config.part!r} with a finding of {config.min_train}"
@@ -124,16 +124,16 @@ class Trainer:
     def val_reports(self, head: FilterHead) -> dict[str, dict]:
         """What the head tells apart of the val rows, by what."""
         held = head, self.lessons.estimates, self.val_rows
-        reports = {"finding, val": finding_report(*held, self.val_latents, self.config.seed)}
+        reports = {"finding_val": finding_report(*held, self.val_latents, self.config.seed)}
         if self.rates_realism:
-            reports["realism, val"] = realism_report(*held, *self.val_counterparts, self.config.seed)
+            reports["realism_val"] = realism_report(*held, *self.val_counterparts, self.config.seed)
         return reports
 
     def validate(self) -> None:
         if self.val_rows:
             reports = self.val_reports(self.averaged())
-            figures = {f"auroc_{level}": found["auroc"] for level, found in reports["finding, val"].items()}
-            for level, found in reports.get("realism, val", {}).items():
+            figures = {f"auroc_{level}": found["auroc"] for level, found in reports["finding_val"].items()}
+            for level, found in reports.get("realism_val", {}).items():
                 figures[f"auroc_realism_{level}"] = found["auroc"]
                 if float(level) == 0:
                     figures |= {f"auroc_realism_{name}": value for name, value in found["modalities"].items()}
@@ -151,7 +151,7 @@ class Trainer:
         if self.val_rows:
             report |= self.val_reports(head)
         save_model(head.half(), self.run.output / "filter_head")
-        write_json(self.run.output / "report.json", report)
+        write_report(self.run.output / "report.json", report)
         self.run.finish()
         print(json.dumps({name: value for name, value in report.items() if name != "arguments"}, indent=2))
         return report
@@ -201,7 +201,7 @@ def learn_all_grades(
             return learn_grades(head, lessons, graded[index], names, fold)[0]
 
         guesses = cross_validate(ratings, config.folds, config.seed, train_without, graded.tensors[0][:, 0])
-        report["quality, cross-validated"] = quality_report(ratings, guesses)
+        report["quality_cross_validated"] = quality_report(ratings, guesses)
     own = [i for i, row in enumerate(ratings) if learned_from(row, config.part)]
     head, raters = learn_grades(head, lessons, graded[own], names, config.folds)
     return head, report | raters_report(ratings, raters, guesses)
@@ -217,7 +217,7 @@ def train(config: FilterConfig) -> dict:
         if run.accelerator.num_processes > 1:
             raise ValueError(f"train_filter.py is run by one process, got {run.accelerator.num_processes}.")
         if run.finished:
-            report = json.loads((run.output / "report.json").read_text())
+            report = read_report(run.output / "report.json")
         else:
             trainer = Trainer(config, run)
             run.train(trainer.step, trainer.validate)

@@ -29,7 +29,7 @@ from ... import EMBEDDED_CHECKPOINT, MinimPipeline, prompt_text, resolve_modalit
 from ...data.image_loading import load_images
 from ...disk import save_model
 from ...evaluation.agreement import weighted_kappa
-from ...files import write_json
+from ...files import write_report
 from ...locking import locked
 from ...minim_filter import FilterHead, FilterHeadOutput
 from ...tokens import tokenize
@@ -149,7 +149,7 @@ def tune(
     learn(head, pipe, TensorDataset(*rated[(~held_out).to(device)]), raters, options)
 
     report: dict[str, Any] = {"n": len(rows), "images": len({row["path"] for row in rows})}
-    report["kept out"] = int(held_out.sum())
+    report["kept_out"] = int(held_out.sum())
     report["raters"] = dict(zip(raters.names, [round(b, 4) for b in raters.bias.tolist()], strict=True))
     for name, some in (("before", old), ("after", head)):
         report[name] = prediction_figures(some, *rated[held_out.to(device)][:3])
@@ -166,7 +166,7 @@ def prediction_figures(head: FilterHead, latents: torch.Tensor, ids: torch.Tenso
     figures: dict[str, float | None] = {"log_loss": round(log_loss(probabilities, grades).mean().item(), 4)}
     figures["kappa"] = weighted_kappa((probabilities.argmax(1) + 1).tolist(), grades.tolist())
     for name, truth, value in (("good", grades == 3, probabilities[:, 2]), ("bad", grades == 1, probabilities[:, 0])):
-        figures[f"auroc, {name}"] = round(auroc(value, truth), 4) if 0 < truth.sum() < len(truth) else None
+        figures[f"auroc_{name}"] = round(auroc(value, truth), 4) if 0 < truth.sum() < len(truth) else None
     return figures
 
 
@@ -188,7 +188,7 @@ def train(config: TuneConfig) -> dict:
         latents = encode(pipe, images, config.bf16).float()
         head, report = tune(pipe, rows, latents, config)
         save_model(head.half(), config.output / "filter_head")
-        write_json(config.output / "report.json", report)
+        write_report(config.output / "report.json", report)
         push_parts(config, "tune_filter", config.output / "filter_head")
     print(json.dumps(report, indent=2))
     return report

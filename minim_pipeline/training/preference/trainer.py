@@ -13,7 +13,6 @@ scorer that the training does not see, the image-text encoder, which says when t
 """
 
 import copy
-import json
 import shutil
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from ...contact_sheet import contact_sheet
 from ...disk import save_model
 from ...evaluation.encoder import ImageTextEncoder
 from ...evaluation.sampling import draw_images
-from ...files import write_json
+from ...files import read_report, write_report
 from ..checkpoints import list_checkpoints, step_of
 from ..config import parse
 from ..denoising import noise_scheduler
@@ -221,7 +220,7 @@ class Trainer:
             run.log.write("best", score=best.score, at_step=best.step)
             self.save_pipeline()
             self.forget_unneeded(checkpoints=1)
-            write_json(run.output / "report.json", report)
+            write_report(run.output / "report.json", report)
         run.finish()
         return report
 
@@ -248,7 +247,7 @@ def train(config: PreferenceConfig) -> dict:
     """
     with Run.open(config, "minim-preference", look_every=1) as run:
         if run.finished:
-            report = json.loads((run.output / "report.json").read_text())
+            report = read_report(run.output / "report.json")
         else:
             trainer = Trainer(config, run)
             trainer.train()

@@ -25,7 +25,7 @@ from ...disk import save_model
 from ...evaluation.comparison import compare, summary
 from ...evaluation.sampling import draw_latents
 from ...evaluation.stand_in import RATER, StandIn
-from ...files import atomic_path, write_csv, write_json
+from ...files import atomic_path, read_report, write_csv, write_json, write_report
 from ...generate.options import GenerateOptions
 from ...generate.plan import plan_file
 from ...generate.write import generate
@@ -164,7 +164,7 @@ def tune_head(config: SelfImproveConfig) -> None:
     pipe = MinimPipeline.from_pretrained(config.pretrained_model_name_or_path).to(pipe.device)
     head, report = tune(pipe, rows, latents, config)
     save_model(head.half(), config.output / "head" / "filter_head")
-    write_json(config.output / "head" / "report.json", report)
+    write_report(config.output / "head" / "report.json", report)
 
 
 def train_on_preferences(config: SelfImproveConfig) -> None:
@@ -197,7 +197,7 @@ def write_pipeline(config: SelfImproveConfig) -> None:
     for row in read_csv(folder / "prompts.csv", check_images=False, require=PROMPT):
         by_modality.setdefault(resolve_modality(row["modality"]).id, []).append(row)
     people: Counter[str] = Counter()
-    if json.loads((folder / "head" / "report.json").read_text())["taken"]:
+    if read_report(folder / "head" / "report.json")["taken"]:
         rated = [row for row in read_ratings(folder / "ratings.csv") if row["rater"] != RATER]
         people.update({row["path"]: resolve_modality(row["modality"]).id for row in rated}.values())
     thresholds, figures = Thresholds.read(pipe.filter_head.config.calibration), {}
@@ -251,13 +251,10 @@ STAGES: dict[str, Callable[[SelfImproveConfig], None]] = {
 }
 
 
-def write_report(config: SelfImproveConfig, minutes: dict[str, float]) -> dict:
+def write_round_report(config: SelfImproveConfig, minutes: dict[str, float]) -> dict:
     """`report.json`: the figures of all stages."""
 
-    def read(name: str) -> dict | None:
-        file = config.output / name
-        return json.loads(file.read_text()) if file.is_file() else None
-
+    compared = config.output / "comparison" / "report.json"
     ratings = read_csv(config.output / "ratings.csv", check_images=False)
     log = read_log(config.output / "preference")
     report = {
@@ -268,16 +265,16 @@ def write_report(config: SelfImproveConfig, minutes: dict[str, float]) -> dict:
             "raters": dict(Counter(row["rater"] for row in ratings)),
             "given": {str(k): sum(row["rating"] == str(k) for row in ratings) for k in (1, 2, 3)},
         },
-        "head": read("head/report.json"),
+        "head": read_report(config.output / "head" / "report.json"),
         "preference": {
             "best": next(record for record in reversed(log) if record["kind"] == "best"),
             "looks": [record for record in log if record["kind"] == "val"],
             "arguments": config.preference,
         },
-        "thresholds": read("thresholds.json"),
-        "comparison": read("comparison/report.json"),
+        "thresholds": json.loads((config.output / "thresholds.json").read_text()),
+        "comparison": read_report(compared) if compared.is_file() else None,
     }
-    write_json(config.output / "report.json", report)
+    write_report(config.output / "report.json", report)
     return report
 
 
@@ -316,9 +313,9 @@ def improve(config: SelfImproveConfig) -> dict:
                 f"    minim ratings --store {store} --images {images} --output {folder / 'given.csv'}\n"
                 "Then run this again with --ratings; or with --stand_in, where nobody is at hand."
             )
-            return {"waiting for": "ratings"}
+            return {"waiting_for": "ratings"}
         stages.run(name, stage, config)
-    report = write_report(config, stages.minutes)
+    report = write_round_report(config, stages.minutes)
     if report["comparison"]:
         print(summary(report["comparison"]))
     if report["preference"]["best"]["at_step"] == 0:

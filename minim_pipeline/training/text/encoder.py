@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ...disk import save_model
-from ...files import write_json
+from ...files import write_report
 from ...modalities import MODALITIES
 from ..captions import load_captions
 from ..config import Count, RunOptions, Weight, Whole, option
@@ -236,7 +236,7 @@ class Trainer:
         if self.run.is_main:
             save_model(self.student.eval(), output / "text_encoder")
             self.tokenizer.save_pretrained(output / "tokenizer")
-            write_json(output / "report.json", self.report)
+            write_report(output / "report.json", self.report)
         self.run.finish()
 
 

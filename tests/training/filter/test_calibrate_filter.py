@@ -122,7 +122,7 @@ def test_the_code_knows_versions_of_an_image_again_though_they_differ_much():
     strangers = torch.cat([torch.randn(200, 8), 0.5 * torch.randn(200, 24)], 1)
     planted = {"another version": features[100:, 1]}
     limits, report = veto_report(code, known, strangers, modalities, planted, ["oct"] * 50 + ["cxr"] * 50, 0.01)
-    assert set(limits) == {"oct", "cxr"} and report["false alarms, val"] <= 0.01
+    assert set(limits) == {"oct", "cxr"} and report["false_alarms_val"] <= 0.01
     assert report["missed"]["another version"] <= 0.05, "of images that the code was not fitted on"
     assert report["bytes"] == 200 * 8
 
@@ -166,7 +166,7 @@ def test_as_many_real_images_look_real_as_asked_for(make_pipeline, data, tmp_pat
     report = calibrate_filter.main([*options, "--real_acceptance", "0.5"])
     assert set(report["realism"]) == {"oct", "cxr"}
     for name, figures in report["realism"].items():
-        assert figures["through the autoencoder"] >= 0.5 and 0 <= figures["as they are"] <= 1
+        assert figures["through_autoencoder"] >= 0.5 and 0 <= figures["as_they_are"] <= 1
         assert report["generated"][name]["accepted"] <= figures["generated"] + 1e-4
     head = FilterHead.from_pretrained(tmp_path / "out/filter_head")
     assert all(set(entry) == {*KNOWN, "realism"} for entry in head.config.calibration.values())
@@ -190,7 +190,7 @@ def test_a_calibrated_head_knows_thresholds_and_training_images(make_pipeline, d
     torch.manual_seed(0)
     Judges({"cnn": make_resnet(2, 8)}, [("oct", "a"), ("oct", "b")], 32).save_pretrained(tmp_path / "teacher")
     report = calibrate_filter.main([*options, "--teacher", str(tmp_path / "teacher")])
-    assert 0 <= report["generated"]["oct"]["right of accepted"] <= 1
+    assert 0 <= report["generated"]["oct"]["right_of_accepted"] <= 1
     assert "right" not in report["generated"]["cxr"], "of which these classifiers know nothing"
     with pytest.raises(ValueError, match="--precision needs --teacher"):
         calibrate_filter.main([*options, "--precision", "0.9"])

@@ -76,7 +76,7 @@ def test_a_strict_rater_gets_a_bias_and_the_head_speaks_for_the_average():
     assert report["raters"]["strict"] == {"bias": round(strict, 4), "n": 96}
     assert report["agreement"]["head"]["fair"] == {"kappa": 1.0, "n": 24}
     assert 0 < report["agreement"]["head"]["strict"]["kappa"] < 1
-    assert report["agreement"]["between raters"]["pairs"][0]["n"] == 24
+    assert report["agreement"]["between_raters"]["pairs"][0]["n"] == 24
 
 
 def write(path, header, *rows):

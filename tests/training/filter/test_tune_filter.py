@@ -1,7 +1,5 @@
 """A filter head is trained on with ratings by a script of its own."""
 
-import json
-
 import pytest
 import torch
 import tune_filter
@@ -9,6 +7,7 @@ from conftest import write_csv
 from PIL import Image
 
 from minim_pipeline import FilterHead
+from minim_pipeline.files import read_report
 from minim_pipeline.locking import locked
 
 
@@ -27,9 +26,9 @@ def call(make_pipeline, tmp_path):
 
 def test_the_head_and_what_it_is_worth_are_written(call, tmp_path):
     report = tune_filter.main(call)
-    assert (report["n"], report["images"], report["kept out"]) == (12, 12, 2) and set(report["raters"]) == {"a", "b"}
+    assert (report["n"], report["images"], report["kept_out"]) == (12, 12, 2) and set(report["raters"]) == {"a", "b"}
     assert report["taken"] == (report["after"]["log_loss"] < report["before"]["log_loss"])
-    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert read_report(tmp_path / "out" / "report.json") == report
     assert FilterHead.from_pretrained(tmp_path / "out" / "filter_head").config.calibration
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from minim_pipeline.files import read_report
 from minim_pipeline.modalities import MODALITIES
 from minim_pipeline.training.captions import load_captions, normalize
 from minim_pipeline.training.text.encoder import TextEncoderConfig, one_cycle, train
@@ -161,7 +162,7 @@ def test_only_the_chosen_split_is_read(folder):
 
 
 def test_report_counts_the_phrasings_never_trained_on(trained):
-    report = json.loads((trained[0] / "report.json").read_text())
+    report = read_report(trained[0] / "report.json")
     counted = {part: {m: r["n"] for m, r in modalities.items()} for part, modalities in report.items()}
     assert counted == {"new": {"oct": 2, "cxr": 2}, "test": {"oct": 3}}
     figures = [r for modalities in report.values() for r in modalities.values()]

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_csv
+from evaluate_filter import agreement_with_people, choices
 from PIL import Image
 
 from minim_pipeline import FilterHead
-from minim_pipeline.evaluation import filtering
 from minim_pipeline.evaluation.classifier import make_resnet
 from minim_pipeline.evaluation.comparison import right_findings
-from minim_pipeline.evaluation.filtering import agreement_with_people, choices, compare_wrong, removed
-from minim_pipeline.evaluation.judges import Judges
+from minim_pipeline.evaluation.judges import Judges, compare_wrong, removed
 from minim_pipeline.training.filter.candidates import Candidates
 
 
@@ -51,26 +50,27 @@ def test_every_way_chooses_by_its_own_measure_and_says_what_it_costs():
     assert chosen == {
         "off": 0,
         "filter": 1,
-        "filter at the end": 2,
-        "best rated": 1,
-        "best rated at the end": 3,
-        "CFG-Rejection, high": 3,
-        "CFG-Rejection, low": 0,
+        "filter_at_the_end": 2,
+        "best_rated": 1,
+        "best_rated_at_the_end": 3,
+        "cfg_rejection_high": 3,
+        "cfg_rejection_low": 0,
     }
     assert made["off"]["samples"] == 3 and made["filter"]["samples"] == 9, "four guided ones, then one without"
     only_last = torch.tensor([True, False, False, False])
-    assert choices(drawn, only_last, head, 4)["filter at the end"]["index"].item() == 0, "accepted ones go first"
+    assert choices(drawn, only_last, head, 4)["filter_at_the_end"]["index"].item() == 0, "accepted ones go first"
 
 
 def test_the_head_is_compared_with_grades_it_has_not_learned_from(make_pipeline, monkeypatch):
     pipe, seen = make_pipeline(filtered=True), []
     grades = [1, 2, 3, 3, 1]
     rows = [{"rating": str(grade), "source": "eyes"} for grade in grades]
-    monkeypatch.setattr(filtering, "rate", lambda head, latents: (seen.append(latents), torch.tensor(grades) * 0.9)[1])
+    quality = torch.tensor(grades) * 0.9
+    monkeypatch.setattr(evaluate_filter, "rate", lambda head, latents: (seen.append(latents), quality)[1])
     report = agreement_with_people(pipe, rows, torch.zeros(5, 3, 64, 64, dtype=torch.uint8))
     assert seen[0].shape[0] == 5 and seen[0].shape[-2:] == (8, 8), "what is rated is latents"
     assert report["n"] == 5 and report["kappa"] == 1.0
-    assert report["auroc"]["eyes"] == {"n": 5, "3 against 1 and 2": 1.0, "3 against 2": 1.0}
+    assert report["auroc"]["eyes"] == {"n": 5, "3_against_1_and_2": 1.0, "3_against_2": 1.0}
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_a_model_is_evaluated_from_candidates_to_report(make_pipeline, tmp_path)
     report = evaluate_filter.main([*call, *sizes.split(), "--output_dir", str(tmp_path / "out")])
     assert report["n"] == 16 and set(report["ways"]["filter"]["modalities"]) == {"oct", "cxr"}
     assert report["ways"]["off"]["cost"] == 1 and report["people"]["n"] == 24
-    assert report["rejected"]["noise"]["n"] == 24 and report["candidates whose finding is read as wrong"]["n"] > 0
+    assert report["rejected"]["noise"]["n"] == 24 and report["candidates_read_as_wrong"]["n"] > 0
     assert json.loads((tmp_path / "out" / "report.json").read_text())["arguments"]["seed"] == 0
     with np.load(tmp_path / "out" / "candidates.npz") as stored:
         assert stored["wrong"].shape == (32,) and stored["chosen"].shape == (16,)
