@@ -217,6 +217,21 @@ def test_of_equals_that_comes_back_which_looks_most_like_a_real_one(realistic, m
     assert realistic(**settings, generator=generator()).seeds == drawn[::4], "of equals the first drawn"
 
 
+def test_of_finished_candidates_that_comes_back_whose_picture_looks_real_enough(realistic):
+    """Not that whose latents do: they were never those of a picture."""
+    stages(realistic)
+    seeds = realistic.draw_seeds([0], 6, generator())
+    pictures = realistic("normal", "oct", num_images_per_prompt=6, seeds=seeds).images
+    realism = realistic.score(pictures, "normal", "oct").realism
+    second, best = sorted(range(6), key=realism.__getitem__)[-2:]
+    least = (realism[second] + realism[best]) / 2
+    entry = {"score": 1.0, "finding": 1.0, "ratings": 20, "realism": least}
+    realistic.filter_head.register_to_config(calibration=dict.fromkeys(realistic.config.modalities, entry))
+    out = realistic(**CALL, num_candidates=6, generator=generator())
+    assert out.seeds == [seeds[best]] and out.accepted == [True]
+    assert out.rejected[0]["realism"] == 5
+
+
 def test_what_does_not_look_like_a_real_one_is_told(realistic, filtered):
     asked = dict(**CALL, num_images_per_prompt=4, seeds=[0, 1, 2, 3])
     rated = realistic.score(realistic(**asked).images, "normal", "oct")
