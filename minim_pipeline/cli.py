@@ -172,11 +172,12 @@ def say_drawn(items: list[Item], folder: Path) -> None:
     if rows:
         drawn = sum(int(row["candidates"]) for row in rows)
         accepted = sum(row["accepted"] == "true" for row in rows)
-        why = {reason: sum(int(row[f"rejected_{reason}"] or 0) for row in rows) for reason in REASONS}
+        why = {reason: sum(int(row.get(f"rejected_{reason}") or 0) for row in rows) for reason in REASONS}
+        unreal = f", {why['realism']} as unlike real images" if "rejected_realism" in rows[0] else ""
         say(
             f"The filter accepted {accepted} of {len(rows)} images. Of {drawn} candidates it left out"
             f" {sum(why.values())}: {why['quality']} for their quality, {why['finding']} for the finding,"
-            f" {why['copy']} as copies of training images."
+            f" {why['copy']} as copies of training images{unreal}."
         )
 
 

@@ -383,7 +383,9 @@ class MinimPipeline(
         self.maybe_free_model_hooks()
         options = {"filter_threshold": filter_threshold, "reject_copies": reject_copies}
         scores, accepted, reasons = self.judge(rated, modalities, **options)
-        return MinimScores(scores.tolist(), accepted.tolist(), reasons, rated.quality.tolist(), rated.finding.tolist())
+        realism = None if rated.realism is None else rated.realism.tolist()
+        ratings = rated.quality.tolist(), rated.finding.tolist(), realism
+        return MinimScores(scores.tolist(), accepted.tolist(), reasons, *ratings)
 
     def denoise(
         self,
@@ -628,7 +630,7 @@ class MinimPipeline(
         choosing = candidates > 1 or max_rounds > 1
 
         # 4. Rounds of drawing: the first draws everything, further ones what fell short
-        selection = Selection(num_images, filtering)
+        selection = Selection(num_images, filtering, self.reject_reasons)
         for number in range(max_rounds):
             # What a callback changed, as diffusers' own that end guidance do, was meant for its round
             self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale

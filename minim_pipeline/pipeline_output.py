@@ -21,8 +21,9 @@ class MinimPipelineOutput(BaseOutput):
         seeds: the int64 that draws the image again as `seeds=[seed]`; `None` where no single number does, because the
             noise came from `latents`, from one generator for several images, or from a generator already in use.
         candidates: how many were drawn for the image.
-        rejected: how many of them were dropped on the way or not accepted, by reason: `"quality"`, `"finding"` and
-            `"copy"` (of a training image); `None` where no filter ran.
+        rejected: how many of them were dropped on the way or not accepted, by reason: `"quality"`, `"finding"`,
+            `"copy"` (of a training image) and, where the filter rates it, `"realism"` (does not look like a real
+            one); `None` where no filter ran.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -39,10 +40,12 @@ class MinimScores(BaseOutput):
 
     Args:
         scores: expected rating, 1.0 to 3.0, of quality and finding together.
-        accepted: whether score and finding reach the thresholds of the modality, and the image is no copy.
-        reasons: why it is not accepted, `"quality"`, `"finding"` or `"copy"`; `None` if it is.
+        accepted: whether score, finding and realism reach the thresholds of the modality, and the image is no copy.
+        reasons: why it is not accepted, `"quality"`, `"finding"`, `"copy"` or `"realism"`; `None` if it is.
         quality: expected rating, 1.0 to 3.0, of the picture.
         finding: likewise, of whether it shows what the prompt says.
+        realism: log ratio of the densities of real and of generated images: below 0, it rather looks like a generated
+            one. No part of the score. `None`, and no entry of a tuple, if the filter does not rate it.
     """
 
     scores: list[float]
@@ -50,3 +53,4 @@ class MinimScores(BaseOutput):
     reasons: list[str | None]
     quality: list[float]
     finding: list[float]
+    realism: list[float] | None = None

@@ -35,8 +35,8 @@ def score_csv(options: ScoreOptions) -> tuple[Path, list[dict[str, str]]]:
     """Rates every image of a CSV for its caption; what was done to the images on reading is told on stderr.
 
     Returns:
-        The path written, and its rows: those of the data, `score`, `quality` and `finding`, ratings from 1 to 3,
-        `accepted`, and `reason`, why not: quality, finding or copy.
+        The path written, and its rows: those of the data, `score`, `quality` and `finding`, ratings from 1 to 3, if
+        the filter rates it `realism`, a log ratio, `accepted`, and `reason`, why not: quality, finding, copy, realism.
     """
     data, reading = options.data, options.reading
     output = options.output or data.with_name(f"{data.stem}-scored.csv")
@@ -66,6 +66,7 @@ def score_csv(options: ScoreOptions) -> tuple[Path, list[dict[str, str]]]:
             for i, row in enumerate(batch):
                 place = os.path.relpath(resolve_path(row, data).resolve(), output.parent.resolve())
                 parts = {"score": rated.scores, "quality": rated.quality, "finding": rated.finding}
+                parts |= {"realism": rated.realism} if rated.realism else {}
                 columns = {name: f"{values[i]:.4f}" for name, values in parts.items()}
                 columns |= {"accepted": str(rated.accepted[i]).lower(), "reason": rated.reasons[i] or ""}
                 scored.append(row | {"path": Path(place).as_posix()} | columns)

@@ -34,7 +34,7 @@ from minim_pipeline.evaluation.metrics import places
 from minim_pipeline.evaluation.sampling import by_modality, plan
 from minim_pipeline.files import write_report
 from minim_pipeline.minim_filter import FilterHead, FilterHeadOutput
-from minim_pipeline.minim_filter.funnel import plan_stages
+from minim_pipeline.minim_filter.funnel import accepted_first, plan_stages
 from minim_pipeline.training.config import Count, Precision, ReadingOptions, Whole, option, parse
 from minim_pipeline.training.filter.candidates import Candidates, draw_candidates, follow
 from minim_pipeline.training.filter.raters import learned_from, read_ratings
@@ -65,7 +65,8 @@ def judge_candidates(pipe: MinimPipeline, drawn: Candidates, modalities: list[st
     """Whether the pipeline accepts each finished candidate, bool [N], and if not, why not."""
     device = pipe.filter_head.device
     quality, finding = drawn.quality[:, -1].to(device), drawn.finding[:, -1].to(device)
-    finished = FilterHeadOutput(quality, finding, None, None, None, drawn.code.to(device))
+    realism = None if drawn.realism is None else drawn.realism[:, -1].to(device)
+    finished = FilterHeadOutput(quality, finding, None, None, None, drawn.code.to(device), realism)
     _, accepted, reasons = pipe.judge(finished, [resolve_modality(name) for name in modalities])
     return accepted.cpu(), reasons
 
@@ -83,7 +84,7 @@ def choices(drawn: Candidates, accepted: Tensor, head: FilterHead, candidates: i
     guided = (drawn.guidance > 0).any(0)
     score, every = (values.view(-1, candidates, values.shape[1]).clone() for values in (drawn.rank(head), drawn.score))
     for values in (score, every):
-        values[:, :, -1] += 4 * accepted.view(-1, candidates)  # at the end accepted ones go first
+        values[:, :, -1] = accepted_first(values[:, :, -1], accepted.view(-1, candidates))  # at the end
     sums = drawn.guidance_sum.view_as(score)
     plans = plan_stages(head.config.stages, candidates)
     ways = {"filter": (score, plans), "filter_at_the_end": (score, [])}

@@ -22,7 +22,12 @@ from minim_pipeline.generate.write import describe
 EXAMPLES = json.loads((Path(__file__).parent / "pages" / "examples.json").read_text(encoding="utf-8"))
 NOTICE = "Synthetic images, for research and teaching. Not a medical device: never for anybody's diagnosis or care."
 PROGRESS = gr.Progress()  # Gradio finds it among a function's defaults, and hands out one for each call
-REASONS = {"quality": "for their quality", "finding": "for the finding", "copy": "as copies of training images"}
+REASONS = {
+    "quality": "for their quality",
+    "finding": "for the finding",
+    "copy": "as copies of training images",
+    "realism": "because they do not look like real ones",
+}
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ def summarise(output, seconds: float) -> str:
     if output.scores[0] is None:
         return f"{len(output.images)} images in {seconds:.0f} s."
     accepted, drawn = sum(output.accepted), sum(output.candidates)
-    why = {reason: sum(counts[reason] for counts in output.rejected) for reason in REASONS}
+    why = {reason: sum(counts.get(reason, 0) for counts in output.rejected) for reason in REASONS}
     reasons = ", ".join(f"{count} {REASONS[reason]}" for reason, count in why.items() if count)
     left_out = f" Of {drawn} candidates it left out {sum(why.values())}: {reasons}." if reasons else ""
     return f"The filter accepted {accepted} of {len(output.images)} images, in {seconds:.0f} s.{left_out}"

@@ -61,7 +61,7 @@ def make_pipeline(tmp_path_factory) -> Callable:
 
     `"minim"` is like the embedded model (8 latent channels, v-prediction, zero terminal SNR, modality tokens), `"sd1"`
     like Stable Diffusion 1.x (4 latent channels, epsilon, PNDM, no tokens, the old `eos_token_id` of 2). With
-    `filtered=True` it has a filter head with random weights.
+    `filtered=True` it has a filter head with random weights, with `realism=True` one that rates realism, too.
     """
     import torch
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PNDMScheduler, UNet2DConditionModel
@@ -71,7 +71,7 @@ def make_pipeline(tmp_path_factory) -> Callable:
 
     torch.set_num_threads(1)
 
-    def make(kind: str = "minim", filtered: bool = False, **kwargs) -> MinimPipeline:
+    def make(kind: str = "minim", filtered: bool = False, realism: bool = False, **kwargs) -> MinimPipeline:
         torch.manual_seed(0)
         tokenizer = _tokenizer(tmp_path_factory.mktemp("tokenizer"), max_length=48)
         text_encoder = CLIPTextModel(
@@ -127,8 +127,9 @@ def make_pipeline(tmp_path_factory) -> Callable:
             "scheduler": scheduler,
             "filter_head": None,
         }
-        if filtered:
-            kwargs = {"filter_head": _filter_head(len(tokenizer), tokenizer.pad_token_id, channels, vae), **kwargs}
+        if filtered or realism:
+            made = _filter_head(len(tokenizer), tokenizer.pad_token_id, channels, vae, realism)
+            kwargs = {"filter_head": made, **kwargs}
         pipe = MinimPipeline(**{**components, **kwargs})
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -136,7 +137,7 @@ def make_pipeline(tmp_path_factory) -> Callable:
     return make
 
 
-def _filter_head(vocab_size: int, pad_token_id: int, channels: int, vae):
+def _filter_head(vocab_size: int, pad_token_id: int, channels: int, vae, realism: bool):
     """A filter head in miniature whose ratings differ well from image to image."""
     import torch
 
@@ -157,6 +158,8 @@ def _filter_head(vocab_size: int, pad_token_id: int, channels: int, vae):
         calibration={name: {"score": 1.0, "finding": 1.0} for name in MODALITIES},
         enough=(3.0, 3.0),
         guidance_weight=0.0,
+        rates_realism=realism,
+        realism_weight=0.0,
     )
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.5)

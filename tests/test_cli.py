@@ -550,6 +550,25 @@ def test_the_filter_chooses_and_says_so(filtered_dir, tmp_path, capsys):
     assert "accepted" not in read_csv(tmp_path / "off/data.csv")[0]
 
 
+@pytest.mark.parametrize("least", [-1e9, 1e9])
+def test_what_does_not_look_real_is_counted_and_told(make_pipeline, tmp_path, capsys, least):
+    pipe = make_pipeline(realism=True, num_candidates=2)
+    entry = {"score": 1.0, "finding": 1.0, "realism": least}
+    pipe.filter_head.register_to_config(stages=(), calibration={"oct": entry})
+    pipe.save_pretrained(tmp_path / "model")
+    options = [option for option in ONE_PROMPT if option != "--quiet"]
+    common = ["--model", str(tmp_path / "model"), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["generate", *common, *map(str, options)]) == 0
+    rows = read_csv(tmp_path / "out/data.csv")
+    counts = [int(row["rejected_realism"]) for row in rows]
+    assert counts == [2 if least > 0 else 0] * 3
+    assert f"copies of training images, {sum(counts)} as unlike real images." in capsys.readouterr().err
+    assert main(["score", "--data", str(tmp_path / "out/data.csv"), "--device", "cpu", *common[:2]]) == 0
+    scored = read_csv(tmp_path / "out/data-scored.csv")
+    assert {row["reason"] for row in scored} == ({"realism"} if least > 0 else {""})
+    assert len({float(row["realism"]) for row in scored}) == 3
+
+
 def test_numbers_that_may_be_broken_are_taken_so(no_drawing, tmp_path):
     options = ["--guidance-scale", "2.5", "--filter-threshold", "2.25"]
     assert main(["generate", *ONE_PROMPT[:4], *options, "--output-dir", str(tmp_path / "out"), "--quiet"]) in (0, 2)

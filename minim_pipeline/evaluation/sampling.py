@@ -21,8 +21,9 @@ Texts = Sequence[str]
 
 
 def joined(parts: list[Parts]) -> Parts:
-    """One dataclass of tensors out of many, as batches bring them."""
-    return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+    """One dataclass of tensors out of many, as batches bring them; what the first has not, none has."""
+    there = [name for name, value in vars(parts[0]).items() if value is not None]
+    return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts]) for name in there})
 
 
 @torch.no_grad()

@@ -24,9 +24,9 @@ GRID_IMAGES = 64  # a grid shows so many at most
 # Of data.csv, after path, Text, modality and seed.
 COLUMNS = ("synthetic", "model", "revision", "steps", "guidance", "scheduler", "negative_prompt", "lora")
 # Why a candidate of the filter does not come back: as `minim_filter.funnel` has them, without importing torch.
-REASONS = ("quality", "finding", "copy")
+REASONS = ("quality", "finding", "copy", "realism")
 # After those, where a filter ran; `drawn_seed` is that of the candidate that came back.
-FILTER_COLUMNS = ("score", "accepted", "candidates", "drawn_seed", *(f"rejected_{name}" for name in REASONS))
+FILTER_COLUMNS = ("score", "accepted", "candidates", "drawn_seed", *(f"rejected_{name}" for name in REASONS[:3]))
 
 
 def generate(items: Sequence[Item], output_dir: str | Path, options: GenerateOptions | None = None) -> int:
@@ -62,7 +62,9 @@ def generate(items: Sequence[Item], output_dir: str | Path, options: GenerateOpt
     pipe.resolve_prompts([item.text for item in items], [item.modality.id for item in items], len(items))
     settings = settings_of(pipe, options, filtering)
     columns = [*COLUMNS, *(name for name in ("unet", "modality_learned") if name in settings)]
-    columns += [*FILTER_COLUMNS * filtering, *(column for item in items for column in item.extra)]
+    columns += FILTER_COLUMNS * filtering
+    columns += ["rejected_realism"] * (filtering and "realism" in pipe.reject_reasons)
+    columns += [column for item in items for column in item.extra]
     with locked(output_dir, state):
         part = state.process_index if state.num_processes > 1 else None
         writer = DatasetWriter(output_dir, columns, settings, part, count=len(items))

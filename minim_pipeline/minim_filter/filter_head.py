@@ -3,7 +3,8 @@
 A small network on what a sampler has in hand at any step: the noisy latents, the estimate of the clean ones that the
 U-Net gives for free, the noise level and the prompt's token ids. Scoring latents and not images, at every noise level,
 is the idea of latent reward models (arXiv 2502.01051); two ratings, of quality and of agreement with the text, are
-ImageReward's (arXiv 2304.05977), here as two outputs.
+ImageReward's (arXiv 2304.05977), here as two outputs. A third, of how far the image is from real ones, is the
+discriminator of DiffRS (arXiv 2405.17880).
 """
 
 import copy
@@ -20,7 +21,7 @@ from torch import nn
 
 @dataclass
 class FilterHeadOutput(BaseOutput):
-    """Two ordinal ratings of each image, in fp32; `*_probs` are those of the ratings 1, 2 and 3.
+    """Ordinal ratings of each image, in fp32; `*_probs` are those of the ratings 1, 2 and 3.
 
     Args:
         quality: expected rating in [1, 3], shape (N,).
@@ -29,6 +30,8 @@ class FilterHeadOutput(BaseOutput):
         finding_probs: (N, 3).
         features: what the ratings are read from, (N, F).
         code: (N, B), of which the signs are the image's fingerprint; of finished images only.
+        realism: log ratio of the densities of real and of generated images there, (N,): above 0, the image is more
+            likely a real one. None of a head that does not rate it.
     """
 
     quality: torch.Tensor
@@ -37,6 +40,7 @@ class FilterHeadOutput(BaseOutput):
     finding_probs: torch.Tensor
     features: torch.Tensor
     code: torch.Tensor
+    realism: torch.Tensor | None = None
 
 
 class ResnetBlock(nn.Module):
@@ -89,7 +93,7 @@ class FilterHead(ModelMixin, ConfigMixin):
         block_out_channels: channels at a half, and at a quarter of `sample_size`.
         layers_per_block: residual blocks of each.
         text_width: of the two layers that read the prompt.
-        feature_size: of what both outputs are read from.
+        feature_size: of what quality and finding are read from.
         code_size: bits of a fingerprint, a multiple of 8.
         norm_num_groups: of the group norms.
         dropout: in training.
@@ -102,12 +106,14 @@ class FilterHead(ModelMixin, ConfigMixin):
         stages: when the pipeline drops candidates: pairs of a noise level sigma/alpha and the share of candidates
             that is left from there on. With the default, 16 steps and guidance over 60 % of them, the best of 4
             costs 1.85 plain images in samples of the U-Net.
+        rates_realism: whether there is a third output, `realism`.
+        realism_weight: of the log ratio `realism`, added like what guidance did; not part of any score either.
     """
 
     # Thresholds were found in fp32, and a rating must not depend on the dtype of the pipeline.
     _keep_in_fp32_modules = [
         *("embed", "stem", "fine", "down", "coarse", "norm", "pool", "code", "text"),
-        *("quality", "finding", "logit_scale"),
+        *("quality", "finding", "realism", "logit_scale"),
     ]
 
     @register_to_config
@@ -131,6 +137,8 @@ class FilterHead(ModelMixin, ConfigMixin):
         enough: tuple[float, float] = (2.0, 2.9),
         guidance_weight: float = 0.1,
         stages: tuple[tuple[float, float], ...] = ((14.0, 0.5), (5.5, 0.0)),
+        rates_realism: bool = False,
+        realism_weight: float = 0.1,
     ):
         super().__init__()
         fine, coarse = block_out_channels
@@ -158,6 +166,10 @@ class FilterHead(ModelMixin, ConfigMixin):
         image, text = nn.Linear(feature_size, text_width), nn.Linear(text_width, text_width)
         self.finding = nn.ModuleDict({"image": image, "text": text, "ordinal": OrdinalOutput(feature_size, width)})
         self.logit_scale = nn.Parameter(torch.tensor(4.0).log())
+        if rates_realism:
+            # Like the code of the pooled features, which further training with ratings leaves as they are.
+            hidden = nn.Linear(pooled + width, feature_size)
+            self.realism = nn.Sequential(hidden, nn.GELU(), nn.Dropout(dropout), nn.Linear(feature_size, 1))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,8 +189,8 @@ class FilterHead(ModelMixin, ConfigMixin):
 
     def encode_image(
         self, noisy: torch.Tensor, clean: torch.Tensor, angle: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Features (N, F) and codes (N, B) of the latents, embeddings (N, E) of the noise level; see `forward`."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pooled features (N, P) of the latents, from which all is read, and embeddings (N, E) of the noise level."""
         # Spread over about the range of the timesteps that this embedding was made for.
         embedding = self.embed(get_timestep_embedding(angle.float() * 600, self.embed[0].in_features))  # [N, E]
         x = self.stem(torch.cat([noisy.float(), clean.float()], 1))  # [N, C1, h/2, w/2]
@@ -188,8 +200,7 @@ class FilterHead(ModelMixin, ConfigMixin):
         for block in self.coarse:
             y = block(y, embedding)
         pooled = [reduce(maps) for maps in (x, y) for reduce in (lambda m: m.mean((2, 3)), lambda m: m.amax((2, 3)))]
-        pooled = self.norm(torch.cat(pooled, 1))
-        return self.pool(pooled), self.code(pooled), embedding
+        return self.norm(torch.cat(pooled, 1)), embedding
 
     def encode_text(self, input_ids: torch.Tensor) -> torch.Tensor:
         """What the prompts ask for, (N, T) of length 1, from token ids (N, L): the modality's token, then words."""
@@ -230,7 +241,8 @@ class FilterHead(ModelMixin, ConfigMixin):
         """
         # Its own arithmetic is fp32 inside of an autocast region, too.
         with torch.autocast(noisy.device.type, enabled=False):
-            features, code, embedding = self.encode_image(noisy, clean, angle)
+            pooled, embedding = self.encode_image(noisy, clean, angle)
+            features, code = self.pool(pooled), self.code(pooled)
             if text is not None:
                 text = text.float()
             elif input_ids is not None:
@@ -242,5 +254,7 @@ class FilterHead(ModelMixin, ConfigMixin):
             quality = self.quality["ordinal"](score, features, embedding)
             finding = self.finding["ordinal"](self.match(features, text), features, embedding)
             ratings = torch.tensor([1.0, 2.0, 3.0], device=noisy.device)
-            output = FilterHeadOutput(quality @ ratings, finding @ ratings, quality, finding, features, code)
+            rates = self.config.rates_realism
+            realism = self.realism(torch.cat([pooled, embedding], 1))[:, 0] if rates else None
+            output = FilterHeadOutput(quality @ ratings, finding @ ratings, quality, finding, features, code, realism)
         return output if return_dict else output.to_tuple()

@@ -7,7 +7,7 @@ from diffusers import ConfigMixin
 from ..modalities import Modality
 from ..tokens import prompt_text
 from .filter_head import FilterHeadOutput
-from .funnel import Funnel
+from .funnel import REASONS, Funnel
 from .seeds import draw_seeds
 from .selection import RoundResult, choose_best, judge
 
@@ -44,13 +44,22 @@ class Filtering(ConfigMixin):
             return "which reads the prompt's words: pass `prompt`"
         return "which output_type='latent' bypasses" if output_type == "latent" else None
 
+    @property
+    def reject_reasons(self) -> tuple[str, ...]:
+        """Why a candidate may not come back: without "realism" where the head does not rate that."""
+        return REASONS if self.filter_head is not None and self.filter_head.config.rates_realism else REASONS[:-1]
+
     def rate_pictures(
         self, pictures: list[PIL.Image.Image], prompts: list[str], modalities: list[Modality], device: torch.device
     ) -> FilterHeadOutput:
         """The filter head's ratings of finished pictures, which are brought to the size that it has learned."""
-        pixels = self.image_processor.preprocess(pictures, *self.learned_size)  # (N, 3, H, W) in [-1, 1]
         funnel = self.prepare_funnel(prompts, modalities, list(range(len(prompts))), 1, device)
-        return funnel.rate(self.encode_images(pixels.to(device)))
+        return funnel.rate(self.encode_pictures(pictures, device))
+
+    def encode_pictures(self, pictures: list[PIL.Image.Image], device: torch.device) -> torch.Tensor:
+        """Latents (N, C, h, w) of the size that the filter head has learned."""
+        pixels = self.image_processor.preprocess(pictures, *self.learned_size)  # (N, 3, H, W) in [-1, 1]
+        return self.encode_images(pixels.to(device))
 
     def prepare_funnel(
         self, prompts: list[str], modalities: list[Modality], wanted: list[int], candidates: int, device: torch.device
@@ -90,10 +99,16 @@ class Filtering(ConfigMixin):
             images = self.decode_latents(latents, modalities) if decode else latents
             return RoundResult(images, list(range(count)), [None] * count, [None] * count, [])
 
-        left, of_image = funnel.alive.tolist(), funnel.image[funnel.alive].tolist()
-        rated = funnel.rate(latents)
+        left = funnel.alive.tolist()
         # A batch that was filled up holds the last image again.
-        _, passed, reasons = self.judge(rated, [modalities[min(i, count - 1)] for i in of_image], **options)
+        kinds = [modalities[min(i, count - 1)] for i in funnel.image[funnel.alive].tolist()]
+        finished = latents
+        if self.filter_head.config.rates_realism and len(left) > count:
+            # Realism is learned of pictures: latents that come from no picture lie elsewhere, whatever they show
+            pictures = self.image_processor.postprocess(self.decode_latents(latents, kinds), output_type="pil")
+            finished = self.encode_pictures(pictures, latents.device)
+        rated = funnel.rate(finished)
+        _, passed, reasons = self.judge(rated, kinds, **options)
         best, rejected = choose_best(funnel, rated, passed, reasons)
         best = best[:count]
 

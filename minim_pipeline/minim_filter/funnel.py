@@ -15,8 +15,8 @@ from .estimate import estimate_clean, noise_angles
 from .filter_head import FilterHead, FilterHeadOutput
 
 
-# Why a candidate does not come back.
-REASONS = ("quality", "finding", "copy")
+# Why a candidate does not come back; the last only where the head rates realism.
+REASONS = ("quality", "finding", "copy", "realism")
 
 
 def combine(quality: torch.Tensor, finding: torch.Tensor) -> torch.Tensor:
@@ -25,13 +25,9 @@ def combine(quality: torch.Tensor, finding: torch.Tensor) -> torch.Tensor:
 
 
 def rank(
-    quality: torch.Tensor,
-    finding: torch.Tensor,
-    guidance: torch.Tensor,
-    enough: tuple[float, float],
-    guidance_weight: float,
+    quality: torch.Tensor, finding: torch.Tensor, guidance: torch.Tensor, realism: torch.Tensor | None, config
 ) -> torch.Tensor:
-    """By what the candidates of an image are chosen: both ratings as one, and a little of what guidance did.
+    """By what the candidates of an image are chosen: both ratings as one, what guidance did, and how real they look.
 
     How far predictions with and without the prompt lie apart, summed over the steps, tells images that show their
     prompt from others (CFG-Rejection, arXiv 2505.23343); it costs nothing, and errs elsewhere than the head does.
@@ -39,10 +35,17 @@ def rank(
     Args:
         quality, finding: ratings (N,), of which each counts only up to `enough` (see `FilterHead`).
         guidance: (N,), the sum so far; only its ratios within an image matter, 0 before guidance acts.
-        enough, guidance_weight: of the head's config.
+        realism: log ratios (N,), None of a head that does not rate it.
+        config: the head's, with `enough`, `guidance_weight` and `realism_weight`.
     """
-    ratings = combine(quality.clamp(max=enough[0]), finding.clamp(max=enough[1]))
-    return ratings + guidance_weight * guidance.clamp(min=1e-12).log()
+    ratings = combine(quality.clamp(max=config.enough[0]), finding.clamp(max=config.enough[1]))
+    ratings = ratings + config.guidance_weight * guidance.clamp(min=1e-12).log()
+    return ratings if realism is None else ratings + config.realism_weight * realism
+
+
+def accepted_first(scores: torch.Tensor, passed: torch.Tensor) -> torch.Tensor:
+    """Scores, of any shape, by which those that `passed` go before all others, each kind in its order."""
+    return scores + passed * (1 + scores.max() - scores.min())
 
 
 def guidance_strength(cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
@@ -172,9 +175,7 @@ class Funnel:
 
     def rank(self, rated: FilterHeadOutput) -> torch.Tensor:
         """By what those still on their way are chosen (m,); see the function of this name."""
-        config = self.head.config
-        guidance = self.guidance[self.alive]
-        return rank(rated.quality, rated.finding, guidance, config.enough, config.guidance_weight)
+        return rank(rated.quality, rated.finding, self.guidance[self.alive], rated.realism, self.head.config)
 
     def keep(self, scores: torch.Tensor, count: int) -> torch.Tensor:
         """Keeps the best `count` of each image by their scores (m,): indices into the batch, in its order."""

@@ -5,7 +5,7 @@ rounds: what falls short until then comes back too, and says so.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -13,7 +13,7 @@ from ..modalities import Modality
 from ..notices import warn_once
 from .filter_head import FilterHead, FilterHeadOutput
 from .fingerprints import distances
-from .funnel import REASONS, Funnel, combine, weaker
+from .funnel import REASONS, Funnel, accepted_first, combine, weaker
 
 
 # Of people's, from which on a modality's thresholds are said to be calibrated.
@@ -31,12 +31,14 @@ class Thresholds:
         finding: least rating in [1, 3] of the finding alone.
         copy: bits by which the fingerprint of a copy differs at most; -1 where no copies are known.
         ratings: how many of people's the filter has learned.
+        realism: least log ratio of `FilterHeadOutput.realism`; None where it does not count.
     """
 
     score: float = 2.0
     finding: float = 2.0
     copy: int = -1
     ratings: int = 0
+    realism: float | None = None
 
     @classmethod
     def read(cls, calibration: dict[str, dict] | None) -> dict[str, "Thresholds"]:
@@ -47,6 +49,10 @@ class Thresholds:
     def of(cls, config, modality_id: str) -> "Thresholds":
         """Those of one modality in the config of a filter head."""
         return cls.read(config.calibration).get(modality_id, cls())
+
+    def entry(self) -> dict[str, float]:
+        """As `FilterHead.config.calibration` has it: what does not count is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def thresholds_of(head: FilterHead, modalities: list[Modality]) -> list[Thresholds]:
@@ -72,6 +78,14 @@ def are_copies(head: FilterHead, rated: FilterHeadOutput, thresholds: list[Thres
     return distances(rated.code, head.fingerprints) <= limits
 
 
+def look_real(rated: FilterHeadOutput, thresholds: list[Thresholds]) -> torch.Tensor:
+    """Which images reach the realism of their thresholds: bool (N,); all of a head that does not rate it."""
+    if rated.realism is None:
+        return torch.ones(len(thresholds), dtype=torch.bool, device=rated.finding.device)
+    least = [-torch.inf if t.realism is None else t.realism for t in thresholds]
+    return rated.realism >= rated.realism.new_tensor(least)
+
+
 def judge(
     head: FilterHead,
     rated: FilterHeadOutput,
@@ -81,15 +95,17 @@ def judge(
 ) -> tuple[torch.Tensor, torch.Tensor, list[str | None]]:
     """Scores (N,) in [1, 3]; bool (N,), whether finished images are accepted; and if not, why not.
 
-    Accepted is an image whose score and finding reach the thresholds of its modality, and that is no copy of a
-    training image. `filter_threshold` takes the place of the score's.
+    Accepted is an image whose score, finding and realism reach the thresholds of its modality, and that is no copy
+    of a training image. `filter_threshold` takes the place of the score's.
     """
     thresholds = thresholds_of(head, modalities)
     scores = combine(rated.quality, rated.finding)
     least = scores.new_tensor([t.score if filter_threshold is None else filter_threshold for t in thresholds])
     least_finding = scores.new_tensor([t.finding for t in thresholds])
-    reason = torch.where(rated.finding < least_finding, REASONS.index("finding"), weaker(rated))
-    passed = (scores >= least) & (rated.finding >= least_finding)
+    real = look_real(rated, thresholds)
+    reason = torch.where(real, weaker(rated), REASONS.index("realism"))
+    reason = torch.where(rated.finding < least_finding, REASONS.index("finding"), reason)
+    passed = (scores >= least) & (rated.finding >= least_finding) & real
     if reject_copies:
         copies = are_copies(head, rated, thresholds)
         reason, passed = torch.where(copies, REASONS.index("copy"), reason), passed & ~copies
@@ -109,7 +125,7 @@ def choose_best(
         For each image the index of its best among those m; image and reason of each candidate that is not chosen.
     """
     images = funnel.image[funnel.alive].tolist()
-    best = funnel.keep(funnel.rank(rated) + 4 * passed, 1).tolist()
+    best = funnel.keep(accepted_first(funnel.rank(rated), passed), 1).tolist()
     others = [(image, reason) for k, (image, reason) in enumerate(zip(images, reasons)) if k not in best]
     return best, funnel.dropped + others
 
@@ -135,13 +151,13 @@ class RoundResult:
 class Selection:
     """What the rounds of a call have found for each of its images so far, as lists in the order of the images."""
 
-    def __init__(self, num_images: int, filtering: bool):
+    def __init__(self, num_images: int, filtering: bool, reasons: Sequence[str] = REASONS):
         self.images: list[torch.Tensor | None] = [None] * num_images
         self.scores: list[float | None] = [None] * num_images
         self.accepted: list[bool | None] = [None] * num_images
         self.seeds: list[int | None] = [None] * num_images
         self.candidates = [0] * num_images
-        self.rejected = [dict.fromkeys(REASONS, 0) if filtering else None for _ in range(num_images)]
+        self.rejected = [dict.fromkeys(reasons, 0) if filtering else None for _ in range(num_images)]
 
     @property
     def wanted(self) -> list[int]:

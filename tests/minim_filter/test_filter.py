@@ -198,6 +198,55 @@ def test_of_equals_that_comes_back_which_the_prompt_moved_most(filtered):
     assert first == drawn[::3], "without guidance the first drawn"
 
 
+@pytest.fixture
+def realistic(make_pipeline):
+    """A pipeline whose filter rates realism, too."""
+    return make_pipeline(realism=True)
+
+
+def test_of_equals_that_comes_back_which_looks_most_like_a_real_one(realistic, monkeypatch):
+    stages(realistic)
+    realistic.filter_head.register_to_config(enough=(1.0, 1.0), realism_weight=1.0)
+    settings, seen = dict(**CALL, num_images_per_prompt=3, num_candidates=4), ratings_of(realistic, monkeypatch)
+    out = realistic(**settings, generator=generator())
+    drawn, realism = realistic.draw_seeds(range(3), 4, generator()), seen[0].realism.view(3, 4)
+    assert out.seeds == [drawn[4 * i + k] for i, k in enumerate(realism.argmax(1).tolist())]
+    assert out.seeds != drawn[::4]
+    stages(realistic, (20.0, 0.5), (1.0, 0.0))
+    realistic.filter_head.register_to_config(realism_weight=0.0)
+    assert realistic(**settings, generator=generator()).seeds == drawn[::4], "of equals the first drawn"
+
+
+def test_of_finished_candidates_that_comes_back_whose_picture_looks_real_enough(realistic):
+    """Not that whose latents do: they were never those of a picture."""
+    stages(realistic)
+    seeds = realistic.draw_seeds([0], 6, generator())
+    pictures = realistic("normal", "oct", num_images_per_prompt=6, seeds=seeds).images
+    realism = realistic.score(pictures, "normal", "oct").realism
+    second, best = sorted(range(6), key=realism.__getitem__)[-2:]
+    least = (realism[second] + realism[best]) / 2
+    entry = {"score": 1.0, "finding": 1.0, "ratings": 20, "realism": least}
+    realistic.filter_head.register_to_config(calibration=dict.fromkeys(realistic.config.modalities, entry))
+    out = realistic(**CALL, num_candidates=6, generator=generator())
+    assert out.seeds == [seeds[best]] and out.accepted == [True]
+    assert out.rejected[0]["realism"] == 5
+
+
+def test_what_does_not_look_like_a_real_one_is_told(realistic, filtered):
+    asked = dict(**CALL, num_images_per_prompt=4, seeds=[0, 1, 2, 3])
+    rated = realistic.score(realistic(**asked).images, "normal", "oct")
+    least = sorted(rated.realism)[2] - 1e-4
+    entry = {"score": 1.0, "finding": 1.0, "ratings": 20, "realism": least}
+    realistic.filter_head.register_to_config(calibration=dict.fromkeys(realistic.config.modalities, entry))
+    out = realistic(**asked)
+    assert out.accepted == [value >= least for value in rated.realism] and out.accepted.count(True) == 2
+    assert out.scores == rated.scores, "it is no part of the score"
+    assert [counts["realism"] for counts in out.rejected] == [not accepted for accepted in out.accepted]
+    again = realistic.score(out.images, "normal", "oct")
+    assert again.reasons == [None if accepted else "realism" for accepted in out.accepted]
+    assert filtered.score(out.images, "normal", "oct").realism is None
+
+
 @pytest.mark.parametrize("ratings", [0, 19, 20])
 def test_who_has_not_been_rated_by_people_is_told_once(filtered, ratings, caplog):
     entry = {"score": 1.0, "finding": 1.0, "ratings": ratings}

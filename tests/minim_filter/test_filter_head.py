@@ -1,5 +1,6 @@
 """The filter head: ratings of latents that do not depend on dtype, batch or scheduler; and the estimates it reads."""
 
+import json
 import math
 
 import pytest
@@ -13,14 +14,24 @@ from minim_pipeline.minim_filter.estimate import estimate_clean, noise_angles
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def head() -> FilterHead:
+def make_head(**more) -> FilterHead:
     torch.manual_seed(0)
     sizes = dict(block_out_channels=(8, 16), layers_per_block=1, text_width=8, feature_size=12, norm_num_groups=4)
-    made = FilterHead(in_channels=4, sample_size=8, vocab_size=50, max_length=6, pad_token_id=9, **sizes)
+    made = FilterHead(in_channels=4, sample_size=8, vocab_size=50, max_length=6, pad_token_id=9, **sizes, **more)
     for parameter in made.parameters():  # some weights start at 0
         torch.nn.init.normal_(parameter, std=0.3)
     return made.eval()
+
+
+@pytest.fixture(scope="module")
+def head() -> FilterHead:
+    return make_head()
+
+
+@pytest.fixture(scope="module")
+def realist() -> FilterHead:
+    """A head that rates realism, too."""
+    return make_head(rates_realism=True)
 
 
 def inputs(count: int = 5) -> dict[str, torch.Tensor]:
@@ -75,6 +86,38 @@ def test_ratings_do_not_follow_the_dtype_of_the_pipeline(head, tmp_path):
         torch.testing.assert_close(loaded(**inputs()).quality, expected.quality)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(head(**inputs()).finding, expected.finding)
+
+
+@torch.no_grad()
+def test_heads_that_were_saved_before_realism_rate_as_they_did_bit_for_bit(head, tmp_path):
+    head.save_pretrained(tmp_path)
+    expected = FilterHead.from_pretrained(tmp_path).eval()(**inputs())
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["rates_realism"], config["realism_weight"]
+    path.write_text(json.dumps(config))
+    old = FilterHead.from_pretrained(tmp_path).eval()
+    assert not any(name.startswith("realism") for name in old.state_dict())
+    rated = old(**inputs())
+    assert rated.realism is None and len(rated.to_tuple()) == 6
+    assert all(a.equal(b) for a, b in zip(rated.to_tuple(), expected.to_tuple(), strict=True))
+    realist = make_head(rates_realism=True)
+    realist.load_state_dict({**realist.state_dict(), **head.state_dict()})
+    both = realist(**inputs()), head(**inputs())
+    assert both[0].quality.equal(both[1].quality) and both[0].finding.equal(both[1].finding)
+
+
+@torch.no_grad()
+def test_realism_is_a_log_ratio_of_the_image_alone_in_fp32(realist, tmp_path):
+    expected = realist(**inputs()).realism
+    assert expected.shape == (5,) and expected.dtype == torch.float32 and expected.std() > 0
+    other = inputs() | {"input_ids": torch.tensor([[1, 30, 31, 2, 9, 9]]).repeat(5, 1)}
+    assert realist(**other).realism.equal(expected), "the words do not count"
+    realist.save_pretrained(tmp_path)
+    loaded = FilterHead.from_pretrained(tmp_path, dtype=torch.float16).eval()
+    torch.testing.assert_close(loaded.to(torch.float16)(**inputs()).realism, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(realist(**inputs()).realism, expected)
 
 
 def test_the_embedded_size_is_small_beside_the_embedded_unet():

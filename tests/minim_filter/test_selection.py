@@ -1,23 +1,23 @@
 """Thresholds, and which candidate of each image comes back, and what is drawn again."""
 
 import json
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from minim_pipeline import EMBEDDED_CHECKPOINT
-from minim_pipeline.minim_filter.funnel import Batch
+from minim_pipeline import EMBEDDED_CHECKPOINT, resolve_modality
+from minim_pipeline.minim_filter import FilterHeadOutput
+from minim_pipeline.minim_filter.funnel import Batch, accepted_first
 from minim_pipeline.minim_filter.seeds import draw_seeds, prepare_generators, redrawing_seed
-from minim_pipeline.minim_filter.selection import RoundResult, Selection, Thresholds
+from minim_pipeline.minim_filter.selection import RoundResult, Selection, Thresholds, judge
 
 
 def test_thresholds_of_the_embedded_model_are_read_as_they_were_saved():
     config = json.loads((EMBEDDED_CHECKPOINT / "filter_head" / "config.json").read_text())
     thresholds = Thresholds.read(config["calibration"])
     assert thresholds["fundus"] == Thresholds(score=2.4345, finding=2.0, copy=39, ratings=281)
-    assert {name: asdict(entry) for name, entry in thresholds.items()} == config["calibration"]
+    assert {name: entry.entry() for name, entry in thresholds.items()} == config["calibration"]
     assert Thresholds.of(SimpleNamespace(**config), "cxr").copy == 58
 
 
@@ -27,6 +27,32 @@ def test_a_modality_without_thresholds_has_those_of_the_middle(calibration):
     assert Thresholds.of(config, "cxr") == Thresholds(score=2.0, finding=2.0, copy=-1, ratings=0)
     if calibration:
         assert Thresholds.of(config, "oct") == Thresholds(2.5, 2.0, copy=-1, ratings=0), "as older heads have them"
+
+
+def test_a_least_realism_is_saved_where_there_is_one():
+    assert set(Thresholds().entry()) == {"score", "finding", "copy", "ratings"}
+    entry = Thresholds(2.5, realism=-1.5).entry()
+    assert entry["realism"] == -1.5 and Thresholds.read({"oct": entry})["oct"].realism == -1.5
+
+
+def test_accepted_ones_go_first_however_far_the_scores_lie_apart():
+    scores, passed = torch.tensor([9.0, -40.0, 2.0, -3.0]), torch.tensor([False, True, False, True])
+    assert accepted_first(scores, passed).argsort(descending=True).tolist() == [3, 1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("realism", "finding", "reason"), [(-1.0, 3.0, "realism"), (0.5, 3.0, None), (-1.0, 1.5, "finding")]
+)
+def test_what_does_not_look_real_is_rejected_and_told(realism, finding, reason):
+    calibration = {"oct": Thresholds(2.0, 2.0, ratings=20, realism=0.0).entry()}
+    head = SimpleNamespace(config=SimpleNamespace(calibration=calibration), fingerprints=torch.zeros(0, 1))
+    rated = FilterHeadOutput(torch.tensor([3.0]), torch.tensor([finding]), None, None, None, torch.zeros(1, 8))
+    scores, passed, reasons = judge(head, rated, [resolve_modality("oct")])
+    assert reasons == ["finding" if finding < 2 else None], "of a head that does not rate it nothing is asked"
+    rated.realism = torch.tensor([realism])
+    assert judge(head, rated, [resolve_modality("oct")])[0].equal(scores), "it is no part of the score"
+    _, passed, reasons = judge(head, rated, [resolve_modality("oct")])
+    assert reasons == [reason] and passed.tolist() == [reason is None]
 
 
 def result(scores: list[float | None], accepted: list[bool | None], rejected=()) -> RoundResult:

@@ -3,8 +3,9 @@
 Thresholds are found on images that the pipeline draws for captions of part C, which neither the head nor the judges
 learned from: for each modality those at which an asked-for share is accepted (--acceptance), or at which an asked-for
 share of the accepted ones shows what it should, as read by classifiers (--precision, --teacher). The finding has a
-floor of its own. When candidates are dropped follows from how well scores at every noise level foretell the final
-one, within the cost allowed (--most_cost). Fingerprints are made of all images of the train split.
+floor of its own, and so has realism: what a share of the real val images reaches (--real_acceptance). When candidates
+are dropped follows from how well scores at every noise level foretell the final one, within the cost allowed
+(--most_cost). Fingerprints are made of all images of the train split.
 """
 
 import itertools
@@ -12,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +38,7 @@ from .candidates import choose_stages, draw_candidates, foretelling, threshold
 from .copies import fingerprints, fit_code, plant, pooled_features, share, veto_report
 from .data import versions
 from .raters import learned_from
+from .realism import realism_thresholds
 
 
 @dataclass(kw_only=True)
@@ -54,6 +57,7 @@ class CalibrationConfig(CsvOptions, HubOptions, PrecisionOptions):
     acceptance: Share = option(0.7, "Share of generated images to accept, or more.")
     precision: Share | None = option(None, "Instead: share of accepted ones that is to be right.")
     teacher: str | None = option(None, "Classifiers that read what the images show, for --precision.")
+    real_acceptance: Share = option(0.95, "Share of real val images that look real enough, where the head rates it.")
     finding_floor: Annotated[float, Range(1, 3)] = option(2.0, "Least rating of the finding, 1 to 3.")
     most_cost: Annotated[float, Range(1, 99)] = option(
         1.95, "Of a returned image, in plain images by samples of the U-Net; in seconds it is some 3 % more."
@@ -132,16 +136,44 @@ class Calibration:
         self.modalities = [class_of(row)[0] for row in planned]
         texts, findings, seeds = ([row[name] for row in planned] for name in ("Text", "finding", "seed"))
         self.drawn = draw_candidates(self.pipe, texts, self.modalities, seeds, config.batch_size, config.bf16)
+        self.finding = self.drawn.finding[:, -1]
         self.right = self.known = None
         if self.teacher is not None:
             probabilities, classes = self.teacher.judge(self.drawn.images), self.teacher.classes
             self.right = torch.from_numpy(finds_asked(probabilities, classes, self.modalities, findings))
             self.known = torch.tensor([class_of(row) in classes for row in planned])
 
+    @cached_property
+    def val_images(self) -> torch.Tensor:
+        """uint8 [N, 3, H, W]"""
+        return self.load_images(self.val_rows)
+
+    def load_images(self, rows: list[dict]) -> torch.Tensor:
+        """uint8 [N, 3, H, W], of the size that the U-Net has learned."""
+        resolution = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        return load_images(rows, self.config.train_data, resolution, reading=self.config.reading)
+
+    def choose_realism(self) -> tuple[dict[str, float], dict[str, dict]]:
+        """The least log ratio of each modality, if the head rates it, and what passes of real and drawn images.
+
+        Drawn images that do not are then taken for such that show nothing of their finding: no score saves them.
+        """
+        config, head, drawn = self.config, self.head, self.drawn
+        if drawn.realism is None or not self.val_rows:
+            return {}, {}
+        options = config.real_acceptance, config.bf16
+        thresholds, figures = realism_thresholds(head, self.pipe, self.val_rows, self.val_images, *options)
+        least = torch.tensor([thresholds.get(name, -torch.inf) for name in self.modalities])
+        passed = drawn.realism[:, -1] >= least
+        for name in figures.keys() & set(self.modalities):
+            figures[name]["generated"] = share(passed[torch.tensor([m == name for m in self.modalities])])
+        self.finding = self.finding.masked_fill(~passed, 0)
+        return thresholds, figures
+
     def choose_thresholds(self) -> tuple[dict[str, float], dict[str, dict]]:
         """The least score of each modality, and what it accepts of the drawn images."""
         config, right, known = self.config, self.right, self.known
-        score, finding = self.drawn.score[:, -1], self.drawn.finding[:, -1]
+        score, finding = self.drawn.score[:, -1], self.finding
         thresholds, figures = {}, {}
         for name in dict.fromkeys(self.modalities):
             own = torch.tensor([m == name for m in self.modalities])
@@ -163,8 +195,7 @@ class Calibration:
     def learn_copies(self) -> tuple[dict[str, int], dict]:
         """Gives the head the fingerprints of the train images; limits of copies by modality, and what they miss."""
         config, head, pipe, rows = self.config, self.head, self.pipe, self.train_rows
-        resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        images = load_images(rows, config.train_data, resolution, reading=config.reading)
+        images = self.load_images(rows)
         several = versions(rows, images, config.code_versions, config.seed, head.device, config.no_mirror)
         features = pooled_features(head, pipe, several, config.bf16).unflatten(0, (len(rows), -1))
         # Part A is what the head has learned from; of the others copies are planted.
@@ -175,9 +206,8 @@ class Calibration:
         head.set_fingerprints(code, known)
         if not (self.val_rows and unseen):
             return {}, {}
-        val_images = load_images(self.val_rows, config.train_data, resolution, reading=config.reading)
         some = unseen[:: max(1, len(unseen) // 500)]
-        val = pooled_features(head, pipe, val_images, config.bf16)
+        val = pooled_features(head, pipe, self.val_images, config.bf16)
         of_val, of_some = [class_of(row)[0] for row in self.val_rows], [class_of(rows[i])[0] for i in some]
         copies = {name: pooled_features(head, pipe, x, config.bf16) for name, x in plant(images[some]).items()}
         return veto_report(code, known, val, of_val, copies, of_some, config.copy_false_alarms)
@@ -186,20 +216,22 @@ class Calibration:
         """Draws, chooses, and writes head, pictures and report, which it returns."""
         config, output = self.config, self.config.output
         self.draw()
+        least_real, realism = self.choose_realism()
         thresholds, figures = self.choose_thresholds()
         stages, plans = choose_stages(self.drawn, config.candidates, config.most_cost, self.head)
         table = foretelling(self.drawn, self.right, self.known)
         limits, copies = self.learn_copies()
-        calibration = {
-            name: asdict(Thresholds(round(least, 4), config.finding_floor, limits.get(name, -1), self.people[name]))
-            for name, least in thresholds.items()
-        }
+        calibration = {}
+        for name, least in thresholds.items():
+            floors = config.finding_floor, limits.get(name, -1), self.people[name], least_real.get(name)
+            calibration[name] = Thresholds(round(least, 4), *floors).entry()
         self.head.register_to_config(calibration=calibration, stages=stages)
-        last = self.drawn.score[:, -1], self.drawn.finding[:, -1]
+        last = self.drawn.score[:, -1], self.finding
         acceptance_curves(*last, self.modalities, calibration, output / "acceptance.png")
         noise_curves(table, stages, output / "noise.png")
         save_model(self.head.half(), output / "filter_head")
         report = {"calibration": calibration, "generated": figures, "copies": copies, "stages": stages}
+        report |= {"realism": realism} if realism else {}
         print(json.dumps(report | {"noise": table}, indent=2))
         report = {"arguments": asdict(config)} | report | {"plans": plans, "noise": table}
         write_report(output / "report.json", report)

@@ -34,6 +34,7 @@ class Candidates:
     levels: torch.Tensor  # [S + 1], sigma / alpha of each step, 0 at the end
     code: torch.Tensor  # [N, B], of the finished images
     images: torch.Tensor  # uint8 [N, 3, H, W]
+    realism: torch.Tensor | None = None  # [N, S + 1], log ratios, of a head that rates it
 
     @property
     def score(self) -> torch.Tensor:
@@ -48,8 +49,7 @@ class Candidates:
 
     def rank(self, head: FilterHead) -> torch.Tensor:
         """By what the funnel chooses, [N, S + 1]."""
-        config = head.config
-        return rank(self.quality, self.finding, self.guidance_sum, config.enough, config.guidance_weight)
+        return rank(self.quality, self.finding, self.guidance_sum, self.realism, head.config)
 
 
 @torch.no_grad()
@@ -76,12 +76,12 @@ def draw_candidates(
         # As the pipeline has the last word: on the picture, not on the latents that it was decoded from
         pictures = pipe.image_processor.postprocess(decoded, output_type="pil")
         rated.append(pipe.rate_pictures(pictures, texts, kinds, pipe.device))
-        quality, finding = (torch.stack([getattr(r, part) for r in rated], 1) for part in ("quality", "finding"))
+        names = ("quality", "finding", "realism")[: 3 if pipe.filter_head.config.rates_realism else 2]
+        ratings = {name: torch.stack([getattr(r, name) for r in rated], 1).cpu() for name in names}
         levels = torch.stack([angle[0].clamp(max=1.5707).tan() for _, _, angle, _ in steps]).cpu()
-        guidance = torch.stack([moved for *_, moved in steps], 1)
-        quality, finding, guidance = quality.cpu(), finding.cpu(), guidance.cpu()
-        code, levels = rated[-1].code.cpu(), F.pad(levels, (0, 1))
-        parts.append(Candidates(quality, finding, guidance, levels, code, bytes_of(decoded)))
+        guidance = torch.stack([moved for *_, moved in steps], 1).cpu()
+        rest = {"code": rated[-1].code.cpu(), "images": bytes_of(decoded)}
+        parts.append(Candidates(**ratings, guidance=guidance, levels=F.pad(levels, (0, 1)), **rest))
     return replace(joined(parts), levels=parts[0].levels)
 
 

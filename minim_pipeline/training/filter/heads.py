@@ -1,7 +1,7 @@
 """Filter heads to start with: new, made of another, or what is left of one when its pipeline is trained on."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +11,7 @@ from ...minim_filter.selection import Thresholds
 from ...modalities import MODALITIES
 
 
-def new_head(pipe: MinimPipeline, block_out_channels: tuple[int, int]) -> FilterHead:
+def new_head(pipe: MinimPipeline, block_out_channels: tuple[int, int], rates_realism: bool = False) -> FilterHead:
     """A head with random weights for the latents and the tokenizer of `pipe`."""
     return FilterHead(
         in_channels=pipe.unet.config.in_channels,
@@ -21,6 +21,7 @@ def new_head(pipe: MinimPipeline, block_out_channels: tuple[int, int]) -> Filter
         max_length=pipe.tokenizer.model_max_length,
         pad_token_id=pipe.tokenizer.pad_token_id,
         block_out_channels=block_out_channels,
+        rates_realism=rates_realism,
     )
 
 
@@ -31,7 +32,8 @@ def extend_head(base: FilterHead, pipe: MinimPipeline) -> FilterHead:
     does that of a token which lay there unused, of a modality for which a calibrated head has no thresholds.
 
     Thresholds stay until `calibrate_filter.py` finds new ones. Fingerprints go, and with them the thresholds for
-    copies: they are read from features that are about to change. The code, which that script fits, begins anew.
+    copies: they are read from features that are about to change. The code, which that script fits, begins anew. The
+    thresholds of realism go as well: no scale from 1 to 3 holds them.
 
     Raises:
         ValueError: `base` was trained for other latents, or for a larger vocabulary.
@@ -44,7 +46,7 @@ def extend_head(base: FilterHead, pipe: MinimPipeline) -> FilterHead:
     if len(tokenizer) < old:
         raise ValueError(f"The head was trained for {old} tokens, the pipeline has only {len(tokenizer)}.")
     thresholds = Thresholds.read(base.config.calibration)
-    calibration = {name: asdict(replace(found, copy=-1)) for name, found in thresholds.items()} or None
+    calibration = {name: replace(found, copy=-1, realism=None).entry() for name, found in thresholds.items()} or None
     changed = {"vocab_size": len(tokenizer), "num_fingerprints": 0, "calibration": calibration}
     head = FilterHead.from_config({**base.config, **changed})
     fresh = {name: value for name, value in head.state_dict().items() if name.startswith("code.")}

@@ -12,6 +12,7 @@ from .config import FilterConfig
 from .data import Drawn, Pool
 from .estimates import NoisedEstimates
 from .raters import Raters
+from .realism import Counterparts
 
 
 Batch = dict[str, torch.Tensor]
@@ -65,11 +66,42 @@ def look_alike(a: tuple[str, str], b: tuple[str, str]) -> bool:
 
 
 class Lessons:
-    """Makes training batches from the pool and the trajectories, with the U-Net's estimates."""
+    """Makes training batches from the pool, the trajectories and the counterparts, with the U-Net's estimates."""
 
-    def __init__(self, config: FilterConfig, pipe: MinimPipeline, captions: Captions, pool: Pool, drawn: Drawn):
+    def __init__(
+        self,
+        config: FilterConfig,
+        pipe: MinimPipeline,
+        captions: Captions,
+        pool: Pool,
+        drawn: Drawn,
+        counterparts: Counterparts | None = None,
+    ):
         self.config, self.captions, self.pool, self.drawn = config, captions, pool, drawn
         self.estimates, self.weights = NoisedEstimates(pipe, config.bf16), pool.weights()
+        self.counterparts = counterparts
+        if counterparts is not None:
+            self.counterpart_weights = counterparts.weights()
+
+    def drawn_batch(self, count: int, g: torch.Generator) -> Batch:
+        """`count` of each kind that a step sees."""
+        kinds = [self.from_pool(count, g), self.from_trajectories(count, g)]
+        if self.counterparts is not None:
+            kinds.append(self.from_counterparts(self.counterparts, count, g))
+        return join_batches(*kinds)
+
+    def unknown(self, count: int) -> Batch:
+        """What a batch says of images of which nothing is known."""
+        shows = self.pool.shows.new_zeros(count, self.pool.shows.shape[1])
+        label = torch.zeros(count, dtype=torch.long, device=shows.device)
+        return {
+            "quality": label,
+            "finding": shows.new_zeros(count, 3),
+            "readable": torch.zeros(count, dtype=torch.bool, device=shows.device),
+            "shows": shows,
+            "rater": label - 1,
+            "real": label - 1,  # 1 of a real image, 0 of its generated counterpart, -1 of what is not compared
+        }
 
     def from_pool(self, count: int, g: torch.Generator) -> Batch:
         """Images of the pool, some finished and some noised, with right and wrong captions."""
@@ -78,18 +110,29 @@ class Lessons:
         present = torch.multinomial(shows + 1e-9, 1, generator=g)[:, 0]
         asked = self.captions.ask(present, g)
         ids = self.captions.of_classes(asked, g)
-        noisy, clean, angle = self.estimates.of_half(latents, ids, round(self.config.clean_share * count), g)
-        return {
-            "noisy": noisy,
-            "clean": clean,
-            "angle": angle,
-            "ids": ids,
+        return self.unknown(count) | {
+            **self.noised(latents, ids, g),
             "quality": self.pool.quality[index],
             "finding": self.captions.grades(shows, asked),
             "readable": self.pool.readable[index],
             "shows": shows,
-            "rater": torch.full_like(index, -1),
         }
+
+    def noised(self, latents: torch.Tensor, ids: torch.Tensor, g: torch.Generator) -> Batch:
+        """What the head is given of images, of which `clean_share` stay finished, for captions."""
+        noisy, clean, angle = self.estimates.of_half(latents, ids, round(self.config.clean_share * len(ids)), g)
+        return {"noisy": noisy, "clean": clean, "angle": angle, "ids": ids}
+
+    def from_counterparts(self, counterparts: Counterparts, count: int, g: torch.Generator) -> Batch:
+        """Real and generated pictures alike often, some finished and some noised, with right captions.
+
+        Nothing but real or not is said of them. What samplers hold on their way takes no part: they leave marks of
+        their own in it, and real images have nothing to set beside it.
+        """
+        index = torch.multinomial(self.counterpart_weights, count, replacement=True, generator=g)
+        ids = self.captions.of_classes(counterparts.label[index], g)
+        held = self.noised(counterparts.latents[index].float(), ids, g)
+        return self.unknown(count) | {**held, "real": counterparts.real[index].long()}
 
     def from_trajectories(self, count: int, g: torch.Generator) -> Batch:
         """What the sampler held at some step, with the caption that it was given."""
@@ -98,7 +141,7 @@ class Lessons:
         step = torch.randint(t.angle.shape[1], (count,), device=device, generator=g)
         rows = self.drawn.row[index]
         shows = self.drawn.shows[index]
-        return {
+        return self.unknown(count) | {
             "noisy": t.noisy[index, step].float(),
             "clean": t.clean[index, step].float(),
             "angle": t.angle[index, step],
@@ -108,7 +151,6 @@ class Lessons:
             # What a sampler that stops at two steps draws cannot be read.
             "readable": self.drawn.quality[index] > 1,
             "shows": shows,
-            "rater": torch.full_like(index, -1),
         }
 
     def from_grades(self, graded: tuple, count: int, g: torch.Generator) -> Batch:
@@ -118,15 +160,12 @@ class Lessons:
         version = torch.randint(latents.shape[1], (count,), device=latents.device, generator=g)
         x = latents[index, version].float()
         classes = torch.zeros(count, dtype=torch.long, device=x.device)
-        return {
+        return self.unknown(count) | {
             "noisy": x,
             "clean": x,
             "angle": x.new_zeros(count),
             "ids": self.captions.of_classes(classes, g),
             "quality": grades[index],
-            "finding": x.new_zeros(count, 3),
-            "readable": torch.zeros(count, dtype=torch.bool, device=x.device),
-            "shows": x.new_zeros(count, self.pool.shows.shape[1]),
             "rater": rater[index],
         }
 
@@ -143,6 +182,8 @@ class Lessons:
         config = self.config
         parts = grading_losses(head, batch, self.captions, g, raters)
         parts["classes"] = config.class_weight * parts["classes"]
+        if "realism" in parts:
+            parts["realism"] = config.realism_loss_weight * parts["realism"]
         if config.code_weight:
             parts["code"] = config.code_weight * code_loss(head, *self.pairs(min(128, config.train_batch_size), g))
         return parts
@@ -158,7 +199,7 @@ def grading_losses(
     """Negative log likelihood of both gradings; and of the classes shown by finished images, by one caption each.
 
     The last is contrastive (UniCL, arXiv 2204.03610), and leaves noised images out: their estimates follow the
-    caption, so they would give it away.
+    caption, so they would give it away. Where the head rates it, also the cross-entropy of real against generated.
     """
     bias = raters(batch["rater"]) if raters is not None else None
     output = head(batch["noisy"], batch["clean"], batch["angle"], batch["ids"], quality_bias=bias)
@@ -173,11 +214,16 @@ def grading_losses(
     def mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         return (values * where).sum() / where.sum().clamp(min=1)
 
-    return {
+    parts = {
         "quality": mean(quality, known),
         "finding": mean(finding, batch["readable"]),
         "classes": mean(classes, plain),
     }
+    if output.realism is not None:
+        real = batch["real"]
+        entropy = F.binary_cross_entropy_with_logits(output.realism, real.clamp(min=0).float(), reduction="none")
+        parts["realism"] = mean(entropy, real >= 0)
+    return parts
 
 
 def code_loss(head: FilterHead, a: torch.Tensor, b: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
@@ -186,5 +232,5 @@ def code_loss(head: FilterHead, a: torch.Tensor, b: torch.Tensor, temperature: f
     tanh, so that little is lost when signs are taken, as in HashNet (arXiv 1702.00758).
     """
     x = torch.cat([a, b])
-    codes = F.normalize(head.encode_image(x, x, x.new_zeros(len(x)))[1].tanh(), dim=1)  # [2 N, B]
+    codes = F.normalize(head.code(head.encode_image(x, x, x.new_zeros(len(x)))[0]).tanh(), dim=1)  # [2 N, B]
     return copy_loss(codes[: len(a)], codes[len(a) :], temperature)

@@ -30,7 +30,48 @@ def other_findings(rows: list[dict], seed: int) -> list[int]:
     return [generator.choice(pool) if pool else -1 for pool in pools]
 
 
+def text_of(row: dict) -> str:
+    """The caption of a row as the head is asked, with the modality's token."""
+    return f"{resolve_modality(row['modality']).token} {row['Text']}"
+
+
 @torch.no_grad()
+def rate_at(
+    head: FilterHead,
+    estimates: NoisedEstimates,
+    level: float,
+    latents: torch.Tensor,
+    ids: torch.Tensor,
+    noise: torch.Tensor,
+    part: str,
+) -> torch.Tensor:
+    """A `part` of what the head says, [N] on the CPU, of latents [N, C, h, w] noised to a level sigma / alpha.
+
+    For captions of token ids [N, L], in the noise given; 0 leaves the latents as they are.
+    """
+    device, rated = head.device, []
+    steps = torch.arange(len(estimates.alphas_cumprod), device=device)
+    t = (noise_angles(estimates.alphas_cumprod, steps) - math.atan(level)).abs().argmin()
+    for x, asked, e in zip(latents.split(128), ids.split(128), noise.split(128), strict=True):
+        x, asked = x.to(device).float(), asked.to(device)
+        held = estimates(x, t.expand(len(x)), asked, e.to(device)) if level else (x, x, x.new_zeros(len(x)))
+        rated.append(getattr(head(*held, asked), part).cpu())
+    return torch.cat(rated)
+
+
+def separation(high: torch.Tensor, low: torch.Tensor) -> float:
+    """The area under the ROC curve by which ratings [N] lie above others [M]."""
+    scores = torch.cat([high, low])
+    return auroc(scores, torch.arange(len(scores)) < len(high))
+
+
+def separations(high: torch.Tensor, low: torch.Tensor, modalities: list[str]) -> dict:
+    """`separation` of ratings [N] and [N] as `auroc`, and of those of each modality as `modalities`."""
+    own = {name: torch.tensor([m == name for m in modalities]) for name in dict.fromkeys(modalities)}
+    by_modality = {name: separation(high[which], low[which]) for name, which in own.items()}
+    return {"auroc": separation(high, low), "modalities": by_modality}
+
+
 def finding_report(
     head: FilterHead, estimates: NoisedEstimates, rows: list[dict], latents: torch.Tensor, seed: int
 ) -> dict:
@@ -39,39 +80,19 @@ def finding_report(
     Every image is rated twice, for its own caption and for one of another finding of its modality, in the same noise.
     By level: `auroc` over all images, `auroc_unlike` without pairs that look alike, `modalities`, and `n` images.
     """
-    device = head.device
     wrong = other_findings(rows, seed)
     index = [i for i, j in enumerate(wrong) if j >= 0]
-    texts = [f"{resolve_modality(row['modality']).token} {row['Text']}" for row in rows]
-    ids = tokenize(estimates.tokenizer, texts).to(device)
+    ids = tokenize(estimates.tokenizer, [text_of(row) for row in rows])
     own, other = torch.tensor(index), torch.tensor([wrong[i] for i in index])
     names = [class_of(rows[i])[0] for i in index]
     alike = torch.tensor([merged_class(*class_of(rows[i])) == merged_class(*class_of(rows[wrong[i]])) for i in index])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    alphas_cumprod = estimates.alphas_cumprod
-    angles = noise_angles(alphas_cumprod, torch.arange(len(alphas_cumprod), device=device))
     report = {}
     for level in LEVELS:
-        t = (angles - math.atan(level)).abs().argmin()
-        ratings = []
-        for captions in (own, other):
-            rated = []
-            for a, b in zip(own.split(128), captions.split(128), strict=True):
-                x, caption = latents[a].to(device).float(), ids[b.to(device)]
-                held = x, x, x.new_zeros(len(x))
-                if level:
-                    held = estimates(x, t.expand(len(x)), caption, noise[a].to(device))
-                rated.append(head(*held, caption).finding.cpu())
-            ratings.append(torch.cat(rated))
-
-        def among(which: torch.Tensor, ratings: list = ratings) -> float:
-            scores = torch.cat([rated[which] for rated in ratings])
-            return auroc(scores, torch.arange(len(scores)) < len(scores) // 2)
-
-        modality = {name: among(torch.tensor([n == name for n in names])) for name in dict.fromkeys(names)}
-        every = torch.ones(len(own), dtype=torch.bool)
-        report[str(level)] = {"auroc": among(every), "auroc_unlike": among(~alike), "modalities": modality}
-        report[str(level)]["n"] = len(own)
+        held = head, estimates, level, latents[own]
+        high, low = (rate_at(*held, ids[captions], noise[own], "finding") for captions in (own, other))
+        report[str(level)] = separations(high, low, names)
+        report[str(level)] |= {"auroc_unlike": separation(high[~alike], low[~alike]), "n": len(own)}
     return report
 
 
@@ -84,11 +105,12 @@ def folds_by_group(rows: list[dict], count: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def rate(head: FilterHead, latents: torch.Tensor) -> torch.Tensor:
-    """Quality of finished images, latents [N, C, h, w]; no text takes part in it."""
-    text = torch.zeros(1, head.config.text_width, device=latents.device)
-    parts = latents.float().split(128)
-    rated = [head(x, x, x.new_zeros(len(x)), text=text.expand(len(x), -1)).quality.cpu() for x in parts]
+def rate(head: FilterHead, latents: torch.Tensor, part: str = "quality") -> torch.Tensor:
+    """Quality, or realism, [N] on the CPU, of finished images, latents [N, C, h, w]; no text takes part in it."""
+    text, rated = torch.zeros(1, head.config.text_width, device=head.device), []
+    for x in latents.split(128):
+        x = x.to(head.device).float()
+        rated.append(getattr(head(x, x, x.new_zeros(len(x)), text=text.expand(len(x), -1)), part).cpu())
     return torch.cat(rated)
 
 

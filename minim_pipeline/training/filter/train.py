@@ -1,12 +1,13 @@
 """Trains the filter head: how good an image will be, and whether it shows what was asked, at every noise level.
 
 Before anybody has rated anything it learns from a rubric (`rubric.py`): real images and the sampler's own, whole and
-damaged, with right and wrong captions; then, with --ratings, from people's grades of quality, a bias for each rater
-(`raters.py`). Of an image it sees what the pipeline can give it at any step: noisy latents, the U-Net's estimate of
-the clean ones for the caption, the noise level, and the caption's tokens (latent reward models, arXiv 2502.01051).
+damaged, with right and wrong captions; how real an image looks it learns from the same two (`realism.py`). Then, with
+--ratings, it learns from people's grades of quality, a bias for each rater (`raters.py`). Of an image it sees what the
+pipeline can give it at any step: noisy latents, the U-Net's estimate of the clean ones for the caption, the noise
+level, and the caption's tokens (latent reward models, arXiv 2502.01051).
 
-It learns from part A of the train split, as does the teacher that says what generated images show; the judges of
-part B never meet it.
+It learns from part A of the train split, as does the teacher that says what generated images show, and what is real
+from part C, too; the judges of part B never meet it.
 """
 
 import copy
@@ -34,6 +35,7 @@ from .data import encode, load_materials, versions
 from .heads import extend_head, new_head
 from .lessons import Captions, Lessons, join_batches
 from .raters import Raters, learn_from_raters, learned_from, raters_report, read_ratings
+from .realism import load_counterparts, realism_report, val_counterparts
 from .report import cross_validate, finding_report, other_findings, quality_report
 
 
@@ -54,11 +56,15 @@ class Trainer:
         captions = Captions(self.rows, self.classes, ids)
         rated = {row["path"] for row in self.ratings}
         pool, drawn = load_materials(config, self.pipe, self.rows, self.classes, rated)
-        self.lessons = Lessons(config, self.pipe, captions, pool, drawn)
         if config.pretrained_filter_head:
             head = extend_head(FilterHead.from_pretrained(config.pretrained_filter_head), self.pipe).to(run.device)
         else:
-            head = new_head(self.pipe, (config.block_out_channels[0], config.block_out_channels[1]))
+            channels = config.block_out_channels[0], config.block_out_channels[1]
+            head = new_head(self.pipe, channels, config.realism_loss_weight > 0)
+        self.rates_realism, counterparts = head.config.rates_realism, None
+        if self.rates_realism:
+            counterparts = load_counterparts(config, self.pipe, self.rows, self.more_real, self.classes, drawn)
+        self.lessons = Lessons(config, self.pipe, captions, pool, drawn, counterparts)
         self.ema = EMAModel(head.parameters(), decay=config.ema_decay, use_ema_warmup=True)
         self.ema.to(run.device)
         decay = config.adam_weight_decay
@@ -66,17 +72,22 @@ class Trainer:
         head, self.optimizer = run.accelerator.prepare(head, optimizer)
         # As it was: its own arithmetic is fp32, always.
         self.head = run.accelerator.unwrap_model(head, keep_fp32_wrapper=False)
-        run.images_a_step *= 2  # as many from trajectories as from the pool
+        run.images_a_step *= 2 + self.rates_realism  # as many of each kind
         run.begin(self.ema)
         if self.val_rows:
             images = load_images(self.val_rows, config.train_data, config.resolution, reading=config.reading)
             self.val_latents = encode(self.pipe, images, config.bf16)
+            if self.rates_realism:
+                self.val_counterparts = val_counterparts(self.pipe, self.val_rows, images, config)
 
     def read_rows(self) -> None:
         config = self.config
         train_rows, val_rows = read_splits(config)
         self.classes = claimed_classes(train_rows, train_rows, config.min_train, 0)
         self.rows = [row for row in of_part(train_rows, config.part) if class_of(row) in self.classes]
+        learned = set(map(id, self.rows))
+        more = [row for row in of_part(train_rows, config.realism_part) if id(row) not in learned]
+        self.more_real = [row for row in more if class_of(row) in self.classes]
         self.val_rows = [row for row in val_rows if class_of(row) in self.classes]
         if self.val_rows and all(other < 0 for other in other_findings(self.val_rows, config.seed)):
             alone = "of one finding a modality only, which cannot be told from another: nothing is validated"
@@ -95,8 +106,7 @@ class Trainer:
         config, run, lessons = self.config, self.run, self.lessons
         run.schedule.set_learning_rates(self.optimizer, [config.learning_rate], config.lr_warmup_steps)
         g, count = run.generator(), config.train_batch_size
-        batch = join_batches(lessons.from_pool(count, g), lessons.from_trajectories(count, g))
-        parts = lessons.losses(self.head, batch, g)
+        parts = lessons.losses(self.head, lessons.drawn_batch(count, g), g)
         loss = sum(parts.values(), torch.zeros((), device=run.device))
         run.accelerator.backward(loss)
         run.accelerator.clip_grad_norm_(self.head.parameters(), config.max_grad_norm)
@@ -111,13 +121,23 @@ class Trainer:
         self.ema.copy_to(head.parameters())
         return head.eval()
 
-    def finding_report(self, head: FilterHead) -> dict:
-        return finding_report(head, self.lessons.estimates, self.val_rows, self.val_latents, self.config.seed)
+    def val_reports(self, head: FilterHead) -> dict[str, dict]:
+        """What the head tells apart of the val rows, by what."""
+        held = head, self.lessons.estimates, self.val_rows
+        reports = {"finding_val": finding_report(*held, self.val_latents, self.config.seed)}
+        if self.rates_realism:
+            reports["realism_val"] = realism_report(*held, *self.val_counterparts, self.config.seed)
+        return reports
 
     def validate(self) -> None:
         if self.val_rows:
-            figures = self.finding_report(self.averaged())
-            self.run.log.write("val", **{f"auroc_{level}": found["auroc"] for level, found in figures.items()})
+            reports = self.val_reports(self.averaged())
+            figures = {f"auroc_{level}": found["auroc"] for level, found in reports["finding_val"].items()}
+            for level, found in reports.get("realism_val", {}).items():
+                figures[f"auroc_realism_{level}"] = found["auroc"]
+                if float(level) == 0:
+                    figures |= {f"auroc_realism_{name}": value for name, value in found["modalities"].items()}
+            self.run.log.write("val", **figures)
             save_model(self.averaged().half(), self.run.output / "filter_head")
 
     def finish(self) -> dict:
@@ -129,7 +149,7 @@ class Trainer:
             head, of_grades = learn_all_grades(head, self.lessons, self.ratings, self.pipe)
             report |= of_grades
         if self.val_rows:
-            report["finding_val"] = self.finding_report(head)
+            report |= self.val_reports(head)
         save_model(head.half(), self.run.output / "filter_head")
         write_report(self.run.output / "report.json", report)
         self.run.finish()
@@ -161,9 +181,7 @@ def learn_grades(
 
     def loss(step: int) -> torch.Tensor:
         g = step_generator(seed, step, 7, device)
-        batch = join_batches(
-            lessons.from_grades(graded, count, g), lessons.from_pool(count, g), lessons.from_trajectories(count, g)
-        )
+        batch = join_batches(lessons.from_grades(graded, count, g), lessons.drawn_batch(count, g))
         return sum(lessons.losses(head, batch, g, raters).values()) + raters.penalty(len(graded[1]))
 
     rate = config.rating_learning_rate

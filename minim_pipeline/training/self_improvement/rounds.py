@@ -207,7 +207,7 @@ def write_pipeline(config: SelfImproveConfig) -> None:
         thresholds[name] = replace(before, score=round(least, 4), ratings=before.ratings + people[name])
         figures[name] = {"threshold": round(least, 4), "accepted": accepted, "n": config.calibration_images}
     made = MinimPipeline.from_pretrained(folder / "preference" / "pipeline")
-    made.filter_head.register_to_config(calibration={name: asdict(found) for name, found in thresholds.items()})
+    made.filter_head.register_to_config(calibration={name: found.entry() for name, found in thresholds.items()})
     save_model(made, folder / "pipeline")
     write_json(folder / "thresholds.json", figures)
 

@@ -19,6 +19,8 @@ from minim_pipeline.training.filter.copies import copy_limit, fingerprints, fit_
 
 torch.set_num_threads(1)
 
+KNOWN = ("score", "finding", "copy", "ratings")  # of each modality, whatever the head rates
+
 
 @pytest.mark.parametrize("guidance_weight", [0.0, 2.0])
 def test_the_funnel_gives_back_what_following_its_ratings_says(make_pipeline, guidance_weight):
@@ -45,6 +47,20 @@ def test_the_funnel_gives_back_what_following_its_ratings_says(make_pipeline, gu
     assert out.seeds == [seeds[4 * i + k] for i, k in enumerate(chosen.tolist())]
     assert out.scores == pytest.approx([score[i, k, -1].item() for i, k in enumerate(chosen)], abs=1e-3)
     assert sum(sizes) == 3 * samples, "and it costs what it says"
+
+
+def test_candidates_are_followed_by_their_realism_too(make_pipeline):
+    pipe = make_pipeline(realism=True)
+    pipe.register_to_config(num_inference_steps=6)
+    pipe.filter_head.register_to_config(stages=((20.0, 0.5), (1.0, 0.0)), realism_weight=5.0)
+    seeds = pipe.draw_seeds([0, 1], 4, torch.Generator().manual_seed(0))
+    drawn = draw_candidates(pipe, ["normal"] * 8, ["oct"] * 8, seeds, batch_size=5)
+    assert drawn.realism.shape == drawn.score.shape == (8, 7)
+    ranks, guided = drawn.rank(pipe.filter_head).view(2, 4, -1), (drawn.guidance > 0).any(0)
+    chosen, _ = follow(ranks, drawn.levels, guided, plan_stages(pipe.filter_head.config.stages, 4))
+    settings = dict(num_images_per_prompt=2, num_candidates=4, generator=torch.Generator().manual_seed(0))
+    out = pipe("normal", "oct", **settings)
+    assert out.seeds == [seeds[4 * i + k] for i, k in enumerate(chosen.tolist())]
 
 
 def test_thresholds_accept_as_much_as_asked_for_but_none_below_the_floor():
@@ -134,15 +150,34 @@ def data(tmp_path):
     return tmp_path / "data.csv"
 
 
-def test_a_calibrated_head_knows_thresholds_and_training_images(make_pipeline, data, tmp_path):
-    pipe = make_pipeline(filtered=True)
+def calibration_options(pipe, data, folder) -> list[str]:
+    """A small calibration of the head of `pipe`, from a folder to its `out`."""
     pipe.register_to_config(num_inference_steps=3, findings={"oct": ["a", "b"], "cxr": ["a"]})
-    pipe.save_pretrained(tmp_path / "model")
-    options = ["--filter_head", tmp_path / "model/filter_head", "--pretrained_model_name_or_path", tmp_path / "model"]
+    pipe.save_pretrained(folder / "model")
+    options = ["--filter_head", folder / "model/filter_head", "--pretrained_model_name_or_path", folder / "model"]
     options += ["--train_data", data, "--part", "all", "--prompts_per_modality", 6, "--candidates", 2]
-    options += ["--output_dir", tmp_path / "out", "--finding_floor", 1, "--most_cost", 2, "--copy_false_alarms", 0.5]
+    options += ["--output_dir", folder / "out", "--finding_floor", 1, "--most_cost", 2, "--copy_false_alarms", 0.5]
     options += ["--code_bits", 16, "--code_versions", 2, "--min_train", 3, "--min_val", 1]
-    report = calibrate_filter.main([str(option) for option in options])
+    return [str(option) for option in options]
+
+
+def test_as_many_real_images_look_real_as_asked_for(make_pipeline, data, tmp_path):
+    options = calibration_options(make_pipeline(realism=True), data, tmp_path)
+    report = calibrate_filter.main([*options, "--real_acceptance", "0.5"])
+    assert set(report["realism"]) == {"oct", "cxr"}
+    for name, figures in report["realism"].items():
+        assert figures["through_autoencoder"] >= 0.5 and 0 <= figures["as_they_are"] <= 1
+        assert report["generated"][name]["accepted"] <= figures["generated"] + 1e-4
+    head = FilterHead.from_pretrained(tmp_path / "out/filter_head")
+    assert all(set(entry) == {*KNOWN, "realism"} for entry in head.config.calibration.values())
+    calibrate_filter.main([*options, "--real_acceptance", "1"])
+    every = FilterHead.from_pretrained(tmp_path / "out/filter_head").config.calibration
+    assert every["oct"]["realism"] < head.config.calibration["oct"]["realism"]
+
+
+def test_a_calibrated_head_knows_thresholds_and_training_images(make_pipeline, data, tmp_path):
+    options = calibration_options(make_pipeline(filtered=True), data, tmp_path)
+    report = calibrate_filter.main(options)
     for figures in report["generated"].values():
         assert figures["accepted"] >= 0.65, "what has the same score is accepted together"
     head = FilterHead.from_pretrained(tmp_path / "out/filter_head")
@@ -154,8 +189,8 @@ def test_a_calibrated_head_knows_thresholds_and_training_images(make_pipeline, d
         assert (tmp_path / "out" / name).stat().st_size > 5000
     torch.manual_seed(0)
     Judges({"cnn": make_resnet(2, 8)}, [("oct", "a"), ("oct", "b")], 32).save_pretrained(tmp_path / "teacher")
-    report = calibrate_filter.main([*map(str, options), "--teacher", str(tmp_path / "teacher")])
+    report = calibrate_filter.main([*options, "--teacher", str(tmp_path / "teacher")])
     assert 0 <= report["generated"]["oct"]["right_of_accepted"] <= 1
     assert "right" not in report["generated"]["cxr"], "of which these classifiers know nothing"
     with pytest.raises(ValueError, match="--precision needs --teacher"):
-        calibrate_filter.main([*map(str, options), "--precision", "0.9"])
+        calibrate_filter.main([*options, "--precision", "0.9"])

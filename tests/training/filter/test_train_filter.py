@@ -15,10 +15,14 @@ from minim_pipeline.evaluation.judges import Judges
 from minim_pipeline.minim_filter import FilterHead
 from minim_pipeline.training.captions import phrase
 from minim_pipeline.training.filter import rubric
+from minim_pipeline.training.filter.config import FilterConfig
 from minim_pipeline.training.filter.data import Pool
 from minim_pipeline.training.filter.estimates import draw_trajectories
-from minim_pipeline.training.filter.lessons import Captions, look_alike
-from minim_pipeline.training.filter.report import auroc, folds_by_group, other_findings, quality_report
+from minim_pipeline.training.filter.heads import extend_head, new_head
+from minim_pipeline.training.filter.lessons import Captions, Lessons, look_alike
+from minim_pipeline.training.filter.realism import Counterparts, decode, realism_report, through_autoencoder
+from minim_pipeline.training.filter.report import auroc, folds_by_group, other_findings, quality_report, rate
+from minim_pipeline.training.log import read_log
 
 
 torch.set_num_threads(1)
@@ -85,6 +89,88 @@ def test_a_run_goes_on_as_if_unbroken(arguments, tmp_path):
     (whole / "materials.safetensors").unlink()
     assert run_script(train_filter, *arguments, "--output_dir", str(whole)) == report, "there is nothing left to do"
     assert not (whole / "materials.safetensors").exists()
+
+
+def test_realism_is_told_by_noise_level_and_modality(arguments, tmp_path):
+    report = run_script(train_filter, *arguments, "--output_dir", str(tmp_path))
+    figures = report["realism_val"]
+    assert set(figures) == {"0.0", "1.0", "2.6", "4.0"} and figures["0.0"]["n"] == 8
+    assert all(
+        0 <= found["auroc"] <= 1 and set(found["modalities"]) == {"oct", "fundus"} for found in figures.values()
+    )
+    log = [record for record in read_log(tmp_path) if record["kind"] == "val"]
+    assert {"auroc_realism_0.0", "auroc_realism_4.0", "auroc_realism_oct"} <= log[-1].keys()
+    further = ["--pretrained_filter_head", str(tmp_path / "filter_head"), "--output_dir", str(tmp_path / "further")]
+    assert "realism_val" in run_script(train_filter, *arguments, *further), "it is learned on"
+
+
+def test_what_differs_is_learned_as_a_log_ratio_that_shrinks_with_noise(make_pipeline):
+    """Latents of unit variance whose means differ by 0.2 in each number."""
+    pipe, classes = make_pipeline(), [("oct", "normal")]
+    real, generated = torch.randn(2, 64, 8, 8, 8, generator=torch.Generator().manual_seed(0)) + 0.1
+    generated -= 0.2
+    label = torch.zeros(128, dtype=torch.long)
+    both = Counterparts(torch.cat([real, generated]).half(), torch.arange(128) < 64, label, label)
+    rows = [{"Text": "normal", "modality": "oct", "finding": "normal"}] * 32
+    captions = Captions(rows, classes, phrase(rows, {}, pipe.tokenizer, 1, 0))
+    ones = torch.ones(4, dtype=torch.long)
+    pool = Pool(torch.zeros(4, 8, 8, 8), ones, ones[:, None].float(), ones > 0, ones * 0, ones * 0)
+    options = {"train_data": "", "output_dir": "", "teacher": "", "code_weight": 0.0}
+    lessons = Lessons(FilterConfig(**options), pipe, captions, pool, None, both)
+    torch.manual_seed(0)
+    head = new_head(pipe, (8, 16), rates_realism=True)
+    optimizer = torch.optim.AdamW(head.parameters(), 3e-3)
+    for step in range(60):
+        g = torch.Generator().manual_seed(step)
+        lessons.losses(head, lessons.from_counterparts(both, 32, g), g)["realism"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    fresh = torch.randn(2, 32, 8, 8, 8, generator=torch.Generator().manual_seed(1)) + 0.1
+    report = realism_report(head.eval(), lessons.estimates, rows, fresh[0], fresh[1] - 0.2, 0)
+    assert report["0.0"]["auroc"] > 0.95 and report["0.0"]["modalities"] == {"oct": report["0.0"]["auroc"]}
+    ratios = [rate(head, x, "realism").mean() for x in (fresh[0], fresh[1] - 0.2)]
+    assert ratios[0] > 0.5 and ratios[1] < -0.5
+    assert report["0.0"]["auroc"] >= report["4.0"]["auroc"] > 0.5
+
+
+def test_a_head_need_not_rate_realism(arguments, tmp_path):
+    report = run_script(train_filter, *arguments, "--realism_loss_weight", "0", "--output_dir", str(tmp_path))
+    assert "realism_val" not in report and not (tmp_path / "realism.safetensors").exists()
+    assert not FilterHead.from_pretrained(tmp_path / "filter_head").config.rates_realism
+    further = ["--pretrained_filter_head", str(tmp_path / "filter_head"), "--output_dir", str(tmp_path / "further")]
+    assert "realism_val" not in run_script(train_filter, *arguments, *further), "its config stays"
+
+
+def test_real_images_of_part_c_are_learned_from_and_those_of_the_judges_are_not(arguments, data, tmp_path):
+    rows = [row | {"part": "C"} if row["path"] == "9.png" else row for row in csv.DictReader(open(data))]
+    parts = write_csv(data.with_name("parts.csv"), rows)
+    counts = []
+    for i, part in enumerate(["C", "none"]):
+        more = ["--train_data", str(parts), "--realism_part", part, "--output_dir", str(tmp_path / str(i))]
+        run_script(train_filter, *arguments, *more)
+        counts.append(int(load_file(tmp_path / str(i) / "realism.safetensors")["real"].sum()))
+    assert counts == [17 * 2, 16 * 2], "two versions of each"
+
+
+def test_both_sides_of_every_modality_are_drawn_alike():
+    real = torch.tensor([True] * 6 + [False] * 2 + [True, True])
+    modality = torch.tensor([0] * 5 + [1] + [0, 1] + [2, 2])
+    weights = Counterparts(torch.zeros(10), real, modality, modality).weights()
+    shares = [weights[(real == side) & (modality == m)].sum().item() for m in (0, 1) for side in (True, False)]
+    assert shares == pytest.approx([1] * 4)
+    assert weights[-2:].tolist() == [0, 0], "of the third nothing was drawn"
+
+
+def test_real_images_go_the_way_of_generated_ones(pipeline):
+    """A generator that draws what the autoencoder's posterior holds could not be told from them."""
+    rows = [{"modality": name} for name in ("oct", "fundus")]
+    images = (torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255).byte()
+    pictures = through_autoencoder(pipeline, rows, images, bf16=False, seed=3)
+    assert pictures.dtype == torch.uint8 and pictures.shape == images.shape
+    posterior = pipeline.vae.encode(images.float() / 127.5 - 1).latent_dist
+    latents = posterior.sample(torch.Generator().manual_seed(3)).half()
+    assert pictures.equal(decode(pipeline, latents, ["oct", "fundus"], bf16=False))
+    assert pictures[0, 0].equal(pictures[0, 1]), "grey, as it is delivered"
 
 
 def test_a_head_has_two_widths(arguments):
@@ -200,6 +286,16 @@ def test_every_kind_of_every_modality_is_drawn_alike():
     shares = [weights[(kind == k) & (modality == m)].sum().item() for k in (0, 1, 2) for m in (0, 1)]
     whole, damaged = 1 - rubric.DAMAGED_SHARE, rubric.DAMAGED_SHARE
     assert shares == pytest.approx([whole, whole, damaged, damaged, whole, whole])
+
+
+def test_a_head_that_is_trained_on_keeps_its_realism_and_loses_the_threshold(make_pipeline):
+    pipe = make_pipeline(realism=True)
+    base = pipe.filter_head
+    entry = {"score": 1.5, "finding": 1.2, "copy": 3, "ratings": 7, "realism": -0.5}
+    base.register_to_config(calibration={"oct": entry})
+    head = extend_head(base, pipe)
+    assert head.realism[0].weight.equal(base.realism[0].weight)
+    assert head.config.calibration["oct"] == {"score": 1.5, "finding": 1.2, "copy": -1, "ratings": 7}
 
 
 def test_wrong_captions_are_of_the_same_modality_and_another_finding():
