@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import cached_file
 
 from .encoder import ImageTextEncoder
+from .imagenet import LITE0, make_lite0, to_lite0
 from .images import to_unit
 
 
@@ -39,7 +40,7 @@ class Extractor:
 
 
 def load_extractor(model: str | Path, device: torch.device | str = "cpu", batch_size: int = 16) -> Extractor:
-    """An extractor from a folder, a Hub id, or a file of TorchScript.
+    """An extractor from a folder, a Hub id, or a file of TorchScript; or `LITE0`, whose weights are a package.
 
     Inception's weights cannot be shipped. The file that the field computes FID with is StyleGAN2-ADA's
     `inception-2015-12-05.pt`, TorchScript that takes uint8 images and `return_features=True`: its path may be given.
@@ -48,9 +49,12 @@ def load_extractor(model: str | Path, device: torch.device | str = "cpu", batch_
     model its image embedding.
 
     Raises:
+        ModuleNotFoundError: the packages of `LITE0` are not installed.
         OSError: there is no model at `model`.
         ValueError: the model at `model` takes no images.
     """
+    if model == LITE0:
+        return _lite0(device, batch_size)
     if Path(model).suffix == ".pt":
         return _torchscript(Path(model), device, batch_size)
     try:
@@ -80,6 +84,18 @@ def load_extractor(model: str | Path, device: torch.device | str = "cpu", batch_
         return torch.cat(features)
 
     return Extractor(_name(model), digest(network), extract)
+
+
+def _lite0(device: torch.device | str, batch_size: int) -> Extractor:
+    """Its last features, the mean over positions: [N, 1280]."""
+    network: Any = make_lite0().to(device).eval()
+
+    @torch.no_grad()
+    def extract(images: Tensor) -> Tensor:
+        parts = (network.extract_features(to_lite0(part.to(device))) for part in images.split(batch_size))
+        return torch.cat([part.mean((2, 3)).float().cpu() for part in parts])
+
+    return Extractor(LITE0, digest(network), extract)
 
 
 def _torchscript(file: Path, device: torch.device | str, batch_size: int) -> Extractor:

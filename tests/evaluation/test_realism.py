@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minim_pipeline.evaluation import two_sample
+from minim_pipeline.evaluation import imagenet
 from minim_pipeline.evaluation.extractors import Extractor
 from minim_pipeline.evaluation.images import to_unit
 from minim_pipeline.evaluation.metrics import auroc, gradient_magnitude
@@ -148,7 +148,7 @@ def test_more_features_than_images_do_not_tell_what_is_not_there():
 def test_a_network_is_fine_tuned_where_steps_are_asked_for(installed, real_sets, monkeypatch):
     """From ImageNet where its weights are installed, and from scratch elsewhere."""
     if not installed:
-        monkeypatch.setattr(two_sample, "find_spec", lambda name: None)
+        monkeypatch.setattr(imagenet, "find_spec", lambda name: None)
     sets = {"real": image_set(pictures(0, 8)), "synthetic": image_set(255 - pictures(2, 8))}
     found = told(sets, steps=1)["two_sample_trained"]
     assert found["raw"]["network"] == ("efficientnet-lite0" if installed else "resnet")
@@ -157,7 +157,7 @@ def test_a_network_is_fine_tuned_where_steps_are_asked_for(installed, real_sets,
 
 
 def test_the_network_learns_what_can_be_seen(monkeypatch):
-    monkeypatch.setattr(two_sample, "find_spec", lambda name: None)
+    monkeypatch.setattr(imagenet, "find_spec", lambda name: None)
     real, generated = pictures(0, 16), 255 - pictures(2, 16)
     scores = held_out_scores(real, generated, (range(16), range(16)), network(12, batch_size=8))
     assert mean_auroc(*scores) > 0.9
