@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import cached_file
 
+from .classifier import preprocessing
+from .efficientnet import VARIANTS, make_efficientnet
 from .encoder import ImageTextEncoder
-from .images import to_unit
+from .images import to_input, to_unit
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Extractor:
 
 
 def load_extractor(model: str | Path, device: torch.device | str = "cpu", batch_size: int = 16) -> Extractor:
-    """An extractor from a folder, a Hub id, or a file of TorchScript.
+    """An extractor from a folder, a Hub id, or a file of TorchScript; or one of `VARIANTS`, whose weights are packages.
 
     Inception's weights cannot be shipped. The file that the field computes FID with is StyleGAN2-ADA's
     `inception-2015-12-05.pt`, TorchScript that takes uint8 images and `return_features=True`: its path may be given.
@@ -48,9 +50,12 @@ def load_extractor(model: str | Path, device: torch.device | str = "cpu", batch_
     model its image embedding.
 
     Raises:
+        ImportError: the packages of one of `VARIANTS` are not installed.
         OSError: there is no model at `model`.
         ValueError: the model at `model` takes no images.
     """
+    if model in VARIANTS:
+        return _imagenet(str(model), device, batch_size)
     if Path(model).suffix == ".pt":
         return _torchscript(Path(model), device, batch_size)
     try:
@@ -80,6 +85,23 @@ def load_extractor(model: str | Path, device: torch.device | str = "cpu", batch_
         return torch.cat(features)
 
     return Extractor(_name(model), digest(network), extract)
+
+
+def _imagenet(variant: str, device: torch.device | str, batch_size: int) -> Extractor:
+    """The last features of one of `VARIANTS`, the mean over positions."""
+    model: Any = make_efficientnet(variant, 1)
+    size, mean, std = preprocessing(model, model.config.image_size)
+    network = model.network.to(device).eval()
+    network._fc = torch.nn.Identity()  # it has learned nothing
+
+    @torch.no_grad()
+    def extract(images: Tensor) -> Tensor:
+        parts = (
+            network.extract_features(to_input(part.to(device), size, mean, std)) for part in images.split(batch_size)
+        )
+        return torch.cat([part.mean((2, 3)).float().cpu() for part in parts])
+
+    return Extractor(variant, digest(network), extract)
 
 
 def _torchscript(file: Path, device: torch.device | str, batch_size: int) -> Extractor:

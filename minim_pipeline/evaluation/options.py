@@ -39,7 +39,8 @@ class ExtractorOptions(Options):
     encoder: str = option(str(EMBEDDED_ENCODER), "Image-text encoder (default: ours).")
     extractor: list[str] = option(
         [],
-        "Another vision model of transformers, or TorchScript Inception (.pt), to measure through; may be repeated.",
+        "Another vision model of transformers, efficientnet-lite0 or TorchScript Inception (.pt) to measure through; "
+        "may be repeated.",
         action="append",
     )
     judges: str | None = option(None, "Classifiers of the finding, of train/train_classifier.py.")

