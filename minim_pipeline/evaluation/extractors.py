@@ -41,7 +41,7 @@ class Extractor:
 
 
 def load_extractor(model: str | Path, device: torch.device | str = "cpu", batch_size: int = 16) -> Extractor:
-    """An extractor from a folder, a Hub id, or a file of TorchScript; or one of `VARIANTS`, whose weights are packages.
+    """An extractor from a folder, a Hub id, or a file of TorchScript; or one of `VARIANTS`, from packages.
 
     Inception's weights cannot be shipped. The file that the field computes FID with is StyleGAN2-ADA's
     `inception-2015-12-05.pt`, TorchScript that takes uint8 images and `return_features=True`: its path may be given.
