@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ... import MinimPipeline
-from ...evaluation.judges import class_of, merged_class
+from ...evaluation.judges import Class, Families, class_of, families_of, merged_class
 from ...minim_filter import FilterHead
 from ..image_text_encoder import copy_loss
 from . import rubric
@@ -21,7 +21,7 @@ Batch = dict[str, torch.Tensor]
 class Captions:
     """Captions of N rows by class, (modality id, finding); their token ids are [N, variants, L]."""
 
-    def __init__(self, rows: list[dict], classes: list[tuple[str, str]], ids: torch.Tensor):
+    def __init__(self, rows: list[dict], classes: list[Class], ids: torch.Tensor):
         self.ids, device = ids, ids.device
         self.label = torch.tensor([classes.index(class_of(row)) for row in rows], device=device)
         of_class = [(self.label == k).nonzero()[:, 0] for k in range(len(classes))]
@@ -30,7 +30,8 @@ class Captions:
         modalities = [modality for modality, _ in classes]
         names = list(dict.fromkeys(modalities))
         self.modality = torch.tensor([names.index(m) for m in modalities], device=device)
-        alike = [[look_alike(a, b) for b in classes] for a in classes]
+        families = families_of(rows)
+        alike = [[look_alike(a, b, families) for b in classes] for a in classes]
         self.alike = torch.tensor(alike, dtype=torch.float32, device=device)
 
     def of_rows(self, rows: torch.Tensor, g: torch.Generator) -> torch.Tensor:
@@ -60,9 +61,9 @@ class Captions:
         return torch.stack([(1 - right - alike).clamp(min=0), alike, right], 1)
 
 
-def look_alike(a: tuple[str, str], b: tuple[str, str]) -> bool:
-    """Whether two classes are not the same, and yet what they show is."""
-    return a != b and merged_class(*a) == merged_class(*b)
+def look_alike(a: Class, b: Class, families: Families | None = None) -> bool:
+    """Whether two classes are not the same, and yet of one family: what they show is the same."""
+    return a != b and merged_class(*a, families) == merged_class(*b, families)
 
 
 class Lessons:

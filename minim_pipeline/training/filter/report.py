@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from ...evaluation.judges import class_of, merged_class
+from ...evaluation.judges import class_of, families_of, merged_class
 from ...minim_filter import FilterHead
 from ...minim_filter.estimate import noise_angles
 from ...modalities import resolve_modality
@@ -85,7 +85,9 @@ def finding_report(
     ids = tokenize(estimates.tokenizer, [text_of(row) for row in rows])
     own, other = torch.tensor(index), torch.tensor([wrong[i] for i in index])
     names = [class_of(rows[i])[0] for i in index]
-    alike = torch.tensor([merged_class(*class_of(rows[i])) == merged_class(*class_of(rows[wrong[i]])) for i in index])
+    families = families_of(rows)
+    merged = [merged_class(*class_of(row), families) for row in rows]
+    alike = torch.tensor([merged[i] == merged[wrong[i]] for i in index])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
     report = {}
     for level in LEVELS:

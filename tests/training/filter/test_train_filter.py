@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minim_pipeline.evaluation.classifier import make_resnet
-from minim_pipeline.evaluation.judges import Judges
+from minim_pipeline.evaluation.judges import Judges, families_of
 from minim_pipeline.minim_filter import FilterHead
 from minim_pipeline.training.captions import phrase
 from minim_pipeline.training.filter import rubric
@@ -278,6 +278,13 @@ def test_grades_of_findings_follow_what_is_shown():
     grades = made.grades(shows, torch.tensor([0, 1, 2, 2]))
     expected = [[0, 0, 1], [0, 1, 0], [1, 0, 0], [0.25, 0, 0.75]]
     torch.testing.assert_close(grades, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_findings_of_one_family_of_the_data_look_alike():
+    rows = [{"modality": "oct", "finding": f, "family": "macular degeneration"} for f in ("drusen", "neovascular")]
+    drusen, neovascular = ("oct", "drusen"), ("oct", "neovascular")
+    assert look_alike(drusen, neovascular, families_of(rows)) and not look_alike(drusen, neovascular)
+    assert not look_alike(drusen, drusen, families_of(rows)), "what is the same is not merely alike"
 
 
 def test_every_kind_of_every_modality_is_drawn_alike():
