@@ -47,7 +47,7 @@ def run(options: EvaluateOptions) -> dict:
     from .curve import draw_curve, has_filter
     from .drawing import batch_size, draw_synthetic, run_downstream
     from .judges import load_judges
-    from .realism import Looks, load_autoencoder
+    from .realism import RealismSettings, load_autoencoder
 
     # Real images are scaled alike, whichever file names them; the synthetic ones have their own range.
     found = check_values([(rows[name], files[name]) for name in ("real", "train") if name in rows], options.reading)
@@ -65,7 +65,7 @@ def run(options: EvaluateOptions) -> dict:
     if options.downstream:
         check_architecture(options.classifier_architecture)
     autoencoder = load_autoencoder(options, state.device)
-    looks = Looks(extractors, autoencoder, options.c2st_steps, batch_size(options), state.device)
+    settings = RealismSettings(extractors, autoencoder, options.c2st_steps, batch_size(options), state.device)
     points = []
     if options.pipeline:
         files["synthetic"], rows["synthetic"] = draw_synthetic(options, options.pipeline, rows["real"])
@@ -82,7 +82,7 @@ def run(options: EvaluateOptions) -> dict:
         report["conversions"] += conversions(name, images, extractors[0].encoder) if images else []
     report["extractors"] = [{"name": extractor.name, "digest": extractor.digest} for extractor in extractors]
     if state.is_main_process:  # the others go ahead to the classifiers
-        measured, shown = measure(options, (real, synthetic, train), looks, judges, points)
+        measured, shown = measure(options, (real, synthetic, train), settings, judges, points)
         report |= measured
         report["made"] = made(state.device, time.monotonic() - start)
         # Already now: training classifiers takes long, and may fail.
@@ -150,7 +150,7 @@ def load_set(rows: list[dict], path: Path, reading: Reading, found: dict[str, Fo
     return ImageSet(rows, images, changes)
 
 
-def measure(options: EvaluateOptions, sets: tuple, looks, judges, points: list) -> tuple[dict, tuple[dict, dict]]:
+def measure(options: EvaluateOptions, sets: tuple, settings, judges, points: list) -> tuple[dict, tuple[dict, dict]]:
     """All that the main process finds of the real, synthetic and train images, and of the curve's points; pictures."""
     from tqdm.auto import tqdm
 
@@ -162,13 +162,13 @@ def measure(options: EvaluateOptions, sets: tuple, looks, judges, points: list) 
     from .report import evaluate
 
     real, synthetic, train = sets
-    extractors, encoder = looks.extractors, looks.extractors[0].encoder
+    extractors, encoder = settings.extractors, settings.extractors[0].encoder
     report, copies, readings, features = evaluate(
         real, synthetic, train, encoder, extractors, judges, options.label_column
     )
     known = {"real": real, "synthetic": synthetic} | ({"train": train} if train else {})
     for modality, part in tqdm(report["modalities"].items(), "telling apart"):
-        part["realism"] = realism(known, modality, features, looks)
+        part["realism"] = realism(known, modality, features, settings)
     del known["synthetic"]
     curve = []
     for point in tqdm(points, "curve", disable=not points):
@@ -178,9 +178,9 @@ def measure(options: EvaluateOptions, sets: tuple, looks, judges, points: list) 
         report["curve"] = {"real": value_of(reach(report, "judges", "real"), "balanced_accuracy"), "points": curve}
     if options.extraction_captions and options.pipeline:
         drawn = options.extraction_captions, options.extraction_images, batch_size(options)
-        settings: Any = options.values("num_inference_steps", "guidance_scale")
+        drawing: Any = options.values("num_inference_steps", "guidance_scale")
         pipe = load_for_drawing(options, options.pipeline)
-        report["extraction"] = extract_training_images(pipe, train, encoder, copies, *drawn, **settings)
+        report["extraction"] = extract_training_images(pipe, train, encoder, copies, *drawn, **drawing)
     return report, collect(synthetic, train, copies, readings, options.sheet_images, 6, options.no_real_images)
 
 

@@ -27,8 +27,8 @@ NO_AUTOENCODER = "it needs an autoencoder: give --pipeline or --autoencoder"
 
 
 @dataclass(frozen=True)
-class Looks:
-    """By what realism is measured.
+class RealismSettings:
+    """How realism is measured.
 
     Args:
         extractors: whose features the ridge regression learns from.
@@ -57,7 +57,7 @@ def load_autoencoder(options: EvaluateOptions, device: torch.device | str) -> Au
 
 
 @torch.no_grad()
-def decoded(vae: AutoencoderKL, images: Tensor, grey: bool, batch_size: int = 4) -> Tensor:
+def reconstruct(vae: AutoencoderKL, images: Tensor, grey: bool, batch_size: int = 4) -> Tensor:
     """Images uint8 [N, 3, H, W] once through an autoencoder: the same, with equal channels where `grey`."""
     parts = []
     for part in images.split(batch_size):
@@ -66,7 +66,9 @@ def decoded(vae: AutoencoderKL, images: Tensor, grey: bool, batch_size: int = 4)
     return torch.cat(parts)
 
 
-def realism(sets: Mapping[str, ImageSet], modality: str, features: Mapping[tuple, Tensor], looks: Looks) -> dict:
+def realism(
+    sets: Mapping[str, ImageSet], modality: str, features: Mapping[tuple, Tensor], settings: RealismSettings
+) -> dict:
     """Figures of one modality.
 
     Args:
@@ -83,26 +85,27 @@ def realism(sets: Mapping[str, ImageSet], modality: str, features: Mapping[tuple
     chosen = {name: some(numbers, n) for name, numbers in index.items() if len(numbers)}
     images = {name: sets[name].images[numbers] for name, numbers in chosen.items()}
     groups = {name: groups_of(sets[name], numbers) for name, numbers in chosen.items()}
-    again: dict[str, Tensor] = {}
-    if looks.autoencoder is not None:
+    reconstructed: dict[str, Tensor] = {}
+    if settings.autoencoder is not None:
         grey = resolve_modality(modality).grey
-        again = {name: decoded(looks.autoencoder, x, grey, looks.batch_size) for name, x in images.items()}
+        through = partial(reconstruct, settings.autoencoder, grey=grey, batch_size=settings.batch_size)
+        reconstructed = {name: through(x) for name, x in images.items()}
 
-    def tests(raw: Mapping[str, Tensor], through: Mapping[str, Tensor], fit: Fit, **said) -> dict:
+    def tests(raw: Mapping[str, Tensor], reconstructed: Mapping[str, Tensor], fit: Fit, **said) -> dict:
         found = {}
-        for view, items in (("raw", raw), ("decoded", through)):
+        for view, items in (("raw", raw), ("decoded", reconstructed)):
             found[view] = figure(partial(_test, items, groups, "synthetic", fit, said))
             found[f"{view}_floor"] = figure(partial(_test, items, groups, "train", fit, said))
         return found
 
-    report: dict = {"sharpness": figure(partial(_sharpness, images, again)), "two_sample": {}}
-    for extractor in looks.extractors:
+    report: dict = {"sharpness": figure(partial(_sharpness, images, reconstructed)), "two_sample": {}}
+    for extractor in settings.extractors:
         raw = {name: features[extractor.name, name][numbers] for name, numbers in chosen.items()}
-        through = {name: extractor.extract(x) for name, x in again.items()}
-        report["two_sample"][extractor.name] = tests(raw, through, ridge)
-    if looks.steps:
-        fit = network(looks.steps, looks.device)
-        report["two_sample_trained"] = tests(images, again, fit, network=network_name(), steps=looks.steps)
+        decoded = {name: extractor.extract(x) for name, x in reconstructed.items()}
+        report["two_sample"][extractor.name] = tests(raw, decoded, ridge)
+    if settings.steps:
+        fit = network(settings.steps, settings.device)
+        report["two_sample_trained"] = tests(images, reconstructed, fit, network=network_name(), steps=settings.steps)
     return report
 
 
@@ -128,8 +131,8 @@ def _test(items: Mapping[str, Tensor], groups: Mapping[str, list], other: str, f
     return {"value": mean_auroc(*scores)} | interval(mean_auroc, *scores, bounds=UNIT) | {"n": n, **said}
 
 
-def _sharpness(raw: Mapping[str, Tensor], through: Mapping[str, Tensor]) -> dict:
-    real, generated = gradient_magnitude(through.get("real", raw["real"])), gradient_magnitude(raw["synthetic"])
+def _sharpness(raw: Mapping[str, Tensor], reconstructed: Mapping[str, Tensor]) -> dict:
+    real, generated = gradient_magnitude(reconstructed.get("real", raw["real"])), gradient_magnitude(raw["synthetic"])
     if not real.any():
         raise ValueError("the real images have no edges to compare with")
 
@@ -137,4 +140,4 @@ def _sharpness(raw: Mapping[str, Tensor], through: Mapping[str, Tensor]) -> dict
         return (generated.mean() / real.mean()).item()
 
     found = {"value": ratio(real, generated)} | interval(ratio, real, generated, bounds=(0.0, torch.inf))
-    return found | {"n": len(generated), "real": "decoded" if through else "raw"}
+    return found | {"n": len(generated), "real": "decoded" if reconstructed else "raw"}

@@ -10,7 +10,7 @@ from minim_pipeline.evaluation import two_sample
 from minim_pipeline.evaluation.extractors import Extractor
 from minim_pipeline.evaluation.images import to_unit
 from minim_pipeline.evaluation.metrics import auroc, gradient_magnitude
-from minim_pipeline.evaluation.realism import Looks, decoded, realism
+from minim_pipeline.evaluation.realism import RealismSettings, realism, reconstruct
 from minim_pipeline.evaluation.report import ImageSet, over_floor
 from minim_pipeline.evaluation.two_sample import halves, held_out_scores, mean_auroc, network, ridge
 
@@ -55,9 +55,9 @@ def looked_at(images: torch.Tensor) -> torch.Tensor:
 EXTRACTOR = Extractor("eyes", "0" * 16, looked_at)
 
 
-def told(sets: dict[str, ImageSet], **looks) -> dict:
+def told(sets: dict[str, ImageSet], **settings) -> dict:
     features = {("eyes", name): looked_at(images.images) for name, images in sets.items()}
-    return realism(sets, "oct", features, Looks([EXTRACTOR], **looks))
+    return realism(sets, "oct", features, RealismSettings([EXTRACTOR], **settings))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_images_of_one_kind_are_a_guess_and_inverted_ones_are_certain(real_sets)
 
 
 def test_what_the_decoder_alone_gives_away_is_gone_once_both_sides_are_decoded(real_sets):
-    generated = decoded(Halving(), pictures(2), grey=True)
+    generated = reconstruct(Halving(), pictures(2), grey=True)
     found = told(real_sets | {"synthetic": image_set(generated)}, autoencoder=Halving())
     tests = found["two_sample"]["eyes"]
     assert tests["raw"]["value"] > 0.99
