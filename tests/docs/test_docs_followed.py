@@ -187,6 +187,8 @@ def in_miniature(program: str, arguments: list[str]) -> list[str]:
     if program in MODEL and MODEL[program] not in found:
         found += [MODEL[program], "miniature/embedded"]
     found += shlex.split(SMALL.get(program, ""))
+    if "--curve-guidance" in found:
+        found += ["--curve-guidance", "1", "--curve-candidates", "1", "2"]
     if program == "train_text_to_image" and "--preset" in found:
         found += ["--preset", "tiny"]
     return found

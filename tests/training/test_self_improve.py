@@ -177,7 +177,7 @@ def test_a_head_learns_what_raters_say_of_the_picture_and_keeps_the_finding(make
     names = ("in_channels", "sample_size", "latent_scale", "vocab_size", "pad_token_id", "layers_per_block")
     torch.manual_seed(0)
     same = {name: pipe.filter_head.config[name] for name in names}
-    pipe.filter_head = FilterHead(**same, block_out_channels=(16, 16), norm_num_groups=4)
+    pipe.filter_head = FilterHead(**same, block_out_channels=(16, 16), norm_num_groups=4, text_width=32)
     options = TuningOptions(tuning_steps=40, tuning_learning_rate=5e-3, tuning_batch_size=32)
     usual = options.tuning_anchor
     latents = torch.randn(60, 8, 8, 8, generator=torch.Generator().manual_seed(0))
