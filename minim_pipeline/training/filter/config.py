@@ -33,7 +33,9 @@ class FilterConfig(DataOptions, RunOptions):
     clean_share: Share = option(0.5, "Share of finished images among the pool's.")
     class_weight: Weight = option(0.5, "Of telling all findings apart by their texts.")
     code_weight: Weight = option(0.2, "Of telling images apart by their codes.")
-    realism_loss_weight: Weight = option(0.5, "Of telling real from generated images; 0 for a new head that does not.")
+    realism_loss_weight: Weight | None = option(
+        None, "Of telling real from generated images: a new head rates realism if it is given, such as 0.5."
+    )
     realism_part: str = option("C", "Rows whose real images are told from generated ones, beside those of --part.")
     rating_steps: Whole = option(300, "Further steps with people's grades, if any.")
     rating_learning_rate: Weight = 2e-4

@@ -16,6 +16,7 @@ from .realism import Counterparts
 
 
 Batch = dict[str, torch.Tensor]
+REALISM_LOSS_WEIGHT = 0.5  # of a head to go on from that rates it, where none is given
 
 
 class Captions:
@@ -184,7 +185,8 @@ class Lessons:
         parts = grading_losses(head, batch, self.captions, g, raters)
         parts["classes"] = config.class_weight * parts["classes"]
         if "realism" in parts:
-            parts["realism"] = config.realism_loss_weight * parts["realism"]
+            weight = REALISM_LOSS_WEIGHT if config.realism_loss_weight is None else config.realism_loss_weight
+            parts["realism"] = weight * parts["realism"]
         if config.code_weight:
             parts["code"] = config.code_weight * code_loss(head, *self.pairs(min(128, config.train_batch_size), g))
         return parts

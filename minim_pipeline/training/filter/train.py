@@ -60,7 +60,7 @@ class Trainer:
             head = extend_head(FilterHead.from_pretrained(config.pretrained_filter_head), self.pipe).to(run.device)
         else:
             channels = config.block_out_channels[0], config.block_out_channels[1]
-            head = new_head(self.pipe, channels, config.realism_loss_weight > 0)
+            head = new_head(self.pipe, channels, bool(config.realism_loss_weight))
         self.rates_realism, counterparts = head.config.rates_realism, None
         if self.rates_realism:
             counterparts = load_counterparts(config, self.pipe, self.rows, self.more_real, self.classes, drawn)

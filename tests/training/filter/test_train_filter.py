@@ -92,7 +92,8 @@ def test_a_run_goes_on_as_if_unbroken(arguments, tmp_path):
 
 
 def test_realism_is_told_by_noise_level_and_modality(arguments, tmp_path):
-    report = run_script(train_filter, *arguments, "--output_dir", str(tmp_path))
+    asked = ["--realism_loss_weight", "0.5", "--output_dir", str(tmp_path)]
+    report = run_script(train_filter, *arguments, *asked)
     figures = report["realism_val"]
     assert set(figures) == {"0.0", "1.0", "2.6", "4.0"} and figures["0.0"]["n"] == 8
     assert all(
@@ -133,8 +134,8 @@ def test_what_differs_is_learned_as_a_log_ratio_that_shrinks_with_noise(make_pip
     assert report["0.0"]["auroc"] >= report["4.0"]["auroc"] > 0.5
 
 
-def test_a_head_need_not_rate_realism(arguments, tmp_path):
-    report = run_script(train_filter, *arguments, "--realism_loss_weight", "0", "--output_dir", str(tmp_path))
+def test_a_new_head_rates_realism_only_if_asked_to(arguments, tmp_path):
+    report = run_script(train_filter, *arguments, "--output_dir", str(tmp_path))
     assert "realism_val" not in report and not (tmp_path / "realism.safetensors").exists()
     assert not FilterHead.from_pretrained(tmp_path / "filter_head").config.rates_realism
     further = ["--pretrained_filter_head", str(tmp_path / "filter_head"), "--output_dir", str(tmp_path / "further")]
@@ -146,7 +147,8 @@ def test_real_images_of_part_c_are_learned_from_and_those_of_the_judges_are_not(
     parts = write_csv(data.with_name("parts.csv"), rows)
     counts = []
     for i, part in enumerate(["C", "none"]):
-        more = ["--train_data", str(parts), "--realism_part", part, "--output_dir", str(tmp_path / str(i))]
+        more = ["--train_data", str(parts), "--realism_loss_weight", "0.5"]
+        more += ["--realism_part", part, "--output_dir", str(tmp_path / str(i))]
         run_script(train_filter, *arguments, *more)
         counts.append(int(load_file(tmp_path / str(i) / "realism.safetensors")["real"].sum()))
     assert counts == [17 * 2, 16 * 2], "two versions of each"
