@@ -46,7 +46,13 @@ from .modalities import Modality, custom_definitions, read_definitions
 from .notices import logger, warn_once
 from .pipeline_output import MinimPipelineOutput, MinimScores
 from .saving import LoadingAndSaving
-from .schedules import check_scheduler, keep_from_clipping, rescale_noise_cfg, retrieve_timesteps
+from .schedules import (
+    check_scheduler,
+    keep_from_clipping,
+    model_timesteps,
+    rescale_noise_cfg,
+    retrieve_timesteps,
+)
 from .tokens import cut_texts, modality_tokens, negative_text, prompt_text
 from .turns import draws_in_turn, in_turn
 
@@ -99,6 +105,8 @@ class MinimPipeline(
             trained on captions as they stand.
         weights_license: the license of what the weights were made from, as `licenses.license_of` gives it; saved.
             Without it, that of the folder that the pipeline was loaded from.
+        timesteps: at which the model is sampled unless the call says otherwise, in descending order; spread anew for
+            another number of steps. `None` for the scheduler's own spacing; saved with the model.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -126,6 +134,7 @@ class MinimPipeline(
         custom_modalities: dict[str, dict] | None = None,
         bare_prompts: bool = False,
         weights_license: dict[str, str] | None = None,
+        timesteps: list[int] | None = None,
     ):
         super().__init__()
         if zero_terminal_snr is None:
@@ -156,6 +165,7 @@ class MinimPipeline(
             custom_modalities=custom_modalities or None,
             bare_prompts=bare_prompts,
             weights_license=weights_license,
+            timesteps=timesteps,
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -509,7 +519,8 @@ class MinimPipeline(
                 the model has not learned them, and draws things twice there.
             width: likewise.
             num_inference_steps: denoising steps; defaults to the model's.
-            timesteps: timesteps in descending order instead of the scheduler's own, for schedulers that take them.
+            timesteps: timesteps in descending order instead of the model's or the scheduler's own, for schedulers that
+                take them.
             sigmas: likewise with noise levels.
             guidance_scale: weight of classifier-free guidance, off at 1 and below; defaults to the model's.
             negative_prompt: what to lead away from, one text or a list; defaults to the modality's token alone.
@@ -584,6 +595,8 @@ class MinimPipeline(
         check_encoding(clip_skip, cross_attention_kwargs, self.text_encoder)
         check_threshold(filter_threshold)
         check_steps(self.scheduler, timesteps, sigmas)
+        if timesteps is None and sigmas is None:
+            timesteps = model_timesteps(self.scheduler, self.config.timesteps, num_inference_steps)
         check_output_type(output_type)
         check_flags(return_dict=return_dict, reject_copies=reject_copies)
         if use_filter is not None:

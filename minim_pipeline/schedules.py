@@ -1,6 +1,9 @@
 """Which schedulers sample a model as it was trained, with which settings, and at which timesteps."""
 
+import inspect
+
 import diffusers
+import numpy as np
 import torch
 
 from .notices import warn_once
@@ -17,7 +20,7 @@ ZERO_SNR_SCHEDULERS = (
 )
 # Settings that keep pixels in their range. Latents have none, and are ruined.
 CLIPPING = ("clip_sample", "thresholding")
-# Other spacings of the noise levels than the schedule's own.
+# Settings that put noise levels elsewhere than timesteps would.
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
 
 
@@ -37,7 +40,7 @@ def keep_from_clipping(scheduler) -> None:
 
 
 def check_scheduler(scheduler, zero_terminal_snr: bool) -> None:
-    """Raises ValueError unless `scheduler` can sample a model; warns once of settings that it was not trained for.
+    """Raises ValueError unless `scheduler` can sample a model; warns once of what it was not trained for.
 
     Args:
         zero_terminal_snr: whether the model's noise schedule ends in pure noise.
@@ -66,16 +69,47 @@ def check_scheduler(scheduler, zero_terminal_snr: bool) -> None:
                 f"{name} has {setting}=True, which is for pixels and ruins latents; make it with"
                 f" `{name}.from_config(pipe.scheduler.config, {setting}=False)`."
             )
-    if zero_terminal_snr:
-        unfit = [f"{setting}=True" for setting in SPACINGS if config.get(setting)]
-        if config.get("timestep_spacing") == "leading":
-            unfit.append("timestep_spacing='leading'")
-        if unfit:
-            warn_once(
-                f"{name} has {' and '.join(unfit)}, but this model's noise schedule ends in pure noise (zero terminal"
-                " SNR), and other noise levels than its own lower the scores: make it with timestep_spacing='trailing'"
-                " and none of these."
-            )
+    if zero_terminal_snr and config.get("timestep_spacing") == "leading":
+        warn_once(
+            f"{name} has timestep_spacing='leading', which leaves out the pure noise that this model's noise schedule"
+            " ends in (zero terminal SNR), and lowers the scores: make it with timestep_spacing='trailing'."
+        )
+
+
+def model_timesteps(scheduler, own: list[int] | None, count: int) -> list[int] | None:
+    """`count` of the timesteps that a model is best sampled at, in descending order, or None for the scheduler's own.
+
+    Where the model names another number, the first stays and the rest are spread over the others, as is usual for
+    such lists (arXiv 2404.14507).
+
+    Args:
+        own: those of the model, in descending order; None if it has none.
+    """
+    takes_them = "timesteps" in inspect.signature(scheduler.set_timesteps).parameters
+    spaced = any(scheduler.config.get(setting) for setting in SPACINGS)
+    if own is None or not takes_them or spaced or count > scheduler.config.num_train_timesteps:
+        return None
+    if count != len(own):
+        places = np.linspace(1, len(own) - 1, max(count - 1, 1))
+        own = [own[0], *np.interp(places, range(len(own)), own).round().astype(int).tolist()][:count]
+    spread = list(own)
+    for i in reversed(range(len(spread) - 1)):  # many low ones may be rounded to the same
+        spread[i] = max(spread[i], spread[i + 1] + 1)
+    return spread
+
+
+def karras_timesteps(scheduler, count: int, sigma_max: float, rho: float = 7.0) -> list[int]:
+    """Timesteps to sample a model at that begins with pure noise: the first is the last of training's.
+
+    The others are at Karras's noise levels (arXiv 2206.00364, equation 5) from `sigma_max` (sigma/alpha) down to the
+    least of training. His start at the highest level would spend half of the steps where there is only noise.
+    """
+    alphas_cumprod = scheduler.alphas_cumprod.double().clamp(min=1e-8)
+    sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().numpy()
+    ends = np.array([sigma_max, sigmas[0]]) ** (1 / rho)
+    levels = np.linspace(*ends, count - 1) ** rho
+    timesteps = np.interp(np.log(levels), np.log(sigmas), np.arange(len(sigmas))).round().astype(int)
+    return [len(sigmas) - 1, *timesteps.tolist()]
 
 
 def retrieve_timesteps(

@@ -8,6 +8,7 @@ import pytest
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
 from minim_pipeline.notices import warn_once
+from minim_pipeline.schedules import karras_timesteps
 
 
 CALL = {"prompt": "edema", "modality": "oct", "seeds": [0], "output_type": "np"}
@@ -86,25 +87,24 @@ def test_settings_of_another_class_are_not_held_against_a_scheduler(pipeline):
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("DPMSolverMultistep", {"use_karras_sigmas": True}),
-        ("EulerDiscrete", {"use_karras_sigmas": True}),
-        ("EulerDiscrete", {"use_exponential_sigmas": True}),
-        ("DPMSolverMultistep", {"use_lu_lambdas": True}),
         ("DDIM", {"timestep_spacing": "leading"}),
         ("UniPCMultistep", {"timestep_spacing": "leading"}),
     ],
 )
-def test_other_noise_levels_under_zero_snr_are_warned_of_once(make_pipeline, caplog, name, settings):
+def test_a_schedule_without_pure_noise_under_zero_snr_is_warned_of_once(make_pipeline, caplog, name, settings):
     (setting, value), pipe = *settings.items(), make_pipeline()
     pipe.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config, **settings)
     for _ in range(2):
         pipe(**CALL)
     told = [message for message in caplog.messages if f"{name}Scheduler has {setting}={value!r}" in message]
-    assert len(told) == 1 and "lower the scores" in told[0]
+    assert len(told) == 1 and "lowers the scores" in told[0]
 
 
 def test_the_models_own_schedule_is_not_warned_of(pipeline, make_pipeline, caplog):
     pipeline(**CALL)
+    karras = {"use_karras_sigmas": True}
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **karras)
+    assert np.isfinite(pipeline(**CALL).images).all()
     for name in ("DDIM", "EulerDiscrete", "UniPCMultistep"):
         pipeline.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipeline.scheduler.config)
         assert np.isfinite(pipeline(**CALL).images).all()
@@ -112,3 +112,43 @@ def test_the_models_own_schedule_is_not_warned_of(pipeline, make_pipeline, caplo
     base.scheduler = diffusers.DDIMScheduler.from_config(base.scheduler.config)
     base(**CALL)
     assert not [message for message in caplog.messages if "noise levels" in message]
+
+
+def timesteps_of(pipe, **call) -> list[int]:
+    seen: list[int] = []
+
+    def note(_, __, t, kwargs):
+        seen.append(int(t))
+        return kwargs
+
+    pipe(**CALL | call, callback_on_step_end=note)
+    return seen
+
+
+def test_a_model_is_sampled_at_its_own_timesteps_and_keeps_them(pipeline, tmp_path):
+    own = karras_timesteps(pipeline.scheduler, 6, 50.0)
+    last = pipeline.scheduler.config.num_train_timesteps - 1
+    assert own[0] == last and own[-1] == 0 and len(own) == 6
+    pipeline.register_to_config(timesteps=own, num_inference_steps=6)
+    pipeline.save_pretrained(tmp_path)
+    loaded = MinimPipeline.from_pretrained(tmp_path)
+    assert timesteps_of(loaded, num_inference_steps=None) == own
+    assert timesteps_of(loaded, num_inference_steps=None, timesteps=[last, 20, 3]) == [last, 20, 3], (
+        "the caller's first"
+    )
+    for count in (1, 2, 4, 9, 40):
+        spread = timesteps_of(loaded, num_inference_steps=count)
+        assert len(spread) == count and spread[0] == last and spread == sorted(set(spread), reverse=True)
+        assert count == 1 or spread[1] == own[1]
+        assert count < 3 or spread[-1] == 0
+
+
+def test_a_scheduler_with_a_spacing_of_its_own_is_left_alone(pipeline):
+    plain = timesteps_of(pipeline, num_inference_steps=4)
+    pipeline.register_to_config(timesteps=karras_timesteps(pipeline.scheduler, 4, 50.0))
+    assert timesteps_of(pipeline, num_inference_steps=4) != plain
+    config = pipeline.scheduler.config
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(config)  # takes no timesteps
+    assert timesteps_of(pipeline, num_inference_steps=4) == plain
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
+    assert timesteps_of(pipeline, num_inference_steps=4) != pipeline.config.timesteps

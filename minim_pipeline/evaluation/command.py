@@ -60,8 +60,8 @@ def run(options: EvaluateOptions) -> dict:
     # Whatever may be wrong with them shows before images are drawn, which takes long.
     # The main process measures alone, which may take longer than the others wait by default.
     state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=1))
-    extractors = load_extractors(options, state.device)
     judges = load_judges(options.judges, state.device) if options.judges else None
+    extractors = load_extractors(options, state.device, judges)
     if options.downstream:
         check_architecture(options.classifier_architecture)
     autoencoder = load_autoencoder(options, state.device)
@@ -116,11 +116,13 @@ def read_rows(options: EvaluateOptions) -> tuple[dict[str, Path], dict[str, list
     return files, rows, readings
 
 
-def load_extractors(options: ExtractorOptions, device) -> list:
+def load_extractors(options: ExtractorOptions, device, judges=None) -> list:
     """The image-text encoder, and the others whose features are measured in; raises ValueError for two of one name."""
-    from .extractors import load_extractor
+    from .extractors import judge_extractors, load_extractor
 
-    extractors = [load_extractor(model, device) for model in (options.encoder, *options.extractor)]
+    extractors = [load_extractor(options.encoder, device)]
+    for model in options.extractor:
+        extractors += judge_extractors(judges) if model == "judges" else [load_extractor(model, device)]
     if extractors[0].encoder is None:
         raise ValueError(f"--encoder has to be an image-text encoder of train_encoder.py, got {options.encoder}.")
     names = [extractor.name for extractor in extractors]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -21,6 +21,7 @@ from .classifier import preprocessing
 from .efficientnet import VARIANTS, make_efficientnet
 from .encoder import ImageTextEncoder
 from .images import to_input, to_unit
+from .judges import Judges
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _imagenet(variant: str, device: torch.device | str, batch_size: int) -> Extr
     model: Any = make_efficientnet(variant, 1)
     size, mean, std = preprocessing(model, model.config.image_size)
     network = model.network.to(device).eval()
-    network._fc = torch.nn.Identity()  # it has learned nothing
+    network._fc = nn.Identity()  # it has learned nothing
 
     @torch.no_grad()
     def extract(images: Tensor) -> Tensor:
@@ -102,6 +103,27 @@ def _imagenet(variant: str, device: torch.device | str, batch_size: int) -> Extr
         return torch.cat([part.mean((2, 3)).float().cpu() for part in parts])
 
     return Extractor(variant, digest(network), extract)
+
+
+def judge_extractors(judges: Judges) -> list[Extractor]:
+    """Of each judge what its last layer reads the finding from, named "judge " and its name."""
+    return [_judge(name, model, judges.image_size) for name, model in judges.models.items()]
+
+
+def _judge(name: str, model: nn.Module, image_size: int) -> Extractor:
+    last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def extract(images: Tensor) -> Tensor:
+        read: list[Tensor] = []
+        hook = last.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].flatten(1).float().cpu()))
+        for part in images.split(128 if device.type == "cuda" else 16):
+            model(to_input(part.to(device), *preprocessing(model, image_size)))
+        hook.remove()
+        return torch.cat(read)
+
+    return Extractor(f"judge {name}", digest(model), extract)
 
 
 def _torchscript(file: Path, device: torch.device | str, batch_size: int) -> Extractor:
@@ -149,7 +171,7 @@ def _name(model: str | Path) -> str:
     return Path(model).resolve().name if Path(model).exists() else str(model)
 
 
-def digest(network: torch.nn.Module) -> str:
+def digest(network: nn.Module) -> str:
     """16 hexadecimal digits that name the weights, whatever device and file they are in."""
     sha = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):

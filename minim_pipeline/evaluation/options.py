@@ -39,8 +39,8 @@ class ExtractorOptions(Options):
     encoder: str = option(str(EMBEDDED_ENCODER), "Image-text encoder (default: ours).")
     extractor: list[str] = option(
         [],
-        "Another vision model of transformers, efficientnet-lite0 or TorchScript Inception (.pt) to measure through; "
-        "may be repeated.",
+        "Another vision model of transformers, efficientnet-lite0 or TorchScript Inception (.pt) to measure through, "
+        "or judges, for those of --judges; may be repeated.",
         action="append",
     )
     judges: str | None = option(None, "Classifiers of the finding, of train/train_classifier.py.")
@@ -108,6 +108,8 @@ class EvaluateOptions(SetOptions, ExtractorOptions, ReportOptions, DrawingOption
             raise ValueError("give either --synthetic, images that are there, or --pipeline, a model that draws them.")
         if self.extraction_captions and not (self.pipeline and self.train):
             raise ValueError("--extraction-captions needs --pipeline to draw with and --train to compare with.")
+        if "judges" in self.extractor and not self.judges:
+            raise ValueError("--extractor judges needs --judges, the classifiers whose features are meant.")
         if self.downstream and not self.train:
             raise ValueError("--downstream needs --train, the real images to train on.")
         if self.no_filter and not self.pipeline:

@@ -81,6 +81,7 @@ def render(report: Mapping, pictures: Mapping, curves: Mapping) -> str:
         "diversity": [figures_table(report, "diversity", "Diversity", ["diversity"])],
         "retrieval": [figures_table(report, "retrieval", "Retrieval", ["retrieval"], "percent")],
         "judges": if_there("judges", _judges),
+        "acceptance": _acceptance(report.get("acceptance") or {}),
         "curve": if_there("curve", curve_parts),
         "downstream": if_there("downstream", _downstream),
         "memorisation": _memorisation(report, pictures.get("neighbours") or {}, curves),
@@ -183,6 +184,29 @@ def _judges(judges: Mapping) -> list[dict]:
         if rows:
             head = ["Modality", kind, *map(str.capitalize, SIDES)]
             parts.append(make_table(title, head, rows, words[place], folded=True))
+    return parts
+
+
+def _acceptance(acceptance: Mapping) -> list[dict]:
+    words, modalities, rows = WORDS["acceptance"], acceptance.get("modalities", {}), []
+    if not modalities:  # no filter chose, which is no lack
+        return []
+    for name, part in modalities.items():
+        shares = {finding: share["value"] for finding, share in part.get("findings", {}).items()}
+        least = min(shares, key=lambda finding: shares[finding], default=None)
+        lowest = figure_cell(part["findings"][least], "percent") if least else Cell("")
+        rows.append([head_cell(name_of(name)), figure_cell(part, "percent"), lowest, Cell(least or "")])
+    rows.append([head_cell("All"), figure_cell({"value": acceptance["value"]}, "percent"), Cell(""), Cell("")])
+    head = ["Modality", "Accepted", "Lowest of a finding", "Finding"]
+    parts = [make_table("Accepted", head, rows, words["reading"])]
+    rows = [
+        [head_cell(name_of(name)), Cell(finding), figure_cell(share, "percent")]
+        for name, part in modalities.items()
+        for finding, share in part.get("findings", {}).items()
+    ]
+    if rows:
+        head = ["Modality", "Finding", "Accepted"]
+        parts.append(make_table("Each finding", head, rows, words["findings"], folded=True))
     return parts
 
 

@@ -31,6 +31,7 @@ from .metrics import (
     inception_score,
     kernel_distance,
     ms_ssim_of_pairs,
+    places,
     precision_recall_density_coverage,
 )
 
@@ -98,6 +99,8 @@ def interval(function: Callable, *arrays: Tensor, **options) -> dict:
 
 
 def _rounded(value):
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_rounded(v) for v in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
@@ -268,6 +271,7 @@ def evaluate(
         each_modality = [report["modalities"][modality]["memorisation"] for modality in copies]
         report["memorisation"] = {key: total(m[key] for m in each_modality) for key in ("encoder", "pixels")}
     report["judges"] = judged(judges, sets, said, label_column, report["labels"].get("left_out"))
+    report["acceptance"] = acceptance(synthetic, label_column if "column" in report["labels"] else None)
     return report, copies, _readings(judges, synthetic, probabilities), features
 
 
@@ -367,6 +371,28 @@ def judged(judges: Judges | None, sets: dict[str, ImageSet], said: dict, column:
     for judge in judges.models:
         report["each"][judge] = {name: read(name, said[name][judge]) for name in said}
     return report | {name: read(name, torch.stack(list(each.values())).mean(0)) for name, each in said.items()}
+
+
+def acceptance(images: ImageSet, column: str | None) -> dict:
+    """Which share of the images the filter accepted that drew them, as `minim generate` says in `accepted`.
+
+    Args:
+        column: of the finding; None leaves out the shares of findings.
+
+    Returns:
+        `value`: the mean over modalities of the mean over findings, and `modalities`, each with `value`, `n`, and
+        `findings`; or `left_out`.
+    """
+    if not images.has("accepted"):
+        return {"left_out": "no filter chose among the images"}
+    accepted, found = np.array([row["accepted"] == "true" for row in images.rows]), {}
+    for modality in dict.fromkeys(images.modalities.tolist()):
+        index = images.of(modality)
+        names = images.column(column, index) if column else [""] * len(index)
+        shares = {name: {"value": accepted[index[own]].mean(), "n": len(own)} for name, own in places(names).items()}
+        mean = np.mean([share["value"] for share in shares.values()])
+        found[modality] = {"value": mean, "n": len(index)} | ({"findings": shares} if column else {})
+    return _rounded({"value": np.mean([part["value"] for part in found.values()]), "modalities": found})
 
 
 def _readings(judges: Judges | None, synthetic: ImageSet, probabilities: dict) -> list[str] | None:

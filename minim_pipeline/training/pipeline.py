@@ -13,8 +13,9 @@ from ..disk import save_model, whole_folder
 from ..finite import check_weights
 from ..licenses import license_of
 from ..loading import load_with_unet, unet_folder
+from ..schedules import karras_timesteps
 from ..tokens import add_modality_tokens, modality_tokens
-from .config import Count, Options, Share, Weight, Whole, option
+from .config import Count, Options, Positive, Share, Weight, Whole, option
 from .filter.heads import inherited_filter
 
 
@@ -50,7 +51,10 @@ class ModelOptions(Options):
     unet: str | None = option(None, "Start from this U-Net, such as MINIM's checkpoint/unet, not the pipeline's own.")
     lora_rank: Whole = option(0, "Train a LoRA of this rank instead of the U-Net.")
     prediction_type: Literal["epsilon", "v_prediction"] | None = option(None, "New models: v_prediction.")
-    num_inference_steps: Count | None = option(None, "Default, as for the next three: the base's, or 20.")
+    num_inference_steps: Count | None = option(None, "Default, as for the guidance: the base's, or 20.")
+    sigma_max: Positive | None = option(
+        None, "Sample at pure noise, then at Karras's noise levels from this one down; default: as the base."
+    )
     guidance_scale: Weight | None = option(None, "Of a new model: 3.")
     guidance_rescale: Weight | None = option(None, "Of a new model: 0.")
     guidance_interval: list[Share] | None = option(None, "Of a new model: all steps, 0 1.")
@@ -136,12 +140,17 @@ def build_pipeline(
         add_modality_tokens(base.tokenizer, base.text_encoder, new)
     filter_head, message = inherited_filter(base, new, resolution)
     asked = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
+    timesteps = base.config.timesteps
+    if options.sigma_max:
+        count = asked.get("num_inference_steps", base.config.num_inference_steps)
+        timesteps = karras_timesteps(base.scheduler, count, options.sigma_max)
     pipe = MinimPipeline(
         **(base.components | {"filter_head": None}),
         modalities=modalities,
         findings=findings,
         num_candidates=base.config.num_candidates if filter_head is not None else 1,
         weights_license=base.weights_license or (license_of(source) if source else None),
+        timesteps=timesteps,
         **({name: base.config[name] for name in SAMPLING} | asked),
     )
     new_tokens = base.tokenizer.convert_tokens_to_ids([f"<{m}>" for m in new])

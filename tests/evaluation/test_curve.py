@@ -57,7 +57,7 @@ def run(make_pipeline, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def curve(run):
-    return run("--curve-guidance", "2", "1", "--curve-candidates", "2", "1")
+    return run("--curve-guidance", "2", "1", "--curve-candidates", "2", "1", "--extractor", "judges")
 
 
 def test_every_pair_is_a_point_of_the_report(curve):
@@ -67,6 +67,7 @@ def test_every_pair_is_a_point_of_the_report(curve):
     for point in points:
         assert 0 <= point["read"]["value"] <= 1 and point["read"]["n"] == 8
         assert 0 <= point["accepted"]["value"] <= 1 and point["accepted"]["n"] == 8
+        assert point["extractors"].keys() == {"minim-encoder", "judge resnet"}
         found = point["extractors"]["minim-encoder"]
         assert found["frechet_over_floor"]["value"] > 0 and found["frechet_over_floor"]["modalities"].keys() == {"oct"}
         assert 0 <= found["recall"]["value"] <= 1
@@ -90,14 +91,14 @@ def test_the_plot_and_its_figures_are_on_the_page(curve):
     page = curve[2]
     section = page[page.index('<section id="curve">') :]
     section = section[: section.index("</section>")]
-    assert section.count("<svg") == 1
+    assert section.count("<svg") == 2, "one an extractor"
     for words in ("1 candidate<", "2 candidates<", "real images<", "Fréchet distance over its floor", "Accepted"):
         assert words in section
 
 
 def test_the_order_of_the_options_does_not_matter(run, curve):
     # Fewer points, in another order, and one of them twice.
-    _, report, _ = run("--curve-candidates", "1", "--curve-guidance", "1", "2", "1")
+    _, report, _ = run("--curve-candidates", "1", "--curve-guidance", "1", "2", "1", "--extractor", "judges")
     assert report["curve"]["points"] == [p for p in curve[1]["curve"]["points"] if p["candidates"] == 1]
 
 
@@ -111,6 +112,17 @@ def test_without_judges_there_is_a_reason_and_no_plot(curve):
     assert reason in section and "<svg" not in section and "Over floor" in section
 
 
+def test_what_the_filter_accepts_is_in_the_report_and_on_the_page(curve):
+    folder, report, page = curve
+    with open(folder / "synthetic" / "data.csv", newline="") as file:
+        accepted = [row["accepted"] == "true" for row in csv.DictReader(file)]
+    found = report["acceptance"]["modalities"]["oct"]
+    assert found["n"] == 8 and found["value"] == report["acceptance"]["value"] == sum(accepted) / 8
+    assert {name: share["n"] for name, share in found["findings"].items()} == dict.fromkeys(FINDINGS["oct"], 4)
+    section = page[page.index('<section id="acceptance">') :]
+    assert "Lowest of a finding" in section and FINDINGS["oct"][0] in section
+
+
 def test_candidates_need_a_filter(pipeline_dir, tmp_path, capsys):
     real = write_set(tmp_path / "real", 2, 0)
     arguments = ["--real", str(real), "--pipeline", str(pipeline_dir), "--num-inference-steps", "1", "--device", "cpu"]
@@ -118,6 +130,8 @@ def test_candidates_need_a_filter(pipeline_dir, tmp_path, capsys):
     assert main(["evaluate", *options, "--curve-candidates", "2"]) == 2
     assert "--curve-candidates 2" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert main(["evaluate", *options]) == 0
-    (point,) = read_report(tmp_path / "out" / "report.json")["curve"]["points"]
+    report = read_report(tmp_path / "out" / "report.json")
+    assert "left_out" in report["acceptance"] and 'id="acceptance"' not in (tmp_path / "out/report.html").read_text()
+    (point,) = report["curve"]["points"]
     assert point["accepted"] == {"left_out": "no filter chose among the images"}
     assert "--judges" in point["read"]["left_out"]

