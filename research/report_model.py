@@ -7,7 +7,8 @@
   reconstructions over that of originals (`highest_octave` in minim_pipeline/training/autoencoder.py).
 - Judges (train_classifier.py): equally many images of each finding, at the model's default settings, for phrasings as
   in training and for new ones (`--phrasings test`: for those of other styles); beside the judges' own accuracy on
-  val images.
+  val images. The images are the generator's own, or with `--drawn` what `minim generate` drew for the prompts of
+  `plan_prompts.py`, with the filter, and which share that accepted.
 - Memorisation (minim_pipeline/evaluation/memorisation.py), in latents and in pixels.
 - Checks: equal channels, letterboxes, specks; and a sheet a modality, seeds in order, nothing picked.
 
@@ -19,6 +20,7 @@ import json
 import platform
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,12 +37,14 @@ from minim_pipeline import CAPTIONS, MODALITIES, MinimPipeline, resolve_modality
 from minim_pipeline.cache import cached_tensor
 from minim_pipeline.contact_sheet import contact_sheet
 from minim_pipeline.data.image_loading import load_images, trim_letterbox
+from minim_pipeline.data.sources import read_csv
 from minim_pipeline.data.splits import read_split
 from minim_pipeline.evaluation.comparison import JUDGES
 from minim_pipeline.evaluation.images import to_unit
-from minim_pipeline.evaluation.judges import Judges, accuracy_report, format_report, load_judges
+from minim_pipeline.evaluation.judges import Judges, accuracy_report, class_of, format_report, load_judges
 from minim_pipeline.evaluation.memorisation import copies_in_both_spaces, format_memorisation
 from minim_pipeline.evaluation.metrics import places
+from minim_pipeline.evaluation.report import ImageSet, acceptance
 from minim_pipeline.evaluation.sampling import by_modality, draw_planned, plan
 from minim_pipeline.files import write_report
 from minim_pipeline.loading import model_identity
@@ -69,6 +73,9 @@ class ReportConfig(ReadingOptions):
         ["train", "new"],
         "Sets to draw with: as in training, new ones, and those of other styles, which are for final figures.",
         choices=["train", "new", "test"],
+    )
+    drawn: list[str] = option(
+        [], "Instead of drawing: CSV files of `minim generate` with the column finding, each named by its folder."
     )
     images_per_finding: Count = 64
     num_inference_steps: Count | None = option(None, "Default: the model's.")
@@ -165,18 +172,29 @@ def generate(
     return cached_tensor(cache, json.dumps({"settings": settings, "images": planned}), draw) if cache else draw()
 
 
+def drawn_sets(
+    config: ReportConfig, pipe: MinimPipeline, judges: Judges, real: RealImages, settings: dict
+) -> Iterator[tuple[str, list[dict], Tensor]]:
+    """Name, rows with modality and finding, and images uint8 [N, 3, H, W] of every set of generated images."""
+    for path in config.drawn:
+        rows = [row for row in read_csv(path, require=("finding",)) if class_of(row) in judges.classes]
+        images = load_images(rows, path, real.size, trim=False, reading=config.reading_elsewhere())
+        yield Path(path).resolve().parent.name, rows, images
+    captions, settings = load_captions(config.captions), settings | {"model": model_identity(config.model)}
+    for phrasing in config.phrasings if not config.drawn else ():
+        planned = plan(judges.classes, real.learned, captions, phrasing, config.images_per_finding, config.seed)
+        cache = Path(config.save_images) / f"{phrasing}.safetensors" if config.save_images else None
+        yield phrasing, planned, generate(pipe, planned, config.batch_size, settings, cache)
+
+
 def generated_report(
-    config: ReportConfig, pipe: MinimPipeline, judges: Judges, learned: dict, settings: dict
+    config: ReportConfig, pipe: MinimPipeline, judges: Judges, real: RealImages, settings: dict
 ) -> tuple[dict, dict[str, Tensor]]:
     """What judges see in generated images, for each set of phrasings, and all images by modality."""
-    captions, settings = load_captions(config.captions), settings | {"model": model_identity(config.model)}
     report, generated, names = {}, [], []
-    for phrasing in config.phrasings:
-        planned = plan(judges.classes, learned, captions, phrasing, config.images_per_finding, config.seed)
-        begun = time.monotonic()
-        cache = Path(config.save_images) / f"{phrasing}.safetensors" if config.save_images else None
-        images = generate(pipe, planned, config.batch_size, settings, cache)
-        asked = [p["modality"] for p in planned], [p["finding"] for p in planned]
+    begun = time.monotonic()
+    for phrasing, rows, images in drawn_sets(config, pipe, judges, real, settings):
+        asked = tuple(map(list, zip(*map(class_of, rows), strict=True)))
         each = judges.judge_each(images)
         figures, *alone = (
             accuracy_report(said, judges.classes, *asked, families=judges.families)
@@ -184,12 +202,15 @@ def generated_report(
         )
         figures["each_judge"] = {name: of["balanced_accuracy"] for name, of in zip(each, alone, strict=True)}
         figures["seconds"] = round(time.monotonic() - begun, 1)
+        if config.drawn:
+            figures["acceptance"] = acceptance(ImageSet(rows, images), "finding")
         report[phrasing] = figures
         print(format_report(f"judges on generated images, phrasings {phrasing!r}", figures))
-        if config.sheets and phrasing == config.phrasings[0]:
+        if config.sheets and len(report) == 1:
             save_sheets(images, *asked, Path(config.sheets))
         generated.append(images)
         names += asked[0]
+        begun = time.monotonic()
     return report, by_modality(torch.cat(generated), names)
 
 
@@ -272,7 +293,7 @@ def main(argv: list[str] | None = None) -> dict:
     if config.compile:
         pipe.unet.compile()
         pipe.vae.decoder.compile()
-    report["generated"], samples = generated_report(config, pipe, judges, real.learned, report["settings"])
+    report["generated"], samples = generated_report(config, pipe, judges, real, report["settings"])
     val = by_modality(real.images, real.names)
     report["checks"] = {name: checks(images, val[name], name) for name, images in samples.items()}
     for name, figures in report["checks"].items():
