@@ -36,7 +36,9 @@ class FilterConfig(DataOptions, RunOptions):
     realism_loss_weight: Weight | None = option(
         None, "Of telling real from generated images: a new head rates realism if it is given, such as 0.5."
     )
-    realism_part: str = option("C", "Rows whose real images are told from generated ones, beside those of --part.")
+    realism_part: str | None = option(
+        None, "Rows whose real images are told from generated ones, beside those of --part; default: C."
+    )
     rating_steps: Whole = option(300, "Further steps with people's grades, if any.")
     rating_learning_rate: Weight = 2e-4
     folds: Whole = option(5, "Folds of the ratings, by group; 0 leaves that out.")
@@ -46,6 +48,9 @@ class FilterConfig(DataOptions, RunOptions):
         for name in ("compile", "gradient_checkpointing"):
             if getattr(self, name):
                 raise ValueError(f"--{name} does nothing here: leave it out.")
+        if self.realism_part is not None and not (self.realism_loss_weight or self.pretrained_filter_head):
+            given = f"--realism_part {self.realism_part} does nothing without --realism_loss_weight"
+            raise ValueError(f"{given}, unless --pretrained_filter_head names a head that rates realism.")
         if self.folds == 1:
             raise ValueError(f"--folds has to be 0 or at least 2, got {self.folds}.")
         if len(self.block_out_channels) != 2:

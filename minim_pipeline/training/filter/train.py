@@ -86,7 +86,7 @@ class Trainer:
         self.classes = claimed_classes(train_rows, train_rows, config.min_train, 0)
         self.rows = [row for row in of_part(train_rows, config.part) if class_of(row) in self.classes]
         learned = set(map(id, self.rows))
-        more = [row for row in of_part(train_rows, config.realism_part) if id(row) not in learned]
+        more = [row for row in of_part(train_rows, config.realism_part or "C") if id(row) not in learned]
         self.more_real = [row for row in more if class_of(row) in self.classes]
         self.val_rows = [row for row in val_rows if class_of(row) in self.classes]
         if self.val_rows and all(other < 0 for other in other_findings(self.val_rows, config.seed)):

@@ -142,6 +142,12 @@ def test_a_new_head_rates_realism_only_if_asked_to(arguments, tmp_path):
     assert "realism_val" not in run_script(train_filter, *arguments, *further), "its config stays"
 
 
+def test_a_part_for_realism_that_nothing_would_learn_from_is_refused(arguments, tmp_path):
+    with pytest.raises(ValueError, match="--realism_part C does nothing without --realism_loss_weight"):
+        run_script(train_filter, *arguments, "--realism_part", "C", "--output_dir", str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
 def test_real_images_of_part_c_are_learned_from_and_those_of_the_judges_are_not(arguments, data, tmp_path):
     rows = [row | {"part": "C"} if row["path"] == "9.png" else row for row in csv.DictReader(open(data))]
     parts = write_csv(data.with_name("parts.csv"), rows)
