@@ -106,8 +106,8 @@ def karras_timesteps(scheduler, count: int, sigma_max: float, rho: float = 7.0) 
     """
     alphas_cumprod = scheduler.alphas_cumprod.double().clamp(min=1e-8)
     sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().numpy()
-    ends = np.array([sigma_max, sigmas[0]]) ** (1 / rho)
-    levels = np.linspace(*ends, count - 1) ** rho
+    first, last = np.array([sigma_max, sigmas[0]]) ** (1 / rho)
+    levels = np.linspace(first, last, count - 1) ** rho
     timesteps = np.interp(np.log(levels), np.log(sigmas), np.arange(len(sigmas))).round().astype(int)
     return [len(sigmas) - 1, *timesteps.tolist()]
 

@@ -100,7 +100,9 @@ def draw_trajectories(
     """
     generator, parts = torch.Generator().manual_seed(seeds[0] if seeds else 0), []
     settings = {name: getattr(sampler, name) for name in ("num_inference_steps", "guidance_scale")}
-    for batch in batches(len(rows), batch_size, f"{sampler.num_inference_steps} steps"):
+    for batch in batches(
+        len(rows), batch_size, f"{sampler.num_inference_steps or pipe.config.num_inference_steps} steps"
+    ):
         texts, modalities = ([row[column] for row in rows[batch]] for column in ("Text", "modality"))
         count = len(texts)
         with watch_steps(pipe, count) as observed:

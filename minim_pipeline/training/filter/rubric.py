@@ -33,23 +33,22 @@ class Damage:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Settings of the pipeline's call, the quality of what they draw, and their share of the drawn images."""
+    """Settings of the pipeline's call, None for its own; the quality of what they draw, and their share."""
 
-    num_inference_steps: int
-    guidance_scale: float
+    num_inference_steps: int | None
+    guidance_scale: float | None
     quality: int
     weight: float
 
 
-# 16 steps and guidance 3 are the embedded model's own. Three steps leave everything soft, two smear it; guidance 8
-# burns contrast in.
+# Three steps leave everything soft, two smear it; guidance 8 burns contrast in.
 SAMPLERS = (
-    Sampler(16, 3.0, 3, 0.55),
-    Sampler(16, 1.5, 3, 0.10),
-    Sampler(8, 3.0, 3, 0.05),
-    Sampler(3, 3.0, 2, 0.10),
-    Sampler(16, 8.0, 2, 0.10),
-    Sampler(2, 3.0, 1, 0.10),
+    Sampler(None, None, 3, 0.55),
+    Sampler(None, 1.5, 3, 0.10),
+    Sampler(8, None, 3, 0.05),
+    Sampler(3, None, 2, 0.10),
+    Sampler(None, 8.0, 2, 0.10),
+    Sampler(2, None, 1, 0.10),
 )
 
 # Between strength 0 and 1 lie the damages of grade 2 and of grade 1; what lies between them has no clear grade.
