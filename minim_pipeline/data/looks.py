@@ -1,0 +1,187 @@
+"""One look at every image before it is used: whether it can be read, how deep it is, and what its content is.
+
+Each is opened once for all three. Of large data sets what was found is kept under `HF_HOME`, so that the next command
+looks only at images that are new or have changed.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from dataclasses import astuple
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
+from tqdm import tqdm
+
+from ..files import atomic_path
+from .dicom import is_dicom
+from .image_files import State, file_state, is_there, locate, read_bytes, split_address
+from .image_pixels import Found, decode_picture, found_in, is_deep
+from .image_reader import READER_VERSION, open_picture, read_pixels
+
+
+MANY = 1000  # images from which on what was found is kept on disk: of fewer, looking again takes no time
+
+
+class Look(NamedTuple):
+    """What an image in a certain state was found to be.
+
+    Args:
+        state: its size and time of change; None if it is not there.
+        problem: what is wrong with it; None if it can be read.
+        found: least and greatest value, if it has more than 8 bits a pixel and is no DICOM file.
+        digest: SHA-256 of its bytes, in hexadecimal.
+    """
+
+    state: State | None
+    problem: str | None = None
+    found: Found = Found()
+    digest: str = ""
+
+
+_seen: dict[str, Look] = {}  # by path, in this process
+
+
+def seen(path: str | Path) -> Look | None:
+    """What was found of an image that can be read, if it was looked at and has not changed."""
+    look = _seen.get(str(path))
+    return look if look is not None and look.problem is None and look.state == file_state(path) else None
+
+
+def problems(paths: Iterable[Path], source: str | Path, all_of_them: bool = True) -> dict[Path, str]:
+    """What is wrong with the images of the table `source`, by path; those that can be read are left out.
+
+    Args:
+        all_of_them: look into every image; `False` stops at once if some are not there, and tells these.
+
+    Raises ImportError if one is DICOM, and pydicom is missing.
+    """
+    new = [path for path in dict.fromkeys(paths) if seen(path) is None]
+    gone = {path: f"no image {path}" for path in new if not is_there(path)}
+    if gone and not all_of_them:
+        return gone
+    new = [path for path in new if path not in gone]
+    _look_at(new, source)
+    return gone | {path: problem for path in new if (problem := _seen[str(path)].problem)}
+
+
+def _look_at(paths: list[Path], source: str | Path) -> None:
+    """Looks at images, in threads; where they are many, with what is kept on disk of the table `source`."""
+    home = Path(HF_HOME, "minim", "looks")
+    kept = len(paths) >= MANY and _can_write(home)
+    store = home / f"{hashlib.sha256(os.path.abspath(source).encode()).hexdigest()[:32]}.json"
+    # One process looks; others that run the same command wait, and read what it found.
+    with FileLock(f"{store}.lock") if kept else nullcontext():
+        if kept and store.is_file():
+            _recall(store, paths)
+            paths = [path for path in paths if seen(path) is None]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            looks = tqdm(pool.map(_look, paths), "looking at images", len(paths), disable=None if kept else True)
+            _seen.update(zip(map(str, paths), looks))
+        if kept and paths:
+            _keep(store, paths)
+
+
+def _look(path: Path) -> Look:
+    state, found = file_state(path), Found()
+    try:
+        pixels, _ = read_pixels(path)
+        if isinstance(pixels, np.ndarray):
+            found = found_in(pixels)
+        return Look(state, None, found, hashlib.sha256(read_bytes(path)).hexdigest())
+    except (FileNotFoundError, ValueError) as error:
+        return Look(state, str(error))
+
+
+def _can_write(folder: Path) -> bool:
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
+
+
+def _keep(store: Path, paths: Iterable[Path]) -> None:
+    """Adds to a store what was found of images that can be read."""
+    kept = _stored(store)
+    for path in map(str, paths):
+        if (look := seen(path)) is not None:
+            kept[os.path.abspath(path)] = [look.state, astuple(look.found), look.digest]
+    with atomic_path(store) as temporary:
+        temporary.write_text(json.dumps({"version": READER_VERSION, "images": kept}))
+
+
+def _recall(store: Path, paths: Iterable[Path]) -> None:
+    """Knows again what a store has of images; whether they are still the same, `seen` finds out."""
+    kept = _stored(store)
+    for path in map(str, paths):
+        if found := kept.get(os.path.abspath(path)):
+            (size, changed), ends, digest = found
+            _seen[path] = Look((size, changed), None, Found(*(tuple(pair) if pair else None for pair in ends)), digest)
+
+
+def _stored(store: Path) -> dict:
+    if not store.is_file():
+        return {}
+    content = json.loads(store.read_text())
+    return content["images"] if content["version"] == READER_VERSION else {}
+
+
+def survey(files: Iterable[tuple[Path, str]]) -> dict[str, Found]:
+    """What lies in the pixels of more than 8 bits of a data set, by modality.
+
+    Images that nobody looked at are opened, and decoded only if they have more than 8 bits; those that cannot be read
+    are passed over: whoever reads them is told.
+
+    `files`: path and modality's id of each.
+    """
+
+    def look(path: Path) -> Found:
+        if (known := seen(path)) is not None:
+            return known.found
+        with suppress(Exception):
+            if not is_dicom(path):
+                with open_picture(path) as image:
+                    pixels = decode_picture(image, lambda: open_picture(path))[0] if is_deep(image) else None
+                return found_in(pixels) if isinstance(pixels, np.ndarray) else Found()
+        return Found()
+
+    files = list(files)
+    found: dict[str, Found] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (_, modality), own in zip(files, pool.map(look, [path for path, _ in files])):
+            found[modality] = found.get(modality, Found()) | own
+    return found
+
+
+def file_keys(paths: Sequence[Path]) -> list[str]:
+    """A key for each path, the same for the same file or content. Only images that share their size are read.
+
+    And of these only the ones that nobody has looked at.
+    """
+    sizes, places = {}, dict[Path, str]()
+    for path in dict.fromkeys(paths):
+        if split_address(path) is None:
+            state = os.stat(path)
+            places[path], sizes[path] = f"{state.st_dev}:{state.st_ino}", state.st_size
+        else:
+            places[path], sizes[path] = str(path), locate(path)[2]
+    # Of one file by several names one stands for all.
+    by_place = {place: path for path, place in places.items()}
+    shared = Counter(sizes[path] for path in by_place.values())
+
+    def key(place: str) -> str:
+        path = by_place[place]
+        if shared[sizes[path]] == 1:
+            return place
+        known = seen(path)
+        return known.digest if known is not None else hashlib.sha256(read_bytes(path)).hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        keys = dict(zip(by_place, pool.map(key, by_place)))
+    return [keys[places[path]] for path in paths]
