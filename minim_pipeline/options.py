@@ -110,6 +110,10 @@ class ReadingOptions(Options):
         return Reading(self.fit, (self.window[0], self.window[1]) if self.window else None)
 
 
+# Of the options below, those that are of one table, and not of all that a command reads.
+OF_THE_TABLE = ("modality", "image_root", "image_column", "caption_column", "modality_column", "finding_column")
+
+
 @dataclass(kw_only=True)
 class TableOptions(ReadingOptions):
     """How tables and their images are read, of which not everything need be as MINIM has it."""

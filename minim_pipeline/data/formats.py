@@ -27,6 +27,7 @@ KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".tar": "webdataset", ".arrow
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 SPLITS |= {"test": "test", "testing": "test"}
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
+SHARD = re.compile(r"data/\w+-\d{5}-of-\d{5}[^/]*")
 ALLOWED = (
     "a folder has to hold metadata.csv, .jsonl or .parquet beside its images, data.csv, Parquet files, tar files, "
     "what save_to_disk wrote, or a folder of images for each finding"
@@ -86,15 +87,12 @@ def find_source(source: str | Path) -> Source:
 def base_of(source: str | Path) -> Path:
     """The folder from which the paths of a table's rows lead; raises as `find_source`."""
     path = Path(source)
-    if path.suffix != ".csv":
-        if path.is_dir():
-            return path
-        if _is_glob(path):
-            parts = path.parts
-            return Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
-        if _is_hub_id(path):
-            return _on_hub(str(path)).base
-    return path.parent
+    if path.is_dir():
+        return path
+    if _is_glob(path):
+        parts = path.parts
+        return Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
+    return _on_hub(str(path)).base if _is_hub_id(path) else path.parent
 
 
 def _is_glob(path: Path) -> bool:
@@ -172,7 +170,9 @@ def _in_folder(folder: Path) -> Source:
         return Source("metadata", folder, tuple(found))
     for suffix in (".parquet", ".tar"):
         if found := [file for file in files if file.suffix == suffix]:
-            return _with_splits(KINDS[suffix], folder, found)
+            # Where there are shards as on the Hub, other files beside them are no data.
+            shards = [file for file in found if SHARD.fullmatch(file.relative_to(folder).as_posix())]
+            return _with_splits(KINDS[suffix], folder, shards or found)
     found = [file for file in files if file.suffix.lower() in PICTURES and file.parent != folder]
     if not found:
         raise ValueError(f"{folder} holds no images with captions: {ALLOWED}.")

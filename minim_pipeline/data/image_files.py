@@ -190,11 +190,15 @@ def _arrow_ranges(file: str, column: str) -> Ranges:
 def unpack_parquet(file: str, column: str) -> list[str]:
     """The Arrow files in the cache of `datasets` that hold a column of a Parquet file; they are made if missing."""
     datasets = need("datasets", file)
-    place = glob.escape(str(Path(file).resolve()))
+    place, quiet = glob.escape(str(Path(file).resolve())), datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # one a file: whoever reads them has one for all
     try:
         table = datasets.load_dataset("parquet", data_files=place, split="train", columns=[column])
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(f"{file} cannot be read: {error.__cause__ or error}") from error
+    finally:
+        if not quiet:
+            datasets.enable_progress_bars()
     return [part["filename"] for part in table.cache_files]
 
 

@@ -158,7 +158,7 @@ def read_new(config: AddModalityConfig, modality: Modality) -> tuple[list[dict],
 
     A row that names no modality is of this one.
     """
-    options = {"check_images": False, "image_root": config.image_root, "modality": modality.id}
+    options = {**config.csv_options, "check_images": False, "modality": modality.id}
     rows = read_dataset(config.train_data, require=("path", "Text"), **options)
 
     def fits(row: dict) -> bool:
