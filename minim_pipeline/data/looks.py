@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import astuple
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +28,8 @@ from .image_reader import READER_VERSION, open_picture, read_pixels
 
 MANY = 1000  # images from which on what was found is kept on disk: of fewer, looking again takes no time
 
+_SHALLOW = Found()  # of 8 bits a pixel
+
 
 class Look(NamedTuple):
     """What an image in a certain state was found to be.
@@ -42,11 +43,12 @@ class Look(NamedTuple):
 
     state: State | None
     problem: str | None = None
-    found: Found = Found()
+    found: Found = _SHALLOW
     digest: str = ""
 
 
 _seen: dict[str, Look] = {}  # by path, in this process
+_recalled: dict[Path, State | None] = {}  # stores that were read, and in which state
 
 
 def seen(path: str | Path) -> Look | None:
@@ -76,11 +78,13 @@ def _look_at(paths: list[Path], source: str | Path) -> None:
     """Looks at images, in threads; where they are many, with what is kept on disk of the table `source`."""
     home = Path(HF_HOME, "minim", "looks")
     kept = len(paths) >= MANY and _can_write(home)
-    store = home / f"{hashlib.sha256(os.path.abspath(source).encode()).hexdigest()[:32]}.json"
+    # Paths are as they were given: relative ones, and so their stores, are of the folder that the command runs in.
+    place = f"{os.getcwd()} {source}"
+    store = home / f"{hashlib.sha256(place.encode()).hexdigest()[:32]}.json"
     # One process looks; others that run the same command wait, and read what it found.
     with FileLock(f"{store}.lock") if kept else nullcontext():
-        if kept and store.is_file():
-            _recall(store, paths)
+        if kept:
+            _recall(store)
             paths = [path for path in paths if seen(path) is None]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             looks = tqdm(pool.map(_look, paths), "looking at images", len(paths), disable=None if kept else True)
@@ -90,7 +94,7 @@ def _look_at(paths: list[Path], source: str | Path) -> None:
 
 
 def _look(path: Path) -> Look:
-    state, found = file_state(path), Found()
+    state, found = file_state(path), _SHALLOW
     try:
         pixels, _ = read_pixels(path)
         if isinstance(pixels, np.ndarray):
@@ -108,28 +112,27 @@ def _can_write(folder: Path) -> bool:
 
 def _keep(store: Path, paths: Iterable[Path]) -> None:
     """Adds to a store what was found of images that can be read."""
-    kept = _stored(store)
+    kept = {}
+    if store.is_file() and (content := json.loads(store.read_text()))["version"] == READER_VERSION:
+        kept = content["images"]
     for path in map(str, paths):
-        if (look := seen(path)) is not None:
-            kept[os.path.abspath(path)] = [look.state, astuple(look.found), look.digest]
+        if (look := _seen[path]).problem is None:
+            kept[path] = [look.state, (look.found.whole, look.found.real), look.digest]
     with atomic_path(store) as temporary:
         temporary.write_text(json.dumps({"version": READER_VERSION, "images": kept}))
 
 
-def _recall(store: Path, paths: Iterable[Path]) -> None:
+def _recall(store: Path) -> None:
     """Knows again what a store has of images; whether they are still the same, `seen` finds out."""
-    kept = _stored(store)
-    for path in map(str, paths):
-        if found := kept.get(os.path.abspath(path)):
-            (size, changed), ends, digest = found
-            _seen[path] = Look((size, changed), None, Found(*(tuple(pair) if pair else None for pair in ends)), digest)
-
-
-def _stored(store: Path) -> dict:
-    if not store.is_file():
-        return {}
+    state = file_state(store)
+    if state is None or _recalled.get(store) == state:
+        return
     content = json.loads(store.read_text())
-    return content["images"] if content["version"] == READER_VERSION else {}
+    if content["version"] == READER_VERSION:
+        for path, ((size, changed), ends, digest) in content["images"].items():
+            found = Found(*(tuple(pair) if pair else None for pair in ends)) if any(ends) else _SHALLOW
+            _seen.setdefault(path, Look((size, changed), None, found, digest))
+    _recalled[store] = state
 
 
 def survey(files: Iterable[tuple[Path, str]]) -> dict[str, Found]:
@@ -142,20 +145,24 @@ def survey(files: Iterable[tuple[Path, str]]) -> dict[str, Found]:
     """
 
     def look(path: Path) -> Found:
-        if (known := seen(path)) is not None:
-            return known.found
         with suppress(Exception):
             if not is_dicom(path):
                 with open_picture(path) as image:
                     pixels = decode_picture(image, lambda: open_picture(path))[0] if is_deep(image) else None
-                return found_in(pixels) if isinstance(pixels, np.ndarray) else Found()
-        return Found()
+                return found_in(pixels) if isinstance(pixels, np.ndarray) else _SHALLOW
+        return _SHALLOW
 
-    files = list(files)
     found: dict[str, Found] = {}
+    new: list[tuple[Path, str]] = []
+    for path, modality in files:
+        known = seen(path)
+        if known is None:
+            new.append((path, modality))
+        else:
+            found[modality] = found.get(modality, _SHALLOW) | known.found
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (_, modality), own in zip(files, pool.map(look, [path for path, _ in files])):
-            found[modality] = found.get(modality, Found()) | own
+        for (_, modality), own in zip(new, pool.map(look, [path for path, _ in new])):
+            found[modality] = found.get(modality, _SHALLOW) | own
     return found
 
 
@@ -174,14 +181,14 @@ def file_keys(paths: Sequence[Path]) -> list[str]:
     # Of one file by several names one stands for all.
     by_place = {place: path for path, place in places.items()}
     shared = Counter(sizes[path] for path in by_place.values())
-
-    def key(place: str) -> str:
-        path = by_place[place]
+    keys, new = {}, []
+    for place, path in by_place.items():
         if shared[sizes[path]] == 1:
-            return place
-        known = seen(path)
-        return known.digest if known is not None else hashlib.sha256(read_bytes(path)).hexdigest()
-
+            keys[place] = place
+        elif (known := seen(path)) is not None:
+            keys[place] = known.digest
+        else:
+            new.append(place)
     with ThreadPoolExecutor() as pool:
-        keys = dict(zip(by_place, pool.map(key, by_place)))
+        keys |= zip(new, pool.map(lambda place: hashlib.sha256(read_bytes(by_place[place])).hexdigest(), new))
     return [keys[places[path]] for path in paths]

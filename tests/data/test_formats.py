@@ -366,6 +366,7 @@ def test_many_images_are_looked_at_once(tmp_path, monkeypatch):
         if expected == ["2.png"]:
             (tmp_path / "2.png").write_bytes(encoded(ramp(9).astype(np.uint16) * 16))
         monkeypatch.setattr(looks, "_seen", {})  # as in a process of its own
+        monkeypatch.setattr(looks, "_recalled", {})
         decoded.clear()
         rows = read_dataset(csv)
         assert sorted(decoded) == expected
