@@ -104,7 +104,7 @@ def locate(path: str | Path) -> tuple[str, int, int]:
     if ranges.size[index] < 0:
         if index not in ranges.paths:
             raise FileNotFoundError(f"no image {path}")
-        return ranges.paths[index], 0, -1
+        return os.path.join(os.path.dirname(file), ranges.paths[index]), 0, -1
     return ranges.files[ranges.file[index]], int(ranges.start[index]), int(ranges.size[index])
 
 

@@ -53,7 +53,7 @@ def load_images(
     if found is None:
         found = check_values([(rows, csv_path)], reading)
 
-    def load(row: dict, path: Path) -> tuple[torch.Tensor, list[str]]:
+    def load(row: dict, path: str) -> tuple[torch.Tensor, list[str]]:
         modality = resolve_modality(row["modality"])
         image, done = read_image(path, modality.id, found.get(modality.id, Found()), reading.window)
         image, done = as_modality(image, modality, done)
@@ -85,7 +85,7 @@ def check_values(
     `sets` are rows as `read_dataset` gives them, and the table they came from, whose other rows are looked at as well.
     Raises ValueError if what the values of a modality of the rows mean cannot be known.
     """
-    files: dict[Path, str] = {}
+    files: dict[str, str] = {}
     modalities: set[str] = set()
     for rows, csv in sets:
         asked = {path: resolve_modality(row["modality"]).id for path, row in zip(resolve_paths(rows, csv), rows)}
@@ -96,7 +96,7 @@ def check_values(
             files |= dict(_images_of(str(csv), options, states))
         files |= asked
         modalities.update(asked.values())
-    found = _survey(tuple((path, name, file_state(path)) for path, name in files.items() if name in modalities))
+    found = survey({path: name for path, name in files.items() if name in modalities})
     for name, values_of in found.items():
         for values, real in ((values_of.whole, False), (values_of.real, True)):
             if values is not None:
@@ -118,7 +118,7 @@ def key_of(rows: list[dict], csv_path: str | Path, reading: Reading = DEFAULT_RE
 
 
 @lru_cache(maxsize=64)
-def _images_of(csv: str, options: tuple[tuple[str, Any], ...], states: tuple) -> tuple[tuple[Path, str], ...]:
+def _images_of(csv: str, options: tuple[tuple[str, Any], ...], states: tuple) -> tuple[tuple[str, str], ...]:
     """Every image that a table, whose files are in these states, names, with the id of its modality."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of bad rows, which whoever read the rows at hand has been told of
@@ -128,11 +128,6 @@ def _images_of(csv: str, options: tuple[tuple[str, Any], ...], states: tuple) ->
         except ValueError:  # of modalities that nobody knows, or none: then of the rows at hand alone
             return ()
     return tuple((path, resolve_modality(row["modality"]).id) for path, row in zip(resolve_paths(rows, csv), rows))
-
-
-@lru_cache(maxsize=16)
-def _survey(states: tuple[tuple[Path, str, tuple[int, int] | None], ...]) -> dict[str, Found]:
-    return survey((path, name) for path, name, _ in states)
 
 
 def trim_letterbox(image: np.ndarray, max_stretch: float = 1.15) -> np.ndarray:

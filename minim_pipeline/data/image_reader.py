@@ -90,7 +90,7 @@ def open_picture(path: str | Path) -> Image.Image:
     return Image.open(opened(path))
 
 
-def files_key(files: Iterable[Path]) -> str:
+def files_key(files: Iterable[str | Path]) -> str:
     """A digest of files, or parts of some: of each, the path, free of links to folders, and the state."""
     digest, folders = hashlib.sha256(), dict[str, str]()
     for file in files:
@@ -101,7 +101,7 @@ def files_key(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def images_key(rows: list[dict], files: list[Path], found: Mapping[str, Found], reading: Reading) -> str:
+def images_key(rows: list[dict], files: Iterable[str], found: Mapping[str, Found], reading: Reading) -> str:
     """A digest that changes whenever what `rows` say, or the images in `files` as they are read, may have changed."""
     scales = sorted((name, astuple(values)) for name, values in found.items())
     key = [READER_VERSION, astuple(reading), scales, rows, files_key(files)]

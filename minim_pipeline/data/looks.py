@@ -8,11 +8,11 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from filelock import FileLock
@@ -28,6 +28,8 @@ from .image_reader import READER_VERSION, open_picture, read_pixels
 
 MANY = 1000  # images from which on what was found is kept on disk: of fewer, looking again takes no time
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _SHALLOW = Found()  # of 8 bits a pixel
 
 
@@ -36,28 +38,28 @@ class Look(NamedTuple):
 
     Args:
         state: its size and time of change; None if it is not there.
-        problem: what is wrong with it; None if it can be read.
         found: least and greatest value, if it has more than 8 bits a pixel and is no DICOM file.
-        digest: SHA-256 of its bytes, in hexadecimal.
+        digest: the first 16 bytes of SHA-256 of its bytes; empty if it was not read as a whole.
+        problem: what is wrong with it; None if it can be read.
     """
 
     state: State | None
-    problem: str | None = None
     found: Found = _SHALLOW
-    digest: str = ""
+    digest: bytes = b""
+    problem: str | None = None
 
 
 _seen: dict[str, Look] = {}  # by path, in this process
 _recalled: dict[Path, State | None] = {}  # stores that were read, and in which state
 
 
-def seen(path: str | Path) -> Look | None:
+def seen(path: str) -> Look | None:
     """What was found of an image that can be read, if it was looked at and has not changed."""
-    look = _seen.get(str(path))
+    look = _seen.get(path)
     return look if look is not None and look.problem is None and look.state == file_state(path) else None
 
 
-def problems(paths: Iterable[Path], source: str | Path, all_of_them: bool = True) -> dict[Path, str]:
+def problems(paths: Iterable[str], source: str | Path, all_of_them: bool = True) -> dict[str, str]:
     """What is wrong with the images of the table `source`, by path; those that can be read are left out.
 
     Args:
@@ -65,16 +67,22 @@ def problems(paths: Iterable[Path], source: str | Path, all_of_them: bool = True
 
     Raises ImportError if one is DICOM, and pydicom is missing.
     """
-    new = [path for path in dict.fromkeys(paths) if seen(path) is None]
+    new = [path for path in dict.fromkeys(paths) if not _read(path)]
     gone = {path: f"no image {path}" for path in new if not is_there(path)}
     if gone and not all_of_them:
         return gone
     new = [path for path in new if path not in gone]
     _look_at(new, source)
-    return gone | {path: problem for path in new if (problem := _seen[str(path)].problem)}
+    return gone | {path: problem for path in new if (problem := _seen[path].problem)}
 
 
-def _look_at(paths: list[Path], source: str | Path) -> None:
+def _read(path: str) -> bool:
+    """Whether an image was seen as a whole."""
+    look = seen(path)
+    return look is not None and look.digest != b""
+
+
+def _look_at(paths: list[str], source: str | Path) -> None:
     """Looks at images, in threads; where they are many, with what is kept on disk of the table `source`."""
     home = Path(HF_HOME, "minim", "looks")
     kept = len(paths) >= MANY and _can_write(home)
@@ -85,23 +93,33 @@ def _look_at(paths: list[Path], source: str | Path) -> None:
     with FileLock(f"{store}.lock") if kept else nullcontext():
         if kept:
             _recall(store)
-            paths = [path for path in paths if seen(path) is None]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            looks = tqdm(pool.map(_look, paths), "looking at images", len(paths), disable=None if kept else True)
-            _seen.update(zip(map(str, paths), looks))
+            paths = [path for path in paths if not _read(path)]
+        looks = tqdm(in_threads(_look, paths), "looking at images", len(paths), disable=None if kept else True)
+        _seen.update(zip(paths, looks))
         if kept and paths:
             _keep(store, paths)
 
 
-def _look(path: Path) -> Look:
-    state, found = file_state(path), _SHALLOW
+def _look(path: str) -> Look:
+    state = file_state(path)
     try:
         pixels, _ = read_pixels(path)
-        if isinstance(pixels, np.ndarray):
-            found = found_in(pixels)
-        return Look(state, None, found, hashlib.sha256(read_bytes(path)).hexdigest())
+        found = found_in(pixels) if isinstance(pixels, np.ndarray) else _SHALLOW
+        return Look(state, found, _digest(path))
     except (FileNotFoundError, ValueError) as error:
-        return Look(state, str(error))
+        return Look(state, problem=str(error))
+
+
+def _digest(path: str) -> bytes:
+    return hashlib.sha256(read_bytes(path)).digest()[:16]
+
+
+def in_threads(function: Callable[[Item], Result], items: Sequence[Item], at_once: int = 32) -> Iterator[Result]:
+    """`function` of each item, in order; some at once, as a thread's task takes a kilobyte until it is asked for."""
+    parts = [items[i : i + at_once] for i in range(0, len(items), at_once)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for results in pool.map(lambda part: [function(item) for item in part], parts):
+            yield from results
 
 
 def _can_write(folder: Path) -> bool:
@@ -110,14 +128,15 @@ def _can_write(folder: Path) -> bool:
     return os.access(folder, os.W_OK)
 
 
-def _keep(store: Path, paths: Iterable[Path]) -> None:
+def _keep(store: Path, paths: Iterable[str]) -> None:
     """Adds to a store what was found of images that can be read."""
     kept = {}
     if store.is_file() and (content := json.loads(store.read_text()))["version"] == READER_VERSION:
         kept = content["images"]
-    for path in map(str, paths):
-        if (look := _seen[path]).problem is None:
-            kept[path] = [look.state, (look.found.whole, look.found.real), look.digest]
+    for path in paths:
+        look = _seen[path]
+        if look.problem is None:
+            kept[path] = [look.state, (look.found.whole, look.found.real), look.digest.hex()]
     with atomic_path(store) as temporary:
         temporary.write_text(json.dumps({"version": READER_VERSION, "images": kept}))
 
@@ -131,64 +150,59 @@ def _recall(store: Path) -> None:
     if content["version"] == READER_VERSION:
         for path, ((size, changed), ends, digest) in content["images"].items():
             found = Found(*(tuple(pair) if pair else None for pair in ends)) if any(ends) else _SHALLOW
-            _seen.setdefault(path, Look((size, changed), None, found, digest))
+            _seen.setdefault(path, Look((size, changed), found, bytes.fromhex(digest)))
     _recalled[store] = state
 
 
-def survey(files: Iterable[tuple[Path, str]]) -> dict[str, Found]:
+def survey(files: Mapping[str, str]) -> dict[str, Found]:
     """What lies in the pixels of more than 8 bits of a data set, by modality.
 
     Images that nobody looked at are opened, and decoded only if they have more than 8 bits; those that cannot be read
     are passed over: whoever reads them is told.
 
-    `files`: path and modality's id of each.
+    `files`: the modality's id of each image, by path.
     """
 
-    def look(path: Path) -> Found:
+    def look(path: str) -> Look:
+        state = file_state(path)
         with suppress(Exception):
             if not is_dicom(path):
                 with open_picture(path) as image:
                     pixels = decode_picture(image, lambda: open_picture(path))[0] if is_deep(image) else None
-                return found_in(pixels) if isinstance(pixels, np.ndarray) else _SHALLOW
-        return _SHALLOW
+                return Look(state, found_in(pixels) if isinstance(pixels, np.ndarray) else _SHALLOW)
+        return Look(state)
 
+    new = [path for path in files if seen(path) is None]
+    _seen.update(zip(new, in_threads(look, new)))
     found: dict[str, Found] = {}
-    new: list[tuple[Path, str]] = []
-    for path, modality in files:
-        known = seen(path)
-        if known is None:
-            new.append((path, modality))
-        else:
-            found[modality] = found.get(modality, _SHALLOW) | known.found
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (_, modality), own in zip(new, pool.map(look, [path for path, _ in new])):
-            found[modality] = found.get(modality, _SHALLOW) | own
+    for path, modality in files.items():
+        found[modality] = found.get(modality, _SHALLOW) | _seen[path].found
     return found
 
 
-def file_keys(paths: Sequence[Path]) -> list[str]:
+def file_keys(paths: Sequence[str | Path]) -> list[str]:
     """A key for each path, the same for the same file or content. Only images that share their size are read.
 
     And of these only the ones that nobody has looked at.
     """
-    sizes, places = {}, dict[Path, str]()
-    for path in dict.fromkeys(paths):
+    sizes, places = dict[str, int](), dict[str, str]()
+    names = [str(path) for path in paths]
+    for path in dict.fromkeys(names):
         if split_address(path) is None:
             state = os.stat(path)
             places[path], sizes[path] = f"{state.st_dev}:{state.st_ino}", state.st_size
         else:
-            places[path], sizes[path] = str(path), locate(path)[2]
+            places[path], sizes[path] = path, locate(path)[2]
     # Of one file by several names one stands for all.
     by_place = {place: path for path, place in places.items()}
     shared = Counter(sizes[path] for path in by_place.values())
-    keys, new = {}, []
+    keys, new = dict[str, str](), list[str]()
     for place, path in by_place.items():
         if shared[sizes[path]] == 1:
             keys[place] = place
-        elif (known := seen(path)) is not None:
-            keys[place] = known.digest
+        elif _read(path):
+            keys[place] = _seen[path].digest.hex()
         else:
             new.append(place)
-    with ThreadPoolExecutor() as pool:
-        keys |= zip(new, pool.map(lambda place: hashlib.sha256(read_bytes(by_place[place])).hexdigest(), new))
-    return [keys[places[path]] for path in paths]
+    keys |= zip(new, in_threads(lambda place: _digest(by_place[place]).hex(), new))
+    return [keys[places[path]] for path in names]

@@ -27,7 +27,7 @@ _SAVE = "save it as 'CSV UTF-8', with commas between the columns"
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """A line of the table: its first line in the file (from 1), its values, stripped, and how it is written there."""
 

@@ -78,7 +78,7 @@ def tell_repeats(source: str | Path, train_rows: list[dict], val_rows: list[dict
     validation loss on images that were learned by heart chooses the wrong weights, so each is told by name.
     """
     train, again = resolve_paths(train_rows, source), []
-    first: dict[str, Path] = {}
+    first: dict[str, str] = {}
     for path, key in zip(train, file_keys(train), strict=True):
         if first.setdefault(key, path) is not path:
             again.append((path, first[key]))
@@ -89,7 +89,7 @@ def tell_repeats(source: str | Path, train_rows: list[dict], val_rows: list[dict
     tell_overlap(source, train, resolve_paths(val_rows, source))
 
 
-def tell_overlap(name: str | Path, train: list[Path], val: list[Path]) -> None:
+def tell_overlap(name: str | Path, train: list[str], val: list[str]) -> None:
     """Warns of images that are both trained and validated on, as `tell_repeats` does."""
     keys = file_keys([*train, *val])
     first = dict(zip(keys, train, strict=False))
@@ -101,8 +101,8 @@ def tell_overlap(name: str | Path, train: list[Path], val: list[Path]) -> None:
         )
 
 
-def _named(pairs: list[tuple[Path, Path]]) -> str:
-    names = [str(a) if a == b else f"{a} is {b}" for a, b in pairs[:NAMED]]
+def _named(pairs: list[tuple[str, str]]) -> str:
+    names = [a if a == b else f"{a} is {b}" for a, b in pairs[:NAMED]]
     return ", ".join(names) + (f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else "")
 
 

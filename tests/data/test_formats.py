@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,7 +213,7 @@ def test_rows_may_lie_in_a_table_elsewhere(sources, tmp_path):
     """As the trainers write them of several sets: the address of an image leads from anywhere to it."""
     for name in ("parquet", "webdataset", "saved"):
         rows = read_dataset(sources[name])
-        places = [str(path.resolve()) for path in resolve_paths(rows, sources[name])]
+        places = [str(Path(path).resolve()) for path in resolve_paths(rows, sources[name])]
         csv = write_csv(tmp_path / f"{name}.csv", [row | {"path": place} for row, place in zip(rows, places)])
         assert load_images(read_dataset(csv), csv, SIDE).equal(load_images(rows, sources[name], SIDE))
 
@@ -361,7 +362,7 @@ def test_many_images_are_looked_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("minim_pipeline.data.sources.MANY", 3)
     decoded = []
     read = looks.read_pixels
-    monkeypatch.setattr(looks, "read_pixels", lambda path: decoded.append(path.name) or read(path))
+    monkeypatch.setattr(looks, "read_pixels", lambda path: decoded.append(Path(path).name) or read(path))
     for expected in (["0.png", "1.png", "2.png", "3.png"], [], ["2.png"]):
         if expected == ["2.png"]:
             (tmp_path / "2.png").write_bytes(encoded(ramp(9).astype(np.uint16) * 16))
