@@ -170,7 +170,7 @@ def _check_columns(
         hint = f" If another one is meant, --{option}_column names it."
     raise ValueError(
         f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; "
-        f"found: {', '.join(map(repr, found))}.{hint}"
+        f"found: {', '.join(map(repr, found)) or 'none'}.{hint}"
     )
 
 

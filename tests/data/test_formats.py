@@ -296,6 +296,33 @@ def test_a_list_of_prompts_in_any_format(tmp_path):
         ]
 
 
+def test_trainers_and_evaluate_take_the_names_of_columns(tmp_path, mixed, capsys):
+    from minim_pipeline.evaluation.command import read_rows
+    from minim_pipeline.evaluation.options import EvaluateOptions
+    from minim_pipeline.training import rows as training_rows
+    from minim_pipeline.training.config import DataOptions
+
+    repeated = mixed | {"b.png": mixed["a.png"]}
+    pq.write_table(table_of(repeated).rename_columns({"caption": "report", "finding": "dx"}), tmp_path / "a.parquet")
+    synthetic = make_imagefolder(tmp_path / "drawn", mixed)
+    names: dict = {"caption_column": "report", "finding_column": "dx"}
+    sets = {"real": tmp_path / "a.parquet", "synthetic": synthetic, "output_dir": tmp_path / "report"}
+    _, rows, readings = read_rows(EvaluateOptions(**sets, **names))
+    assert without_path(rows["real"]) == without_path(rows["synthetic"]) == without_path(rows_of(mixed))
+    assert readings["real"].columns.caption == "report" and readings["synthetic"].columns.caption is None
+    data = DataOptions(train_data=str(tmp_path / "a.parquet"), val_split="none", resolution=SIDE, **names)
+    assert len(training_rows.read_splits(data)[0]) == 6
+    repeats = f"1 of 6 train rows repeat the image of another: {tmp_path}/a.parquet#image/1 is {tmp_path}/a.parquet"
+    assert repeats in capsys.readouterr().err
+
+
+def test_scores_of_no_folder_need_a_file(tmp_path):
+    from minim_pipeline.scoring import ScoreOptions, score_csv
+
+    with pytest.raises(ValueError, match="--output has to say where the scores of org/films go"):
+        score_csv(ScoreOptions(data=Path("org/films"), model="none"))
+
+
 def one_line(source, **options) -> str:
     with pytest.raises(ValueError) as error:
         read_dataset(source, **options)
