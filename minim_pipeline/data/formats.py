@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .dicom import SUFFIXES
-from .image_files import file_state, need, tar_members
+from .image_files import file_state, need, tar_index
 from .table import AS_USUAL, FIELD_ALIASES, Columns, read_table, usual_names
 
 
@@ -287,18 +287,18 @@ def _read_tar(file: Path, wanted: Columns) -> Table:
     samples: dict[str, dict[str, Any]] = {}
     pictures = tuple(suffix[1:] for suffix in PICTURES)
     with open(file, "rb") as data:
-        for member in tar_members(file):
-            folder, _, name = member.name.rpartition("/")
+        for member, (start, size) in tar_index(str(file)).items():
+            folder, _, name = member.rpartition("/")
             key, _, field = name.partition(".")
             if not key or not field:
                 continue
-            sample, address = samples.setdefault(f"{folder}/{key}", {}), f"{file.name}#{member.name}"
+            sample, address = samples.setdefault(f"{folder}/{key}", {}), f"{file.name}#{member}"
             if field.lower() in pictures or field == wanted.image:
                 if wanted.image in (None, field):
                     sample.setdefault("path", address)
             elif field in ("json", "txt", "cls"):
-                data.seek(member.offset_data)
-                text = data.read(member.size)
+                data.seek(start)
+                text = data.read(size)
                 if field == "json":
                     values = _json_row(text, str(file.with_name(address)))
                     sample |= {name: value for name, value in values.items() if name != "path"}

@@ -16,7 +16,6 @@ import os
 import re
 import tarfile
 import threading
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,8 +89,7 @@ def locate(path: str | Path) -> tuple[str, int, int]:
     if state is None:
         raise FileNotFoundError(f"no image {path}")
     if file.endswith(".tar"):
-        with _lock:
-            found = _tar_index(file, state).get(name)
+        found = tar_index(file).get(name)
         if found is None:
             raise FileNotFoundError(f"no image {path}")
         return file, *found
@@ -124,26 +122,27 @@ def is_there(path: str | Path) -> bool:
     return os.path.isfile(part[0] if part else path)
 
 
-def tar_members(file: str | Path) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar, in order; raises ValueError if it is broken, compressed or cut."""
+def tar_index(file: str) -> dict[str, tuple[int, int]]:
+    """Where each file in a tar begins, and its size in bytes, by name and in order.
+
+    Raises ValueError if the tar is cut, compressed or none, FileNotFoundError if it is not there.
+    """
+    with _lock:
+        return _tar_index(file, file_state(file))
+
+
+@lru_cache(maxsize=1024)
+def _tar_index(file: str, state: State | None) -> dict[str, tuple[int, int]]:
     try:
         with tarfile.open(file, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    yield member
+            found = {member.name: (member.offset_data, member.size) for member in tar if member.isfile()}
             # A whole one ends with blocks of zeros, of which tarfile does not ask.
             tar.fileobj.seek(tar.offset)
             if len(tar.fileobj.read(512)) < 512:
                 raise tarfile.ReadError("unexpected end of data")
     except tarfile.TarError as error:
-        raise ValueError(
-            f"{file} is no whole tar file ({error}): it is cut, compressed, or something else."
-        ) from error
-
-
-@lru_cache(maxsize=1024)
-def _tar_index(file: str, state: State) -> dict[str, tuple[int, int]]:
-    return {member.name: (member.offset_data, member.size) for member in tar_members(file)}
+        raise ValueError(f"{file} is no whole tar file ({error}): it is cut, compressed or none.") from error
+    return found
 
 
 @lru_cache(maxsize=1024)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 
@@ -321,6 +322,17 @@ def test_scores_of_no_folder_need_a_file(tmp_path):
 
     with pytest.raises(ValueError, match="--output has to say where the scores of org/films go"):
         score_csv(ScoreOptions(data=Path("org/films"), model="none"))
+
+
+def test_what_needs_no_package_does_without(sources, monkeypatch, tmp_path, mixed):
+    for name in ("pyarrow", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("csv", "metadata.csv", "metadata.jsonl", "webdataset"):
+        assert len(read_dataset(sources[name])) == 6
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    for source, package in ((tmp_path / "a.parquet", "pyarrow"), ("org/other", "datasets")):
+        with pytest.raises(ImportError, match=rf"{source} needs {package}: pip install 'minim-pipeline\[datasets\]'"):
+            read_dataset(source)
 
 
 def one_line(source, **options) -> str:
