@@ -75,7 +75,7 @@ def read_dataset(
             With it, `path` of the rows returned leads from the table's folder to where the image was found.
         skip_bad_rows: leaves bad rows out, with one warning that lists them, instead of raising.
         require: columns that have to be there, and filled in every row.
-        check_images: decodes every image of the rows kept, in threads (6,000 of 256 px take some 10 s on 2 cores).
+        check_images: looks at every image of the rows kept (`looks`; 6,000 of 256 px take some 10 s on 2 cores).
         check: called with every row kept; raises ValueError, with what is wrong, for a bad one.
         modality: that of all rows, where the table has no such column or leaves it empty.
         columns: names of columns that are not called as usual.
@@ -129,12 +129,7 @@ def read_dataset(
             raise ValueError(message)
         warnings.warn(f"Left out: {message}", stacklevel=2)
     if mended:
-        number, caption = mended[0]
-        warnings.warn(
-            f"{path} has captions with commas and without quotes, in {len(mended)} of {len(records)} rows; the commas "
-            f"were taken for the captions' own, as in row {number}: {caption!r}.",
-            stacklevel=2,
-        )
+        warnings.warn(_list_mended(path, mended, len(records)), stacklevel=2)
     good = [row for number, row in rows.items() if number not in bad]
     if not good:
         of_split = f" of split {split!r}; splits found: {', '.join(map(repr, sorted(splits - {''})))}"
@@ -166,7 +161,7 @@ def _check_columns(
         return
     hint = " If all rows are of one modality, name it with --modality." if missing == ["modality"] else ""
     option = next((o for o, name in zip(Columns._fields, USUAL) if name == missing[0] != "modality"), None)
-    if option is not None:
+    if option is not None and "path" in require:  # lists of prompts have no such option
         hint = f" If another one is meant, --{option}_column names it."
     raise ValueError(
         f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; "
@@ -191,6 +186,15 @@ def _list_bad(
     if any(re.match(r"[/\\]|[A-Za-z]:", placed[n]["path"]) for n in bad.keys() & placed.keys()):
         listed.append("  Paths of another machine? --image_root names the folder to look for the images in.")
     return f"{path} has {len(bad)} bad row{'s' * (len(bad) > 1)}:\n" + "\n".join(listed)
+
+
+def _list_mended(path: str | Path, mended: list[tuple[int, str]], total: int) -> str:
+    """The message on captions with commas that nobody quoted; `mended`: numbers of rows, and their captions."""
+    number, caption = mended[0]
+    return (
+        f"{path} has captions with commas and without quotes, in {len(mended)} of {total} rows; the commas were taken"
+        f" for the captions' own, as in row {number}: {caption!r}."
+    )
 
 
 def _row_of(record: Record, columns: list[str]) -> dict[str, str]:

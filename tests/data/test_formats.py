@@ -173,7 +173,7 @@ def sources(tmp_path_factory, mixed) -> dict:
 
 
 def without_path(rows) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in ("path", "txt")} for row in rows]
+    return [{key: value for key, value in row.items() if key != "path"} for row in rows]
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "csv"])
