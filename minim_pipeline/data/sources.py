@@ -63,16 +63,15 @@ def read_dataset(
 ) -> list[dict[str, str]]:
     """Reads a table of images and captions: a CSV in MINIM's format, or any other that `formats` knows.
 
-    Spaces around names and values, a byte-order mark and empty lines are left out; `modal` is read as `modality`,
-    `image_path` as `path`, `prompt` as `Text`. Commas in captions that nobody quoted are understood where the columns
-    are `path,Text,modality` alone, with one warning. A modality that fits several is that of the caption's prefix:
-    `CT` with "Chest CT: nodule" is chest CT.
+    Spaces around names and values, a byte-order mark and empty lines are left out. Commas in captions that nobody
+    quoted are understood where the columns are `path,Text,modality` alone, with one warning. A modality that fits
+    several is that of the caption's prefix: `CT` with "Chest CT: nodule" is chest CT.
 
     Args:
-        path: a CSV file in UTF-8, or a file, folder, glob or id on the Hub of another format (`find_source`).
+        path: a CSV in UTF-8, or a file, folder, glob or id on the Hub of another format (`find_source`).
         split: keeps only the rows whose `split` column says so.
-        image_root: folder to look for the images in, see `resolve_path`; by default `path` is relative to the table's.
-            With it, `path` of the rows returned leads from the table's folder to where the image was found.
+        image_root: folder to look for the images in, see `resolve_path`, by default the table's. With it, `path` of
+            the rows returned leads from the table's folder to where the image was found.
         skip_bad_rows: leaves bad rows out, with one warning that lists them, instead of raising.
         require: columns that have to be there, and filled in every row.
         check_images: looks at every image of the rows kept (`looks`; 6,000 of 256 px take some 10 s on 2 cores).
@@ -87,15 +86,11 @@ def read_dataset(
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is no table, a required column is missing, nothing is left, or rows are bad. The message
-            counts the bad rows, and lists up to 20 with their number (from 1, without the header), their line in the
-            file or the image's address, and what is wrong: a number of fields other than the header's (mostly an
-            unquoted comma), an empty required value, a caption such as "nan", an unknown or ambiguous modality or
-            another one than `modality`, a missing or broken image, or one that stands for two different paths under
-            `image_root`.
+            counts the bad rows, and lists up to 20 with their number (from 1, without the header), their line or
+            address, and what is wrong: a number of fields other than the header's (mostly an unquoted comma), a value
+            that is missing or cannot be, an image that is missing or broken, or stands for two different paths.
         ImportError: the format needs a package that is not installed.
     """
-    if modality is not None:
-        resolve_modality(modality)  # a wrong one is told before any row
     names, records, found = _open(path, columns)
     _check_columns(path, [*require, *(["split"] if split is not None else [])], names, found, modality)
 
@@ -155,7 +150,9 @@ def _open(path: str | Path, columns: Columns) -> tuple[list[str], Sequence[Recor
 def _check_columns(
     path: str | Path, require: Sequence[str], names: Sequence[str], found: Sequence[str], modality: str | None
 ) -> None:
-    """Raises ValueError if a required column is missing."""
+    """Raises ValueError if a required column is missing, or `modality` is none."""
+    if modality is not None:
+        resolve_modality(modality)
     missing = [name for name in require if name not in names and not (name == "modality" and modality)]
     if not missing:
         return
