@@ -150,11 +150,11 @@ def _in_folder(folder: Path) -> Source:
         files += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
     if found := [file for file in files if file.name in METADATA]:
         return Source("metadata", folder, tuple(found))
+    # Where there are shards as on the Hub, other files beside them are no data.
+    shards = [file for file in files if SHARD.fullmatch(file.relative_to(folder).as_posix())]
     for suffix in (".parquet", ".tar"):
-        if found := [file for file in files if file.suffix == suffix]:
-            # Where there are shards as on the Hub, other files beside them are no data.
-            shards = [file for file in found if SHARD.fullmatch(file.relative_to(folder).as_posix())]
-            return _with_splits(KINDS[suffix], folder, shards or found)
+        if found := [file for file in shards or files if file.suffix == suffix]:
+            return _with_splits(KINDS[suffix], folder, found)
     found = [file for file in files if file.suffix.lower() in PICTURES and file.parent != folder]
     if not found:
         raise ValueError(f"{folder} holds no images with captions: {ALLOWED}.")

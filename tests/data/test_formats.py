@@ -16,7 +16,7 @@ from test_image_reader import png
 from minim_pipeline.data import looks
 from minim_pipeline.data.image_loading import check_values, key_of, load_images
 from minim_pipeline.data.looks import file_keys
-from minim_pipeline.data.sources import read_columns, read_dataset, resolve_paths
+from minim_pipeline.data.sources import DatasetWriter, read_columns, read_dataset, resolve_paths
 from minim_pipeline.data.splits import read_splits
 from minim_pipeline.data.table import Columns
 
@@ -264,10 +264,14 @@ def test_splits_of_files_and_saved_datasets(tmp_path, mixed):
 
 
 def test_shards_as_on_the_hub_are_what_a_folder_is_read_as(tmp_path, mixed):
-    (tmp_path / "data").mkdir()
-    pq.write_table(table_of(mixed), tmp_path / "data" / "train-00000-of-00001.parquet")
-    pq.write_table(pa.table({"id": [1, 2]}), tmp_path / "plan.parquet")
-    assert len(read_dataset(tmp_path)) == 6
+    for kind in ("parquet", "tar"):
+        (tmp_path / kind / "data").mkdir(parents=True)
+        pq.write_table(pa.table({"id": [1, 2]}), tmp_path / kind / "plan.parquet")
+    pq.write_table(table_of(mixed), tmp_path / "parquet" / "data" / "train-00000-of-00001.parquet")
+    (make_webdataset(tmp_path / "shards", mixed).parent / "shard-0.tar").rename(
+        tmp_path / "tar" / "data" / "train-00000-of-00001.tar"
+    )
+    assert len(read_dataset(tmp_path / "parquet")) == 6 and len(read_dataset(tmp_path / "tar")) == 3
 
 
 def test_image_folders_are_read_as_datasets_reads_them(tmp_path):
@@ -417,3 +421,11 @@ def test_many_images_are_looked_at_once(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"1 bad row:\n  row 2 \(line 3\): no image .*1.png"):
         read_dataset(csv)
     assert not decoded, "what is missing is said before anything is read"
+
+
+def test_a_folder_that_minim_generate_wrote_is_read_as_a_whole(tmp_path):
+    writer = DatasetWriter(tmp_path / "out", ["finding"])
+    for seed in range(3):
+        writer.add(seed, Image.fromarray(ramp(seed)), {"Text": "Edema", "modality": "OCT", "seed": seed}, {})
+    writer.finish()
+    assert read_dataset(tmp_path / "out") == read_dataset(tmp_path / "out" / "data.csv")
