@@ -168,7 +168,7 @@ def _arrow_ranges(file: str, column: str) -> Ranges:
             images = batch.column(column)
             data = images.field("bytes") if pa.types.is_struct(images.type) else images
             wide = pa.types.is_large_binary(data.type) or pa.types.is_large_string(data.type)
-            none = np.asarray(data.is_null())
+            none = np.asarray(images.is_null()) | np.asarray(data.is_null())
             if not none.all():
                 places = np.frombuffer(data.buffers()[1], np.int64 if wide else np.int32).astype(np.int64)
                 places = places[data.offset : data.offset + len(data) + 1]

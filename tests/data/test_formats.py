@@ -235,6 +235,23 @@ def test_columns_of_other_names(tmp_path, mixed):
     assert read_dataset(csv, **read) == [{"path": "a.png", "Text": "Effusion", "view": "AP", "modality": "CXR"}]
 
 
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.struct({"path": pa.string(), "bytes": pa.binary()})]
+)
+def test_columns_of_bytes_and_rows_without_an_image(tmp_path, mixed, kind):
+    table = table_of(mixed)
+    images = [{"path": None, "bytes": data} if pa.types.is_struct(kind) else data for data in mixed.values()]
+    images[2] = None
+    pq.write_table(table.set_column(0, "scan", pa.array(images, kind)), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"1 bad row:\n  row 3 \(a.parquet#scan/2\): no image .*a.parquet#scan/2$"):
+        read_dataset(tmp_path / "a.parquet")
+    with pytest.warns(UserWarning):
+        rows = read_dataset(tmp_path / "a.parquet", skip_bad_rows=True)
+    csv = make_csv(tmp_path / "csv", mixed)
+    wanted = [row for row in read_dataset(csv) if row["path"] != "c.jpg"]
+    assert load_images(rows, tmp_path / "a.parquet", SIDE).equal(load_images(wanted, csv, SIDE))
+
+
 def test_folders_of_findings_and_of_splits(tmp_path):
     for split, finding, count in (
         ("train", "pleural_effusion", 3),
