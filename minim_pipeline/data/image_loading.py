@@ -34,11 +34,11 @@ def load_images(
 ) -> torch.Tensor:
     """The images of `rows` as uint8 [N, 3, resolution, resolution]; those of grey modalities with equal channels.
 
-    Images of more than 8 bits are scaled by what lies in all images of their modality that the CSV names, whether or
+    Images of more than 8 bits are scaled by what lies in all images of their modality that the table names, whether or
     not they are among `rows`. What was done to the images is told on stderr.
 
     Args:
-        rows: as `read_dataset` gives them, of the file `csv_path`.
+        rows: as `read_dataset` gives them, of the table `csv_path`.
         resolution: side in pixels.
         trim: take letterboxes away (`trim_letterbox`); never from an OCT, where what is flat and not black is the
             vitreous.
