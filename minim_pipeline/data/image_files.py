@@ -16,6 +16,8 @@ import os
 import re
 import tarfile
 import threading
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,6 +124,13 @@ def is_there(path: str | Path) -> bool:
     return os.path.isfile(part[0] if part else path)
 
 
+def check_containers(paths: Iterable[str]) -> None:
+    """Raises ValueError if a larger file that some images are parts of cannot be read: once, and not for each part."""
+    for path in {part[0]: path for path in paths if (part := split_address(path))}.values():
+        with suppress(FileNotFoundError):  # of this part alone
+            locate(path)
+
+
 def tar_index(file: str) -> dict[str, tuple[int, int]]:
     """Where each file in a tar begins, and its size in bytes, by name and in order.
 
@@ -194,7 +203,8 @@ def unpack_parquet(file: str, column: str) -> list[str]:
     try:
         table = datasets.load_dataset("parquet", data_files=place, split="train", columns=[column])
     except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"{file} cannot be read: {error.__cause__ or error}") from error
+        why = " ".join(str(error.__cause__ or error).split())  # in one line
+        raise ValueError(f"{file} cannot be read: {why}") from error
     finally:
         if not quiet:
             datasets.enable_progress_bars()

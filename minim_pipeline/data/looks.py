@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..files import atomic_path
 from .dicom import is_dicom
-from .image_files import State, file_state, is_there, locate, read_bytes, split_address
+from .image_files import State, check_containers, file_state, is_there, locate, read_bytes, split_address
 from .image_pixels import Found, decode_picture, found_in, is_deep
 from .image_reader import READER_VERSION, open_picture, read_pixels
 
@@ -65,7 +65,9 @@ def problems(paths: Iterable[str], source: str | Path, all_of_them: bool = True)
     Args:
         all_of_them: look into every image; `False` stops at once if some are not there, and tells these.
 
-    Raises ImportError if one is DICOM, and pydicom is missing.
+    Raises:
+        ValueError: a larger file that some of them are parts of cannot be read.
+        ImportError: one is DICOM, and pydicom is missing, or such a file needs another package.
     """
     new = [path for path in dict.fromkeys(paths) if not _read(path)]
     gone = {path: f"no image {path}" for path in new if not is_there(path)}
@@ -94,6 +96,7 @@ def _look_at(paths: list[str], source: str | Path) -> None:
         if kept:
             _recall(store)
             paths = [path for path in paths if not _read(path)]
+        check_containers(paths)
         looks = tqdm(in_threads(_look, paths), "looking at images", len(paths), disable=None if kept else True)
         _seen.update(zip(paths, looks))
         if kept and paths:

@@ -379,6 +379,8 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path, mixed):
     whole = (folder / "part-1.parquet").read_bytes()
     (folder / "part-1.parquet").write_bytes(whole[: len(whole) // 2])
     assert "part-1.parquet is no whole Parquet file" in one_line(folder)
+    (folder / "part-1.parquet").write_bytes(whole[:4] + b"\xff" * 200 + whole[204:])
+    assert "part-1.parquet cannot be read: " in one_line(folder), "rows are whole, and images are not"
     pq.write_table(table_of(mixed).drop_columns(["caption"]), folder / "part-1.parquet")
     assert "other columns than" in one_line(folder) and "it lacks 'Text'; found: 'modality'" in one_line(folder)
     assert "lacks the column 'Text'; found: 'modality', " in one_line(folder / "part-1.parquet")
