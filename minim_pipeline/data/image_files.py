@@ -16,7 +16,7 @@ import os
 import re
 import tarfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -116,6 +116,19 @@ def file_state(path: str | Path) -> State | None:
     except OSError:
         return None
     return state.st_size, state.st_mtime_ns
+
+
+def file_states(paths: Iterable[str | Path]) -> Iterator[State | None]:
+    """`file_state` of each; a file that many are parts of is asked once."""
+    known: dict[str, State | None] = {}
+    for path in paths:
+        part = split_address(path)
+        if part is None:
+            yield file_state(path)
+        else:
+            if part[0] not in known:
+                known[part[0]] = file_state(part[0])
+            yield known[part[0]]
 
 
 def is_there(path: str | Path) -> bool:

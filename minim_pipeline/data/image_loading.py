@@ -88,7 +88,7 @@ def check_values(
     files: dict[str, str] = {}
     modalities: set[str] = set()
     for rows, csv in sets:
-        asked = {path: resolve_modality(row["modality"]).id for path, row in zip(resolve_paths(rows, csv), rows)}
+        asked = dict(zip(resolve_paths(rows, csv), _modalities(rows)))
         source = find_source(csv)
         states = tuple(map(file_state, source.files))
         if all(states):
@@ -127,7 +127,13 @@ def _images_of(csv: str, options: tuple[tuple[str, Any], ...], states: tuple) ->
             rows = read_dataset(csv, require=("path", "modality"), **asked)
         except ValueError:  # of modalities that nobody knows, or none: then of the rows at hand alone
             return ()
-    return tuple((path, resolve_modality(row["modality"]).id) for path, row in zip(resolve_paths(rows, csv), rows))
+    return tuple(zip(resolve_paths(rows, csv), _modalities(rows)))
+
+
+def _modalities(rows: list[dict]) -> list[str]:
+    """The id of each row's modality."""
+    ids = {name: resolve_modality(name).id for name in {row["modality"] for row in rows}}
+    return [ids[row["modality"]] for row in rows]
 
 
 def trim_letterbox(image: np.ndarray, max_stretch: float = 1.15) -> np.ndarray:

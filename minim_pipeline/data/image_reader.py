@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .dicom import is_dicom, read_dicom
-from .image_files import file_state, opened
+from .image_files import file_states, opened
 from .image_pixels import AS_ASKED, Found, check_reading, decode_picture, found_in, to_8_bits, told
 from .table import Columns
 
@@ -93,11 +93,12 @@ def open_picture(path: str | Path) -> Image.Image:
 def files_key(files: Iterable[str | Path]) -> str:
     """A digest of files, or parts of some: of each, the path, free of links to folders, and the state."""
     digest, folders = hashlib.sha256(), dict[str, str]()
-    for file in files:
+    files = list(files)
+    for file, state in zip(files, file_states(files)):
         folder, name = os.path.split(file)
         if folder not in folders:
             folders[folder] = os.path.realpath(folder)
-        digest.update(json.dumps([f"{folders[folder]}/{name}", file_state(file)]).encode())
+        digest.update(json.dumps([f"{folders[folder]}/{name}", state]).encode())
     return digest.hexdigest()
 
 

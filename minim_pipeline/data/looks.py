@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..files import atomic_path
 from .dicom import is_dicom
-from .image_files import State, check_containers, file_state, is_there, locate, read_bytes, split_address
+from .image_files import State, check_containers, file_state, file_states, is_there, locate, read_bytes, split_address
 from .image_pixels import Found, decode_picture, found_in, is_deep
 from .image_reader import READER_VERSION, open_picture, read_pixels
 
@@ -53,10 +53,18 @@ _seen: dict[str, Look] = {}  # by path, in this process
 _recalled: dict[Path, State | None] = {}  # stores that were read, and in which state
 
 
-def seen(path: str) -> Look | None:
-    """What was found of an image that can be read, if it was looked at and has not changed."""
-    look = _seen.get(path)
-    return look if look is not None and look.problem is None and look.state == file_state(path) else None
+def unseen(paths: Iterable[str], whole: bool = True) -> list[str]:
+    """Those of images that nobody looked at, that have changed since, or could not be read.
+
+    `whole`: and those of which only the beginning was read.
+    """
+    paths = list(dict.fromkeys(paths))
+    looks = zip(paths, map(_seen.get, paths), file_states(paths))
+    return [
+        path
+        for path, look, state in looks
+        if look is None or look.problem is not None or look.state != state or (whole and not look.digest)
+    ]
 
 
 def problems(paths: Iterable[str], source: str | Path, all_of_them: bool = True) -> dict[str, str]:
@@ -69,19 +77,13 @@ def problems(paths: Iterable[str], source: str | Path, all_of_them: bool = True)
         ValueError: a larger file that some of them are parts of cannot be read.
         ImportError: one is DICOM, and pydicom is missing, or such a file needs another package.
     """
-    new = [path for path in dict.fromkeys(paths) if not _read(path)]
+    new = unseen(paths)
     gone = {path: f"no image {path}" for path in new if not is_there(path)}
     if gone and not all_of_them:
         return gone
     new = [path for path in new if path not in gone]
     _look_at(new, source)
     return gone | {path: problem for path in new if (problem := _seen[path].problem)}
-
-
-def _read(path: str) -> bool:
-    """Whether an image was seen as a whole."""
-    look = seen(path)
-    return look is not None and look.digest != b""
 
 
 def _look_at(paths: list[str], source: str | Path) -> None:
@@ -95,7 +97,7 @@ def _look_at(paths: list[str], source: str | Path) -> None:
     with FileLock(f"{store}.lock") if kept else nullcontext():
         if kept:
             _recall(store)
-            paths = [path for path in paths if not _read(path)]
+            paths = unseen(paths)
         check_containers(paths)
         looks = tqdm(in_threads(_look, paths), "looking at images", len(paths), disable=None if kept else True)
         _seen.update(zip(paths, looks))
@@ -145,7 +147,7 @@ def _keep(store: Path, paths: Iterable[str]) -> None:
 
 
 def _recall(store: Path) -> None:
-    """Knows again what a store has of images; whether they are still the same, `seen` finds out."""
+    """Knows again what a store has of images; whether they are still the same, `unseen` finds out."""
     state = file_state(store)
     if state is None or _recalled.get(store) == state:
         return
@@ -175,7 +177,7 @@ def survey(files: Mapping[str, str]) -> dict[str, Found]:
                 return Look(state, found_in(pixels) if isinstance(pixels, np.ndarray) else _SHALLOW)
         return Look(state)
 
-    new = [path for path in files if seen(path) is None]
+    new = unseen(files, whole=False)
     _seen.update(zip(new, in_threads(look, new)))
     found: dict[str, Found] = {}
     for path, modality in files.items():
@@ -199,13 +201,8 @@ def file_keys(paths: Sequence[str | Path]) -> list[str]:
     # Of one file by several names one stands for all.
     by_place = {place: path for path, place in places.items()}
     shared = Counter(sizes[path] for path in by_place.values())
-    keys, new = dict[str, str](), list[str]()
-    for place, path in by_place.items():
-        if shared[sizes[path]] == 1:
-            keys[place] = place
-        elif _read(path):
-            keys[place] = _seen[path].digest.hex()
-        else:
-            new.append(place)
-    keys |= zip(new, in_threads(lambda place: _digest(by_place[place]).hex(), new))
+    alike = {path: place for place, path in by_place.items() if shared[sizes[path]] > 1}
+    new = unseen(alike)
+    digests = {path: _seen[path].digest for path in alike if path in _seen} | dict(zip(new, in_threads(_digest, new)))
+    keys = {place: digests[path].hex() if path in alike else place for place, path in by_place.items()}
     return [keys[places[path]] for path in names]
