@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from . import __version__
 from .captions import check_caption
-from .data.sources import image_name, name_digits, read_csv
+from .data.sources import image_name, name_digits, read_dataset
 from .evaluation.command import run as evaluate
 from .evaluation.options import EvaluateOptions
 from .generate.options import GenerateOptions, ModelOptions
@@ -168,7 +168,7 @@ def run_generate(options: GenerateCommand) -> int:
 
 def say_drawn(items: list[Item], folder: Path) -> None:
     say(f"{len(items)} images in {folder}: {folder / 'grid.png'} shows them, {folder / 'data.csv'} lists them.")
-    rows = [row for row in read_csv(folder / "data.csv", check_images=False) if row.get("accepted")]
+    rows = [row for row in read_dataset(folder / "data.csv", check_images=False) if row.get("accepted")]
     if rows:
         drawn = sum(int(row["candidates"]) for row in rows)
         accepted = sum(row["accepted"] == "true" for row in rows)
@@ -186,7 +186,7 @@ def say_accepted(items: list[Item], folder: Path, quiet: bool) -> int:
     short = list(Shortfall(folder).entries.values())
     data, digits = folder / "data.csv", name_digits(folder, len(items))
     asked = {image_name(item.index, digits) for item in items}  # the folder may hold more, of an earlier run
-    rows = read_csv(data, check_images=False) if data.exists() else []
+    rows = read_dataset(data, check_images=False) if data.exists() else []
     rows = [row for row in rows if row["path"] in asked]
     drawn = sum(int(row["candidates"]) for row in rows) + sum(entry["candidates"] for entry in short)
     if not quiet:

@@ -15,6 +15,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .data.image_reader import Reading
+from .data.table import Columns
 
 
 @dataclass(frozen=True)
@@ -109,23 +110,32 @@ class ReadingOptions(Options):
         return Reading(self.fit, (self.window[0], self.window[1]) if self.window else None)
 
 
+# Of the options below, those that are of one table, and not of all that a command reads.
+OF_THE_TABLE = ("modality", "image_root", "image_column", "caption_column", "modality_column", "finding_column")
+
+
 @dataclass(kw_only=True)
 class TableOptions(ReadingOptions):
-    """How CSV files and their images are read, of which not everything need be as MINIM has it."""
+    """How tables and their images are read, of which not everything need be as MINIM has it."""
 
-    modality: str | None = option(None, "Of all rows, where the CSV has no such column.")
+    modality: str | None = option(None, "Of all rows, where the table has no such column.")
+    image_column: str | None = option(None, "Where its name is not usual: the column of the images, or their paths.")
+    caption_column: str | None = option(None, "The same of the captions.")
+    modality_column: str | None = option(None, "The same of the modalities.")
+    finding_column: str | None = option(None, "The same of the findings.")
     image_root: str | None = option(
         None, "Look for the images here: by their whole path, or what is left of it without its first folders."
     )
 
     @property
     def csv_options(self) -> dict[str, Any]:
-        """What `read_csv` needs to know of the CSV."""
-        return {"modality": self.modality, "image_root": self.image_root}
+        """What `read_dataset` needs to know of the table."""
+        names = self.image_column, self.caption_column, self.modality_column, self.finding_column
+        return {"modality": self.modality, "image_root": self.image_root, "columns": Columns(*names)}
 
     @property
     def reading(self) -> Reading:
-        """How the images of the CSV are read."""
+        """How the images of the table are read."""
         return dataclasses.replace(self.reading_elsewhere(), **self.csv_options)
 
 

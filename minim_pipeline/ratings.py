@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .data.sources import read_csv, resolve_path
+from .data.sources import read_dataset, resolve_path
 from .files import write_csv
 from .modalities import resolve_modality
 
@@ -231,7 +231,7 @@ def read_ratings(path: str | Path, folders: Mapping[str, str | Path], earlier: I
         taken.add(_key(rating))
         found.append(rating)
 
-    read_csv(path, require=("path", "Text", "modality", "rating"), check_images=False, check=check)
+    read_dataset(path, require=("path", "Text", "modality", "rating"), check_images=False, check=check)
     return found
 
 

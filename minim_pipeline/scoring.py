@@ -21,7 +21,9 @@ from .options import Count, TableOptions, option
 class ScoreOptions(ModelOptions, TableOptions):
     """Which images are rated, by which model, and into which file."""
 
-    data: Path = option(help="Columns path,Text,modality; others are carried through.")
+    data: Path = option(
+        help="Columns path,Text,modality; others are carried through. A CSV, or another format (docs/data.md)."
+    )
     output: Path | None = option(None, "Default: NAME-scored.csv beside the data.")
     split: str | None = option(None, "Only its rows of this split.")
     device: str | None = option(None, "E.g. cpu, cuda (default: a GPU if there is one).")
@@ -32,13 +34,15 @@ class ScoreOptions(ModelOptions, TableOptions):
 
 
 def score_csv(options: ScoreOptions) -> tuple[Path, list[dict[str, str]]]:
-    """Rates every image of a CSV for its caption; what was done to the images on reading is told on stderr.
+    """Rates every image of a table for its caption; what was done to the images on reading is told on stderr.
 
     Returns:
         The path written, and its rows: those of the data, `score`, `quality` and `finding`, ratings from 1 to 3, if
         the filter rates it `realism`, a log ratio, `accepted`, and `reason`, why not: quality, finding, copy, realism.
     """
     data, reading = options.data, options.reading
+    if options.output is None and data.suffix != ".csv" and not data.exists():
+        raise ValueError(f"--output has to say where the scores of {data} go, which is no file or folder here.")
     output = options.output or data.with_name(f"{data.stem}-scored.csv")
     index = register_modalities(options.model)
     if not (index.get("filter_head") or [None])[0]:

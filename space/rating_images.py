@@ -15,7 +15,7 @@ from minim_pipeline import resolve_modality
 from minim_pipeline.data.image_loading import check_values
 from minim_pipeline.data.image_pixels import RESIZED, Found, as_modality, fit_to, named
 from minim_pipeline.data.image_reader import Reading, read_image, tell
-from minim_pipeline.data.sources import read_csv, resolve_path
+from minim_pipeline.data.sources import read_dataset, resolve_path
 from minim_pipeline.ratings import Rating, image_digest
 
 
@@ -59,8 +59,8 @@ class RatedImage:
 def read_folder(folder: str | Path, kind: str, reading: Reading = WHOLE) -> list[RatedImage]:
     """The images of a folder with `data.csv` (`path,Text,modality`), as `minim generate` writes it.
 
-    What was done to them is told on stderr. Raises as `read_csv`, and ValueError if what the values of its images mean
-    cannot be known.
+    What was done to them is told on stderr. Raises as `read_dataset`, and ValueError if what the values of its images
+    mean cannot be known.
     """
     csv = Path(folder) / "data.csv"
     images = []
@@ -69,7 +69,7 @@ def read_folder(folder: str | Path, kind: str, reading: Reading = WHOLE) -> list
         # What the store would refuse is told now, and not to a rater.
         Rating(rater="nobody", path=Path(row["path"]).as_posix(), rating=1, text=row["Text"], modality=row["modality"])
 
-    rows = read_csv(csv, check=check)
+    rows = read_dataset(csv, check=check)
     found = check_values([(rows, csv)], reading)
     for row in rows:
         path = Path(row["path"]).as_posix()

@@ -6,6 +6,7 @@ diffusers is imported where it is needed, so that tests of the rest do not wait 
 import csv
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What `datasets` unpacks for tests is not to fill the cache of whoever runs them.
+os.environ.setdefault("HF_DATASETS_CACHE", str(Path(tempfile.gettempdir()) / "minim-tests-datasets"))
 
 MODALITIES = ["oct", "fundus", "cxr", "chest_ct", "brain_mri"]
 FINDINGS = {"oct": ["normal", "diabetic macular edema"], "fundus": ["no retinopathy"], "cxr": ["effusion"]}

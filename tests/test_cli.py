@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from minim_pipeline.cli import main
-from minim_pipeline.data.sources import read_csv
+from minim_pipeline.data.sources import read_dataset
 from minim_pipeline.generate.plan import plan_file
 from minim_pipeline.loading import SCHEDULERS
 from minim_pipeline.provenance import read_provenance
@@ -63,7 +63,7 @@ def no_drawing(monkeypatch):
 def test_one_prompt(pipeline_dir, tmp_path, capsys):
     assert run(pipeline_dir, tmp_path / "out", *ONE_PROMPT) == 0
     assert names(tmp_path / "out") == ["0000.png", "0001.png", "0002.png", "data.csv", "grid.png", "run.json"]
-    rows = read_csv(tmp_path / "out/data.csv")
+    rows = read_dataset(tmp_path / "out/data.csv")
     assert [row["seed"] for row in rows] == ["7", "8", "9"]
     assert {(row["Text"], row["modality"], row["synthetic"]) for row in rows} == {
         ("macular edema, left eye", "OCT", "true")
@@ -105,7 +105,7 @@ def test_prompts_file_carries_columns_through(pipeline_dir, tmp_path):
         ["", "CXR: effusion", "chest x-ray", "", "", ""],
     )
     assert run(pipeline_dir, tmp_path / "out", "--prompts-file", path, "--seed", 5) == 0
-    rows = read_csv(tmp_path / "out/data.csv")
+    rows = read_dataset(tmp_path / "out/data.csv")
     assert [(row["path"], row["modality"], row["seed"], row["finding"], row["source_path"]) for row in rows] == [
         ("0000.png", "OCT", "100", "dme", "real/a.png"),
         ("0001.png", "OCT", "101", "dme", "real/a.png"),
@@ -136,7 +136,7 @@ def test_goes_on_after_ctrl_c_and_repeats_nothing(pipeline_dir, tmp_path, monkey
     assert run(pipeline_dir, tmp_path / "out", *options) == 130
     assert "2 of 3 images are in" in capsys.readouterr().err
     assert names(tmp_path / "out") == ["0000.png", "0001.png", "data.csv", "run.json"]
-    assert len(read_csv(tmp_path / "out/data.csv")) == 2
+    assert len(read_dataset(tmp_path / "out/data.csv")) == 2
 
     assert run(pipeline_dir, tmp_path / "out", *options) == 0
     assert drawn == [0, 1, 2, 2]
@@ -247,10 +247,10 @@ def test_a_modality_that_the_model_has_not_learned_is_told_and_recorded(make_pip
     options = (*ONE_PROMPT, "--num-images", 2, "--batch-size", 1, "--num-inference-steps", 3)
     assert run(tmp_path / "base", tmp_path / "out", *options) == 0
     assert sum("names no modality that it has learned" in message for message in caplog.messages) == 1
-    assert [row["modality_learned"] for row in read_csv(tmp_path / "out/data.csv")] == ["false"] * 2
+    assert [row["modality_learned"] for row in read_dataset(tmp_path / "out/data.csv")] == ["false"] * 2
     assert read_provenance(tmp_path / "out/0001.png")["modality_learned"] == "false"
     assert run(pipeline_dir, tmp_path / "learned", *options) == 0
-    assert "modality_learned" not in read_csv(tmp_path / "learned/data.csv")[0]
+    assert "modality_learned" not in read_dataset(tmp_path / "learned/data.csv")[0]
 
 
 def test_a_size_that_the_model_has_not_learned_is_told(pipeline_dir, tmp_path, caplog, capsys):
@@ -371,7 +371,7 @@ def test_an_image_is_drawn_again_from_its_provenance(pipeline_dir, tmp_path):
 def test_columns_of_the_writers_own_are_not_carried_through(pipeline_dir, tmp_path):
     path = table(tmp_path / "prompts.csv", ["Text", "modality", "negative_prompt", "width"], ["a", "OCT", "blur", "9"])
     assert run(pipeline_dir, tmp_path / "out", "--prompts-file", path) == 0
-    (row,) = read_csv(tmp_path / "out/data.csv")
+    (row,) = read_dataset(tmp_path / "out/data.csv")
     assert (row["negative_prompt"], row["width"]) == ("", "64")
 
 
@@ -532,7 +532,7 @@ def test_the_filter_chooses_and_says_so(filtered_dir, tmp_path, capsys):
     options = [option for option in ONE_PROMPT if option != "--quiet"]
     common = ["--model", str(filtered_dir), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
     assert main(["generate", *common, *map(str, options), "--num-candidates", "3", "--max-rounds", "2"]) == 0
-    rows = read_csv(tmp_path / "out/data.csv")
+    rows = read_dataset(tmp_path / "out/data.csv")
     assert [row["seed"] for row in rows] == ["7", "8", "9"] and {row["candidates"] for row in rows} <= {"3", "6"}
     assert all(1 <= float(row["score"]) <= 3 and row["accepted"] == "true" for row in rows)
     said = capsys.readouterr().err
@@ -547,7 +547,7 @@ def test_the_filter_chooses_and_says_so(filtered_dir, tmp_path, capsys):
     assert np.abs(np.asarray(again).astype(float) / 255 - pixels(tmp_path / "out/0001.png")).max() <= 2 / 255
 
     assert run(filtered_dir, tmp_path / "off", *ONE_PROMPT, "--no-filter") == 0
-    assert "accepted" not in read_csv(tmp_path / "off/data.csv")[0]
+    assert "accepted" not in read_dataset(tmp_path / "off/data.csv")[0]
 
 
 @pytest.mark.parametrize("least", [-1e9, 1e9])
@@ -559,12 +559,12 @@ def test_what_does_not_look_real_is_counted_and_told(make_pipeline, tmp_path, ca
     options = [option for option in ONE_PROMPT if option != "--quiet"]
     common = ["--model", str(tmp_path / "model"), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
     assert main(["generate", *common, *map(str, options)]) == 0
-    rows = read_csv(tmp_path / "out/data.csv")
+    rows = read_dataset(tmp_path / "out/data.csv")
     counts = [int(row["rejected_realism"]) for row in rows]
     assert counts == [2 if least > 0 else 0] * 3
     assert f"copies of training images, {sum(counts)} as unlike real images." in capsys.readouterr().err
     assert main(["score", "--data", str(tmp_path / "out/data.csv"), "--device", "cpu", *common[:2]]) == 0
-    scored = read_csv(tmp_path / "out/data-scored.csv")
+    scored = read_dataset(tmp_path / "out/data-scored.csv")
     assert {row["reason"] for row in scored} == ({"realism"} if least > 0 else {""})
     assert len({float(row["realism"]) for row in scored}) == 3
 
@@ -577,7 +577,7 @@ def test_numbers_that_may_be_broken_are_taken_so(no_drawing, tmp_path):
 
 def test_copies_may_be_accepted(filtered_dir, tmp_path):
     assert run(filtered_dir, tmp_path / "out", *ONE_PROMPT, "--keep-copies") == 0
-    assert len(read_csv(tmp_path / "out/data.csv")) == 3
+    assert len(read_dataset(tmp_path / "out/data.csv")) == 3
     assert read_provenance(tmp_path / "out/0000.png")["keep_copies"] == "True"
 
 
@@ -599,7 +599,7 @@ def test_any_images_can_be_scored(filtered_dir, pipeline_dir, tmp_path, capsys):
     data = table(tmp_path / "data.csv", ["path", "Text", "modality", "patient"], *rows)
     command = ["score", "--data", str(data), "--device", "cpu", "--batch-size", "2", "--model"]
     assert main([*command, str(filtered_dir)]) == 0
-    scored = read_csv(tmp_path / "data-scored.csv")  # checks that the paths lead to the images
+    scored = read_dataset(tmp_path / "data-scored.csv")  # checks that the paths lead to the images
     assert [row["patient"] for row in scored] == ["0", "1", "2"]
     for row in scored:
         score, quality, finding = (float(row[name]) for name in ("score", "quality", "finding"))
@@ -608,7 +608,7 @@ def test_any_images_can_be_scored(filtered_dir, pipeline_dir, tmp_path, capsys):
     assert "OCT: 2 of 2 accepted, mean score" in said and "CXR: 1 of 1" in said and "data-scored.csv" in said
 
     assert main([*command, str(filtered_dir), "--quiet", "--output", str(tmp_path / "elsewhere/s.csv")]) == 0
-    assert read_csv(tmp_path / "elsewhere/s.csv")[0]["path"] == "../images/0.png"
+    assert read_dataset(tmp_path / "elsewhere/s.csv")[0]["path"] == "../images/0.png"
     assert main([*command, str(pipeline_dir)]) == 2 and "has no filter to score with" in capsys.readouterr().err
 
 
@@ -621,7 +621,7 @@ def test_a_csv_of_another_machine_can_be_scored(filtered_dir, tmp_path):
     command = ["score", "--data", str(data), "--device", "cpu", "--quiet", "--model", str(filtered_dir)]
     assert main(command) == 2
     assert main([*command, "--modality", "OCT", "--image-root", str(tmp_path / "images")]) == 0
-    scored = read_csv(tmp_path / "theirs-scored.csv")
+    scored = read_dataset(tmp_path / "theirs-scored.csv")
     assert [row["path"] for row in scored] == ["images/0.png", "images/1.png"] and scored[0]["modality"] == "OCT"
 
 

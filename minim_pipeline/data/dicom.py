@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .image_files import opened, read_bytes
 from .image_pixels import AS_ASKED, CLIPPED, scaled
 
 
@@ -20,8 +21,7 @@ def is_dicom(path: str | Path) -> bool:
     """Whether a file calls itself DICOM, by its ending or by the mark behind its preamble."""
     if Path(path).suffix.lower() in SUFFIXES:
         return True
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    return read_bytes(path, 132)[128:] == b"DICM"
 
 
 def read_dicom(path: str | Path, window: tuple[float, float] | None = None) -> tuple[Image.Image, list[str]]:
@@ -37,7 +37,7 @@ def read_dicom(path: str | Path, window: tuple[float, float] | None = None) -> t
         from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
     except ImportError as error:
         raise ImportError(f"{path} is DICOM, which needs pydicom: pip install 'minim-pipeline[dicom]'.") from error
-    data = dcmread(path, force=True)  # force: files without the mark are DICOM by their ending
+    data = dcmread(opened(path), force=True)  # force: files without the mark are DICOM by their ending
     if "PixelData" not in data:
         raise ValueError("DICOM without an image")
     if "TransferSyntaxUID" not in data.file_meta:

@@ -15,9 +15,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..modalities import resolve_modality
+from .formats import find_source
+from .image_files import file_state
 from .image_pixels import Found, as_modality, black_and_white, fit_to, named
-from .image_reader import DEFAULT_READING, Reading, file_state, images_key, read_image, survey, tell
-from .sources import read_csv, resolve_path
+from .image_reader import DEFAULT_READING, Reading, images_key, read_image, tell
+from .looks import survey
+from .sources import read_dataset, resolve_paths
 
 
 def load_images(
@@ -31,11 +34,11 @@ def load_images(
 ) -> torch.Tensor:
     """The images of `rows` as uint8 [N, 3, resolution, resolution]; those of grey modalities with equal channels.
 
-    Images of more than 8 bits are scaled by what lies in all images of their modality that the CSV names, whether or
+    Images of more than 8 bits are scaled by what lies in all images of their modality that the table names, whether or
     not they are among `rows`. What was done to the images is told on stderr.
 
     Args:
-        rows: as `read_csv` gives them, of the file `csv_path`.
+        rows: as `read_dataset` gives them, of the table `csv_path`.
         resolution: side in pixels.
         trim: take letterboxes away (`trim_letterbox`); never from an OCT, where what is flat and not black is the
             vitreous.
@@ -50,8 +53,8 @@ def load_images(
     if found is None:
         found = check_values([(rows, csv_path)], reading)
 
-    def load(row: dict) -> tuple[torch.Tensor, list[str]]:
-        modality, path = resolve_modality(row["modality"]), resolve_path(row, csv_path)
+    def load(row: dict, path: str) -> tuple[torch.Tensor, list[str]]:
+        modality = resolve_modality(row["modality"])
         image, done = read_image(path, modality.id, found.get(modality.id, Found()), reading.window)
         image, done = as_modality(image, modality, done)
         if trim and modality.id != "oct":
@@ -65,7 +68,8 @@ def load_images(
 
     images, counted = [], Counter() if changes is None else changes
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for image, done in tqdm(pool.map(load, rows), "reading", len(rows), disable=None):
+        loaded = pool.map(load, rows, resolve_paths(rows, csv_path))
+        for image, done in tqdm(loaded, "reading", len(rows), disable=None):
             images.append(image)
             counted.update(done)
     if changes is None:
@@ -78,18 +82,21 @@ def check_values(
 ) -> dict[str, Found]:
     """By modality, what lies in the pixels of more than 8 bits of all images that are to be scaled alike.
 
-    `sets` are rows as `read_csv` gives them, and the CSV they came from, whose other rows are looked at as well.
+    `sets` are rows as `read_dataset` gives them, and the table they came from, whose other rows are looked at as well.
     Raises ValueError if what the values of a modality of the rows mean cannot be known.
     """
-    files: dict[Path, str] = {}
+    files: dict[str, str] = {}
     modalities: set[str] = set()
     for rows, csv in sets:
-        asked = {resolve_path(row, csv): resolve_modality(row["modality"]).id for row in rows}
-        if Path(csv).is_file():
-            files |= dict(_images_of(Path(csv), reading.modality, reading.image_root, Path(csv).stat().st_mtime_ns))
+        asked = dict(zip(resolve_paths(rows, csv), _modalities(rows)))
+        source = find_source(csv)
+        states = tuple(map(file_state, source.files))
+        if all(states):
+            options = ("modality", reading.modality), ("image_root", reading.image_root), ("columns", reading.columns)
+            files |= dict(_images_of(str(csv), options, states))
         files |= asked
         modalities.update(asked.values())
-    found = _survey(tuple((path, name, file_state(path)) for path, name in files.items() if name in modalities))
+    found = survey({path: name for path, name in files.items() if name in modalities})
     for name, values_of in found.items():
         for values, real in ((values_of.whole, False), (values_of.real, True)):
             if values is not None:
@@ -107,25 +114,26 @@ def key_of(rows: list[dict], csv_path: str | Path, reading: Reading = DEFAULT_RE
     version of the reader.
     """
     found = check_values([(rows, csv_path)], reading)
-    return images_key(rows, [resolve_path(row, csv_path) for row in rows], found, reading)
+    return images_key(rows, resolve_paths(rows, csv_path), found, reading)
 
 
 @lru_cache(maxsize=64)
-def _images_of(csv: Path, modality: str | None, image_root: str | None, changed: int) -> tuple[tuple[Path, str], ...]:
-    """Every image that a CSV, as it was changed last, names, with the id of its modality."""
-    options: dict[str, Any] = {"image_root": image_root, "modality": modality, "skip_bad_rows": True}
+def _images_of(csv: str, options: tuple[tuple[str, Any], ...], states: tuple) -> tuple[tuple[str, str], ...]:
+    """Every image that a table, whose files are in these states, names, with the id of its modality."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of bad rows, which whoever read the rows at hand has been told of
         try:
-            rows = read_csv(csv, require=("path", "modality"), check_images=False, **options)
+            asked: dict[str, Any] = {"check_images": False, "skip_bad_rows": True, **dict(options)}
+            rows = read_dataset(csv, require=("path", "modality"), **asked)
         except ValueError:  # of modalities that nobody knows, or none: then of the rows at hand alone
             return ()
-    return tuple((resolve_path(row, csv), resolve_modality(row["modality"]).id) for row in rows)
+    return tuple(zip(resolve_paths(rows, csv), _modalities(rows)))
 
 
-@lru_cache(maxsize=16)
-def _survey(states: tuple[tuple[Path, str, tuple[int, int] | None], ...]) -> dict[str, Found]:
-    return survey((path, name) for path, name, _ in states)
+def _modalities(rows: list[dict]) -> list[str]:
+    """The id of each row's modality."""
+    ids = {name: resolve_modality(name).id for name in {row["modality"] for row in rows}}
+    return [ids[row["modality"]] for row in rows]
 
 
 def trim_letterbox(image: np.ndarray, max_stretch: float = 1.15) -> np.ndarray:

@@ -5,8 +5,9 @@ in a way of its own. What was done is told in notes, and what cannot be known is
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -119,18 +120,26 @@ def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return ((values.astype(np.float64) - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)
 
 
-def decode_picture(image: Image.Image) -> tuple[Image.Image | np.ndarray, list[str]]:
+def decode_picture(
+    image: Image.Image, reopen: Callable[[], Any] | None = None
+) -> tuple[Image.Image | np.ndarray, list[str]]:
     """An upright, opaque image of mode L or RGB, or the values [H, W] of one with more than 8 bits; and notes.
 
     Of a file that is not loaded yet, colour of 16 bits a channel gives values [H, W, 3]; of several frames the one at
     hand is taken. Transparent pixels are laid on black: what they hide is not to come back. Raises ValueError for
     pixels that are not finite.
+
+    Args:
+        reopen: opens the image again, as colour of 16 bits needs; by default by the name of its file, if it has one.
     """
     notes: list[str] = []
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         notes.append(f"{f'number {image.tell() + 1}' if image.tell() else 'the first'} of {frames} frames taken")
-    deep = _deep_channels(image)
+    path = getattr(image, "filename", "")
+    if reopen is None and path:
+        reopen = lambda: Image.open(path)  # noqa: E731
+    deep = _deep_channels(image, reopen)
     halved = deep is None and is_deep(image) and not image.mode.startswith(("I", "F"))
     turned = image.getexif().get(ORIENTATION, 1) in range(2, 9)
     white_is_zero = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(262) == 0
@@ -176,17 +185,17 @@ def _raw_mode(file: Image.Image) -> str:
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
-def _deep_channels(file: Image.Image) -> np.ndarray | None:
+def _deep_channels(file: Image.Image, reopen: Callable[[], Any] | None) -> np.ndarray | None:
     """The values [H, W, 3], or [H, W] of grey with alpha, of 16 bits a channel, of which Pillow reads the upper 8.
 
     None if it has none, or cannot be opened again to read the lower ones.
     """
-    mode, path = _raw_mode(file), getattr(file, "filename", "")
-    if not path or file.tell() or mode[:-1] not in ("RGB;16", "RGBX;16", "RGBA;16", "LA;16"):
+    mode = _raw_mode(file)
+    if reopen is None or file.tell() or mode[:-1] not in ("RGB;16", "RGBX;16", "RGBA;16", "LA;16"):
         return None
 
     def read(raw: str) -> np.ndarray:
-        with Image.open(path) as again:
+        with reopen() as again:
             tiles = [(tile, (raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw) for tile in again.tile]
             again.tile = [tile._replace(args=args) for tile, args in tiles]
             again.load()

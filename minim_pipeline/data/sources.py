@@ -1,4 +1,4 @@
-"""MINIM's data format, `path,Text,modality` in a CSV beside its images: one reader and one writer.
+"""Tables of images and captions: one reader of all formats, and the writer of MINIM's, `path,Text,modality` in a CSV.
 
 What the writer makes is what the reader takes, so that a folder of generated images is a training set at once.
 """
@@ -11,7 +11,6 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
@@ -20,20 +19,23 @@ from ..captions import check_caption
 from ..files import write_csv, write_json
 from ..modalities import AMBIGUOUS, resolve_modality, split_prefix
 from ..provenance import save_png
-from .image_reader import image_problem
-from .table import Record, guess, mend_commas, read_table
+from .formats import base_of, find_source, read_source
+from .image_files import split_address
+from .looks import MANY, problems
+from .table import AS_USUAL, USUAL, Columns, Record, guess, mend_commas, read_table
 
 
 LISTED = 20  # bad rows are listed up to so many, and counted beyond
 
 
 def resolve_path(row: Mapping[str, str], csv_path: str | Path, image_root: str | Path | None = None) -> Path:
-    """Where the image of `row` lies: its `path`, relative to the folder of the CSV, or looked for under `image_root`.
+    """Where the image of `row` lies: its `path`, from the folder of the table, or looked for under `image_root`.
 
-    There the whole path is tried, and then without its first folders: `theirs/oct/1.png`, `oct/1.png`, `1.png`.
+    There the whole path is tried, and then without its first folders: `theirs/oct/1.png`, `oct/1.png`, `1.png`. Of an
+    image inside of a larger file it is an address (`image_files`).
     """
     if image_root is None:
-        return Path(csv_path).parent / row["path"]
+        return base_of(csv_path) / row["path"]
     root = Path(image_root)
     parts = [part for part in re.split(r"[/\\]+", row["path"]) if part not in ("", ".", "..")]
     # As it is written first: it may be relative, and a name may hold what divides folders elsewhere.
@@ -42,7 +44,13 @@ def resolve_path(row: Mapping[str, str], csv_path: str | Path, image_root: str |
     return next(filter(Path.is_file, tried), tried[0])
 
 
-def read_csv(
+def resolve_paths(rows: Iterable[Mapping[str, str]], csv_path: str | Path) -> list[str]:
+    """`resolve_path` of many rows of one table, as strings, which take less memory and time."""
+    base = "" if base_of(csv_path) == Path() else str(base_of(csv_path))
+    return [os.path.join(base, row["path"]) for row in rows]
+
+
+def read_dataset(
     path: str | Path,
     split: str | None = None,
     image_root: str | Path | None = None,
@@ -51,24 +59,25 @@ def read_csv(
     check_images: bool = True,
     check: Callable[[dict[str, str]], object] | None = None,
     modality: str | None = None,
+    columns: Columns = AS_USUAL,
 ) -> list[dict[str, str]]:
-    """Reads a CSV in MINIM's format.
+    """Reads a table of images and captions: a CSV in MINIM's format, or any other that `formats` knows.
 
-    Spaces around names and values, a byte-order mark and empty lines are left out; `modal` is read as `modality`,
-    `image_path` as `path`, `prompt` as `Text`. Commas in captions that nobody quoted are understood where the columns
-    are `path,Text,modality` alone, with one warning. A modality that fits several is that of the caption's prefix:
-    `CT` with "Chest CT: nodule" is chest CT.
+    Spaces around names and values, a byte-order mark and empty lines are left out. Commas in captions that nobody
+    quoted are understood where the columns are `path,Text,modality` alone, with one warning. A modality that fits
+    several is that of the caption's prefix: `CT` with "Chest CT: nodule" is chest CT.
 
     Args:
-        path: the CSV file, UTF-8.
+        path: a CSV in UTF-8, or a file, folder, glob or id on the Hub of another format (`find_source`).
         split: keeps only the rows whose `split` column says so.
-        image_root: folder to look for the images in, see `resolve_path`; by default `path` is relative to the CSV's.
-            With it, `path` of the rows returned leads from the CSV's folder to where the image was found.
+        image_root: folder to look for the images in, see `resolve_path`, by default the table's. With it, `path` of
+            the rows returned leads from the table's folder to where the image was found.
         skip_bad_rows: leaves bad rows out, with one warning that lists them, instead of raising.
         require: columns that have to be there, and filled in every row.
-        check_images: decodes every image of the rows kept, in threads (6,000 of 256 px take some 10 s on 2 cores).
+        check_images: looks at every image of the rows kept (`looks`; 6,000 of 256 px take some 10 s on 2 cores).
         check: called with every row kept; raises ValueError, with what is wrong, for a bad one.
-        modality: that of all rows, where the CSV has no such column or leaves it empty.
+        modality: that of all rows, where the table has no such column or leaves it empty.
+        columns: names of columns that are not called as usual.
 
     Returns:
         One dict a row, from column names to strings: those of `require`, and all other columns as they are.
@@ -76,58 +85,46 @@ def read_csv(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no CSV, a required column is missing, nothing is left, or rows are bad. The message
-            counts the bad rows, and lists up to 20 with their number (from 1, without the header), their line in the
-            file, and what is wrong: a number of fields other than the header's (mostly an unquoted comma), an empty
-            required value, a caption such as "nan", an unknown or ambiguous modality or another one than `modality`,
-            a missing or broken image, or one that stands for two different paths under `image_root`.
+        ValueError: the file is no table, a required column is missing, nothing is left, or rows are bad. The message
+            counts the bad rows, and lists up to 20 with their number (from 1, without the header), their line or
+            address, and what is wrong: a number of fields other than the header's (mostly an unquoted comma), a value
+            that is missing or cannot be, an image that is missing or broken, or stands for two different paths.
+        ImportError: the format needs a package that is not installed.
     """
-    path = Path(path)
-    columns, records = read_table(path)
-    if modality is not None:
-        resolve_modality(modality)  # a wrong one is told before any row
-    missing = [name for name in require if name not in columns and not (name == "modality" and modality)]
-    if split is not None and "split" not in columns:
-        missing.append("split")
-    if missing:
-        hint = " If all rows are of one modality, name it with --modality." if missing == ["modality"] else ""
-        raise ValueError(
-            f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; "
-            f"found: {', '.join(map(repr, columns))}.{hint}"
-        )
+    names, records, found = _open(path, columns)
+    _check_columns(path, [*require, *(["split"] if split is not None else [])], names, found, modality)
 
     rows: dict[int, dict[str, str]] = {}
     bad: dict[int, str] = {}
     places: dict[Path, str] = {}  # where images were found under image_root, and by which path
     splits, mended = set(), []
+    same: dict[str, str] = {}  # what stands in many rows is held once
     for number, record in enumerate(records, start=1):
         try:
-            row = _row_of(record, columns)
-            if len(record.values) > len(columns):
+            row = _row_of(record, names) if isinstance(record, Record) else dict(record)
+            row |= {name: same.setdefault(value, value) for name, value in row.items() if name != "path"}
+            if isinstance(record, Record) and len(record.values) > len(names):
                 mended.append((number, row["Text"]))
             _complete(row, modality)
             splits.add(row.get("split", ""))
             if split is None or row["split"] == split:
                 _check_row(row, require, check, modality)
-                if image_root is not None and "path" in require:
+                if image_root is not None and "path" in require and split_address(row["path"]) is None:
                     _place(row, path, image_root, places)
                 rows[number] = row
         except ValueError as error:
             bad[number] = str(error)
     if check_images:
-        bad |= _broken_images(path, rows)
+        images = dict(zip(rows, resolve_paths(rows.values(), path)))
+        broken = problems(images.values(), path, skip_bad_rows or len(images) < MANY)
+        bad |= {number: broken[image] for number, image in images.items() if image in broken}
     if bad:
         message = _list_bad(path, bad, records, rows if image_root is None else {})
         if not skip_bad_rows:
             raise ValueError(message)
         warnings.warn(f"Left out: {message}", stacklevel=2)
     if mended:
-        number, caption = mended[0]
-        warnings.warn(
-            f"{path} has captions with commas and without quotes, in {len(mended)} of {len(records)} rows; the commas "
-            f"were taken for the captions' own, as in row {number}: {caption!r}.",
-            stacklevel=2,
-        )
+        warnings.warn(_list_mended(path, mended, len(records)), stacklevel=2)
     good = [row for number, row in rows.items() if number not in bad]
     if not good:
         of_split = f" of split {split!r}; splits found: {', '.join(map(repr, sorted(splits - {''})))}"
@@ -135,18 +132,66 @@ def read_csv(
     return good
 
 
-def read_columns(path: str | Path) -> list[str]:
-    """The names of a CSV's columns, as `read_csv` gives them."""
-    return read_table(Path(path))[0]
+def read_columns(path: str | Path, columns: Columns = AS_USUAL) -> list[str]:
+    """The names of a table's columns, as `read_dataset` gives them."""
+    return _open(path, columns)[0]
 
 
-def _list_bad(path: Path, bad: dict[int, str], records: list[Record], placed: Mapping[int, Mapping[str, str]]) -> str:
+def _open(path: str | Path, columns: Columns) -> tuple[list[str], Sequence[Record | dict[str, str]], list[str]]:
+    """The columns of a table, its rows, of a CSV as records, and the columns as the table calls them."""
+    source = find_source(path)
+    if source.kind == "csv":
+        names, records = read_table(source.files[0], columns)
+        return names, records, names
+    table = read_source(path, columns)
+    return table.columns, table.rows, table.found
+
+
+def _check_columns(
+    path: str | Path, require: Sequence[str], names: Sequence[str], found: Sequence[str], modality: str | None
+) -> None:
+    """Raises ValueError if a required column is missing, or `modality` is none."""
+    if modality is not None:
+        resolve_modality(modality)
+    missing = [name for name in require if name not in names and not (name == "modality" and modality)]
+    if not missing:
+        return
+    hint = " If all rows are of one modality, name it with --modality." if missing == ["modality"] else ""
+    option = next((o for o, name in zip(Columns._fields, USUAL) if name == missing[0] != "modality"), None)
+    if option is not None and "path" in require:  # lists of prompts have no such option
+        hint = f" If another one is meant, --{option}_column names it."
+    raise ValueError(
+        f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; "
+        f"found: {', '.join(map(repr, found)) or 'none'}.{hint}"
+    )
+
+
+def _list_bad(
+    path: str | Path,
+    bad: dict[int, str],
+    records: Sequence[Record | Mapping[str, str]],
+    placed: Mapping[int, Mapping[str, str]],
+) -> str:
     """The message on bad rows; `placed`: rows whose images were looked for where their paths say."""
-    listed = [f"  row {n} (line {records[n - 1].line}): {bad[n]}" for n in sorted(bad)[:LISTED]]
+
+    def place(number: int) -> str:
+        record = records[number - 1]
+        return f"line {record.line}" if isinstance(record, Record) else record.get("path", "")
+
+    listed = [f"  row {n} ({place(n)}): {bad[n]}" for n in sorted(bad)[:LISTED]]
     listed += [f"  … and {len(bad) - LISTED} more"] * (len(bad) > LISTED)
     if any(re.match(r"[/\\]|[A-Za-z]:", placed[n]["path"]) for n in bad.keys() & placed.keys()):
         listed.append("  Paths of another machine? --image_root names the folder to look for the images in.")
     return f"{path} has {len(bad)} bad row{'s' * (len(bad) > 1)}:\n" + "\n".join(listed)
+
+
+def _list_mended(path: str | Path, mended: list[tuple[int, str]], total: int) -> str:
+    """The message on captions with commas that nobody quoted; `mended`: numbers of rows, and their captions."""
+    number, caption = mended[0]
+    return (
+        f"{path} has captions with commas and without quotes, in {len(mended)} of {total} rows; the commas were taken"
+        f" for the captions' own, as in row {number}: {caption!r}."
+    )
 
 
 def _row_of(record: Record, columns: list[str]) -> dict[str, str]:
@@ -159,15 +204,6 @@ def _row_of(record: Record, columns: list[str]) -> dict[str, str]:
         shown = repr(text if len(text) <= 100 else text[:100] + "…")
         raise ValueError(f"{len(values)} fields, the header has {len(columns)} ({guess(record, columns)}{shown})")
     return {name: value for name, value in zip(columns, values) if name}
-
-
-def _broken_images(csv_path: Path, rows: Mapping[int, Mapping[str, str]]) -> dict[int, str]:
-    """What is wrong with images, by the number of their rows."""
-    paths = {number: resolve_path(row, csv_path) for number, row in rows.items()}
-    images = set(paths.values())
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        broken = {image: why for image, why in zip(images, pool.map(image_problem, images)) if why}
-    return {number: broken[image] for number, image in paths.items() if image in broken}
 
 
 def _is_modality(name: str) -> bool:
@@ -188,14 +224,14 @@ def _complete(row: dict[str, str], modality: str | None) -> None:
         row["modality"] = prefix
 
 
-def _place(row: dict[str, str], csv_path: Path, image_root: str | Path, places: dict[Path, str]) -> None:
+def _place(row: dict[str, str], csv_path: str | Path, image_root: str | Path, places: dict[Path, str]) -> None:
     """Sets `path` to where the image lies; raises ValueError if another row's image is there."""
     given, found = row["path"], resolve_path(row, csv_path, image_root).absolute()
     first = places.setdefault(found, given)
     if os.path.normpath(first) != os.path.normpath(given):
         raise ValueError(f"{given!r} and {first!r} are the same file under the image root, {found}")
     # Relative again, as reports show it. Resolved: behind a link, "../.." leads elsewhere than it reads.
-    place = os.path.relpath(found.parent.resolve() / found.name, csv_path.parent.resolve())
+    place = os.path.relpath(found.parent.resolve() / found.name, base_of(csv_path).resolve())
     row["path"] = Path(place).as_posix()
 
 

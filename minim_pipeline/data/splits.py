@@ -5,7 +5,8 @@ import warnings
 from pathlib import Path
 
 from ..modalities import resolve_modality
-from .sources import read_columns, read_csv
+from .sources import read_columns, read_dataset
+from .table import AS_USUAL
 
 
 # Of the groups of each modality, where no column says what is held out.
@@ -17,25 +18,26 @@ GROUP_COLUMNS = ("group", "patient", "patient_id")
 def read_splits(
     path: str | Path, split: str | None = "train", val_split: str | None = "val", **options
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The rows of a CSV to learn from, and those to validate on.
+    """The rows of a table to learn from, and those to validate on.
 
     Args:
-        path: CSV in MINIM's format; without a column `split` a share is held out as by `assign_splits`, and told.
+        path: as of `read_dataset`; without a column `split` a share is held out as by `assign_splits`, and told.
         split: what is learned from; `None` for every row that is not of `val_split`.
         val_split: what is validated on; `None` for nothing.
-        options: of `read_csv`.
+        options: of `read_dataset`.
 
     Raises:
-        ValueError: as `read_csv`; there is no column `split`, and other splits than "train" and "val" are asked for.
+        ValueError: as `read_dataset`; without a column `split`, other splits than "train" and "val" are asked for.
     """
     if val_split is None:
         return read_split(path, split, hold_out=False, **options), []
-    if split in (None, "train") and val_split == "val" and "split" not in read_columns(path):
-        rows = assign_splits(read_csv(path, **options), path)
+    columns = options.get("columns", AS_USUAL)
+    if split in (None, "train") and val_split == "val" and "split" not in read_columns(path, columns):
+        rows = assign_splits(read_dataset(path, **options), path)
         return [row for row in rows if row["split"] == "train"], [row for row in rows if row["split"] == "val"]
     # What is validated on is never trained on, also where every row is asked for.
-    train = [row for row in read_csv(path, split=split, **options) if row.get("split") != val_split]
-    return train, read_csv(path, split=val_split, **options)
+    train = [row for row in read_dataset(path, split=split, **options) if row.get("split") != val_split]
+    return train, read_dataset(path, split=val_split, **options)
 
 
 def read_split(path: str | Path, split: str | None, hold_out: bool = True, **options) -> list[dict[str, str]]:
@@ -44,9 +46,10 @@ def read_split(path: str | Path, split: str | None, hold_out: bool = True, **opt
     Args:
         hold_out: without a column `split`, hold a share out as "val"; `False` gives all rows as "train".
     """
-    if split is None or split not in ("train", "val") or "split" in read_columns(path):
-        return read_csv(path, split=split, **options)
-    rows = read_csv(path, **options)
+    columns = options.get("columns", AS_USUAL)
+    if split is None or split not in ("train", "val") or "split" in read_columns(path, columns):
+        return read_dataset(path, split=split, **options)
+    rows = read_dataset(path, **options)
     if not hold_out:
         return [row | {"split": "train"} for row in rows]
     return [row for row in assign_splits(rows, path) if row["split"] == split]

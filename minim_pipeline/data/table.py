@@ -2,13 +2,17 @@
 
 import csv
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 # Other spellings of a column. MINIM's README says `modality`, its example CSV `modal`; its ratings have the last two.
 COLUMN_ALIASES = {"modal": "modality", "image_path": "path", "prompt": "Text"}
+# And those of other formats, as data sets on the Hub have them.
+FIELD_ALIASES = COLUMN_ALIASES | {"file_name": "path", "image": "path", "text": "Text", "caption": "Text"}
+FIELD_ALIASES |= {"txt": "Text", "label": "finding", "cls": "finding"}
 
 # How files begin that are taken for CSV.
 _KINDS = {
@@ -23,7 +27,7 @@ _SAVE = "save it as 'CSV UTF-8', with commas between the columns"
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """A line of the table: its first line in the file (from 1), its values, stripped, and how it is written there."""
 
@@ -32,11 +36,46 @@ class Record:
     text: str
 
 
-def read_table(path: Path) -> tuple[list[str], list[Record]]:
-    """The column names, by their usual spelling, and the records; empty lines are left out.
+class Columns(NamedTuple):
+    """How a table calls the columns that have a meaning; None for the usual name, or another spelling of it."""
 
-    Raises ValueError if the file is empty, has two columns of one name, or is no UTF-8 text with commas between
-    columns; the message says what it is instead.
+    image: str | None = None
+    caption: str | None = None
+    modality: str | None = None
+    finding: str | None = None
+
+
+AS_USUAL = Columns()
+USUAL = "path", "Text", "modality", "finding"
+
+
+def usual_names(found: Sequence[str], wanted: Columns, aliases: Mapping[str, str], file: str | Path) -> list[str]:
+    """The names of the columns of `file` by their usual spelling, empty for one whose name another was given.
+
+    Raises ValueError if one that is `wanted` is not there.
+    """
+    names = list(found)
+    for option, given, usual in zip(Columns._fields, wanted, USUAL):
+        if given is None:
+            continue
+        if given not in found:
+            listed = ", ".join(map(repr, found))
+            raise ValueError(f"{file} has no column {given!r}, which --{option}_column names; found: {listed}.")
+        names = ["" if name == usual else name for name in names]
+        names[list(found).index(given)] = usual
+    for alias, name in aliases.items():
+        if name not in names:
+            names = [name if column == alias else column for column in names]
+    return names
+
+
+def read_table(
+    path: Path, wanted: Columns = AS_USUAL, aliases: Mapping[str, str] = COLUMN_ALIASES
+) -> tuple[list[str], list[Record]]:
+    """The column names, by their usual spelling (`usual_names`), and the records; empty lines are left out.
+
+    Raises ValueError if the file is empty, lacks a column that is `wanted`, has two columns of one name, or is no
+    UTF-8 text with commas between columns; the message says what it is instead.
     """
     with open(path, "rb") as binary:
         start = binary.read(4096)
@@ -69,9 +108,8 @@ def read_table(path: Path) -> tuple[list[str], list[Record]]:
     found = next((name for separator, name in _SEPARATORS.items() if separator in header), None)
     if found is not None and "," not in header:
         raise ValueError(f"{path} has {found} between its columns, not commas ({header[:100]!r}): {_SAVE}.")
-    for alias, name in COLUMN_ALIASES.items():
-        if name not in columns:
-            columns = [name if column == alias else column for column in columns]
+    # Images beside a table with `file_name` are an ImageFolder, by whatever name the table is given.
+    columns = usual_names(columns, wanted, FIELD_ALIASES if "file_name" in columns else aliases, path)
     twice = sorted({name for name in columns if name and columns.count(name) > 1})
     if twice:
         raise ValueError(f"{path} has columns of the same name: {', '.join(map(repr, twice))}.")

@@ -15,10 +15,11 @@ from typing import Any
 
 from .. import __version__
 from ..data.image_pixels import Found, told
-from ..data.image_reader import Reading, file_keys, tell
-from ..data.sources import resolve_path
+from ..data.image_reader import Reading, tell
+from ..data.looks import file_keys
+from ..data.sources import read_columns, resolve_paths
 from ..data.splits import read_split
-from ..data.table import read_table
+from ..data.table import AS_USUAL
 from ..files import atomic_path, write_report
 from ..loading import register_modalities
 from .options import EvaluateOptions, ExtractorOptions
@@ -97,19 +98,19 @@ def run(options: EvaluateOptions) -> dict:
 
 
 def read_rows(options: EvaluateOptions) -> tuple[dict[str, Path], dict[str, list[dict]], dict[str, Reading]]:
-    """By the name of a set, real, train or synthetic: its CSV, if there is one, its rows, and how they are read."""
+    """By the name of a set, real, train or synthetic: its table, if there is one, its rows, and how they are read."""
     # Before any row is read: it may be of a modality that only a model knows.
     for model in filter(None, (options.pipeline, options.low_data_pipeline, options.modalities_from)):
         register_modalities(model)
     # The synthetic images may be of more modalities than the real ones, if their CSV says so.
-    named = options.synthetic is None or "modality" in read_table(options.synthetic)[0]
-    own = replace(options.reading, modality=None if named else options.modality, image_root=None)
+    named = options.synthetic is None or "modality" in read_columns(options.synthetic)
+    own = replace(options.reading, modality=None if named else options.modality, image_root=None, columns=AS_USUAL)
     readings = {"real": options.reading, "train": options.reading, "synthetic": own}
     given = {"real": options.real, "train": options.train, "synthetic": options.synthetic}
     files = {name: path for name, path in given.items() if path}
     splits, rows = {"real": options.real_split, "train": options.train_split}, {}
     for name, path in files.items():
-        where: dict[str, Any] = {"image_root": readings[name].image_root, "modality": readings[name].modality}
+        where = {option: getattr(readings[name], option) for option in ("image_root", "modality", "columns")}
         rows[name] = read_split(path, splits.get(name), skip_bad_rows=options.skip_bad_rows, **where)
     if "train" in files:
         check_overlap(rows["real"], files["real"], rows["train"], files["train"])
@@ -188,7 +189,7 @@ def measure(options: EvaluateOptions, sets: tuple, settings, judges, points: lis
 
 def check_overlap(real_rows: list[dict], real: Path, train_rows: list[dict], train: Path) -> None:
     """Raises ValueError if an image is on both sides, also under another name: all would be called new beside it."""
-    paths = [resolve_path(row, train) for row in train_rows] + [resolve_path(row, real) for row in real_rows]
+    paths = resolve_paths(train_rows, train) + resolve_paths(real_rows, real)
     keys = file_keys(paths)
     trained = set(keys[: len(train_rows)])
     both = [row["path"] for row, key in zip(real_rows, keys[len(train_rows) :], strict=True) if key in trained]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 
-from ..data.sources import image_name, name_digits, read_csv, resolve_path
+from ..data.sources import image_name, name_digits, read_dataset, resolve_path
 from ..files import atomic_path
 from ..generate.options import GenerateOptions, SamplingOptions
 from ..generate.plan import Item
@@ -61,7 +61,7 @@ def draw_synthetic(
     generate(items, folder, GenerateOptions(model=model, num_candidates=num_candidates, **shared))
     digits = name_digits(folder, len(items))
     asked = {image_name(item.index, digits): item.extra for item in items}
-    rows = read_csv(folder / "data.csv")
+    rows = read_dataset(folder / "data.csv")
     return folder / "data.csv", [row | asked[row["path"]] for row in rows if row["path"] in asked]
 
 

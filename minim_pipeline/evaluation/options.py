@@ -17,7 +17,7 @@ Hundreds = Annotated[int, Range(100, multiple=100)]
 
 @dataclass(kw_only=True)
 class SetOptions(TableOptions):
-    """Sets of images, CSV files in MINIM's format: path,Text,modality[,finding,...]."""
+    """Sets of images: path,Text,modality[,finding,...] as a CSV, or in another format (docs/data.md)."""
 
     real: Path = option(help="Real images that the generator has not seen.")
     real_split: str | None = option(None, "Take only its rows of this `split`.")

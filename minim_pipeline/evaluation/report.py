@@ -46,7 +46,7 @@ class ImageSet:
     """Images of one kind, real or synthetic, and what is known of each.
 
     Args:
-        rows: as `read_csv` gives them: `path`, `Text`, `modality`, and perhaps a label.
+        rows: as `read_dataset` gives them: `path`, `Text`, `modality`, and perhaps a label.
         images: uint8 [N, 3, S, S], as `load_images` gives them.
         changes: what `load_images` had to do to them.
     """

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.sources import read_csv
+from ..data.sources import read_dataset
 from ..modalities import Modality, resolve_modality
 
 
@@ -44,8 +44,8 @@ def plan_file(
     rows, where there is no such column.
 
     Raises:
-        ValueError: as `read_csv`; for it a row is bad, too, if its modality is not among `trained`, or `num_images`
-            or `seed` is no number or out of range.
+        ValueError: as `read_dataset`; for it a row is bad, too, if its modality is not among `trained`, or
+            `num_images` or `seed` is no number or out of range.
     """
 
     def number_of(row: dict[str, str]) -> int:
@@ -57,7 +57,7 @@ def plan_file(
 
     items: list[Item] = []
     options: dict[str, Any] = {"skip_bad_rows": skip_bad_rows, "check": check, "modality": modality}
-    for row in read_csv(path, require=("Text", "modality"), check_images=False, **options):
+    for row in read_dataset(path, require=("Text", "modality"), check_images=False, **options):
         count = number_of(row)
         first = int(row.get("seed") or seed + len(items))
         known = ("Text", "modality", "num_images", "seed", "path")

@@ -21,7 +21,7 @@ from accelerate import PartialState
 
 from .. import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline, Modality, register_modality, resolve_modality
 from ..data.image_loading import key_of
-from ..data.sources import read_csv, resolve_path
+from ..data.sources import read_dataset, resolve_path
 from ..data.splits import assign_splits
 from ..disk import save_model
 from ..evaluation.classifier import check_architecture
@@ -158,8 +158,8 @@ def read_new(config: AddModalityConfig, modality: Modality) -> tuple[list[dict],
 
     A row that names no modality is of this one.
     """
-    options = {"check_images": False, "image_root": config.image_root, "modality": modality.id}
-    rows = read_csv(config.train_data, require=("path", "Text"), **options)
+    options = {**config.csv_options, "check_images": False, "modality": modality.id}
+    rows = read_dataset(config.train_data, require=("path", "Text"), **options)
 
     def fits(row: dict) -> bool:
         try:
@@ -233,7 +233,7 @@ class Addition:
         self.filtered = self.base.filter_head is not None and not config.skip_filter
         self.sources = [(self.new_rows, config.train_data)]
         if config.replay:
-            old_rows = assign_splits(read_csv(config.replay, check_images=False), config.replay)
+            old_rows = assign_splits(read_dataset(config.replay, check_images=False), config.replay)
             check_known(old_rows, config.replay, self.base.config, config.pretrained_model_name_or_path)
             self.sources.append((old_rows, config.replay))
         if self.filtered:

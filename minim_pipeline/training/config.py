@@ -23,6 +23,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from transformers import HfArgumentParser
 
 from ..options import (  # what most trainers have of it they find here
+    OF_THE_TABLE,  # noqa: F401
     Config,
     Count,
     Options,
@@ -40,9 +41,12 @@ from ..options import (  # what most trainers have of it they find here
 
 @dataclass(kw_only=True)
 class CsvOptions(TableOptions):
-    """A data set, in a CSV of which not everything need be as MINIM has it."""
+    """A data set, in a table of which not everything need be as MINIM has it."""
 
-    train_data: str = option(help="CSV in MINIM's format: path,Text,modality[,finding,split,part].")
+    train_data: str = option(
+        help="CSV in MINIM's format, path,Text,modality[,finding,split,part]; or an ImageFolder, Parquet or tar files "
+        "(a file, a folder, a glob), a dataset of save_to_disk, an id on the Hub (docs/data.md)."
+    )
     modalities_from: str | None = option(None, "Know the modalities that this pipeline has defined, too.")
     no_mirror: bool = option(
         False, "Mirror no image; else those of symmetric modalities are, if no caption names a side."

@@ -15,8 +15,8 @@ from .. import MODALITIES, may_mirror, resolve_modality
 from ..cli import say
 from ..data import splits
 from ..data.image_loading import check_values
-from ..data.image_reader import file_keys
-from ..data.sources import resolve_path
+from ..data.looks import file_keys
+from ..data.sources import resolve_paths
 from ..loading import register_modalities
 from ..tokens import cut_texts
 from .config import CsvOptions, DataOptions, Options
@@ -71,18 +71,14 @@ def check_processes(rows: list[dict], what: str) -> None:
         raise ValueError(f"{what} has {len(rows)} rows for {processes} processes: start fewer, or give more rows.")
 
 
-def image_paths(rows: list[dict], csv_path: str | Path) -> list[Path]:
-    return [resolve_path(row, csv_path) for row in rows]
-
-
 def tell_repeats(source: str | Path, train_rows: list[dict], val_rows: list[dict]) -> None:
     """Warns of images of a CSV, by their content, that are trained on in several rows, or validated on, too.
 
     It is no error: people do have several captions of one image, and joined data sets that overlap a little. But a
     validation loss on images that were learned by heart chooses the wrong weights, so each is told by name.
     """
-    train, again = image_paths(train_rows, source), []
-    first: dict[str, Path] = {}
+    train, again = resolve_paths(train_rows, source), []
+    first: dict[str, str] = {}
     for path, key in zip(train, file_keys(train), strict=True):
         if first.setdefault(key, path) is not path:
             again.append((path, first[key]))
@@ -90,10 +86,10 @@ def tell_repeats(source: str | Path, train_rows: list[dict], val_rows: list[dict
         say(
             f"warning: {source}: {len(again)} of {len(train)} train rows repeat the image of another: {_named(again)}."
         )
-    tell_overlap(source, train, image_paths(val_rows, source))
+    tell_overlap(source, train, resolve_paths(val_rows, source))
 
 
-def tell_overlap(name: str | Path, train: list[Path], val: list[Path]) -> None:
+def tell_overlap(name: str | Path, train: list[str], val: list[str]) -> None:
     """Warns of images that are both trained and validated on, as `tell_repeats` does."""
     keys = file_keys([*train, *val])
     first = dict(zip(keys, train, strict=False))
@@ -105,8 +101,8 @@ def tell_overlap(name: str | Path, train: list[Path], val: list[Path]) -> None:
         )
 
 
-def _named(pairs: list[tuple[Path, Path]]) -> str:
-    names = [str(a) if a == b else f"{a} is {b}" for a, b in pairs[:NAMED]]
+def _named(pairs: list[tuple[str, str]]) -> str:
+    names = [a if a == b else f"{a} is {b}" for a, b in pairs[:NAMED]]
     return ", ".join(names) + (f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else "")
 
 
@@ -162,7 +158,7 @@ class Rows:
         if replay:
             old = replay.train_data
             for a, b, rows, val_rows in ((source, old, train, old_val), (old, source, old_train, val)):
-                tell_overlap(f"{a} and the val rows of {b}", image_paths(rows, a), image_paths(val_rows, b))
+                tell_overlap(f"{a} and the val rows of {b}", resolve_paths(rows, a), resolve_paths(val_rows, b))
             check_known(old_train + old_val, old, index, str(base))
         val = judgeable(val, train + old_train, index, source)
         if old_val and not val:  # the weights that are kept have the lowest mean of both

@@ -16,7 +16,7 @@ from ..evaluation.stand_in import FOLDS, StandIn, realism_of
 from ..files import write_report
 from ..locking import locked
 from . import classifier
-from .config import Count, CsvOptions, HubOptions, PrecisionOptions, Whole, option
+from .config import OF_THE_TABLE, Count, CsvOptions, HubOptions, PrecisionOptions, Whole, option
 from .filter.report import auroc
 from .hub import check_hub, push_parts
 from .rows import FINDINGS, know_modalities
@@ -44,7 +44,7 @@ class StandInConfig(CsvOptions, HubOptions, PrecisionOptions):
     @property
     def classifier(self) -> classifier.ClassifierConfig:
         """Of the classifier of findings, in `findings/`."""
-        shared = ["train_data", "modality", "image_root", "modalities_from", "no_mirror", "fit", "window", "width"]
+        shared = ["train_data", *OF_THE_TABLE, "modalities_from", "no_mirror", "fit", "window", "width"]
         shared += ["min_train", "min_val", "mixed_precision", "seed"]
         options = self.values(*shared) | {"part": [self.part], "max_train_steps": self.classifier_steps}
         output_dir = str(self.output / "findings")

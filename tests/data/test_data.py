@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 
-from minim_pipeline.data.sources import DatasetWriter, read_csv, resolve_path
+from minim_pipeline.data.sources import DatasetWriter, read_dataset, resolve_path
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def write(folder, text, encoding="utf-8"):
 def test_reads_minims_format_with_extra_columns(folder):
     text = 'path,Text,modality,finding\na.png,"Edema, left eye",OCT,edema\nimages/b.png,A lung,ChestCT,\n'
     path = write(folder, text)
-    rows = read_csv(path)
+    rows = read_dataset(path)
     assert rows[0] == {"path": "a.png", "Text": "Edema, left eye", "modality": "OCT", "finding": "edema"}
     assert rows[1]["finding"] == ""
     assert resolve_path(rows[1], path) == folder / "images/b.png"
@@ -33,20 +33,20 @@ def test_reads_minims_format_with_extra_columns(folder):
 def test_modal_spaces_byte_order_mark_blank_lines_and_crlf(folder):
     text = ' path , Text ,modal \r\n\r\n a.png , "Edema, left eye" , OCT \r\n'
     path = write(folder, text, encoding="utf-8-sig")
-    assert read_csv(path) == [{"path": "a.png", "Text": "Edema, left eye", "modality": "OCT"}]
+    assert read_dataset(path) == [{"path": "a.png", "Text": "Edema, left eye", "modality": "OCT"}]
 
 
 def test_modal_is_carried_through_beside_modality(folder):
     path = write(folder, "path,Text,modal,modality\na.png,Edema,x,OCT\n")
-    assert read_csv(path) == [{"path": "a.png", "Text": "Edema", "modal": "x", "modality": "OCT"}]
+    assert read_dataset(path) == [{"path": "a.png", "Text": "Edema", "modal": "x", "modality": "OCT"}]
 
 
 def test_missing_columns_are_named_with_those_found(folder):
     path = write(folder, "path,caption,split\na.png,Edema,train\n")
     with pytest.raises(ValueError, match="lacks the columns 'Text', 'modality'; found: 'path', 'caption', 'split'"):
-        read_csv(path)
+        read_dataset(path)
     with pytest.raises(ValueError, match="lacks the column 'split'"):
-        read_csv(write(folder, "path,Text,modality\na.png,Edema,OCT\n"), split="train")
+        read_dataset(write(folder, "path,Text,modality\na.png,Edema,OCT\n"), split="train")
 
 
 def test_every_bad_row_is_listed_with_row_and_line(folder):
@@ -64,7 +64,7 @@ def test_every_bad_row_is_listed_with_row_and_line(folder):
         "a.png\n",
     )
     with pytest.raises(ValueError) as error:
-        read_csv(path)
+        read_dataset(path)
     text = str(error.value)
     assert "7 bad rows" in text
     assert "row 1 (line 2): 5 fields, the header has 4 (an unquoted comma? 'a.png,Edema,left eye,OCT,')" in text
@@ -76,28 +76,30 @@ def test_every_bad_row_is_listed_with_row_and_line(folder):
     assert "row 8 (line 11): 1 fields" in text
 
     with pytest.warns(UserWarning, match=r"Left out(.|\n)*gone.png"):
-        rows = read_csv(path, skip_bad_rows=True)
+        rows = read_dataset(path, skip_bad_rows=True)
     assert [row["path"] for row in rows] == ["images/b.png"]
 
 
 def test_images_of_other_splits_and_unchecked_ones_may_be_missing(folder):
     path = write(folder, "path,Text,modality,split\na.png,Edema,OCT,train\ngone.png,Edema,OCT,val\n")
-    assert len(read_csv(path, split="train")) == 1
-    assert len(read_csv(path, check_images=False)) == 2
+    assert len(read_dataset(path, split="train")) == 1
+    assert len(read_dataset(path, check_images=False)) == 2
     with pytest.raises(ValueError, match="no usable rows of split 'test'; splits found: 'train', 'val'"):
-        read_csv(path, split="test")
+        read_dataset(path, split="test")
 
 
 def test_image_root(folder):
     path = write(folder, "path,Text,modality\nb.png,Edema,OCT\n")
     with pytest.raises(ValueError, match="no image"):
-        read_csv(path)
-    assert len(read_csv(path, image_root=folder / "images")) == 1
+        read_dataset(path)
+    assert len(read_dataset(path, image_root=folder / "images")) == 1
 
 
 def test_prompt_lists_need_no_path(folder):
     path = write(folder, "Text,modality\nEdema,OCT\n")
-    assert read_csv(path, require=("Text", "modality"), check_images=False) == [{"Text": "Edema", "modality": "OCT"}]
+    assert read_dataset(path, require=("Text", "modality"), check_images=False) == [
+        {"Text": "Edema", "modality": "OCT"}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_files_that_are_no_data_sets(folder, content, message):
     path = folder / "data.csv"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_csv(path, require=("path",), check_images=False)
+        read_dataset(path, require=("path",), check_images=False)
 
 
 def add(writer, index, **row):
@@ -127,7 +129,7 @@ def test_what_is_written_can_be_read(tmp_path):
     add(writer, 1, finding="edema")
     add(writer, 0)
     writer.finish()
-    assert read_csv(tmp_path / "out/data.csv") == [
+    assert read_dataset(tmp_path / "out/data.csv") == [
         {"path": "0000.png", "Text": "text, 0", "modality": "OCT", "seed": "0", "finding": ""},
         {"path": "0001.png", "Text": "text, 1", "modality": "OCT", "seed": "1", "finding": "edema"},
     ]
@@ -147,9 +149,9 @@ def test_goes_on_after_half_a_row_and_a_lost_image(tmp_path):
     writer = DatasetWriter(tmp_path)
     assert sorted(writer.rows) == ["0000.png", "0002.png"]
     add(writer, 1)
-    assert len(read_csv(tmp_path / "data.csv")) == 3
+    assert len(read_dataset(tmp_path / "data.csv")) == 3
     writer.finish()
-    assert [row["seed"] for row in read_csv(tmp_path / "data.csv")] == ["0", "1", "2"]
+    assert [row["seed"] for row in read_dataset(tmp_path / "data.csv")] == ["0", "1", "2"]
 
 
 def test_a_failing_write_leaves_nothing(tmp_path):
@@ -164,7 +166,7 @@ def test_a_failing_write_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         writer.add(1, Broken(), {}, {})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["0000.png", "data.csv", "run.json"]
-    assert len(read_csv(tmp_path / "data.csv")) == 1
+    assert len(read_dataset(tmp_path / "data.csv")) == 1
 
 
 def test_other_settings_are_named(tmp_path):
@@ -186,7 +188,7 @@ def test_a_foreign_data_csv_is_not_touched(folder):
 def test_an_open_quote_is_told_without_the_rest_of_the_file(folder):
     path = write(folder, 'path,Text,modality\na.png,"Edema,OCT\n' + "a.png,Edema,OCT\n" * 100)
     with pytest.raises(ValueError, match=r"row 1 \(line 2\): 2 fields.*an open quote") as caught:
-        read_csv(path)
+        read_dataset(path)
     assert len(str(caught.value)) < 400
 
 
@@ -207,6 +209,6 @@ def test_processes_write_parts_that_one_of_them_merges(tmp_path):
     assert not (tmp_path / "data.csv").exists()
     assert len(DatasetWriter(tmp_path).rows) == 4  # stopped here, one process would go on
     writers[0].finish()
-    assert [row["path"] for row in read_csv(tmp_path / "data.csv")] == [f"{index:04d}.png" for index in range(4)]
+    assert [row["path"] for row in read_dataset(tmp_path / "data.csv")] == [f"{index:04d}.png" for index in range(4)]
     assert not list(tmp_path.glob("data-*"))
     assert json.loads((tmp_path / "run.json").read_text()) == {}

@@ -9,7 +9,7 @@ from PIL import Image
 
 from minim_pipeline.data.image_loading import load_images
 from minim_pipeline.data.image_reader import Reading, read_image
-from minim_pipeline.data.sources import read_csv
+from minim_pipeline.data.sources import read_dataset
 
 
 pytest.importorskip("pydicom")
@@ -85,7 +85,7 @@ def test_monochrome1_is_inverted(tmp_path, capsys):
     write_dicom(tmp_path / "b.dcm", 4095 - RAMP, "MONOCHROME1", **windows)
     rows = [{"path": name, "Text": "normal", "modality": "CXR"} for name in ("a.dcm", "b.dcm")]
     csv = write_csv(tmp_path / "data.csv", rows)
-    a, b = load_images(read_csv(csv), csv, SIDE, trim=False)[:, 0].numpy().astype(int)
+    a, b = load_images(read_dataset(csv), csv, SIDE, trim=False)[:, 0].numpy().astype(int)
     assert abs(a.mean() - 127) < 1 and np.abs(a - b).max() <= 1
     assert "1 of 2 images: DICOM: MONOCHROME1 inverted" in capsys.readouterr().err
 
@@ -100,7 +100,7 @@ def test_eight_bits_are_as_they_are_in_a_png(tmp_path):
 def test_no_ending_is_needed(tmp_path):
     path = write_dicom(tmp_path / "IM0001", RAMP, WindowCenter=2048, WindowWidth=4096)
     csv = write_csv(tmp_path / "data.csv", [{"path": "IM0001", "Text": "normal", "modality": "CXR"}])
-    assert len(read_csv(csv)) == 1 and abs(grey(path).mean() - 127) < 1
+    assert len(read_dataset(csv)) == 1 and abs(grey(path).mean() - 127) < 1
 
 
 def test_colour_and_palette(tmp_path):
@@ -126,7 +126,7 @@ def test_what_a_caption_may_have_to_say_is_told(tmp_path, capsys):
     tags = {"BurnedInAnnotation": "YES", "ImageLaterality": "L", "WindowCenter": 2048, "WindowWidth": 4096}
     write_dicom(tmp_path / "a.dcm", stack, frames=2, **tags)
     csv = write_csv(tmp_path / "data.csv", [{"path": "a.dcm", "Text": "normal", "modality": "CXR"}])
-    assert load_images(read_csv(csv), csv, SIDE)[0].max() == 254
+    assert load_images(read_dataset(csv), csv, SIDE)[0].max() == 254
     told = capsys.readouterr().err
     for words in ("writing is burned into", r"names a side (L), which is not put into", "the first of 2 frames taken"):
         assert f"{words}" in told
@@ -160,15 +160,15 @@ def test_what_cannot_be_read_is_a_bad_row_and_says_why(tmp_path, monkeypatch):
     rows = [{"path": f"{name}.dcm", "Text": "x", "modality": "CXR"} for name in ("report", "text", "good")]
     csv = write_csv(tmp_path / "data.csv", rows)
     with pytest.raises(ValueError, match="2 bad rows") as error:
-        read_csv(csv)
+        read_dataset(csv)
     assert "report.dcm (DICOM without an image)" in str(error.value) and "row 2" in str(error.value)
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(ImportError, match="pip install 'minim-pipeline\\[dicom\\]'"):
-        read_csv(csv)
+        read_dataset(csv)
 
 
 def test_a_window_of_ones_own(tmp_path):
     path = write_dicom(tmp_path / "a.dcm", RAMP, WindowCenter=100, WindowWidth=10)
     csv = write_csv(tmp_path / "data.csv", [{"path": "a.dcm", "Text": "normal", "modality": "CXR"}])
-    mine = load_images(read_csv(csv), csv, SIDE, trim=False, reading=Reading(window=(0, 4080)))[0, 0].numpy()
+    mine = load_images(read_dataset(csv), csv, SIDE, trim=False, reading=Reading(window=(0, 4080)))[0, 0].numpy()
     assert near(mine, RAMP / 16.0) and pixel_array(path).max() == 4080

@@ -14,7 +14,7 @@ from rating_images import read_folder
 from minim_pipeline.cli import main
 from minim_pipeline.data.image_loading import load_images
 from minim_pipeline.data.image_reader import Reading
-from minim_pipeline.data.sources import read_csv
+from minim_pipeline.data.sources import read_dataset
 from minim_pipeline.training.config import DataOptions, RunOptions
 from minim_pipeline.training.latents import Latents
 from minim_pipeline.training.run import Run
@@ -56,7 +56,7 @@ def scorer(make_pipeline):
 
 def test_all_forms_are_read_alike(folder, capsys):
     csv = folder / "data.csv"
-    images = load_images(read_csv(csv), csv, SIDE)
+    images = load_images(read_dataset(csv), csv, SIDE)
     assert all(image.equal(images[0]) for image in images)
     told = capsys.readouterr().err
     for words in ("2 of 6 images: 16 bits a pixel scaled to 8", "1 of 6 images: floating-point values from 0 to 1"):
@@ -72,7 +72,7 @@ def test_score_sees_what_training_sees(folder, scorer, tmp_path, capsys):
         told = capsys.readouterr().err
         assert told.count("2 of 6 images: 16 bits a pixel scaled to 8") == 1, "once, whatever the batches"
         assert "6 of 6 images: not square: " + ("padded" if options else "stretched") in told
-        scores = {row["score"] for row in read_csv(tmp_path / "s.csv", check_images=False)}
+        scores = {row["score"] for row in read_dataset(tmp_path / "s.csv", check_images=False)}
         assert len(scores) == 1
     pictures = [form(xray()) for form in FORMS.values()]
     assert {f"{score:.4f}" for score in scorer.score(pictures, "normal", "cxr", fit="pad").scores} == scores
@@ -113,7 +113,7 @@ def test_the_rating_page_shows_what_training_sees(folder, capsys):
     assert all(picture == shown[0] for picture in shown)
     with Image.open(io.BytesIO(shown[0])) as page:
         page = np.asarray(page.convert("L"))
-    trained = load_images(read_csv(folder / "data.csv"), folder / "data.csv", SIDE, reading=Reading("pad"))
+    trained = load_images(read_dataset(folder / "data.csv"), folder / "data.csv", SIDE, reading=Reading("pad"))
     assert np.array_equal(page, trained[0, 0].numpy())
     told = capsys.readouterr().err
     assert "2 of 6 images: 16 bits a pixel scaled to 8" in told and "6 of 6 images: not square: padded" in told
@@ -125,7 +125,7 @@ def test_latents_are_not_those_of_images_that_have_changed(tmp_path, make_pipeli
     csv = write_csv(tmp_path / "data.csv", [{"path": "a.png", "Text": "normal", "modality": "CXR"}])
     data = DataOptions(train_data=str(csv), resolution=SIDE)
     run = Run(RunOptions(output_dir=str(tmp_path / "run")), "encoding")
-    vae, rows = make_pipeline().vae, read_csv(csv)
+    vae, rows = make_pipeline().vae, read_dataset(csv)
 
     def encode() -> torch.Tensor:
         return Latents.encode(run, vae, data, rows, "train", 1).mean
@@ -195,6 +195,6 @@ def test_the_scale_is_that_of_the_whole_csv_however_it_is_read(tmp_path):
         lines = [f"{place.format(name)},Film,{name}{last}" for name in ("train", "val")]
         csv = tmp_path / "csv" / "data.csv"
         csv.write_text("\n".join([header, *lines]) + "\n")
-        rows = read_csv(csv, "val", **options)
+        rows = read_dataset(csv, "val", **options)
         mean = load_images(rows, csv, SIDE, reading=Reading(**options)).float().mean()
         assert 25 < mean < 31, options  # 900 of 4095; alone it would be scaled by 1023

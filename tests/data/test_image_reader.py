@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from minim_pipeline.data.image_loading import check_values, key_of, load_images
 from minim_pipeline.data.image_pixels import convert_pictures
 from minim_pipeline.data.image_reader import Reading, read_image
-from minim_pipeline.data.sources import read_csv
+from minim_pipeline.data.sources import read_dataset
 from minim_pipeline.modalities import MODALITIES
 from minim_pipeline.options import ReadingOptions, add_options, options_from
 
@@ -34,7 +34,7 @@ def data_set(folder, images: dict, modality="CXR", **columns):
 
 def load(csv, size=SIDE, **options) -> np.ndarray:
     """Grey values [N, H, W]."""
-    return load_images(read_csv(csv), csv, size, trim=False, **options)[:, 0].numpy()
+    return load_images(read_dataset(csv), csv, size, trim=False, **options)[:, 0].numpy()
 
 
 def test_the_depth_in_use_is_that_of_the_data_set(tmp_path, capsys):
@@ -52,7 +52,7 @@ def test_the_depth_in_use_is_that_of_the_data_set(tmp_path, capsys):
 
 def test_rows_of_other_splits_and_batches_do_not_change_the_scale(tmp_path):
     csv = data_set(tmp_path, {"a.png": RAMP // 8, "b.png": RAMP})
-    rows = read_csv(csv)
+    rows = read_dataset(csv)
     whole = load_images(rows, csv, SIDE)
     assert whole.equal(torch.cat([load_images([row], csv, SIDE) for row in rows]))
 
@@ -112,7 +112,7 @@ def test_pixels_that_are_no_numbers_are_a_bad_row(tmp_path):
     values = np.full((8, 8), np.nan, np.float32)
     csv = data_set(tmp_path, {"good.tif": np.zeros((8, 8), np.float32), "bad.tif": values})
     with pytest.raises(ValueError, match=r"row 2 .*bad.tif \(pixels that are no finite numbers"):
-        read_csv(csv)
+        read_dataset(csv)
 
 
 def test_what_exif_says_of_the_orientation_is_done(tmp_path, capsys):
@@ -259,7 +259,7 @@ def test_a_picture_all_white_is_named(tmp_path, capsys):
 
 def test_what_is_kept_of_images_is_known_by_them(tmp_path):
     csv = data_set(tmp_path, {"a.png": RAMP, "b.png": RAMP // 2})
-    rows = read_csv(csv)
+    rows = read_dataset(csv)
     key = key_of(rows, csv)
     assert key == key_of(rows, csv) != key_of(rows[:1], csv)
     assert key != key_of(rows, csv, Reading("pad")) != key_of(rows, csv, Reading(window=(0, 4095)))
@@ -271,7 +271,7 @@ def test_broken_images_of_other_rows_do_not_matter_here(tmp_path):
     csv = data_set(tmp_path, {"a.png": RAMP})
     with open(csv, "a") as file:
         file.write("missing.png,normal,CXR\n")
-    rows = read_csv(csv, check_images=False)[:1]
+    rows = read_dataset(csv, check_images=False)[:1]
     assert check_values([(rows, csv)])["cxr"].whole == (0, 4080)
 
 

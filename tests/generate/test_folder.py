@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from minim_pipeline.cli import main
-from minim_pipeline.data.sources import DatasetWriter, read_csv
+from minim_pipeline.data.sources import DatasetWriter, read_dataset
 from minim_pipeline.generate import write as generate_module
 from minim_pipeline.generate.shortfall import Shortfall
 from minim_pipeline.locking import locked
@@ -75,14 +75,14 @@ def test_of_two_processes_at_once_in_a_new_folder_one_draws_all_that_it_was_aske
     codes = {prompt: process.returncode for prompt, process in both.items()}
     assert sorted(codes.values()) == [0, 2], errors
     winner = min(codes, key=codes.get)
-    assert [row["Text"] for row in read_csv(tmp_path / "out/data.csv")] == [winner] * 6
+    assert [row["Text"] for row in read_dataset(tmp_path / "out/data.csv")] == [winner] * 6
 
 
 def test_names_sort_in_the_order_of_the_images_and_old_folders_keep_theirs(tmp_path):
     def names(writer, *indices):
         for index in indices:
             writer.add(index, Image.new("L", (8, 8)), {"Text": "a", "modality": "OCT", "seed": index}, {})
-        return [row["path"] for row in read_csv(writer.output_dir / "data.csv")]
+        return [row["path"] for row in read_dataset(writer.output_dir / "data.csv")]
 
     many = names(DatasetWriter(tmp_path / "many", count=10_002), 9, 9_999, 10_001)
     assert many == sorted(many) == ["00009.png", "09999.png", "10001.png"]
@@ -111,7 +111,7 @@ def contents(folder):
 def test_accepted_images_alone(picky, tmp_path, capsys):
     assert run(picky, tmp_path / "all", "--num-images", 8, "--accepted-only") == 0
     said = capsys.readouterr().err
-    rows = read_csv(tmp_path / "all/data.csv")
+    rows = read_dataset(tmp_path / "all/data.csv")
     drawn = sum(int(row["candidates"]) for row in rows)
     assert {row["accepted"] for row in rows} == {"true"} and len(rows) == 8 < drawn
     assert f"8 accepted images in {tmp_path / 'all'}, of 8 asked for. {drawn} candidates were drawn" in said
@@ -120,7 +120,7 @@ def test_accepted_images_alone(picky, tmp_path, capsys):
     few = ["--num-images", 8, "--accepted-only", "--max-rounds", 1, "--quiet"]
     assert run(picky, tmp_path / "few", *few) == 3
     said = capsys.readouterr().err
-    kept = read_csv(tmp_path / "few/data.csv")
+    kept = read_dataset(tmp_path / "few/data.csv")
     short = Shortfall(tmp_path / "few").entries
     assert len(kept) + len(short) == 8 and f"{len(short)} of 8 images fell short in 1 round (" in said
     assert not any((tmp_path / "few" / f"{index:04d}.png").exists() for index in short)

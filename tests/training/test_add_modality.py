@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minim_pipeline import FilterHead, MinimPipeline, modalities, resolve_modality
-from minim_pipeline.data.sources import read_csv
+from minim_pipeline.data.sources import read_dataset
 from minim_pipeline.evaluation.classifier import make_resnet
 from minim_pipeline.evaluation.judges import Judges, load_judges
 from minim_pipeline.training import add_modality
@@ -130,7 +130,7 @@ def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, 
     assert set(json.loads((tmp_path / "stages.json").read_text())["minutes"]) == {"unet", "teacher"}
     with pytest.raises(ValueError, match="holds a run with other arguments: --seed was 0, now 1"):
         add([*call, "--seed", "1"])
-    rows = read_csv(data / "new.csv", check_images=False)
+    rows = read_dataset(data / "new.csv", check_images=False)
     image = data / next(row["path"] for row in rows if row["modality"] != "BreastMRI")
     was = image.stat()
     os.utime(image, (was.st_atime, was.st_mtime + 9))

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from ... import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline, resolve_modality
 from ...data.image_loading import load_images
-from ...data.sources import read_csv
+from ...data.sources import read_dataset
 from ...data.splits import assign_splits
 from ...disk import save_model
 from ...evaluation.judges import claimed_classes, class_of, finds_asked, load_judges
@@ -102,7 +102,7 @@ class Calibration:
         self.teacher = load_judges(config.teacher, device) if config.teacher else None
         self.people: Counter[str] = Counter()
         if config.ratings:
-            ratings = read_csv(config.ratings, check_images=False)
+            ratings = read_dataset(config.ratings, check_images=False)
             learned = [row for row in ratings if learned_from(row, config.ratings_part)]
             self.people.update(resolve_modality(row["modality"]).id for row in learned)
 
@@ -113,7 +113,7 @@ class Calibration:
         """
         config, source = self.config, self.config.train_data
         know_modalities(config)
-        every = assign_splits(read_csv(source, require=FINDINGS, **config.csv_options), source)
+        every = assign_splits(read_dataset(source, require=FINDINGS, **config.csv_options), source)
         self.train_rows = [row for row in every if row["split"] == "train"]
         self.val_rows = [row for row in every if row["split"] == "val"]
         tell_repeats(source, self.train_rows, self.val_rows)

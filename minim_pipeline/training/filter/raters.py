@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ... import resolve_modality
-from ...data.sources import read_csv
+from ...data.sources import read_dataset
 from ...evaluation.agreement import rater_agreement, weighted_kappa
 from ...finite import FiniteLoss
 
@@ -37,7 +37,7 @@ def read_ratings(path: str | Path, check_images: bool = True) -> list[dict]:
         if groups.setdefault(row["path"], group) != group:
             raise ValueError(f"{row['path']} is in group {group!r}, and in {groups[row['path']]!r} above")
 
-    rows = read_csv(path, require=("path", "Text", "modality", "rating"), check_images=check_images, check=check)
+    rows = read_dataset(path, require=("path", "Text", "modality", "rating"), check_images=check_images, check=check)
     return [row | {"rater": row.get("rater") or "", "group": row.get("group") or row["path"]} for row in rows]
 
 

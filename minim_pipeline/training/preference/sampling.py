@@ -11,7 +11,7 @@ import torch
 
 from ... import MODALITIES, FilterHead, MinimPipeline, prompt_text, resolve_modality
 from ...data.image_loading import key_of, load_images
-from ...data.sources import read_csv
+from ...data.sources import read_dataset
 from ...disk import whole_folder
 from ...evaluation.sampling import batches, draw_batch
 from ...files import write_json
@@ -58,7 +58,7 @@ def read_prompts(path: str, pipe: MinimPipeline) -> list[dict]:
     def check(row: dict) -> None:
         resolve_modality(row["modality"], trained)
 
-    rows = read_csv(path, require=("Text", "modality"), check_images=False, check=check)
+    rows = read_dataset(path, require=("Text", "modality"), check_images=False, check=check)
     return [row | {"modality": resolve_modality(row["modality"]).id} for row in rows]
 
 

