@@ -96,7 +96,7 @@ def random_batches(config: BenchConfig, run: Run, trainee: Trainee) -> Batches:
     captions, tokens, nothing = ids.split([config.images * config.caption_variants, config.images, 1])
     texts = Texts(captions.view(config.images, config.caption_variants, -1), tokens, nothing, run.device)
     texts.encode(pipe.text_encoder, run.accelerator, torch.bfloat16 if config.bf16 else torch.float32)
-    latents = Latents(mean, 0.1 * torch.ones_like(mean), 1.0, 0.0)
+    latents = Latents(torch.stack([mean, 0.1 * torch.ones_like(mean)], 2), 1.0, 0.0)
     shares = torch.ones(config.images, device=run.device)
     return Batches(config, latents, texts, shares, shares[:0])
 
@@ -113,8 +113,8 @@ def bare_step(config: BenchConfig, unet: UNet2DConditionModel, scheduler, batche
     def step() -> None:
         index = torch.randint(config.images, (batch,), device=device)
         version = torch.randint(config.latent_variants, (batch,), device=device)
-        clean = latents.mean[index, version].float()
-        clean = clean + latents.std[index, version].float() * torch.randn_like(clean)
+        clean, std = latents.moments[index, version].float().unbind(1)
+        clean = clean + std * torch.randn_like(clean)
         caption = texts.captions[index, torch.randint(config.caption_variants, (batch,), device=device)]
         caption = torch.where(torch.rand(batch, device=device) < config.drop_text, texts.tokens[index], caption)
         t = torch.randint(len(alpha), (batch,), device=device)

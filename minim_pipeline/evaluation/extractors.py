@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import cached_file
 
+from ..mapped import Rows
 from .classifier import preprocessing
 from .efficientnet import VARIANTS, make_efficientnet
 from .encoder import ImageTextEncoder
@@ -30,13 +31,14 @@ class Extractor:
     Args:
         name: of the model, without the folders above it.
         digest: the first 16 digits of the SHA-256 of its weights.
-        extract: images [N, 3, H, W], uint8 or float in [0, 1], square -> features [N, D], fp32, on the CPU.
+        extract: images [N, 3, H, W], uint8 or float in [0, 1], square -> features [N, D], fp32, on the
+            CPU.
         encoder: set if it is the project's own, which does more than that.
     """
 
     name: str
     digest: str
-    extract: Callable[[Tensor], Tensor]
+    extract: Callable[[Rows], Tensor]
     encoder: ImageTextEncoder | None = None
 
 
@@ -74,7 +76,7 @@ def load_extractor(model: str | Path, device: torch.device | str = "cpu", batch_
     size, mean, std = _preprocessing(model, config)
 
     @torch.no_grad()
-    def extract(images: Tensor) -> Tensor:
+    def extract(images: Rows) -> Tensor:
         features = []
         for part in images.split(batch_size):
             x = to_unit(part.to(device))
@@ -95,7 +97,7 @@ def _imagenet(variant: str, device: torch.device | str, batch_size: int) -> Extr
     network._fc = torch.nn.Identity()  # it has learned nothing
 
     @torch.no_grad()
-    def extract(images: Tensor) -> Tensor:
+    def extract(images: Rows) -> Tensor:
         parts = (
             network.extract_features(to_input(part.to(device), size, mean, std)) for part in images.split(batch_size)
         )
@@ -110,7 +112,7 @@ def _torchscript(file: Path, device: torch.device | str, batch_size: int) -> Ext
     network = torch.jit.load(file, map_location=device).eval()
 
     @torch.no_grad()
-    def extract(images: Tensor) -> Tensor:
+    def extract(images: Rows) -> Tensor:
         parts = [(to_unit(part.to(device)) * 255).round().to(torch.uint8) for part in images.split(batch_size)]
         return torch.cat([network(part, return_features=True).flatten(1).float().cpu() for part in parts])
 

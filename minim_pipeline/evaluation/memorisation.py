@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from ..mapped import Computed, Rows, blocks
 from .images import to_unit
 
 
@@ -45,21 +46,42 @@ def latent_features(images: Tensor, vae) -> Tensor:
     return F.avg_pool2d(vae.encode(x).latent_dist.mode().float(), 2).flatten(1)
 
 
-def nearest_distances(queries: Tensor, references: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def nearest_distances(
+    queries: Rows | Computed, references: Rows | Computed, mean: Tensor | None = None, at_once: int = 1024
+) -> tuple[Tensor, Tensor]:
     """Cosine distance of each query [n, D] to the nearest reference [N, D], 0 to 2, and which it is: both [n].
 
     Args:
         mean: [D], taken off both first; None takes nothing off.
+        at_once: references that are laid beside 2,048 queries at a time.
     """
-    if mean is not None:
-        queries, references = queries - mean, references - mean
-    similarity = F.normalize(queries, dim=1) @ F.normalize(references, dim=1).T
-    nearest, index = similarity.max(1)
-    return 1 - nearest, index
+
+    def unit(x: Tensor) -> Tensor:
+        return F.normalize(x if mean is None else x - mean, dim=1)
+
+    found = []
+    for query in map(unit, blocks(queries, 2048)):
+        best, start = torch.full((len(query),), -torch.inf, device=query.device), 0
+        index = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+        for reference in map(unit, blocks(references, at_once)):
+            similarity, place = (query @ reference.T).max(1)
+            nearer = similarity > best
+            best, index = torch.where(nearer, similarity, best), torch.where(nearer, start + place, index)
+            start += len(reference)
+        found.append((1 - best, index))
+    distances, indices = zip(*found, strict=True)
+    return torch.cat(distances), torch.cat(indices)
+
+
+def mean_of(rows: Rows | Computed, at_once: int = 1024) -> Tensor:
+    """The mean of features [N, D], in their precision: [D]."""
+    parts = [(part.double().sum(0), len(part), part.dtype) for part in blocks(rows, at_once)]
+    total = torch.stack([part for part, _, _ in parts]).sum(0)
+    return (total / sum(count for _, count, _ in parts)).to(parts[0][2])
 
 
 def nearest_in_any_view(
-    views: Sequence[Tensor], references: Tensor, mean: Tensor | None = None
+    views: Sequence[Rows | Computed], references: Rows, mean: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`nearest_distances` of whichever view of a query comes nearest, for instance the image and its mirror image.
 
@@ -90,7 +112,7 @@ class Copies:
     distances: Tensor  # [n], cosine
     nearest: Tensor  # [n], numbers among the training images
     val: Tensor  # [m]
-    references: Tensor  # [N, D], features of those training images
+    references: Rows  # [N, D], features of those training images
 
     @property
     def limit(self) -> float:
@@ -122,7 +144,7 @@ class Copies:
 
 
 def find_copies(
-    samples: Sequence[Tensor], val: Sequence[Tensor], references: Tensor, mean: Tensor | None = None
+    samples: Sequence[Rows | Computed], val: Sequence[Rows | Computed], references: Rows, mean: Tensor | None = None
 ) -> Copies:
     """The nearest of the training images' features [N, D], in any view, as of `nearest_in_any_view`."""
     distances, nearest = nearest_in_any_view(samples, references, mean)

@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..mapped import Rows
 from .images import to_unit
 
 
+LARGEST = 2**22  # entries of a matrix of all items of one set and some of another: 32 MiB
+MOST_SHUFFLED = 2**22  # numbers that are put into random order for some of them to be taken
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -90,14 +93,17 @@ def kernel_distance(real: Tensor, synthetic: Tensor) -> float:
     _need("Kernel distance", min(len(real), len(synthetic)), 2)
     real, synthetic = real.double(), synthetic.double()
 
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
+    def kernel(products):
+        return (products / real.shape[1] + 1) ** 3
+
+    def total(x, y):
+        return sum(kernel(part @ y.T).sum() for part in _parts(x, len(y)))
 
     def mean_of_pairs(x):  # an image and itself are no pair
-        k = kernel(x, x)
-        return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))
+        return (total(x, x) - kernel(x.square().sum(1)).sum()) / (len(x) * (len(x) - 1))
 
-    return (mean_of_pairs(real) + mean_of_pairs(synthetic) - 2 * kernel(real, synthetic).mean()).item()
+    between = total(real, synthetic) / (len(real) * len(synthetic))
+    return (mean_of_pairs(real) + mean_of_pairs(synthetic) - 2 * between).item()
 
 
 def inception_score(probabilities: Tensor) -> float:
@@ -132,20 +138,28 @@ def precision_recall_density_coverage(real: Tensor, synthetic: Tensor, k: int = 
         `coverage`: share of real images whose neighbourhood holds a synthetic one, 0 to 1.
     """
     _need("Precision, recall, density and coverage", min(len(real), len(synthetic)), k + 1)
+    real, synthetic = real.double(), synthetic.double()
 
-    def distances(x, y):  # exact, so that an image is at 0 from its copy
-        return torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    def distances(x, y):  # exact, so that an image is at 0 from its copy: [n, len(y)] of some of x at a time
+        exact = "donot_use_mm_for_euclid_dist"
+        return (torch.cdist(part, y, compute_mode=exact) for part in _parts(x, len(y)))
 
-    real_radius = distances(real, real).kthvalue(k + 1).values  # [N], the nearest is the image itself
-    synthetic_radius = distances(synthetic, synthetic).kthvalue(k + 1).values  # [M]
-    between = distances(real, synthetic)  # [N, M]
-    in_real = between <= real_radius[:, None]
-    in_synthetic = between <= synthetic_radius
+    def radius(x):  # the nearest is the image itself
+        return torch.cat([part.kthvalue(k + 1).values for part in distances(x, x)])
+
+    real_radius, synthetic_radius = radius(real), radius(synthetic)  # [N], [M]
+    holding = torch.zeros(len(synthetic), dtype=torch.int64, device=real.device)  # real neighbourhoods, of each
+    covered, reached = [], []
+    for between, reach in zip(distances(real, synthetic), _parts(real_radius, len(synthetic)), strict=True):
+        in_real = between <= reach[:, None]  # [n, M]
+        holding += in_real.sum(0)
+        covered.append(in_real.any(1))
+        reached.append((between <= synthetic_radius).any(1))
     return {
-        "precision": in_real.any(0).double().mean().item(),
-        "recall": in_synthetic.any(1).double().mean().item(),
-        "density": in_real.sum(0).double().mean().item() / k,
-        "coverage": in_real.any(1).double().mean().item(),
+        "precision": (holding > 0).double().mean().item(),
+        "recall": torch.cat(reached).double().mean().item(),
+        "density": holding.double().mean().item() / k,
+        "coverage": torch.cat(covered).double().mean().item(),
     }
 
 
@@ -166,7 +180,7 @@ def auroc(negative: Tensor, positive: Tensor) -> float:
     return above / (len(negative) * len(positive))
 
 
-def gradient_magnitude(images: Tensor) -> Tensor:
+def gradient_magnitude(images: Rows) -> Tensor:
     """Mean length of the gradient of each image's grey values, which falls where it is blurred: float32 [N].
 
     Args:
@@ -196,26 +210,50 @@ def multiscale_ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ms_ssim_of_pairs(
-    images: Tensor,
+    images: Rows,
     prompts: Sequence[str],
     pairs: int = 100,
     generator: torch.Generator | None = None,
     batch_size: int = 16,
+    channels: int = 3,
 ) -> Tensor:
     """MS-SSIM of pairs of images that share a prompt, low where they differ (1610.09585): float32 [pairs or fewer].
 
     Args:
-        images: [N, C, H, W], uint8 or float in [0, 1], as `multiscale_ssim` takes them. Three equal channels give what
-            one of them gives in a third of the time.
+        images: [N, C, H, W], uint8 or float in [0, 1], as `multiscale_ssim` takes them.
         prompts: of each image; at least one of them has to have two images.
         pairs: how many pairs are drawn, without repetition; all where there are no more.
         generator: of torch, on the CPU, draws them.
+        channels: the first so many are looked at: of three equal ones, one gives the same in a third of the time.
     """
     alike = list(places(prompts).values())
     _need("MS-SSIM, images of one prompt", max(map(len, alike), default=0), 2)
-    chosen = torch.cat([torch.combinations(torch.tensor(index)) for index in alike if len(index) > 1])  # [P, 2]
-    chosen = chosen[torch.randperm(len(chosen), generator=generator)[:pairs]]
-    return torch.cat([multiscale_ssim(images[part[:, 0]], images[part[:, 1]]) for part in chosen.split(batch_size)])
+    ends = np.cumsum([len(index) * (len(index) - 1) // 2 for index in alike])
+    found = []
+    for number in _some_of(int(ends[-1]), pairs, generator):
+        own = int(np.searchsorted(ends, number, side="right"))
+        before = int(ends[own - 1]) if own else 0
+        found.append([alike[own][i] for i in pair_of(number - before, len(alike[own]))])
+    parts = torch.tensor(found).split(batch_size)  # [n, 2] each
+    return torch.cat([multiscale_ssim(*(images[part[:, i]][:, :channels] for i in (0, 1))) for part in parts])
+
+
+def pair_of(number: int, count: int) -> tuple[int, int]:
+    """The pair (i, j), i < j, of that number among those of `count` things, in the order of `torch.combinations`."""
+    below = (2 * count - 1) ** 2 - 8 * number
+    root = math.isqrt(below - 1) + 1 if below else 0  # rounded up
+    i = (2 * count - 1 - root) // 2
+    return i, number - i * (2 * count - i - 1) // 2 + i + 1
+
+
+def _some_of(total: int, count: int, generator: torch.Generator | None) -> list[int]:
+    """`count` different numbers below `total`, or all where there are no more, in random order."""
+    if total <= MOST_SHUFFLED:
+        return torch.randperm(total, generator=generator)[:count].tolist()
+    chosen: dict[int, None] = {}
+    while len(chosen) < min(count, total):
+        chosen |= dict.fromkeys(torch.randint(total, (count,), generator=generator).tolist())
+    return list(chosen)[:count]
 
 
 def retrieval(
@@ -244,8 +282,12 @@ def retrieval(
     numbers = {label: number for number, label in enumerate(held)}
     wanted = torch.tensor([numbers[query_labels[index]] for index in asked])  # [n]
     offered = torch.tensor([numbers[label] for label in pool_labels])  # [M]
-    similarity = F.normalize(queries[asked].double(), dim=1) @ F.normalize(pool.double(), dim=1).T  # [n, M]
-    matches = offered[similarity.topk(top, dim=1).indices.cpu()] == wanted[:, None]  # [n, top]
+    unit = F.normalize(pool.double(), dim=1)
+    nearest = [  # [n, top]
+        (F.normalize(part.double(), dim=1) @ unit.T).topk(top, dim=1).indices.cpu()
+        for part in _parts(queries[asked], len(pool))
+    ]
+    matches = offered[torch.cat(nearest)] == wanted[:, None]  # [n, top]
     hits = matches.any(1)
 
     size, counts = len(pool), offered.bincount()[wanted].tolist()  # items of the pool that match each query
@@ -341,6 +383,11 @@ def drawn_within(groups: Iterable[Hashable], draws: int, generator: np.random.Ge
 def interval_of(figures: np.ndarray) -> list[float]:
     """The middle 95 % of the figures of all draws [draws]."""
     return [round(float(q), 4) for q in np.quantile(figures, [0.025, 0.975])]
+
+
+def _parts(x: Tensor, beside: int) -> tuple[Tensor, ...]:
+    """`x` in parts, each of so many rows that a matrix of them and of `beside` others has `LARGEST` entries."""
+    return x.split(max(1, LARGEST // beside))
 
 
 def _need(what: str, given: int, least: int) -> None:

@@ -159,7 +159,8 @@ class Replay:
         self.variants = config.latent_variants
         captions = load_captions(config.captions)
         self.ids = phrase(rows, captions, pipe.tokenizer, config.caption_variants, config.seed).to(run.device)
-        self.latents = Latents.encode(run, pipe.vae, data, rows, "replay", config.latent_variants)
+        latents = Latents.encode(run, pipe.vae, data, rows, "replay", config.latent_variants)
+        self.latents = latents.hold(run.device)
 
     @torch.no_grad()
     def draw(self, count: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

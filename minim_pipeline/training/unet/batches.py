@@ -40,6 +40,7 @@ class Batches:
         latents = Latents.encode(run, vae, config, rows.train, "train", config.latent_variants)
         if old := config.replay_data:
             latents = latents.join(Latents.encode(run, vae, old, rows.old_train, "replay", config.latent_variants))
+        latents = latents.hold(run.device)
         shares = (shares_of(part, config.balance).to(run.device) for part in (rows.train, rows.old_train))
         return cls(config, latents, texts, *shares)
 
