@@ -34,7 +34,7 @@ from ..files import read_report, write_report
 from ..finite import check_weights
 from ..mapped import Rows
 from ..modalities import resolve_modality
-from .captions import load_captions, phrase
+from .captions import load_captions, phrase_once
 from .config import Count, CsvOptions, Positive, RunOptions, Share, Weight, Whole, option
 from .hub import push_parts
 from .memory import hold
@@ -198,7 +198,8 @@ class Trainer:
         self.grey = torch.tensor([resolve_modality(row["modality"]).grey for row in rows], device=device)
         self.tokenizer = CLIPTokenizer.from_pretrained(config.tokenizer)
         captions = load_captions(config.captions)
-        self.ids = phrase(rows, captions, self.tokenizer, config.caption_variants, config.seed).to(device)
+        phrased = phrase_once(rows, captions, self.tokenizer, config.caption_variants, config.seed)
+        self.ids, self.captions = (part.to(device) for part in phrased)  # [T, L], and places in it [N, variants]
         side = stored_side(config.resolution)
         train, val = (config.output / IMAGES / name for name in ("train", "val"))
         self.images = hold(map_images(train, rows, config.train_data, side, reading=config.reading), device)
@@ -212,9 +213,9 @@ class Trainer:
         x = self.images[index.to(self.images.device)].to(run.device).float() / 255
         mirror = torch.full((self.batch,), not config.no_mirror, device=run.device)
         views = torch.cat([augment(x, config.resolution, mirror, self.grey[index], g) for _ in range(2)])
-        variant = torch.randint(self.ids.shape[1], (self.batch,), device=run.device, generator=g)
+        variant = torch.randint(config.caption_variants, (self.batch,), device=run.device, generator=g)
         run.schedule.set_learning_rates(self.optimizer, [config.learning_rate] * 2, config.lr_warmup_steps)
-        pooled, seen, read, scale = self.model(views, self.ids[index, variant])
+        pooled, seen, read, scale = self.model(views, self.ids[self.captions[index, variant]])
         about = text_loss(seen, read.repeat(2, 1), scale, self.labels[index].repeat(2))
         first, second = pooled.chunk(2)
         copies = copy_loss(first, second, config.temperature)

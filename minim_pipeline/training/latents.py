@@ -72,6 +72,10 @@ class Latents:
             tell(changes, len(rows), data.train_data, data.reading)
         return cls(moments, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
 
+    @property
+    def on_disk(self) -> bool:
+        return isinstance(self.moments, MappedTensor)
+
     def __len__(self) -> int:
         return len(self.moments)
 

@@ -32,9 +32,8 @@ def accelerator():
 
 def texts_of(pipe) -> Texts:
     """Two rows with two captions each; those of the second are alike."""
-    captions = tokenize(pipe.tokenizer, CAPTIONS).view(2, 2, -1)
-    tokens, nothing = tokenize(pipe.tokenizer, ["<oct>", "<cxr>"]), tokenize(pipe.tokenizer, [""])
-    return Texts(captions, tokens, nothing, CPU)
+    ids = tokenize(pipe.tokenizer, [*CAPTIONS, "<oct>", "<cxr>", ""])
+    return Texts(ids, torch.arange(4).view(2, 2), torch.tensor([4, 5]), CPU)
 
 
 def test_each_text_lies_in_memory_once_and_rows_get_theirs(shared_pipeline):
