@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from minim_pipeline.evaluation import metrics
 from minim_pipeline.evaluation.metrics import (
     bootstrap_interval,
     frechet_distance,
@@ -16,6 +17,7 @@ from minim_pipeline.evaluation.metrics import (
     kernel_distance,
     ms_ssim_of_pairs,
     multiscale_ssim,
+    pair_of,
     precision_recall_density_coverage,
     retrieval,
 )
@@ -379,3 +381,43 @@ def test_too_small_images_are_told_with_the_size_needed():
     small = torch.rand(2, 1, 175, 300)
     with pytest.raises(ValueError, match="175 given, at least 176 needed"):
         multiscale_ssim(small, small)
+
+
+# In parts
+
+
+def test_figures_do_not_depend_on_how_much_is_laid_beside_each_other(monkeypatch):
+    """All pairs at once, and a few rows at a time."""
+    real, synthetic = features(50, 6, 1), features(43, 6, 2, 1.2, 0.3)
+    labels, others = [str(i % 5) for i in range(50)], [str(i % 5) for i in range(43)]
+
+    def figures() -> dict[str, float]:
+        found = image_image_retrieval(synthetic, real, others, labels, 3)
+        alike = {"kernel": kernel_distance(real, synthetic), "rate": found["rate"], "precision": found["precision"]}
+        return alike | precision_recall_density_coverage(real, synthetic)
+
+    whole = figures()
+    monkeypatch.setattr(metrics, "LARGEST", 3 * 50)
+    assert figures() == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 7, 12, 40])
+def test_pairs_are_numbered_as_torch_has_them(count):
+    pairs = torch.combinations(torch.arange(count)).tolist()
+    assert [list(pair_of(i, count)) for i in range(len(pairs))] == pairs
+
+
+def test_the_last_of_very_many_pairs_is_found():
+    count = 10**9
+    assert pair_of(count * (count - 1) // 2 - 1, count) == (count - 2, count - 1)
+    assert pair_of(count - 1, count) == (1, 2)
+
+
+def test_pairs_of_very_many_images_are_all_different(monkeypatch):
+    monkeypatch.setattr(metrics, "MOST_SHUFFLED", 10)
+    asked = []
+    monkeypatch.setattr(metrics, "multiscale_ssim", lambda a, b: asked.extend(zip(a, b, strict=True)) or torch.ones(1))
+    images = torch.arange(30)[:, None]
+    ms_ssim_of_pairs(images, ["a"] * 15 + ["b"] * 15, 100, torch.Generator().manual_seed(0))
+    pairs = {(int(a), int(b)) for a, b in asked}
+    assert len(asked) == len(pairs) == 100 and all(a < b and a // 15 == b // 15 for a, b in pairs)
