@@ -30,6 +30,7 @@ NAME = "rows"  # of the tensor in each file
 DROP = getattr(mmap, "MADV_DONTNEED", None)  # Windows has none
 Item = TypeVar("Item")
 Part = TypeVar("Part")
+Some = TypeVar("Some", Tensor, "MappedTensor", "Tensor | MappedTensor")
 
 
 class MappedTensor:
@@ -125,7 +126,7 @@ def blocks(rows: Rows | Computed, size: int) -> Iterator[Tensor]:
         yield rows[start : min(start + size, len(rows))]
 
 
-def select(rows: Rows, index) -> Rows:
+def select(rows: Some, index) -> Some:
     """Some rows by a slice, numbers or a mask; those on disk are not read yet."""
     return rows.select(index) if isinstance(rows, MappedTensor) else rows[index]
 

@@ -4,19 +4,20 @@ The rule: a sample is called a copy if it lies nearer to some training image tha
 do. A generator that remembers nothing then has a share of about 1 %; one that copies has far more.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from ..mapped import Computed, Rows, blocks
+from ..mapped import Computed, Rows, blocks, derive, select
 from .images import to_unit
 
 
-ByModality = dict[str, Tensor]  # modality id -> images [N, 3, H, W], uint8
+ByModality = Mapping[str, Rows]  # modality id -> images [N, 3, H, W], uint8
 
 
 def pixel_features(images: Tensor, size: int = 64) -> Tensor:
@@ -166,6 +167,7 @@ def memorisation_report(
     may_mirror: dict[str, bool],
     remove_mean: bool = False,
     batch_size: int = 64,
+    space: str = "features",
 ) -> dict:
     """`copy_share` per modality and in all.
 
@@ -175,20 +177,27 @@ def memorisation_report(
         may_mirror: modality id -> whether a mirrored copy counts too; it then does for samples and val alike.
         remove_mean: take the mean feature of the modality's training images off, so that distances are not all about
             what every image of the modality shares.
+        space: of the features; names files, where the training images lie on disk.
 
     Returns:
         `share` (of all samples), `copies`, `n`, and `modalities`: `Copies.figures` of each, and of its nearest five
         samples (index of the sample, of the training image, distance).
     """
 
-    def views(images: Tensor, mirror: bool) -> list[Tensor]:
-        seen = [images, images.flip(-1)] if mirror else [images]
-        return [torch.cat([extract(part).float().cpu() for part in x.split(batch_size)]) for x in seen]
+    def of_part(x: Tensor) -> Tensor:
+        return extract(x).float().cpu()
+
+    def views(images: Rows, mirror: bool) -> list[Computed]:
+        def features(rows: slice, mirrored: bool) -> Tensor:
+            seen = select(images, rows).split(batch_size)
+            return torch.cat([of_part(x.flip(-1) if mirrored else x) for x in seen])
+
+        return [Computed(len(images), partial(features, mirrored=m)) for m in ((False, True) if mirror else (False,))]
 
     modalities = {}
     for name, images in samples.items():
-        references = views(train[name], False)[0]
-        mean = references.mean(0) if remove_mean else None
+        references = derive(train[name], f"{space}-{name}", batch_size, of_part)
+        mean = mean_of(references) if remove_mean else None
         found = find_copies(views(images, may_mirror[name]), views(val[name], may_mirror[name]), references, mean)
         order = found.distances.argsort()[:5].tolist()
         nearest = [[i, int(found.nearest[i]), round(found.distances[i].item(), 5)] for i in order]
@@ -200,8 +209,9 @@ def copies_in_both_spaces(
     samples: ByModality, val: ByModality, train: ByModality, may_mirror: dict[str, bool], vae: AutoencoderKL
 ) -> dict[str, dict]:
     """`memorisation_report` in `latents` of the autoencoder, less their mean, and in `pixels`."""
-    latents = memorisation_report(samples, val, train, lambda x: latent_features(x, vae), may_mirror, remove_mean=True)
-    pixels = memorisation_report(samples, val, train, lambda x: pixel_features(x.to(vae.device)), may_mirror)
+    sets = samples, val, train
+    latents = memorisation_report(*sets, lambda x: latent_features(x, vae), may_mirror, True, space="latents")
+    pixels = memorisation_report(*sets, lambda x: pixel_features(x.to(vae.device)), may_mirror, space="pixels")
     return {"latents": latents, "pixels": pixels}
 
 

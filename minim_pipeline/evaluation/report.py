@@ -31,9 +31,10 @@ from .metrics import (
     image_text_retrieval,
     inception_score,
     kernel_distance,
+    kernel_distances_of_parts,
     ms_ssim_of_pairs,
-    precision_recall_density_coverage,
 )
+from .neighbourhoods import neighbourhoods_of_parts, precision_recall_density_coverage
 
 
 UNIT = (0.0, 1.0)
@@ -131,7 +132,7 @@ def fidelity(real: Tensor, synthetic: Tensor, train: Tensor | None, draws: int =
 
     def kernel() -> dict:
         found = {"value": kernel_distance(real, synthetic), "n": len(synthetic), "n_real": len(real)}
-        return found | interval(kernel_distance, real, synthetic, draws=draws)
+        return found | interval(kernel_distance, real, synthetic, draws=draws, of_parts=kernel_distances_of_parts)
 
     distance, least = figure(frechet), figure(floor)
     report = {"frechet_distance": distance, "frechet_floor": least, "frechet_over_floor": over_floor(distance, least)}
@@ -141,7 +142,8 @@ def fidelity(real: Tensor, synthetic: Tensor, train: Tensor | None, draws: int =
         values = precision_recall_density_coverage(real, synthetic)
     except ValueError as error:
         return report | {name: {"left_out": str(error)} for name in bounds}
-    each = interval(precision_recall_density_coverage, real, synthetic, draws=draws, bounds=bounds).get("interval")
+    options = {"draws": draws, "bounds": bounds, "of_parts": neighbourhoods_of_parts}
+    each = interval(precision_recall_density_coverage, real, synthetic, **options).get("interval")
     for name, value in values.items():
         found = {"value": value, "n": len(synthetic)} | ({"interval": each[name]} if each else {})
         report[name] = {key: _rounded(v) for key, v in found.items()}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minim_pipeline.evaluation import metrics
+from minim_pipeline.evaluation import metrics, neighbourhoods
 from minim_pipeline.evaluation.metrics import (
     bootstrap_interval,
     frechet_distance,
@@ -15,12 +15,13 @@ from minim_pipeline.evaluation.metrics import (
     image_text_retrieval,
     inception_score,
     kernel_distance,
+    kernel_distances_of_parts,
     ms_ssim_of_pairs,
     multiscale_ssim,
     pair_of,
-    precision_recall_density_coverage,
     retrieval,
 )
+from minim_pipeline.evaluation.neighbourhoods import neighbourhoods_of_parts, precision_recall_density_coverage
 
 
 torch.set_num_threads(1)
@@ -399,6 +400,23 @@ def test_figures_do_not_depend_on_how_much_is_laid_beside_each_other(monkeypatch
     whole = figures()
     monkeypatch.setattr(metrics, "LARGEST", 3 * 50)
     assert figures() == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.parametrize("most_pairs", [2**23, 100])
+@pytest.mark.parametrize("repeats", [1, 12])
+def test_figures_of_many_halves_are_those_of_each(repeats, most_pairs, monkeypatch):
+    """Also where an image is there again and again, and where one set is crowded within the other."""
+    monkeypatch.setattr(neighbourhoods, "MOST_PAIRS", most_pairs)
+    real, synthetic = features(120, 6, 1).repeat(repeats, 1), features(150, 6, 2, 0.2, 0.1)
+    g = torch.Generator().manual_seed(0)
+    halves = [[torch.randperm(len(x), generator=g)[: len(x) // 2] for x in (real, synthetic)] for _ in range(6)]
+    expected = [precision_recall_density_coverage(real[a], synthetic[b]) for a, b in halves]
+    assert neighbourhoods_of_parts(real, synthetic, halves) == expected
+    each = [kernel_distance(real[a], synthetic[b]) for a, b in halves]
+    assert kernel_distances_of_parts(real, synthetic, halves) == pytest.approx(each)
+    few = [[numbers[:20] for numbers in half] for half in halves]  # whose nearest are not among the nearest of all
+    expected = [precision_recall_density_coverage(real[a], synthetic[b]) for a, b in few]
+    assert neighbourhoods_of_parts(real, synthetic, few) == expected
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 7, 12, 40])

@@ -103,7 +103,7 @@ class Trainer:
 
     def next_batch(self, part: int) -> tuple[torch.Generator, torch.Tensor, torch.Tensor]:
         """As `draw`; a batch from disk has been read while the device was busy with the one before."""
-        if self.ahead is None:
+        if self.ahead is None or self.beside is None:
             return self.draw(part)
         batch, self.ahead, stream = self.ahead, None, torch.cuda.current_stream()
         stream.wait_stream(self.beside)
