@@ -24,7 +24,7 @@ from torch import Tensor
 from .disk import whole_file
 
 
-SHARDS = 128  # at most, of one tensor: so much of the work is lost at the worst where a run is killed
+SHARDS = 64  # at most, of one tensor: a run that is killed loses no more of its work, and each is an open file
 TYPES = {"U8": np.uint8, "F16": np.float16, "F32": np.float32}  # as safetensors calls them
 NAME = "rows"  # of the tensor in each file
 DROP = getattr(mmap, "MADV_DONTNEED", None)  # Windows has none
@@ -47,10 +47,8 @@ class MappedTensor:
         self.ends = np.cumsum([len(array) for array, _ in self.parts])
         self.rows = np.arange(self.ends[-1]) if rows is None else rows
         array = self.parts[0][0]
-        self.shape, self.dtype = (
-            torch.Size((len(self.rows), *array.shape[1:])),
-            torch.from_numpy(array[:0].copy()).dtype,
-        )
+        self.shape = torch.Size((len(self.rows), *array.shape[1:]))
+        self.dtype = torch.from_numpy(array[:0].copy()).dtype
         self.nbytes = self.shape.numel() * self.dtype.itemsize
 
     def __len__(self) -> int:
@@ -83,9 +81,10 @@ class MappedTensor:
         found = np.empty((len(places), *self.shape[1 + len(columns) :]), self.parts[0][0].dtype)
         part_of = np.searchsorted(self.ends, places, side="right")
         for part in np.unique(part_of):
-            own, (array, memory) = part_of == part, self.parts[part]
+            (own,), (array, memory) = np.nonzero(part_of == part), self.parts[part]
             first = self.ends[part] - len(array)
-            found[own] = array[(places[own] - first, *(column[own] for column in columns))]
+            for place, *wanted in zip(own, places[own] - first, *(column[own] for column in columns), strict=True):
+                found[place] = array[tuple(wanted)]
             if DROP is not None:
                 # It need not stay in this process; the system keeps of the file what it has room for.
                 memory.madvise(DROP)
@@ -138,6 +137,7 @@ def map_parts(
     size: int,
     make: Callable[[list[slice]], Iterable[Tensor]],
     alone: bool = False,
+    most_files: int | None = None,
 ) -> tuple[MappedTensor, bool]:
     """A tensor of `count` rows in files beside `path`, of which every process makes its share.
 
@@ -150,6 +150,7 @@ def map_parts(
         size: rows that are made together.
         make: given the parts that are missing, of `size` rows each but the last, in order, gives the rows of each.
         alone: this process makes all of it, and the others know nothing of it.
+        most_files: default: `SHARDS`.
 
     Returns:
         The tensor, and whether files that were made under another key were made anew.
@@ -157,7 +158,9 @@ def map_parts(
     state = PartialState()
     rank, world = (0, 1) if alone else (state.process_index, state.num_processes)
     parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
-    shards = [[parts[i] for i in own] for own in np.array_split(range(len(parts)), min(SHARDS, len(parts)))]
+    shards = [
+        [parts[i] for i in own] for own in np.array_split(range(len(parts)), min(most_files or SHARDS, len(parts)))
+    ]
     files = [path.with_name(f"{path.name}-{i}-of-{len(shards)}.safetensors") for i in range(len(shards))]
     digest = hashlib.sha256(json.dumps([key, size, count], sort_keys=True, default=str).encode()).hexdigest()
     missing = [i for i in range(rank, len(shards), world) if _key_of(files[i]) != digest]
@@ -188,8 +191,8 @@ def derive(rows: Rows, name: str, size: int, function: Callable[[Tensor], Tensor
     if isinstance(rows, Tensor):
         return torch.cat([function(part) for part in rows.split(size)])
     key = [list(map(str, rows.files)), hashlib.sha256(rows.rows.tobytes()).hexdigest()]
-    path = rows.files[0].with_name(name)
-    return map_parts(path, key, len(rows), size, lambda parts: (function(rows[p]) for p in parts), alone)[0]
+    path, files = rows.files[0].with_name(name), 1 if alone else None
+    return map_parts(path, key, len(rows), size, lambda parts: (function(rows[p]) for p in parts), alone, files)[0]
 
 
 def files_of(path: Path) -> list[Path]:

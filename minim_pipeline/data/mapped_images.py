@@ -25,6 +25,7 @@ def map_images(
     rows: list[dict],
     csv_path: str | Path,
     resolution: int,
+    *,
     trim: bool = True,
     changes: Counter | None = None,
     reading: Reading = DEFAULT_READING,
