@@ -216,10 +216,12 @@ def _write(file: Path, parts: Iterator[Tensor], rows: int, left: int, key: str) 
     entry = {"dtype": kind, "shape": shape, "data_offsets": [0, rows * row]}
     header = json.dumps({"__metadata__": {"key": key}, NAME: entry}).encode()
     header += b" " * (-len(header) % 8)
-    with whole_file(file, left * row) as unfinished, open(unfinished, "wb") as opened:
-        opened.write(len(header).to_bytes(8, "little") + header)
-        for part in chain([first], parts):
-            opened.write(part.contiguous().numpy().data)
+    with whole_file(file, left * row) as unfinished, open(unfinished, "wb") as opened, ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(opened.write, len(header).to_bytes(8, "little") + header)
+        for part in chain([first], parts):  # a part is written while the next one is made
+            writing.result()
+            writing = pool.submit(opened.write, part.contiguous().numpy().data)
+        writing.result()
 
 
 def _map(file: Path) -> tuple[np.ndarray, mmap.mmap]:

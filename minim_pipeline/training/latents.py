@@ -156,15 +156,16 @@ class Encoding:
 
     def encode(self, x: torch.Tensor, flips: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """The moments of images [n, 3, S, S] in [0, 1]."""
-        versions = []
+        versions, finite = [], torch.ones((), dtype=torch.bool, device=x.device)
         for version in range(self.versions):
             y = augment(x, flips, version, generator) if version else x
             with self.run.accelerator.autocast():
                 posterior = self.vae.encode(y * 2 - 1).latent_dist
-            if not posterior.mean.isfinite().all():
-                raise ValueError("The autoencoder's latents are not finite: it is broken, or overflows.")
-            versions.append(torch.stack([posterior.mean, posterior.std], 1).half().cpu())  # [n, 2, C, h, w]
-        return torch.stack(versions, 1)
+            finite &= posterior.mean.isfinite().all()
+            versions.append(torch.stack([posterior.mean, posterior.std], 1).half())  # [n, 2, C, h, w]
+        if not finite:
+            raise ValueError("The autoencoder's latents are not finite: it is broken, or overflows.")
+        return torch.stack(versions, 1).cpu()
 
 
 def draw_changes(batch: int, generator: torch.Generator) -> list[torch.Tensor]:
@@ -208,7 +209,7 @@ def memorised_share(
     val_names: list[str],
     train: Latents,
     train_names: list[str],
-    known: dict[str, torch.Tensor] | None = None,
+    known: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> float:
     """Share of samples that lie nearer to a training image than the nearest 1 % of val images of their modality do.
 
@@ -218,7 +219,8 @@ def memorised_share(
     Args:
         samples: by modality.
         val_names, train_names: the modality of each val and train image.
-        known: by modality, the distances of val images to train images, which are found once and kept there.
+        known: by modality, the mean of the train images and the distances of val images to them, which are found once
+            and kept there.
     """
     copies, total, known = 0.0, 0, {} if known is None else known
 
@@ -240,10 +242,11 @@ def memorised_share(
             return features(val[unseen[part]].to(device))
 
         references = Computed(len(learned), reference)
-        beside = references, mean_of(references, IMAGES_AT_ONCE), IMAGES_AT_ONCE
         if name not in known:
-            known[name] = nearest_distances(Computed(len(unseen), held_out), *beside)[0]
-        share, _ = copy_share(nearest_distances(features(latents), *beside)[0], known[name])
+            mean = mean_of(references, IMAGES_AT_ONCE)
+            known[name] = mean, nearest_distances(Computed(len(unseen), held_out), references, mean, IMAGES_AT_ONCE)[0]
+        mean, of_unseen = known[name]
+        share, _ = copy_share(nearest_distances(features(latents), references, mean, IMAGES_AT_ONCE)[0], of_unseen)
         copies += share * len(latents)
         total += len(latents)
     return round(copies / max(1, total), 4)

@@ -85,3 +85,4 @@ def test_copies_are_found_part_by_part(encoding, monkeypatch):
     in_parts = {}
     assert memorised_share(samples, val, names[:5], train, names, in_parts) == whole >= 0.5
     torch.testing.assert_close(in_parts["fundus"], known["fundus"])
+    assert memorised_share(samples, val, names[:5], train, names, in_parts) == whole, "what is known is used"

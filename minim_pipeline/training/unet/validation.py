@@ -39,7 +39,7 @@ class Validation:
                 old = Latents.encode(run, self.pipe.vae, config.replay_data, rows.old_val, "replay-val", 1)
                 latents = latents.join(old)
             self.latents = latents
-            self.distances: dict[str, torch.Tensor] = {}  # of val images to train images
+            self.distances: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # as of `memorised_share`
             captions = load_captions(config.captions)
             self.ids = phrase(self.val_rows, captions, self.pipe.tokenizer, 1, config.seed)[:, 0]  # [N, L]
 
