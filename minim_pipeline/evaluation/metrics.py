@@ -20,7 +20,7 @@ from ..mapped import Rows
 from .images import to_unit
 
 
-LARGEST = 2**22  # entries of a matrix of all items of one set and some of another: 32 MiB
+LARGEST = 2**18  # entries of a matrix of all items of one set and some of another: 2 MiB
 MOST_SHUFFLED = 2**22  # numbers that are put into random order for some of them to be taken
 Key = TypeVar("Key", bound=Hashable)
 
@@ -108,7 +108,7 @@ def kernel_distances_of_parts(real: Tensor, synthetic: Tensor, parts: Sequence[S
     need("Kernel distance", int(torch.minimum(n, m).min()), 2)
 
     def kernel(products: Tensor) -> Tensor:
-        return (products / real.shape[1] + 1) ** 3
+        return (products / real.shape[1]).add_(1).pow_(3)
 
     def total(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:  # over all pairs of each part: [P]
         rows = zip(rows_beside(x, len(y)), rows_beside(of_x.T, len(y)), strict=True)
@@ -329,7 +329,7 @@ def bootstrap_interval(
     whole: Any = function(*arrays)
     drawn = []
     for _ in range(draws):
-        half = [torch.randperm(len(array), generator=generator)[: len(array) // 2] for array in arrays]
+        half = [torch.randperm(len(array), generator=generator)[: len(array) // 2].clone() for array in arrays]
         drawn.append([half[0]] * len(arrays) if paired else half)
     if of_parts is None:
         halves = [function(*(array[index] for array, index in zip(arrays, half, strict=True))) for half in drawn]

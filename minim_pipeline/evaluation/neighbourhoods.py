@@ -110,15 +110,17 @@ def _pairs(
     real: Tensor, synthetic: Tensor, reach: Tensor, other_reach: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Numbers and distances of a real and a synthetic image within the reach of either; None if they are too many."""
-    found, count, start = [], 0, 0
+    found: tuple[list, list, list] = [], [], []
+    count, start = 0, 0
     for between, own in zip(distances(real, synthetic), rows_beside(reach, len(synthetic)), strict=True):
         near = between <= torch.maximum(own[:, None], other_reach)
         i, j = near.nonzero().unbind(1)
-        found.append((i + start, j, between[near]))
+        for part, values in zip(found, ((i + start).int(), j.int(), between[near]), strict=True):
+            part.append(values)
         count, start = count + len(i), start + len(between)
         if count > MOST_PAIRS:
             return None
-    i, j, distance = (torch.cat(part) for part in zip(*found, strict=True))
+    i, j, distance = map(torch.cat, found)
     return i, j, distance
 
 
