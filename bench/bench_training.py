@@ -1,5 +1,7 @@
 """What the U-Net's trainer costs: its own step and a bare loop of the same net, in images a second, in one run.
 
+Its step is timed twice, with latents in the device's memory and on disk.
+
     python bench/bench_training.py --train_batch_size 512 --mixed_precision bf16 --compile             # one GPU
     accelerate launch --num_processes 2 --multi_gpu bench/bench_training.py --mixed_precision bf16     # two
     python bench/bench_training.py --preset tiny --resolution 64 --train_batch_size 4 --images 8       # anywhere
@@ -23,6 +25,7 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from diffusers import UNet2DConditionModel
 
 from minim_pipeline import EMBEDDED_CHECKPOINT
+from minim_pipeline.mapped import map_parts
 from minim_pipeline.training.config import Count, option, parse
 from minim_pipeline.training.latents import Latents
 from minim_pipeline.training.pipeline import Trainee, build_pipeline
@@ -93,12 +96,22 @@ def random_batches(config: BenchConfig, run: Run, trainee: Trainee) -> Batches:
         (config.images * (config.caption_variants + 1) + 1, pipe.tokenizer.model_max_length),
         generator=torch.Generator().manual_seed(0),
     )
-    captions, tokens, nothing = ids.split([config.images * config.caption_variants, config.images, 1])
-    texts = Texts(captions.view(config.images, config.caption_variants, -1), tokens, nothing, run.device)
+    captions, tokens, _ = torch.arange(len(ids)).split([config.images * config.caption_variants, config.images, 1])
+    texts = Texts(ids, captions.view(config.images, config.caption_variants), tokens, run.device)
     texts.encode(pipe.text_encoder, run.accelerator, torch.bfloat16 if config.bf16 else torch.float32)
-    latents = Latents(mean, 0.1 * torch.ones_like(mean), 1.0, 0.0)
+    latents = Latents(torch.stack([mean, 0.1 * torch.ones_like(mean)], 2), 1.0, 0.0)
     shares = torch.ones(config.images, device=run.device)
     return Batches(config, latents, texts, shares, shares[:0])
+
+
+def batches_on_disk(config: BenchConfig, run: Run, batches: Batches) -> Batches:
+    """The same, with latents that are read from files in the run's folder."""
+    latents = batches.latents
+    moments, _ = map_parts(
+        run.output / "latents", 0, config.images, 64, lambda parts: (latents.moments[part].cpu() for part in parts)
+    )
+    on_disk = Latents(moments, latents.scale, latents.shift)
+    return Batches(config, on_disk, batches.texts, batches.shares, batches.replayed)
 
 
 def bare_step(config: BenchConfig, unet: UNet2DConditionModel, scheduler, batches: Batches) -> Callable:
@@ -113,8 +126,8 @@ def bare_step(config: BenchConfig, unet: UNet2DConditionModel, scheduler, batche
     def step() -> None:
         index = torch.randint(config.images, (batch,), device=device)
         version = torch.randint(config.latent_variants, (batch,), device=device)
-        clean = latents.mean[index, version].float()
-        clean = clean + latents.std[index, version].float() * torch.randn_like(clean)
+        clean, std = latents.moments[index, version].float().unbind(1)
+        clean = clean + std * torch.randn_like(clean)
         caption = texts.captions[index, torch.randint(config.caption_variants, (batch,), device=device)]
         caption = torch.where(torch.rand(batch, device=device) < config.drop_text, texts.tokens[index], caption)
         t = torch.randint(len(alpha), (batch,), device=device)
@@ -154,12 +167,17 @@ def main(argv=None) -> dict:
         own = Clock(trainer.step, config.steps, run.device)
         run.train(own, lambda: None)
         waited = waits(trainer.step) if run.device.type == "cuda" else None
+        trainer.batches = batches_on_disk(config, run, batches)
+        from_disk = Clock(trainer.step, config.steps, run.device)
         bare = Clock(bare_step(config, bare_unet, trainer.scheduler, batches), config.steps, run.device)
+        for _ in range(own.last):
+            from_disk()
         for _ in range(own.last):
             bare()
         bare_images = config.train_batch_size * run.accelerator.num_processes
-        speeds = {"trainer": run.images_a_step / own.seconds, "bare": bare_images / bare.seconds}
-        clocks = {"trainer": own, "bare": bare}
+        clocks = {"trainer": own, "from_disk": from_disk, "bare": bare}
+        speeds = {name: run.images_a_step / clock.seconds for name, clock in clocks.items()}
+        speeds["bare"] = bare_images / bare.seconds
         result = {
             "device": torch.cuda.get_device_name(0) if run.device.type == "cuda" else "cpu",
             "processes": run.accelerator.num_processes,
@@ -171,6 +189,7 @@ def main(argv=None) -> dict:
             "texts_encoded_before": batches.texts.table.is_floating_point(),
             "images_per_second": {name: round(speed, 1) for name, speed in speeds.items()},
             "ratio": round(speeds["trainer"] / speeds["bare"], 3),
+            "ratio_from_disk": round(speeds["from_disk"] / speeds["trainer"], 3),
             "milliseconds_a_step": {name: round(1000 * clock.seconds, 2) for name, clock in clocks.items()},
             "of_which_the_host_issues": {name: round(1000 * clock.issuing, 2) for name, clock in clocks.items()},
             "waits_a_step": waited,

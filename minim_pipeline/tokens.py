@@ -15,13 +15,15 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int | None = No
 
 def cut_texts(tokenizer: CLIPTokenizer, texts: list[str], length: int | None = None) -> list[tuple[str, str]]:
     """Those of `texts` that `tokenize` cuts, each with what it loses."""
-    distinct = list(dict.fromkeys(texts))
-    if not distinct:
-        return []
-    ids = dict(zip(distinct, tokenizer(distinct, verbose=False).input_ids))
+    distinct, lost = list(dict.fromkeys(texts)), {}
     longest = length or tokenizer.model_max_length
-    # The last id of the uncut sequence is the end-of-text token.
-    return [(text, tokenizer.decode(ids[text][longest - 1 : -1])) for text in texts if len(ids[text]) > longest]
+    for start in range(0, len(distinct), 4096):
+        part = distinct[start : start + 4096]
+        for text, ids in zip(part, tokenizer(part, verbose=False).input_ids, strict=True):
+            if len(ids) > longest:
+                # The last id of the uncut sequence is the end-of-text token.
+                lost[text] = tokenizer.decode(ids[longest - 1 : -1])
+    return [(text, lost[text]) for text in texts if text in lost]
 
 
 def add_modality_tokens(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, ids: list[str]) -> dict[str, int]:

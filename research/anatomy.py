@@ -17,7 +17,7 @@ from PIL import ImageDraw
 
 from minim_pipeline.contact_sheet import contact_sheet
 from minim_pipeline.data.image_loading import load_images
-from minim_pipeline.data.sources import read_csv
+from minim_pipeline.data.sources import read_dataset
 from minim_pipeline.evaluation.metrics import auroc, bootstrap_interval, places
 from minim_pipeline.files import write_report
 from minim_pipeline.modalities import resolve_modality
@@ -105,12 +105,12 @@ def share(which: torch.Tensor, z: float = 1.96) -> dict:
 
 def main(argv: list[str] | None = None) -> dict | None:
     config = parse(AnatomyConfig, argv, __doc__)
-    rows = read_csv(config.images)
+    rows = read_dataset(config.images)
     if config.sheets:
         write_sheets(config, rows, Path(config.sheets))
     if not (config.ratings and config.output):
         return None
-    known = rated(rows, read_csv(config.ratings, require=("rating", "seed"), check_images=False))
+    known = rated(rows, read_dataset(config.ratings, require=("rating", "seed"), check_images=False))
     report = {"rater": "not a clinician", **figures(known), "modalities": {}}
     for modality, index in places(resolve_modality(row["modality"]).id for row in known).items():
         report["modalities"][modality] = figures([known[i] for i in index])

@@ -37,7 +37,7 @@ from minim_pipeline import CAPTIONS, MODALITIES, MinimPipeline, resolve_modality
 from minim_pipeline.cache import cached_tensor
 from minim_pipeline.contact_sheet import contact_sheet
 from minim_pipeline.data.image_loading import load_images, trim_letterbox
-from minim_pipeline.data.sources import read_csv
+from minim_pipeline.data.sources import read_dataset
 from minim_pipeline.data.splits import read_split
 from minim_pipeline.evaluation.comparison import JUDGES
 from minim_pipeline.evaluation.images import to_unit
@@ -177,7 +177,7 @@ def drawn_sets(
 ) -> Iterator[tuple[str, list[dict], Tensor]]:
     """Name, rows with modality and finding, and images uint8 [N, 3, H, W] of every set of generated images."""
     for path in config.drawn:
-        rows = [row for row in read_csv(path, require=("finding",)) if class_of(row) in judges.classes]
+        rows = [row for row in read_dataset(path, require=("finding",)) if class_of(row) in judges.classes]
         images = load_images(rows, path, real.size, trim=False, reading=config.reading_elsewhere())
         yield Path(path).resolve().parent.name, rows, images
     captions, settings = load_captions(config.captions), settings | {"model": model_identity(config.model)}

@@ -31,6 +31,7 @@ def load_images(
     changes: Counter | None = None,
     reading: Reading = DEFAULT_READING,
     found: dict[str, Found] | None = None,
+    progress: bool = True,
 ) -> torch.Tensor:
     """The images of `rows` as uint8 [N, 3, resolution, resolution]; those of grey modalities with equal channels.
 
@@ -45,6 +46,7 @@ def load_images(
         changes: counts what had to be done to the images, in words, and leaves it to the caller to tell.
         reading: what becomes of images that are not square, and of more than 8 bits.
         found: what `check_values` gave, where these are only some of the images that are read; None asks it.
+        progress: show a bar on a terminal.
 
     Raises:
         ValueError: what the values of the images mean cannot be known, or an image is broken.
@@ -69,7 +71,7 @@ def load_images(
     images, counted = [], Counter() if changes is None else changes
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         loaded = pool.map(load, rows, resolve_paths(rows, csv_path))
-        for image, done in tqdm(loaded, "reading", len(rows), disable=None):
+        for image, done in tqdm(loaded, "reading", len(rows), disable=None if progress else True):
             images.append(image)
             counted.update(done)
     if changes is None:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ..finite import FiniteLoss, check_weights
+from ..mapped import Rows
 from .efficientnet import VARIANTS, check_installed, make_efficientnet
 
 
@@ -216,7 +217,7 @@ def prepare_training(
 
 def train_classifier(
     model: PreTrainedModel,
-    images: Tensor,
+    images: Rows,
     labels: Tensor,
     may_mirror: Tensor,
     grey: Tensor,
@@ -224,11 +225,11 @@ def train_classifier(
     name: str = "",
     origin: Tensor | None = None,
 ) -> nn.Module:
-    """Trains for a fixed number of steps where the images lie; gives the running average of the weights.
+    """Trains for a fixed number of steps where the labels lie; gives the running average of the weights.
 
     Args:
         model: a classifier of transformers, whose config is told what it sees: `preprocessing`.
-        images: uint8 [N, 3, H, W].
+        images: uint8 [N, 3, H, W], in memory, on the device or on disk.
         labels: int64 [N]; every class that occurs is drawn equally often, since what is measured is balanced.
         may_mirror, grey: bool [N], see `augment`.
         name: what the progress bar is called.
@@ -237,7 +238,7 @@ def train_classifier(
     Raises:
         ValueError: the loss, or a weight in the end, is not finite.
     """
-    device, num_classes = images.device, model.config.num_labels
+    device, num_classes = labels.device, model.config.num_labels
     _, mean, std = preprocessing(model, recipe.resolution)
     model.config.update({"image_size": recipe.resolution, "image_mean": mean, "image_std": std})
     model.to(device).train()
@@ -251,7 +252,8 @@ def train_classifier(
     with tqdm(range(recipe.max_train_steps), name, mininterval=2) as bar:
         for step in bar:
             index = torch.multinomial(frequency, recipe.train_batch_size, replacement=True, generator=g)
-            x = augment(images[index].float() / 255, recipe.resolution, may_mirror[index], grey[index], g)
+            x = images[index.to(images.device)].to(device).float() / 255
+            x = augment(x, recipe.resolution, may_mirror[index], grey[index], g)
             y = F.one_hot(labels[index], num_classes).float()
             if torch.rand((), device=device, generator=g).item() < recipe.mix:
                 x, y = mix(x, y, g)

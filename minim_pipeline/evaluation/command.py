@@ -4,10 +4,14 @@ torch and transformers are imported when everything that can be checked without 
 """
 
 import platform
+import shutil
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,6 +48,7 @@ def run(options: EvaluateOptions) -> dict:
     from accelerate import PartialState
 
     from ..data.image_loading import check_values
+    from ..data.mapped_images import IMAGES
     from .classifier import check_architecture
     from .curve import draw_curve, has_filter
     from .drawing import batch_size, draw_synthetic, run_downstream
@@ -71,29 +76,30 @@ def run(options: EvaluateOptions) -> dict:
     if options.pipeline:
         files["synthetic"], rows["synthetic"] = draw_synthetic(options, options.pipeline, rows["real"])
         points = draw_curve(options, options.pipeline, rows["real"])
-    real, synthetic, train = (
-        load_set(rows[name], files[name], readings[name], found if name != "synthetic" else None, options.resolution)
-        if name in rows
-        else None
-        for name in ("real", "synthetic", "train")
-    )
-
-    report: dict[str, Any] = {"made": None, "sets": describe(options, real, synthetic, train), "conversions": []}
-    for name, images in (("real", real), ("synthetic", synthetic), ("train", train)):
-        report["conversions"] += conversions(name, images, extractors[0].encoder) if images else []
-    report["extractors"] = [{"name": extractor.name, "digest": extractor.digest} for extractor in extractors]
-    if state.is_main_process:  # the others go ahead to the classifiers
-        measured, shown = measure(options, (real, synthetic, train), settings, judges, points)
-        report |= measured
-        report["made"] = made(state.device, time.monotonic() - start)
-        # Already now: training classifiers takes long, and may fail.
-        write(report, *shown, options.output_dir)
-    if options.downstream and options.train:
-        report["downstream"] = run_downstream(options, options.train, state, (real, synthetic, train))
-        if state.is_main_process:
+    with scratch(options.output_dir / IMAGES, state) as folder:
+        load = partial(load_set, folder, options.resolution)
+        real, synthetic, train = (
+            load(name, rows[name], files[name], readings[name], found if name != "synthetic" else None)
+            if name in rows
+            else None
+            for name in ("real", "synthetic", "train")
+        )
+        report: dict[str, Any] = {"made": None, "sets": describe(options, real, synthetic, train), "conversions": []}
+        for name, images in (("real", real), ("synthetic", synthetic), ("train", train)):
+            report["conversions"] += conversions(name, images, extractors[0].encoder) if images else []
+        report["extractors"] = [{"name": extractor.name, "digest": extractor.digest} for extractor in extractors]
+        if state.is_main_process:  # the others go ahead to the classifiers
+            measured, shown = measure(options, (real, synthetic, train), settings, judges, points, load)
+            report |= measured
             report["made"] = made(state.device, time.monotonic() - start)
+            # Already now: training classifiers takes long, and may fail.
             write(report, *shown, options.output_dir)
-    state.wait_for_everyone()
+        if options.downstream and options.train:
+            report["downstream"] = run_downstream(options, options.train, state, (real, synthetic, train))
+            if state.is_main_process:
+                report["made"] = made(state.device, time.monotonic() - start)
+                write(report, *shown, options.output_dir)
+        state.wait_for_everyone()
     return report
 
 
@@ -142,19 +148,48 @@ def conversions(name: str, images, encoder) -> list[str]:
     return found
 
 
-def load_set(rows: list[dict], path: Path, reading: Reading, found: dict[str, Found] | None, resolution: int):
-    """The `ImageSet` of rows of a CSV; how its images were changed is said."""
-    from ..data.image_loading import load_images
+@contextmanager
+def scratch(folder: Path, state) -> Iterator[Path]:
+    """A folder of all processes for what is as large as the sets; it is removed at the end."""
+    if state.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    state.wait_for_everyone()
+    try:
+        yield folder
+    finally:
+        if state.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_set(
+    folder: Path,
+    resolution: int,
+    name: str,
+    rows: list[dict],
+    path: Path,
+    reading: Reading,
+    found: dict[str, Found] | None = None,
+    alone: bool = False,
+):
+    """The `ImageSet` of rows of a CSV, its images in files of that name in a folder; how they were changed is said."""
+    from ..data.mapped_images import map_images
     from .report import ImageSet
 
     changes: Counter[str] = Counter()
-    images = load_images(rows, path, resolution, changes=changes, reading=reading, found=found)
+    images = map_images(
+        folder / name, rows, path, resolution, changes=changes, reading=reading, found=found, alone=alone
+    )
     tell(changes, len(rows), path, reading)
     return ImageSet(rows, images, changes)
 
 
-def measure(options: EvaluateOptions, sets: tuple, settings, judges, points: list) -> tuple[dict, tuple[dict, dict]]:
-    """All that the main process finds of the real, synthetic and train images, and of the curve's points; pictures."""
+def measure(
+    options: EvaluateOptions, sets: tuple, settings, judges, points: list, load: Callable
+) -> tuple[dict, tuple[dict, dict]]:
+    """All that the main process finds of the real, synthetic and train images, and of the curve's points; pictures.
+
+    `load` is `load_set`, given where images lie and their size.
+    """
     from tqdm.auto import tqdm
 
     from .curve import measure_point
@@ -175,7 +210,7 @@ def measure(options: EvaluateOptions, sets: tuple, settings, judges, points: lis
     del known["synthetic"]
     curve = []
     for point in tqdm(points, "curve", disable=not points):
-        images = load_set(point.rows, point.path, options.reading_elsewhere(), None, options.resolution)
+        images = load("curve", point.rows, point.path, options.reading_elsewhere(), alone=True)
         curve.append(measure_point(point, images, features, known, extractors, judges, report["labels"]))
     if curve:
         report["curve"] = {"real": value_of(reach(report, "judges", "real"), "balanced_accuracy"), "points": curve}

@@ -11,6 +11,7 @@ Findings that one of both models does not know are left out, and modalities of w
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor
 from .. import CAPTIONS, EMBEDDED_ENCODER, MinimPipeline, resolve_modality
 from ..cache import cached_tensor
 from ..contact_sheet import contact_sheet
-from ..data.image_loading import load_images
+from ..data.mapped_images import IMAGES, map_images
 from ..data.splits import read_split
 from ..files import atomic_path, write_report
 from ..loading import model_identity
@@ -43,8 +44,8 @@ from .metrics import (
     kernel_distance,
     ms_ssim_of_pairs,
     places,
-    precision_recall_density_coverage,
 )
+from .neighbourhoods import precision_recall_density_coverage
 from .sampling import by_modality, draw_planned, plan
 from .stand_in import StandIn
 
@@ -248,13 +249,23 @@ def diversity(images: Tensor, features: Tensor, planned: list[dict], val: dict[s
 
 
 def copies(
-    options: ComparisonOptions, images: dict[str, Tensor], planned: list[dict], val: ByModality, vae: AutoencoderKL
+    options: ComparisonOptions,
+    images: dict[str, Tensor],
+    planned: list[dict],
+    val: ByModality,
+    vae: AutoencoderKL,
+    path: Path,
 ) -> dict:
-    """Shares of copies of train images, of both models, in latents and in pixels; `val`: images by modality."""
+    """Shares of copies of train images, of both models, in latents and in pixels.
+
+    Args:
+        val: images by modality.
+        path: of the files in which train images lie for a while.
+    """
     data, names = options.real_data(), [p["modality"] for p in planned]
     rows = read_split(data, "train", check_images=False)
     rows = [row for row in rows if resolve_modality(row["modality"]).id in names]
-    real = load_images(rows, data, images["before"].shape[-1], reading=options.reading_elsewhere())
+    real = map_images(path, rows, data, images["before"].shape[-1], reading=options.reading_elsewhere())
     train = by_modality(real, [resolve_modality(row["modality"]).id for row in rows])
     # A mirrored copy counts where the modality may be mirrored.
     mirror = {name: resolve_modality(name).flip for name in set(names)}
@@ -322,7 +333,8 @@ def compare(options: ComparisonOptions, before: str, after: str, folder: Path) -
     modalities = {p["modality"] for p in planned}
     rows = [row for row in rows if class_of(row)[0] in modalities]
     val_names = [class_of(row)[0] for row in rows]
-    val_images = load_images(rows, data, images["before"].shape[-1], reading=options.reading_elsewhere())
+    size, folder_of_images = images["before"].shape[-1], folder / IMAGES
+    val_images = map_images(folder_of_images / "val", rows, data, size, reading=options.reading_elsewhere())
     val = by_modality(encoder.encode_images(val_images)[0], val_names)
     features = {name: encoder.encode_images(drawn)[0] for name, drawn in images.items()}
     report |= distances(features, planned, val)
@@ -334,7 +346,9 @@ def compare(options: ComparisonOptions, before: str, after: str, folder: Path) -
     }
     if not options.skip_memorisation:
         vae = MinimPipeline.from_pretrained(before, filter_head=None).vae.to(device).eval()
-        report["copies"] = copies(options, images, planned, by_modality(val_images, val_names), vae)
+        held_out = by_modality(val_images, val_names)
+        report["copies"] = copies(options, images, planned, held_out, vae, folder_of_images / "train")
+    shutil.rmtree(folder_of_images)
     save_sheet(images, planned, folder / "sheet.png")
     write_report(folder / "report.json", report)
     return report

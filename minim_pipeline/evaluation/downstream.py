@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from ..cache import cached_tensor
 from ..captions import may_mirror
+from ..mapped import Rows, select
 from ..modalities import resolve_modality
 from ..pipeline_minim import MinimPipeline
 from .classifier import Recipe, make_classifier, train_classifier
@@ -47,15 +48,15 @@ MEANING = {
 class Labelled:
     """Images uint8 [N, 3, S, S] and the class of each, int64 [N]."""
 
-    images: Tensor
+    images: Rows
     labels: Tensor
 
     def __getitem__(self, index: slice | list[int]) -> "Labelled":
-        return Labelled(self.images[index], self.labels[index])
+        return Labelled(select(self.images, index), self.labels[index])
 
 
 # Given rows of real images and a number, so many synthetic images for each: round after round, in the rows' order.
-Source = Callable[[list[dict], int], Tensor]
+Source = Callable[[list[dict], int], Rows]
 
 
 class TooFewImages(ValueError):
@@ -106,18 +107,18 @@ def drawn_by(
     return draw
 
 
-def taken_from(images: Tensor, rows: list[dict], column: str = "finding") -> Source:
+def taken_from(images: Rows, rows: list[dict], column: str = "finding") -> Source:
     """Takes synthetic images that are there already, each at most once, by the finding of the rows."""
     stock = places(class_of(row, column) for row in rows)
 
-    def take(wanted: list[dict], copies: int) -> Tensor:
+    def take(wanted: list[dict], copies: int) -> Rows:
         left = {key: iter(index) for key, index in stock.items()}
         chosen = [next(left.get(class_of(row, column), iter(())), None) for row in wanted * copies]
         if None in chosen:
             short = class_of((wanted * copies)[chosen.index(None)], column)
             have = len(stock.get(short, []))
             raise TooFewImages(f"{have} synthetic images of {': '.join(short)}, more are needed for {100 * copies} %")
-        return images[chosen]
+        return select(images, chosen)
 
     return take
 
@@ -159,7 +160,8 @@ class Classifiers:
         """Probabilities [n, classes] on the val images of a classifier that was trained on `parts`."""
         design, digest = self.design, hashlib.sha256()
         for tensor in [self.val.images, *(tensor for part in parts for tensor in (part.images, part.labels))]:
-            digest.update(tensor.contiguous().numpy().data)
+            for some in tensor.split(256):
+                digest.update(some.contiguous().numpy().data)
         key = json.dumps([digest.hexdigest(), self.classes, design.architecture, design.width, asdict(design.recipe)])
         file = self.folder / f"{name.replace('_', '-')}-{seed}.safetensors"
         return cached_tensor(file, key, lambda: self.train(name, parts, seed))
@@ -167,7 +169,7 @@ class Classifiers:
     def train(self, name: str, parts: list[Labelled], seed: int) -> Tensor:
         torch.manual_seed(seed)
         model = make_classifier(self.design.architecture, len(self.classes), self.design.width)
-        images = torch.cat([part.images for part in parts]).to(self.device)
+        images = torch.cat([part.images[:] for part in parts]).to(self.device)
         labels = torch.cat([part.labels for part in parts]).to(self.device)
         origin = torch.cat([torch.full_like(part.labels, i) for i, part in enumerate(parts)]).to(self.device)
         recipe = replace(self.design.recipe, seed=seed)
@@ -216,8 +218,8 @@ def conditions_of(
 
 
 def downstream(
-    train: tuple[list[dict], Tensor],
-    val: tuple[list[dict], Tensor],
+    train: tuple[list[dict], Rows],
+    val: tuple[list[dict], Rows],
     low_rows: list[dict],
     sources: dict[str, Source],
     folder: Path,
@@ -245,9 +247,9 @@ def downstream(
     if not classes:
         return {"left_out": f"no finding has {design.min_train} train and {design.min_val} val images"}
 
-    def labelled(rows: list[dict], images: Tensor) -> Labelled:
+    def labelled(rows: list[dict], images: Rows) -> Labelled:
         known = [i for i, row in enumerate(rows) if class_of(row, column) in classes]
-        return Labelled(images[known], torch.tensor([classes.index(class_of(rows[i], column)) for i in known]))
+        return Labelled(select(images, known), torch.tensor([classes.index(class_of(rows[i], column)) for i in known]))
 
     rows, low_rows = ([row for row in some if class_of(row, column) in classes] for some in (train[0], low_rows))
     real, val_set = labelled(*train), labelled(*val)

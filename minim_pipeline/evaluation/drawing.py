@@ -20,6 +20,7 @@ from ..generate.options import GenerateOptions, SamplingOptions
 from ..generate.plan import Item
 from ..generate.write import generate
 from ..loading import load_pipeline, model_identity, read_model_index, register_modalities
+from ..mapped import Rows, derive
 from ..modalities import resolve_modality
 from .classifier import recipe_of
 from .downstream import Design, downstream, drawn_by, take_share, taken_from
@@ -103,22 +104,26 @@ def run_downstream(options: EvaluateOptions, train_csv: Path, state, sets: tuple
             pipe = load_for_drawing(options, model)
             sources[setting] = drawn_by(pipe, state, images_folder, size, batch_size(options), identity, **settings)
     if not sources:
-        sources["data_sharing"] = taken_from(_shrink(synthetic.images, size), synthetic.rows, options.label_column)
+        sources["data_sharing"] = taken_from(
+            _shrink(synthetic.images, size, "synthetic"), synthetic.rows, options.label_column
+        )
     bf16, seeds = state.device.type == "cuda", range(options.classifier_seeds)
     kind, column = options.classifier_architecture, options.label_column
     steps, resolution = options.classifier_steps, options.classifier_resolution
     recipe = recipe_of(kind, max_train_steps=steps, resolution=resolution, bf16=bf16)
     design = Design(recipe=recipe, percents=options.percents, seeds=seeds, column=column, architecture=kind)
-    images = _shrink(train.images, size)
+    images = _shrink(train.images, size, "train")
     return downstream((train.rows, images), (real.rows, real.images), low_rows, sources, folder, state, design)
 
 
-def _shrink(images, size: int):
-    """uint8 images [N, 3, H, W] at `size` px, all in the same way."""
-    if images.shape[-1] == size:
-        return images
-    parts = (F.interpolate(x.float(), size=(size, size), mode="bicubic", antialias=True) for x in images.split(256))
-    return torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
+def _shrink(images: Rows, size: int, name: str) -> Rows:
+    """uint8 images [N, 3, H, W] at `size` px, all in the same way, by all processes together."""
+
+    def shrunk(part: torch.Tensor) -> torch.Tensor:
+        x = F.interpolate(part.float(), size=(size, size), mode="bicubic", antialias=True)
+        return x.round().clamp(0, 255).to(torch.uint8)
+
+    return images if images.shape[-1] == size else derive(images, f"shrunk-{name}", 64, shrunk, alone=False)
 
 
 def write_low_data(path: Path, rows: list[dict], source: Path, state) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTokenizer, VisionTextDualEncoderModel
 
+from ..mapped import Rows
 from ..modalities import resolve_modality
 from ..tokens import cut_texts, tokenize
 from .images import to_input
@@ -48,11 +49,11 @@ class ImageTextEncoder:
         return self.model.device
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
+    def encode_images(self, images: Rows, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
         """Features [N, D] for distances and copies, embeddings [N, P] to lay beside those of texts: fp32, of length 1.
 
         Args:
-            images: [N, 3, H, W], uint8 or float in [0, 1], square; of any size.
+            images: [N, 3, H, W], uint8 or float in [0, 1], square, of any size; in memory or on disk.
             batch_size: default 16 on a CPU, which is slower with more, else 128.
         """
         batch_size = batch_size or (16 if self.device.type == "cpu" else 128)

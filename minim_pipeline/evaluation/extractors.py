@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import cached_file
 
+from ..mapped import Rows
 from .classifier import preprocessing
 from .efficientnet import VARIANTS, make_efficientnet
 from .encoder import ImageTextEncoder
@@ -31,13 +32,14 @@ class Extractor:
     Args:
         name: of the model, without the folders above it.
         digest: the first 16 digits of the SHA-256 of its weights.
-        extract: images [N, 3, H, W], uint8 or float in [0, 1], square -> features [N, D], fp32, on the CPU.
+        extract: images [N, 3, H, W], uint8 or float in [0, 1], square -> features [N, D], fp32, on the
+            CPU.
         encoder: set if it is the project's own, which does more than that.
     """
 
     name: str
     digest: str
-    extract: Callable[[Tensor], Tensor]
+    extract: Callable[[Rows], Tensor]
     encoder: ImageTextEncoder | None = None
 
 
@@ -75,7 +77,7 @@ def load_extractor(model: str | Path, device: torch.device | str = "cpu", batch_
     size, mean, std = _preprocessing(model, config)
 
     @torch.no_grad()
-    def extract(images: Tensor) -> Tensor:
+    def extract(images: Rows) -> Tensor:
         features = []
         for part in images.split(batch_size):
             x = to_unit(part.to(device))
@@ -96,7 +98,7 @@ def _imagenet(variant: str, device: torch.device | str, batch_size: int) -> Extr
     network._fc = nn.Identity()  # it has learned nothing
 
     @torch.no_grad()
-    def extract(images: Tensor) -> Tensor:
+    def extract(images: Rows) -> Tensor:
         parts = (
             network.extract_features(to_input(part.to(device), size, mean, std)) for part in images.split(batch_size)
         )
@@ -115,7 +117,7 @@ def _judge(name: str, model: nn.Module, image_size: int) -> Extractor:
     device = next(model.parameters()).device
 
     @torch.no_grad()
-    def extract(images: Tensor) -> Tensor:
+    def extract(images: Rows) -> Tensor:
         read: list[Tensor] = []
         hook = last.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].flatten(1).float().cpu()))
         for part in images.split(128 if device.type == "cuda" else 16):
@@ -132,7 +134,7 @@ def _torchscript(file: Path, device: torch.device | str, batch_size: int) -> Ext
     network = torch.jit.load(file, map_location=device).eval()
 
     @torch.no_grad()
-    def extract(images: Tensor) -> Tensor:
+    def extract(images: Rows) -> Tensor:
         parts = [(to_unit(part.to(device)) * 255).round().to(torch.uint8) for part in images.split(batch_size)]
         return torch.cat([network(part, return_features=True).flatten(1).float().cpu() for part in parts])
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageClassification
 
 from ..disk import save_model
 from ..files import write_json
+from ..mapped import Rows
 from ..modalities import resolve_modality
 from .classifier import preprocessing
 from .images import to_input
@@ -64,11 +65,11 @@ class Judges:
         write_json(Path(path) / "judges.json", config)
 
     @torch.no_grad()
-    def judge_each(self, images: Tensor, batch_size: int | None = None) -> dict[str, Tensor]:
+    def judge_each(self, images: Rows, batch_size: int | None = None) -> dict[str, Tensor]:
         """The probabilities of every model: name -> float32 [N, classes] on the CPU.
 
         Args:
-            images: [N, 3, H, W], uint8 or float in [0, 1], square; of any size.
+            images: [N, 3, H, W], uint8 or float in [0, 1], square, of any size; in memory or on disk.
             batch_size: default 16 on a CPU, which is slower with more, else 128.
         """
         batch_size = batch_size or (16 if self.device.type == "cpu" else 128)
@@ -80,7 +81,7 @@ class Judges:
                 probabilities[name].append(model(x).logits.float().softmax(1).cpu())
         return {name: torch.cat(parts) for name, parts in probabilities.items()}
 
-    def judge(self, images: Tensor, batch_size: int | None = None) -> Tensor:
+    def judge(self, images: Rows, batch_size: int | None = None) -> Tensor:
         """Mean probabilities of the models: float32 [N, classes]; `images` as in `judge_each`."""
         return torch.stack(list(self.judge_each(images, batch_size).values())).mean(0)
 

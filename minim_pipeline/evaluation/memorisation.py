@@ -4,18 +4,20 @@ The rule: a sample is called a copy if it lies nearer to some training image tha
 do. A generator that remembers nothing then has a share of about 1 %; one that copies has far more.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from ..mapped import Computed, Rows, blocks, derive, select
 from .images import to_unit
 
 
-ByModality = dict[str, Tensor]  # modality id -> images [N, 3, H, W], uint8
+ByModality = Mapping[str, Rows]  # modality id -> images [N, 3, H, W], uint8
 
 
 def pixel_features(images: Tensor, size: int = 64) -> Tensor:
@@ -45,21 +47,42 @@ def latent_features(images: Tensor, vae) -> Tensor:
     return F.avg_pool2d(vae.encode(x).latent_dist.mode().float(), 2).flatten(1)
 
 
-def nearest_distances(queries: Tensor, references: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def nearest_distances(
+    queries: Rows | Computed, references: Rows | Computed, mean: Tensor | None = None, at_once: int = 1024
+) -> tuple[Tensor, Tensor]:
     """Cosine distance of each query [n, D] to the nearest reference [N, D], 0 to 2, and which it is: both [n].
 
     Args:
         mean: [D], taken off both first; None takes nothing off.
+        at_once: references that are laid beside 2,048 queries at a time.
     """
-    if mean is not None:
-        queries, references = queries - mean, references - mean
-    similarity = F.normalize(queries, dim=1) @ F.normalize(references, dim=1).T
-    nearest, index = similarity.max(1)
-    return 1 - nearest, index
+
+    def unit(x: Tensor) -> Tensor:
+        return F.normalize(x if mean is None else x - mean, dim=1)
+
+    found = []
+    for query in map(unit, blocks(queries, 2048)):
+        best, start = torch.full((len(query),), -torch.inf, device=query.device), 0
+        index = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+        for reference in map(unit, blocks(references, at_once)):
+            similarity, place = (query @ reference.T).max(1)
+            nearer = similarity > best
+            best, index = torch.where(nearer, similarity, best), torch.where(nearer, start + place, index)
+            start += len(reference)
+        found.append((1 - best, index))
+    distances, indices = zip(*found, strict=True)
+    return torch.cat(distances), torch.cat(indices)
+
+
+def mean_of(rows: Rows | Computed, at_once: int = 1024) -> Tensor:
+    """The mean of features [N, D], in their precision: [D]."""
+    parts = [(part.double().sum(0), len(part), part.dtype) for part in blocks(rows, at_once)]
+    total = torch.stack([part for part, _, _ in parts]).sum(0)
+    return (total / sum(count for _, count, _ in parts)).to(parts[0][2])
 
 
 def nearest_in_any_view(
-    views: Sequence[Tensor], references: Tensor, mean: Tensor | None = None
+    views: Sequence[Rows | Computed], references: Rows, mean: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`nearest_distances` of whichever view of a query comes nearest, for instance the image and its mirror image.
 
@@ -90,7 +113,7 @@ class Copies:
     distances: Tensor  # [n], cosine
     nearest: Tensor  # [n], numbers among the training images
     val: Tensor  # [m]
-    references: Tensor  # [N, D], features of those training images
+    references: Rows  # [N, D], features of those training images
 
     @property
     def limit(self) -> float:
@@ -122,7 +145,7 @@ class Copies:
 
 
 def find_copies(
-    samples: Sequence[Tensor], val: Sequence[Tensor], references: Tensor, mean: Tensor | None = None
+    samples: Sequence[Rows | Computed], val: Sequence[Rows | Computed], references: Rows, mean: Tensor | None = None
 ) -> Copies:
     """The nearest of the training images' features [N, D], in any view, as of `nearest_in_any_view`."""
     distances, nearest = nearest_in_any_view(samples, references, mean)
@@ -144,6 +167,7 @@ def memorisation_report(
     may_mirror: dict[str, bool],
     remove_mean: bool = False,
     batch_size: int = 64,
+    space: str = "features",
 ) -> dict:
     """`copy_share` per modality and in all.
 
@@ -153,20 +177,27 @@ def memorisation_report(
         may_mirror: modality id -> whether a mirrored copy counts too; it then does for samples and val alike.
         remove_mean: take the mean feature of the modality's training images off, so that distances are not all about
             what every image of the modality shares.
+        space: of the features; names files, where the training images lie on disk.
 
     Returns:
         `share` (of all samples), `copies`, `n`, and `modalities`: `Copies.figures` of each, and of its nearest five
         samples (index of the sample, of the training image, distance).
     """
 
-    def views(images: Tensor, mirror: bool) -> list[Tensor]:
-        seen = [images, images.flip(-1)] if mirror else [images]
-        return [torch.cat([extract(part).float().cpu() for part in x.split(batch_size)]) for x in seen]
+    def of_part(x: Tensor) -> Tensor:
+        return extract(x).float().cpu()
+
+    def views(images: Rows, mirror: bool) -> list[Computed]:
+        def features(rows: slice, mirrored: bool) -> Tensor:
+            seen = select(images, rows).split(batch_size)
+            return torch.cat([of_part(x.flip(-1) if mirrored else x) for x in seen])
+
+        return [Computed(len(images), partial(features, mirrored=m)) for m in ((False, True) if mirror else (False,))]
 
     modalities = {}
     for name, images in samples.items():
-        references = views(train[name], False)[0]
-        mean = references.mean(0) if remove_mean else None
+        references = derive(train[name], f"{space}-{name}", batch_size, of_part)
+        mean = mean_of(references) if remove_mean else None
         found = find_copies(views(images, may_mirror[name]), views(val[name], may_mirror[name]), references, mean)
         order = found.distances.argsort()[:5].tolist()
         nearest = [[i, int(found.nearest[i]), round(found.distances[i].item(), 5)] for i in order]
@@ -178,8 +209,9 @@ def copies_in_both_spaces(
     samples: ByModality, val: ByModality, train: ByModality, may_mirror: dict[str, bool], vae: AutoencoderKL
 ) -> dict[str, dict]:
     """`memorisation_report` in `latents` of the autoencoder, less their mean, and in `pixels`."""
-    latents = memorisation_report(samples, val, train, lambda x: latent_features(x, vae), may_mirror, remove_mean=True)
-    pixels = memorisation_report(samples, val, train, lambda x: pixel_features(x.to(vae.device)), may_mirror)
+    sets = samples, val, train
+    latents = memorisation_report(*sets, lambda x: latent_features(x, vae), may_mirror, True, space="latents")
+    pixels = memorisation_report(*sets, lambda x: pixel_features(x.to(vae.device)), may_mirror, space="pixels")
     return {"latents": latents, "pixels": pixels}
 
 

@@ -3,7 +3,7 @@
 Features are what any encoder gives of the images, float [N, D]; who extracts them is the caller's matter, and a figure
 means nothing without the extractor's name and n beside it. Arithmetic is float64 on the CPU or wherever the features
 lie. Fewer items than a metric needs: ValueError that says how many were given and how many are needed.
-Distances to the nearest training image are in `memorisation.py`.
+Distances to the nearest training image are in `memorisation.py`, neighbourhoods in `neighbourhoods.py`.
 """
 
 import math
@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..mapped import Rows
 from .images import to_unit
 
 
+LARGEST = 2**18  # entries of a matrix of all items of one set and some of another: 2 MiB
+MOST_SHUFFLED = 2**22  # numbers that are put into random order for some of them to be taken
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -37,7 +40,7 @@ def frechet_distance(real: Tensor, synthetic: Tensor) -> float:
     Returns:
         0 for identical sets, no upper bound; in squared units of the features.
     """
-    _need("Fréchet distance", min(len(real), len(synthetic)), 2)
+    need("Fréchet distance", min(len(real), len(synthetic)), 2)
     real, synthetic = real.double(), synthetic.double()
     apart = (real.mean(0) - synthetic.mean(0)).square().sum()
 
@@ -62,10 +65,10 @@ def frechet_floor(real: Tensor, count: int, other: Tensor | None = None, draws: 
     Raises:
         ValueError: `real` has fewer than `count` images (than twice as many, without `other`), or `other` has.
     """
-    _need("Fréchet floor, images on each side", count, 2)
-    _need("Fréchet floor, real images", len(real), count if other is not None else 2 * count)
+    need("Fréchet floor, images on each side", count, 2)
+    need("Fréchet floor, real images", len(real), count if other is not None else 2 * count)
     if other is not None:
-        _need("Fréchet floor, other real images", len(other), count)
+        need("Fréchet floor, other real images", len(other), count)
     generator = torch.Generator().manual_seed(seed)
     total = 0.0
     for _ in range(draws):
@@ -87,17 +90,36 @@ def kernel_distance(real: Tensor, synthetic: Tensor) -> float:
     Returns:
         0 on average where both sets come from one distribution, so it may fall below 0.
     """
-    _need("Kernel distance", min(len(real), len(synthetic)), 2)
+    need("Kernel distance", min(len(real), len(synthetic)), 2)
+    return kernel_distances_of_parts(real, synthetic, [(slice(None), slice(None))])[0]
+
+
+def kernel_distances_of_parts(real: Tensor, synthetic: Tensor, parts: Sequence[Sequence]) -> list[float]:
+    """`kernel_distance` of parts of both sets, for all of which the kernel is reckoned once.
+
+    Args:
+        parts: of each, numbers of real and of synthetic images.
+    """
     real, synthetic = real.double(), synthetic.double()
+    chosen = [torch.zeros(len(parts), len(x), dtype=x.dtype, device=x.device) for x in (real, synthetic)]  # [P, N]
+    for i, part in enumerate(parts):
+        chosen[0][i, part[0]], chosen[1][i, part[1]] = 1, 1
+    n, m = (mask.sum(1) for mask in chosen)
+    need("Kernel distance", int(torch.minimum(n, m).min()), 2)
 
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
+    def kernel(products: Tensor) -> Tensor:
+        return (products / real.shape[1]).add_(1).pow_(3)
 
-    def mean_of_pairs(x):  # an image and itself are no pair
-        k = kernel(x, x)
-        return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))
+    def total(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:  # over all pairs of each part: [P]
+        rows = zip(rows_beside(x, len(y)), rows_beside(of_x.T, len(y)), strict=True)
+        sums = [(own * (kernel(some @ y.T) @ of_y.T)).sum(0) for some, own in rows]
+        return torch.stack(sums).sum(0)
 
-    return (mean_of_pairs(real) + mean_of_pairs(synthetic) - 2 * kernel(real, synthetic).mean()).item()
+    def mean_of_pairs(x: Tensor, of_x: Tensor, count: Tensor) -> Tensor:  # an image and itself are no pair
+        return (total(x, x, of_x, of_x) - of_x @ kernel(x.square().sum(1))) / (count * (count - 1))
+
+    own = mean_of_pairs(real, chosen[0], n) + mean_of_pairs(synthetic, chosen[1], m)
+    return (own - 2 * total(real, synthetic, *chosen) / (n * m)).tolist()
 
 
 def inception_score(probabilities: Tensor) -> float:
@@ -109,44 +131,10 @@ def inception_score(probabilities: Tensor) -> float:
     Returns:
         1 (every image gets the same answer) to C (each is certain, all classes equally often). It cannot exceed N.
     """
-    _need("Inception score", len(probabilities), 2)
+    need("Inception score", len(probabilities), 2)
     p = probabilities.double()
     divergence = torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean()  # H(y) - H(y | x)
     return divergence.exp().item()
-
-
-def precision_recall_density_coverage(real: Tensor, synthetic: Tensor, k: int = 5) -> dict[str, float]:
-    """Who lies in whose neighbourhood; a neighbourhood reaches to an image's k-th neighbour of its own set.
-
-    Precision and recall are of 1904.06991, density and coverage of 2002.09797 (which takes k = 5).
-
-    Args:
-        real: [N, D], N > k.
-        synthetic: [M, D], M > k.
-
-    Returns:
-        `precision`: share of synthetic images within the neighbourhood of any real one, 0 to 1;
-        `recall`: share of real images within the neighbourhood of any synthetic one, 0 to 1;
-        `density`: in how many real neighbourhoods a synthetic image lies on average, over k; 0 to N / k, near 1 where
-            the sets are alike;
-        `coverage`: share of real images whose neighbourhood holds a synthetic one, 0 to 1.
-    """
-    _need("Precision, recall, density and coverage", min(len(real), len(synthetic)), k + 1)
-
-    def distances(x, y):  # exact, so that an image is at 0 from its copy
-        return torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist")
-
-    real_radius = distances(real, real).kthvalue(k + 1).values  # [N], the nearest is the image itself
-    synthetic_radius = distances(synthetic, synthetic).kthvalue(k + 1).values  # [M]
-    between = distances(real, synthetic)  # [N, M]
-    in_real = between <= real_radius[:, None]
-    in_synthetic = between <= synthetic_radius
-    return {
-        "precision": in_real.any(0).double().mean().item(),
-        "recall": in_synthetic.any(1).double().mean().item(),
-        "density": in_real.sum(0).double().mean().item() / k,
-        "coverage": in_real.any(1).double().mean().item(),
-    }
 
 
 def auroc(negative: Tensor, positive: Tensor) -> float:
@@ -158,7 +146,7 @@ def auroc(negative: Tensor, positive: Tensor) -> float:
     Returns:
         0 to 1; 0.5 where the scores tell nothing.
     """
-    _need("AUROC, items of each kind", min(len(negative), len(positive)), 1)
+    need("AUROC, items of each kind", min(len(negative), len(positive)), 1)
     _, place, count = torch.cat([negative, positive]).unique(return_inverse=True, return_counts=True)
     rank = count.cumsum(0) - (count - 1) / 2  # from 1 on; equal scores share the mean of theirs
     least = len(positive) * (len(positive) + 1) / 2
@@ -166,7 +154,7 @@ def auroc(negative: Tensor, positive: Tensor) -> float:
     return above / (len(negative) * len(positive))
 
 
-def gradient_magnitude(images: Tensor) -> Tensor:
+def gradient_magnitude(images: Rows) -> Tensor:
     """Mean length of the gradient of each image's grey values, which falls where it is blurred: float32 [N].
 
     Args:
@@ -189,33 +177,57 @@ def multiscale_ssim(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ModuleNotFoundError: torchmetrics is not installed (the extra `evaluate`).
     """
-    _need("MS-SSIM, px of the shorter side", min(a.shape[-2:]), 176)
+    need("MS-SSIM, px of the shorter side", min(a.shape[-2:]), 176)
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
 
     return ms_ssim(to_unit(a), to_unit(b), data_range=1.0, reduction="none")
 
 
 def ms_ssim_of_pairs(
-    images: Tensor,
+    images: Rows,
     prompts: Sequence[str],
     pairs: int = 100,
     generator: torch.Generator | None = None,
     batch_size: int = 16,
+    channels: int = 3,
 ) -> Tensor:
     """MS-SSIM of pairs of images that share a prompt, low where they differ (1610.09585): float32 [pairs or fewer].
 
     Args:
-        images: [N, C, H, W], uint8 or float in [0, 1], as `multiscale_ssim` takes them. Three equal channels give what
-            one of them gives in a third of the time.
+        images: [N, C, H, W], uint8 or float in [0, 1], as `multiscale_ssim` takes them.
         prompts: of each image; at least one of them has to have two images.
         pairs: how many pairs are drawn, without repetition; all where there are no more.
         generator: of torch, on the CPU, draws them.
+        channels: the first so many are looked at: of three equal ones, one gives the same in a third of the time.
     """
     alike = list(places(prompts).values())
-    _need("MS-SSIM, images of one prompt", max(map(len, alike), default=0), 2)
-    chosen = torch.cat([torch.combinations(torch.tensor(index)) for index in alike if len(index) > 1])  # [P, 2]
-    chosen = chosen[torch.randperm(len(chosen), generator=generator)[:pairs]]
-    return torch.cat([multiscale_ssim(images[part[:, 0]], images[part[:, 1]]) for part in chosen.split(batch_size)])
+    need("MS-SSIM, images of one prompt", max(map(len, alike), default=0), 2)
+    ends = np.cumsum([len(index) * (len(index) - 1) // 2 for index in alike])
+    found = []
+    for number in _some_of(int(ends[-1]), pairs, generator):
+        own = int(np.searchsorted(ends, number, side="right"))
+        before = int(ends[own - 1]) if own else 0
+        found.append([alike[own][i] for i in pair_of(number - before, len(alike[own]))])
+    parts = torch.tensor(found).split(batch_size)  # [n, 2] each
+    return torch.cat([multiscale_ssim(*(images[part[:, i]][:, :channels] for i in (0, 1))) for part in parts])
+
+
+def pair_of(number: int, count: int) -> tuple[int, int]:
+    """The pair (i, j), i < j, of that number among those of `count` things, in the order of `torch.combinations`."""
+    below = (2 * count - 1) ** 2 - 8 * number
+    root = math.isqrt(below - 1) + 1 if below else 0  # rounded up
+    i = (2 * count - 1 - root) // 2
+    return i, number - i * (2 * count - i - 1) // 2 + i + 1
+
+
+def _some_of(total: int, count: int, generator: torch.Generator | None) -> list[int]:
+    """`count` different numbers below `total`, or all where there are no more, in random order."""
+    if total <= MOST_SHUFFLED:
+        return torch.randperm(total, generator=generator)[:count].tolist()
+    chosen: dict[int, None] = {}
+    while len(chosen) < min(count, total):
+        chosen |= dict.fromkeys(torch.randint(total, (count,), generator=generator).tolist())
+    return list(chosen)[:count]
 
 
 def retrieval(
@@ -236,16 +248,20 @@ def retrieval(
     Raises:
         ValueError: no query's label is in the pool, or the pool is no larger than `top`.
     """
-    _need(f"{name}, pool", len(pool), top + 1)
+    need(f"{name}, pool", len(pool), top + 1)
     held = set(pool_labels)
     asked = [index for index, label in enumerate(query_labels) if label in held]
-    _need(f"{name}, queries whose label is in the pool", len(asked), 1)
+    need(f"{name}, queries whose label is in the pool", len(asked), 1)
 
     numbers = {label: number for number, label in enumerate(held)}
     wanted = torch.tensor([numbers[query_labels[index]] for index in asked])  # [n]
     offered = torch.tensor([numbers[label] for label in pool_labels])  # [M]
-    similarity = F.normalize(queries[asked].double(), dim=1) @ F.normalize(pool.double(), dim=1).T  # [n, M]
-    matches = offered[similarity.topk(top, dim=1).indices.cpu()] == wanted[:, None]  # [n, top]
+    unit = F.normalize(pool.double(), dim=1)
+    nearest = [  # [n, top]
+        (F.normalize(part.double(), dim=1) @ unit.T).topk(top, dim=1).indices.cpu()
+        for part in rows_beside(queries[asked], len(pool))
+    ]
+    matches = offered[torch.cat(nearest)] == wanted[:, None]  # [n, top]
     hits = matches.any(1)
 
     size, counts = len(pool), offered.bincount()[wanted].tolist()  # items of the pool that match each query
@@ -289,6 +305,7 @@ def bootstrap_interval(
     draws: int = 200,
     bounds: tuple[float, float] | dict[str, tuple[float, float]] = (-math.inf, math.inf),
     seed: int = 0,
+    of_parts: Callable[..., list] | None = None,
 ) -> Any:
     """Where a figure would lie for other images of the same kind and number: its 95 % interval.
 
@@ -301,17 +318,23 @@ def bootstrap_interval(
         arrays: tensors [N, ...], each at least twice as many items as `function` needs.
         paired: the arrays belong together row by row and are drawn together; otherwise each by itself.
         bounds: least and largest value that the figure can take; for a dict of figures one pair, or a dict of pairs.
+        of_parts: gives what `function` gives of many parts, from the arrays and a list of numbers of items of each;
+            for figures that are quicker to have together.
 
     Returns:
         (low, high), or a dict of them where `function` gives a dict.
     """
-    _need("Interval, items of each array", min(len(array) for array in arrays), 2)
+    need("Interval, items of each array", min(len(array) for array in arrays), 2)
     generator = torch.Generator().manual_seed(seed)
     whole: Any = function(*arrays)
-    halves: list[Any] = []
+    drawn = []
     for _ in range(draws):
-        half = [torch.randperm(len(array), generator=generator)[: len(array) // 2] for array in arrays]
-        halves.append(function(*(array[half[0] if paired else index] for array, index in zip(arrays, half))))
+        half = [torch.randperm(len(array), generator=generator)[: len(array) // 2].clone() for array in arrays]
+        drawn.append([half[0]] * len(arrays) if paired else half)
+    if of_parts is None:
+        halves = [function(*(array[index] for array, index in zip(arrays, half, strict=True))) for half in drawn]
+    else:
+        halves = of_parts(*arrays, drawn)
 
     def interval(value, values, bounds):
         values = torch.tensor(values, dtype=torch.float64)
@@ -343,6 +366,12 @@ def interval_of(figures: np.ndarray) -> list[float]:
     return [round(float(q), 4) for q in np.quantile(figures, [0.025, 0.975])]
 
 
-def _need(what: str, given: int, least: int) -> None:
+def rows_beside(x: Tensor, count: int) -> tuple[Tensor, ...]:
+    """`x` in parts, each of so many rows that a matrix of them and of `count` others has `LARGEST` entries at most."""
+    return x.split(max(1, LARGEST // count))
+
+
+def need(what: str, given: int, least: int) -> None:
+    """Raises ValueError where fewer things are given than `what` needs."""
     if given < least:
         raise ValueError(f"{what}: {given} given, at least {least} needed")

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from ..mapped import Rows, derive, select
 from ..modalities import resolve_modality
 from .extractors import Extractor
 from .images import to_unit
@@ -57,13 +58,10 @@ def load_autoencoder(options: EvaluateOptions, device: torch.device | str) -> Au
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, images: Tensor, grey: bool, batch_size: int = 4) -> Tensor:
+def reconstruct(vae: AutoencoderKL, images: Tensor, grey: bool) -> Tensor:
     """Images uint8 [N, 3, H, W] once through an autoencoder: the same, with equal channels where `grey`."""
-    parts = []
-    for part in images.split(batch_size):
-        x = vae.decode(vae.encode(to_unit(part).to(vae.device) * 2 - 1).latent_dist.mode()).sample
-        parts.append(bytes_of(x.mean(1, keepdim=True).expand_as(x) if grey else x))
-    return torch.cat(parts)
+    x = vae.decode(vae.encode(to_unit(images).to(vae.device) * 2 - 1).latent_dist.mode()).sample
+    return bytes_of(x.mean(1, keepdim=True).expand_as(x) if grey else x)
 
 
 def realism(
@@ -83,15 +81,16 @@ def realism(
     index = {name: images.of(modality) for name, images in sets.items()}
     n = min(len(index["real"]), len(index["synthetic"]))
     chosen = {name: some(numbers, n) for name, numbers in index.items() if len(numbers)}
-    images = {name: sets[name].images[numbers] for name, numbers in chosen.items()}
+    images = {name: select(sets[name].images, numbers) for name, numbers in chosen.items()}
     groups = {name: groups_of(sets[name], numbers) for name, numbers in chosen.items()}
-    reconstructed: dict[str, Tensor] = {}
+    reconstructed: dict[str, Rows] = {}
     if settings.autoencoder is not None:
-        grey = resolve_modality(modality).grey
-        through = partial(reconstruct, settings.autoencoder, grey=grey, batch_size=settings.batch_size)
-        reconstructed = {name: through(x) for name, x in images.items()}
+        through = partial(reconstruct, settings.autoencoder, grey=resolve_modality(modality).grey)
+        reconstructed = {
+            name: derive(x, f"decoded-{modality}-{name}", settings.batch_size, through) for name, x in images.items()
+        }
 
-    def tests(raw: Mapping[str, Tensor], reconstructed: Mapping[str, Tensor], fit: Fit, **said) -> dict:
+    def tests(raw: Mapping[str, Rows], reconstructed: Mapping[str, Rows], fit: Fit, **said) -> dict:
         found = {}
         for view, items in (("raw", raw), ("decoded", reconstructed)):
             found[view] = figure(partial(_test, items, groups, "synthetic", fit, said))
@@ -120,18 +119,19 @@ def groups_of(images: ImageSet, numbers: np.ndarray) -> list:
     return groups if all(groups) else list(map(int, numbers))
 
 
-def _test(items: Mapping[str, Tensor], groups: Mapping[str, list], other: str, fit: Fit, said: dict) -> dict:
+def _test(items: Mapping[str, Rows], groups: Mapping[str, list], other: str, fit: Fit, said: dict) -> dict:
     """The AUROC with which `fit` tells the real items from the `other` ones, of which as many are taken."""
     if "real" not in items:
         raise ValueError(NO_AUTOENCODER)
     if other not in items:
         raise ValueError(NO_TRAIN)
     n = min(len(items["real"]), len(items[other]))
-    scores = held_out_scores(items["real"][:n], items[other][:n], (groups["real"][:n], groups[other][:n]), fit)
+    real, others = (select(items[name], slice(n)) for name in ("real", other))
+    scores = held_out_scores(real, others, (groups["real"][:n], groups[other][:n]), fit)
     return {"value": mean_auroc(*scores)} | interval(mean_auroc, *scores, bounds=UNIT) | {"n": n, **said}
 
 
-def _sharpness(raw: Mapping[str, Tensor], reconstructed: Mapping[str, Tensor]) -> dict:
+def _sharpness(raw: Mapping[str, Rows], reconstructed: Mapping[str, Rows]) -> dict:
     real, generated = gradient_magnitude(reconstructed.get("real", raw["real"])), gradient_magnitude(raw["synthetic"])
     if not real.any():
         raise ValueError("the real images have no edges to compare with")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..mapped import Computed, Rows, derive, select
 from ..modalities import resolve_modality
 from .encoder import ImageTextEncoder
 from .extractors import Extractor
@@ -30,10 +31,11 @@ from .metrics import (
     image_text_retrieval,
     inception_score,
     kernel_distance,
+    kernel_distances_of_parts,
     ms_ssim_of_pairs,
     places,
-    precision_recall_density_coverage,
 )
+from .neighbourhoods import neighbourhoods_of_parts, precision_recall_density_coverage
 
 
 UNIT = (0.0, 1.0)
@@ -47,12 +49,12 @@ class ImageSet:
 
     Args:
         rows: as `read_dataset` gives them: `path`, `Text`, `modality`, and perhaps a label.
-        images: uint8 [N, 3, S, S], as `load_images` gives them.
+        images: uint8 [N, 3, S, S], as `load_images` or `map_images` gives them.
         changes: what `load_images` had to do to them.
     """
 
     rows: list[dict]
-    images: Tensor
+    images: Rows
     changes: Counter = field(default_factory=Counter)
 
     def __post_init__(self):
@@ -65,7 +67,7 @@ class ImageSet:
     def only(self, modalities: Sequence[str]) -> "ImageSet":
         """The images of these modalities."""
         index = np.flatnonzero(np.isin(self.modalities, list(modalities)))
-        return ImageSet([self.rows[i] for i in index], self.images[index], self.changes)
+        return ImageSet([self.rows[i] for i in index], select(self.images, index), self.changes)
 
     def column(self, name: str, numbers) -> list[str]:
         return [self.rows[i].get(name, "") for i in numbers]
@@ -133,7 +135,7 @@ def fidelity(real: Tensor, synthetic: Tensor, train: Tensor | None, draws: int =
 
     def kernel() -> dict:
         found = {"value": kernel_distance(real, synthetic), "n": len(synthetic), "n_real": len(real)}
-        return found | interval(kernel_distance, real, synthetic, draws=draws)
+        return found | interval(kernel_distance, real, synthetic, draws=draws, of_parts=kernel_distances_of_parts)
 
     distance, least = figure(frechet), figure(floor)
     report = {"frechet_distance": distance, "frechet_floor": least, "frechet_over_floor": over_floor(distance, least)}
@@ -143,7 +145,8 @@ def fidelity(real: Tensor, synthetic: Tensor, train: Tensor | None, draws: int =
         values = precision_recall_density_coverage(real, synthetic)
     except ValueError as error:
         return report | {name: {"left_out": str(error)} for name in bounds}
-    each = interval(precision_recall_density_coverage, real, synthetic, draws=draws, bounds=bounds).get("interval")
+    options = {"draws": draws, "bounds": bounds, "of_parts": neighbourhoods_of_parts}
+    each = interval(precision_recall_density_coverage, real, synthetic, **options).get("interval")
     for name, value in values.items():
         found = {"value": value, "n": len(synthetic)} | ({"interval": each[name]} if each else {})
         report[name] = {key: _rounded(v) for key, v in found.items()}
@@ -163,12 +166,12 @@ def over_floor(distance: dict, floor: dict) -> dict:
     return {key: _rounded(value) for key, value in found.items()}
 
 
-def diversity(images: Tensor, prompts: list[str], grey: bool, probabilities: Tensor | None) -> dict:
+def diversity(images: Rows, prompts: list[str], grey: bool, probabilities: Tensor | None) -> dict:
     """MS-SSIM among images uint8 [N, 3, H, W] of one prompt, and the Inception-style score of [N, classes]."""
 
     def ms_ssim() -> dict:
-        x = images[:, :1] if grey else images
-        values = ms_ssim_of_pairs(x, prompts, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        values = ms_ssim_of_pairs(images, prompts, generator=generator, channels=1 if grey else 3)
         repeated = sum(count > 1 for count in Counter(prompts).values())
         report = {"value": values.mean().item(), "pairs": len(values), "prompts": repeated, "n": len(images)}
         return report | interval(lambda v: v.mean().item(), values, bounds=UNIT)
@@ -249,7 +252,7 @@ def evaluate(
             numbers, captions = index[name], sets[name].column("Text", index[name])
             p = probabilities[name][numbers][:, columns] if columns else None
             p = p / p.sum(1, keepdim=True) if p is not None else None
-            found = diversity(sets[name].images[numbers], captions, resolve_modality(modality).grey, p)
+            found = diversity(select(sets[name].images, numbers), captions, resolve_modality(modality).grey, p)
             part["diversity"] |= {key + suffix: value for key, value in found.items()}
             pair = embeddings[name][numbers], texts[name][numbers]
             part["retrieval"]["image_text" + suffix] = retrieval_figure(partial(image_text_retrieval, *pair, captions))
@@ -289,15 +292,23 @@ def _memorisation(
     if "train" not in sets or not len(index["train"]):
         given = "there are no training images of this modality" if "train" in sets else NO_TRAIN
         return {key: {"left_out": given} for key in ("encoder", "pixels")}, {}
-    some = {name: (features[OWN, name][i], sets[name].images[i]) for name, i in index.items()}
+    some = {name: (features[OWN, name][i], select(sets[name].images, i)) for name, i in index.items()}
 
-    def both_ways(name: str) -> list[Tensor]:
-        return [pixel_features(some[name][1]), pixel_features(some[name][1].flip(-1))]
+    def both_ways(name: str) -> list[Computed]:
+        images = some[name][1]
+
+        def pixels(part: slice, mirror: bool) -> Tensor:
+            seen = select(images, part).split(64)
+            return torch.cat([pixel_features(x.flip(-1) if mirror else x) for x in seen])
+
+        return [Computed(len(images), partial(pixels, mirror=mirror)) for mirror in (False, True)]
 
     copies = {
         # The encoder is blind to mirroring, small shifts and brightness.
         "encoder": find_copies([some["synthetic"][0]], [some["real"][0]], some["train"][0]),
-        "pixels": find_copies(both_ways("synthetic"), both_ways("real"), pixel_features(some["train"][1])),
+        "pixels": find_copies(
+            both_ways("synthetic"), both_ways("real"), derive(some["train"][1], "pixels", 64, pixel_features)
+        ),
     }
     synthetic, train = (sets[name].names(index[name]) for name in ("synthetic", "train"))
     return {key: found.report(synthetic, train) for key, found in copies.items()}, copies

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..mapped import MappedTensor, select
 from ..modalities import resolve_modality
 from ..pipeline_minim import MinimPipeline
 from .metrics import places
 
 
 Parts = TypeVar("Parts")
+Some = TypeVar("Some", Tensor, MappedTensor)
 Texts = Sequence[str]
 
 
@@ -158,6 +160,6 @@ def draw_planned(
     return draw_images(pipe, prompts, modalities, seeds, batch_size, name=name, **settings)
 
 
-def by_modality(images: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """Of each modality in `names`, the images [N, ...] (or their features) that are its."""
-    return {name: images[index] for name, index in places(names).items()}
+def by_modality(images: Some, names: list[str]) -> dict[str, Some]:
+    """Of each modality in `names`, the images [N, ...] (or their features) that are its, where they lie."""
+    return {name: select(images, index) for name, index in places(names).items()}

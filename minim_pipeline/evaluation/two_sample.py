@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..mapped import Rows, select
 from .classifier import check_architecture, make_classifier, preprocessing
 from .images import to_unit
 from .metrics import auroc, places
@@ -21,8 +22,8 @@ from .metrics import auroc, places
 
 PRETRAINED_NETWORK = "efficientnet-lite0"
 FEWEST = 8  # images of each set
-Score = Callable[[Tensor], Tensor]  # items [n, ...] -> how far each looks generated, float [n] on the CPU
-Fit = Callable[[Tensor, Tensor], Score]  # real and generated items to learn from
+Score = Callable[[Any], Tensor]  # items [n, ...] -> how far each looks generated, float [n] on the CPU
+Fit = Callable[[Any, Any], Score]  # real and generated items to learn from
 
 
 def halves(groups: Sequence[Hashable], seed: int = 0) -> Tensor:
@@ -43,7 +44,7 @@ def halves(groups: Sequence[Hashable], seed: int = 0) -> Tensor:
     return first
 
 
-def held_out_scores(real: Tensor, generated: Tensor, groups: Sequence[Sequence[Hashable]], fit: Fit) -> list[Tensor]:
+def held_out_scores(real: Rows, generated: Rows, groups: Sequence[Sequence[Hashable]], fit: Fit) -> list[Tensor]:
     """Scores of every item by what has not learned from it: of real and generated items of one half, then the other.
 
     Args:
@@ -60,8 +61,8 @@ def held_out_scores(real: Tensor, generated: Tensor, groups: Sequence[Sequence[H
     scores = []
     learned_real, learned_generated = map(halves, groups)
     for _ in range(2):
-        score = fit(real[learned_real], generated[learned_generated])
-        scores += [score(real[~learned_real]), score(generated[~learned_generated])]
+        score = fit(select(real, learned_real), select(generated, learned_generated))
+        scores += [score(select(real, ~learned_real)), score(select(generated, ~learned_generated))]
         learned_real, learned_generated = ~learned_real, ~learned_generated
     return scores
 
@@ -98,7 +99,7 @@ def network(steps: int, device: torch.device | str = "cpu", batch_size: int = 64
         batch_size: at most as many as there are images to learn from.
     """
 
-    def fit(real: Tensor, generated: Tensor) -> Score:
+    def fit(real: Rows, generated: Rows) -> Score:
         torch.manual_seed(seed)
         g = torch.Generator().manual_seed(seed)
         model: Any = make_classifier(network_name(), 2, width=32).to(device).train()
@@ -126,7 +127,7 @@ def network(steps: int, device: torch.device | str = "cpu", batch_size: int = 64
         model.eval()
 
         @torch.no_grad()
-        def score(images: Tensor) -> Tensor:
+        def score(images: Rows) -> Tensor:
             parts = [model(shrunk(part, 224)).logits.float() for part in images.split(batch_size)]
             return (torch.cat(parts)[:, 1] - torch.cat(parts)[:, 0]).cpu()
 

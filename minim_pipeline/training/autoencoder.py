@@ -18,6 +18,7 @@ PSNR hardly feels and sharpness does: a second run, `--freeze_encoder --crop 256
 """
 
 import math
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -33,11 +34,12 @@ from diffusers.training_utils import EMAModel
 from .. import resolve_modality
 from ..cli import say
 from ..contact_sheet import contact_sheet
-from ..data.image_loading import load_images
+from ..data.mapped_images import IMAGES, map_images
 from ..disk import save_model
+from ..mapped import Rows
 from .config import Count, DataOptions, RunOptions, Share, Weight, option
 from .hub import push_parts
-from .latents import hold_images
+from .memory import hold
 from .rows import read_splits
 from .run import Run
 
@@ -113,12 +115,13 @@ def draw_batch(images, index, crop, generator, device, mirror: bool = True) -> t
     def uniform(low, high):
         return torch.rand(batch, device=generator.device, generator=generator) * (high - low) + low
 
-    top = (uniform(0, 1) * (size - crop + 1)).long().to(images.device)
-    left = (uniform(0, 1) * (size - crop + 1)).long().to(images.device)
-    span = torch.arange(crop, device=images.device)
+    top = (uniform(0, 1) * (size - crop + 1)).long().to(device)
+    left = (uniform(0, 1) * (size - crop + 1)).long().to(device)
+    span = torch.arange(crop, device=device)
     rows, columns = (top[:, None] + span)[:, None, :, None], (left[:, None] + span)[:, None, None, :]
-    channels = torch.arange(3, device=images.device)[None, :, None, None]
-    x = images[index.to(images.device)[:, None, None, None], channels, rows, columns].to(device).float() / 255
+    channels = torch.arange(3, device=device)[None, :, None, None]
+    whole = images[index.to(images.device)].to(device)  # [B, 3, size, size]
+    x = whole[torch.arange(batch, device=device)[:, None, None, None], channels, rows, columns].float() / 255
     turned = (uniform(0, 1).to(device) < 0.5) & mirror
     x = torch.where(turned[:, None, None, None], x.flip(-1), x)
     gamma = uniform(-0.2, 0.2).exp().to(device)[:, None, None, None]
@@ -148,7 +151,7 @@ def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor,
 
 @torch.no_grad()
 def reconstruction_figures(
-    vae: AutoencoderKL, images: torch.Tensor, modalities: list[str], batch_size: int = 32
+    vae: AutoencoderKL, images: Rows, modalities: list[str], batch_size: int = 32
 ) -> dict[str, float]:
     """Mean PSNR in dB and ratio of the energy in the highest octave, of all images and per modality."""
     psnr, energy = [], []
@@ -173,20 +176,26 @@ def save_pairs(vae: AutoencoderKL, images: torch.Tensor, path: Path) -> None:
 
 
 @torch.no_grad()
-def normalise_latents(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64) -> None:
+def normalise_latents(vae: AutoencoderKL, images: Rows, batch_size: int = 64) -> None:
     """Makes the latents of `images` zero-mean and of unit variance in every channel, without changing the images.
 
     The affine map is folded into the 1 x 1 convolutions on both sides of the latents, so that `scaling_factor` is 1
     and no code that uses the autoencoder has to know of it.
     """
-    means, variances = [], []
+    # Of the posterior's means their mean and the squares from it, and the sum of variances: [C] each.
+    centre, spread, variance = torch.zeros(3, vae.config.latent_channels, dtype=torch.float64, device=vae.device)
+    count = 0
     for part in images.split(batch_size):
         posterior = vae.encode(part.to(vae.device).float() / 127.5 - 1).latent_dist
-        means.append(posterior.mean.double().transpose(0, 1).flatten(1))
-        variances.append(posterior.var.double().transpose(0, 1).flatten(1))
-    every_mean = torch.cat(means, 1)  # [C, pixels]
-    mean = every_mean.mean(1).float()
-    std = (every_mean.var(1) + torch.cat(variances, 1).mean(1)).sqrt().float()
+        x = posterior.mean.double().transpose(0, 1).flatten(1)  # [C, pixels]
+        # As Chan, Golub and LeVeque (1979) put the parts together.
+        apart, share = x.mean(1) - centre, x.shape[1] / (count + x.shape[1])
+        centre = centre + apart * share
+        spread = spread + x.var(1, unbiased=False) * x.shape[1] + apart.square() * count * share
+        variance = variance + posterior.var.double().sum((0, 2, 3))
+        count += x.shape[1]
+    mean = centre.float()
+    std = (spread / (count - 1) + variance / count).sqrt().float()
     channels = len(mean)
     out, back = vae.quant_conv, vae.post_quant_conv  # [2C, 2C, 1, 1] and [C, C, 1, 1]
     out.weight[:channels] /= std[:, None, None, None]
@@ -229,10 +238,11 @@ class Trainer:
         train_rows, self.val_rows = read_splits(config)
         if not config.no_mirror:
             say(f"{config.train_data}: all {len(train_rows)} images may be mirrored: no caption is learned.")
-        load = partial(load_images, trim=False, reading=config.reading)
-        self.images = hold_images(load(train_rows, config.train_data, config.resolution), self.run.device)
+        load = partial(map_images, trim=False, reading=config.reading)
+        train, val = (config.output / IMAGES / name for name in ("train", "val"))
+        self.images = hold(load(train, train_rows, config.train_data, config.resolution), self.run.device)
         if self.val_rows:
-            self.val_images = load(self.val_rows, config.train_data, config.resolution)
+            self.val_images = load(val, self.val_rows, config.train_data, config.resolution)
             self.val_names = [resolve_modality(row["modality"]).id for row in self.val_rows]
 
     def step(self) -> dict[str, torch.Tensor]:
@@ -288,6 +298,7 @@ class Trainer:
                 if self.val_rows:
                     figures = reconstruction_figures(self.vae, self.val_images, self.val_names)
                     self.run.log.write("final", **figures)
+            shutil.rmtree(self.run.output / IMAGES)
         self.run.finish()
 
 

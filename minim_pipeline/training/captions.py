@@ -175,18 +175,32 @@ def _without_filler(match: re.Match) -> str:
 
 
 def phrase(rows: list[dict], captions: dict, tokenizer: CLIPTokenizer, variants: int, seed: int) -> torch.Tensor:
-    """Token ids [N, variants, L] of the rows' captions, each in several phrasings behind its modality's token.
+    """Token ids [N, variants, L] of the rows' captions, as `phrase_once`."""
+    ids, where = phrase_once(rows, captions, tokenizer, variants, seed)
+    return ids[where]
+
+
+def phrase_once(
+    rows: list[dict], captions: dict, tokenizer: CLIPTokenizer, variants: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows' captions, each in several phrasings behind its modality's token: every text once, and whose it is.
 
     A single variant is the caption as it stands. Captions that are longer than the encoder reads are told.
+
+    Returns:
+        Token ids [T, L] of the different texts, and the places in them of each row's phrasings, int64 [N, variants].
     """
     rng = random.Random(seed)
     kinds = [resolve_modality(row["modality"]) for row in rows]
     # The pipeline takes MINIM's "OCT: " from a prompt, so it must not be learned either.
     plain = [without_prefix(row["Text"], modality) for row, modality in zip(rows, kinds, strict=True)]
     tell_cut([f"{modality.token} {text}" for text, modality in zip(plain, kinds, strict=True)], tokenizer)
-    texts = []
-    for row, modality, own in zip(rows, kinds, plain, strict=True):
-        for _ in range(variants):
+    places: dict[str, int] = {}
+    where = torch.empty(len(rows), variants, dtype=torch.int64)
+    for i, (row, modality, own) in enumerate(zip(rows, kinds, plain, strict=True)):
+        for j in range(variants):
             text = vary_caption(own, modality.id, row.get("finding"), rng, captions) if variants > 1 else own
-            texts.append(f"{modality.token} {text}")
-    return tokenize(tokenizer, texts).reshape(len(rows), variants, -1)
+            where[i, j] = places.setdefault(f"{modality.token} {text}", len(places))
+    texts = list(places)
+    parts = (tokenize(tokenizer, texts[start : start + 4096]) for start in range(0, len(texts), 4096))
+    return torch.cat(list(parts)), where

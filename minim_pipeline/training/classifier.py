@@ -9,14 +9,17 @@ more of the findings. With `--autoencoder`, half of what they see has gone throu
 all has that is generated.
 """
 
+import shutil
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from ..data.image_loading import load_images
+from ..data.image_loading import key_of
+from ..data.mapped_images import IMAGES, map_images
 from ..evaluation.classifier import (
     ARCHITECTURES,
     Recipe,
@@ -40,11 +43,14 @@ from ..evaluation.judges import (
 from ..evaluation.options import Architecture
 from ..evaluation.sampling import reconstruct
 from ..files import write_report
+from ..loading import model_identity
 from ..locking import locked
+from ..mapped import MappedTensor, Rows, map_parts
 from ..modalities import resolve_modality
 from ..pipeline_minim import MinimPipeline
 from .config import Count, CsvOptions, HubOptions, PrecisionOptions, Share, Weight, Whole, option
 from .hub import check_hub, push_parts
+from .memory import hold
 from .rows import mirrored, of_part, read_findings, tell_mirrored, tell_repeats
 
 
@@ -101,15 +107,29 @@ def read_rows(config: ClassifierConfig) -> tuple[list[dict], list[dict], list[Cl
     return rows, val_rows, classes, families
 
 
-def load_seen(config: ClassifierConfig, rows: list[dict], side: int, device: torch.device) -> torch.Tensor:
-    """The images of `rows`, uint8 [N, 3, side, side]; with an autoencoder [2 N, ...], all again as that makes them."""
-    images = load_images(rows, config.train_data, side, reading=config.reading)
+def load_seen(config: ClassifierConfig, name: str, rows: list[dict], side: int, device: torch.device) -> MappedTensor:
+    """The images of `rows`, uint8 [N, 3, side, side]; with an autoencoder [2 N, ...], all again as that makes them.
+
+    `name`: of the files.
+    """
+    folder, modalities = config.output / IMAGES, [row["modality"] for row in rows]
+    images = map_images(folder / name, rows, config.train_data, side, reading=config.reading)
     if config.autoencoder is None:
         return images
     pipe = MinimPipeline.from_pretrained(config.autoencoder, filter_head=None).to(device)
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    own = images if size == side else load_images(rows, config.train_data, size, reading=config.reading)
-    return torch.cat([images, reconstruct(pipe, own, [row["modality"] for row in rows], resolution=side)])
+    own = images
+    if size != side:
+        own = map_images(folder / f"{name}-whole", rows, config.train_data, size, reading=config.reading)
+    through = partial(reconstruct, pipe, resolution=side)
+    decoded = map_parts(
+        folder / f"{name}-decoded",
+        [model_identity(config.autoencoder), key_of(rows, config.train_data, config.reading), side],
+        len(rows),
+        64,
+        lambda parts: (through(own[part], modalities[part]) for part in parts),
+    )
+    return images.join(decoded[0])
 
 
 def train_all(
@@ -122,11 +142,12 @@ def train_all(
     labels = [classes.index(class_of(row)) for row in rows]
     grey = [resolve_modality(row["modality"]).grey for row in rows]
     models: dict[str, nn.Module] = {}
-    seconds, seen = {}, {}
+    seconds: dict[str, int] = {}
+    seen: dict[int, Rows] = {}
     for name in config.architectures:
         side = stored_side(config.recipe(name).resolution)
         if side not in seen:
-            seen[side] = load_seen(config, rows, side, device).to(device)
+            seen[side] = hold(load_seen(config, f"train-{side}", rows, side, device), device)
         copies = len(seen[side]) // len(rows)
         y, flip, is_grey = (torch.tensor(v, device=device).repeat(copies) for v in (labels, may_mirror, grey))
         torch.manual_seed(config.seed)
@@ -141,7 +162,7 @@ def train_all(
 
 def validate(judges: Judges, config: ClassifierConfig, val_rows: list[dict]) -> dict[str, dict]:
     """By classifier, and as `judges` of their mean, `accuracy_report` of `val` and `val_reconstructed` images."""
-    each = judges.judge_each(load_seen(config, val_rows, 256, judges.device))
+    each = judges.judge_each(load_seen(config, "val", val_rows, 256, judges.device))
     each["judges"] = torch.stack(list(each.values())).mean(0)
     modalities, findings = map(list, zip(*map(class_of, val_rows), strict=True))
     asked = modalities, findings, [row.get("source", "") for row in val_rows], judges.families
@@ -183,6 +204,7 @@ def train(config: ClassifierConfig) -> dict:
             "recipes": {name: asdict(config.recipe(name)) for name in config.architectures},
             **validate(judges, config, val_rows),
         }
+        shutil.rmtree(config.output / IMAGES)
         write_report(config.output / "report.json", report)
         push_parts(config, "train_classifier", *(config.output / name for name in (*models, "judges.json")))
     for name, figures in report["val"].items():

@@ -1,6 +1,7 @@
 """What a U-Net is trained for: noise levels, the target and its weight, and what its answer says of the image."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -9,6 +10,10 @@ from diffusers.training_utils import compute_snr
 from transformers import CLIPTextModel
 
 from ..minim_filter.estimate import estimate_clean, noise_angles
+
+
+if TYPE_CHECKING:
+    from .latents import Latents
 
 
 class Denoise(nn.Module):
@@ -85,23 +90,26 @@ def clean_estimate(
 
 @torch.no_grad()
 def validation_errors(
-    model: Denoise, scheduler: DDPMScheduler, latents: torch.Tensor, ids: torch.Tensor, seed: int
+    model: Denoise, scheduler: DDPMScheduler, latents: "torch.Tensor | Latents", ids: torch.Tensor, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `squared_error` [N] of each image and its timestep [N]; noise and timesteps are always the same.
 
     Args:
-        latents: [N, C, h, w], scaled as the U-Net takes them.
+        latents: [N, C, h, w], scaled as the U-Net takes them; read in parts.
         ids: of their captions, [N, L].
     """
     device = next(model.parameters()).device
-    generator = torch.Generator("cpu").manual_seed(seed)
-    noise = torch.randn(latents.shape, generator=generator)
+    generator, again = (torch.Generator("cpu").manual_seed(seed) for _ in range(2))
+    parts = torch.arange(len(latents)).split(64)
+    for part in parts:  # the noise, which is drawn again where it is needed: all of it would fill the memory
+        torch.randn((len(part), *latents.shape[1:]), generator=generator)
     # Evenly over the timesteps: all of them are visited in every thousandth.
     steps = torch.linspace(0, scheduler.config.num_train_timesteps - 1, len(latents)).round().long()
     steps = steps[torch.randperm(len(steps), generator=generator)]
     errors = []
-    for part in torch.arange(len(latents)).split(64):
-        x, e, t = latents[part].cpu().float(), noise[part], steps[part]
+    for part in parts:
+        x, t = latents[part].cpu().float(), steps[part]
+        e = torch.randn(x.shape, generator=again)
         noisy = scheduler.add_noise(x, e, t).to(device)
         prediction = model(noisy, t.to(device), ids[part].to(device)).float().cpu()
         errors.append(squared_error(scheduler, prediction, x, e, t))

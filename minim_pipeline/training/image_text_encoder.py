@@ -13,6 +13,7 @@ It learns from part A of the train split, the judges from part B: neither steers
 
 import json
 import math
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,16 +26,18 @@ from transformers import CLIPTokenizer, ConvNextV2Config, VisionTextDualEncoderC
 
 from .. import EMBEDDED_CHECKPOINT, names_a_side
 from ..cli import say
-from ..data.image_loading import load_images
+from ..data.mapped_images import IMAGES, map_images
 from ..evaluation.classifier import augment, prepare_training, stored_side
 from ..evaluation.encoder import ImageTextEncoder
 from ..evaluation.judges import class_of
 from ..files import read_report, write_report
 from ..finite import check_weights
+from ..mapped import Rows
 from ..modalities import resolve_modality
-from .captions import load_captions, phrase
+from .captions import load_captions, phrase_once
 from .config import Count, CsvOptions, Positive, RunOptions, Share, Weight, Whole, option
 from .hub import push_parts
+from .memory import hold
 from .rows import of_part, read_findings, tell_repeats
 from .run import Run
 from .text.student import text_config
@@ -117,16 +120,18 @@ def disguise(images: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def measure(
-    encoder: ImageTextEncoder, train_images: torch.Tensor, val_images: torch.Tensor, val_rows: list[dict]
-) -> dict:
+def measure(encoder: ImageTextEncoder, train_images: Rows, val_images: Rows, val_rows: list[dict]) -> dict:
     """What it can do on val images: copies found, findings by nearest neighbours, texts found among all texts."""
     features, embeddings = encoder.encode_images(val_images)
     pool = torch.cat([encoder.encode_images(train_images)[0], features])
     own = torch.arange(len(val_images)) + len(train_images)
     report: dict[str, Any] = {"n": len(val_rows), "pool": len(pool), "copies_found": {}}
-    for name, copies in disguise(val_images).items():
-        nearest = (encoder.encode_images(copies)[0] @ pool.T).argmax(1)
+    looked_at: dict[str, list[torch.Tensor]] = {}
+    for part in val_images.split(256):
+        for name, copies in disguise(part).items():
+            looked_at.setdefault(name, []).append(encoder.encode_images(copies)[0])
+    for name, parts in looked_at.items():
+        nearest = torch.cat([(part @ pool.T).argmax(1) for part in parts])
         report["copies_found"][name] = round((nearest == own).float().mean().item(), 4)
 
     labels = torch.tensor(numbered(val_rows))
@@ -193,22 +198,24 @@ class Trainer:
         self.grey = torch.tensor([resolve_modality(row["modality"]).grey for row in rows], device=device)
         self.tokenizer = CLIPTokenizer.from_pretrained(config.tokenizer)
         captions = load_captions(config.captions)
-        self.ids = phrase(rows, captions, self.tokenizer, config.caption_variants, config.seed).to(device)
+        phrased = phrase_once(rows, captions, self.tokenizer, config.caption_variants, config.seed)
+        self.ids, self.captions = (part.to(device) for part in phrased)  # [T, L], and places in it [N, variants]
         side = stored_side(config.resolution)
-        self.images = load_images(rows, config.train_data, side, reading=config.reading).to(device)
-        self.val_images = load_images(self.val_rows, config.train_data, 256, reading=config.reading)
+        train, val = (config.output / IMAGES / name for name in ("train", "val"))
+        self.images = hold(map_images(train, rows, config.train_data, side, reading=config.reading), device)
+        self.val_images = map_images(val, self.val_rows, config.train_data, 256, reading=config.reading)
 
     def step(self) -> dict[str, torch.Tensor]:
         config, run = self.config, self.run
         g = run.generator()
         # No image twice in a batch: it would be its own negative.
         index = torch.randperm(len(self.images), device=run.device, generator=g)[: self.batch]
-        x = self.images[index].float() / 255
+        x = self.images[index.to(self.images.device)].to(run.device).float() / 255
         mirror = torch.full((self.batch,), not config.no_mirror, device=run.device)
         views = torch.cat([augment(x, config.resolution, mirror, self.grey[index], g) for _ in range(2)])
-        variant = torch.randint(self.ids.shape[1], (self.batch,), device=run.device, generator=g)
+        variant = torch.randint(config.caption_variants, (self.batch,), device=run.device, generator=g)
         run.schedule.set_learning_rates(self.optimizer, [config.learning_rate] * 2, config.lr_warmup_steps)
-        pooled, seen, read, scale = self.model(views, self.ids[index, variant])
+        pooled, seen, read, scale = self.model(views, self.ids[self.captions[index, variant]])
         about = text_loss(seen, read.repeat(2, 1), scale, self.labels[index].repeat(2))
         first, second = pooled.chunk(2)
         copies = copy_loss(first, second, config.temperature)
@@ -246,6 +253,7 @@ class Trainer:
             report["val"] = self.report
             encoder.save_pretrained(run.output)
             write_report(run.output / "report.json", report)
+            shutil.rmtree(run.output / IMAGES)
             print(json.dumps({name: report[name] for name in ("parameters", "seconds", "val")}, indent=2))
         run.finish()
         return report

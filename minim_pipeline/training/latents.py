@@ -1,158 +1,178 @@
 """Latents of a data set, encoded once in several augmented versions, and how near samples come to them."""
 
 import hashlib
-import json
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterator
+from functools import cached_property, partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..data.image_loading import check_values, key_of, load_images
+from ..data.image_pixels import Found
 from ..data.image_reader import tell
-from ..disk import count_bytes, whole_file
-from ..evaluation.memorisation import copy_share, nearest_distances
+from ..evaluation.memorisation import copy_share, mean_of, nearest_distances
+from ..mapped import Computed, MappedTensor, Rows, ahead, map_parts
 from .config import DataOptions
-from .memory import fits
+from .memory import hold
 from .randomness import step_generator
 from .rows import mirrored, tell_mirrored
 from .run import Run
 
 
 PIXELS_AT_ONCE = 2**22  # that are encoded together: 64 images of 256 px, 16 of 512
+IMAGES_AT_ONCE = 128  # whose versions are looked at together for copies
 
 
 class Latents:
-    """Means and standard deviations of the autoencoder's posterior: both [N, versions, C, h, w], half precision.
+    """Of the autoencoder's posterior, the mean and the standard deviation of each version of each image.
 
-    The first version of an image is the image itself.
+    As rows they are the means of the images themselves, scaled as the U-Net takes them: [N, C, h, w].
+
+    Args:
+        moments: half [N, versions, 2, C, h, w], mean and standard deviation; the first version of an image is the
+            image itself.
     """
 
-    def __init__(self, mean: torch.Tensor, std: torch.Tensor, scale: float, shift: float):
-        self.mean, self.std, self.scale, self.shift = mean, std, scale, shift
+    def __init__(self, moments: Rows, scale: float, shift: float):
+        self.moments, self.scale, self.shift = moments, scale, shift
+        self.shape = torch.Size((len(moments), *moments.shape[3:]))
 
     @classmethod
     def encode(
         cls, run: Run, vae: AutoencoderKL, data: DataOptions, rows: list[dict], name: str, versions: int
     ) -> "Latents":
-        """Encodes `rows`; every process encodes its share and reads the others' from the folder of the run.
+        """Encodes `rows` to files in the folder of the run, of which every process makes its share.
 
-        A run that is resumed finds the latents on disk, and so trains on the very same ones.
+        A run that is stopped and started again goes on with the next file, and trains on the very same latents. These
+        do not depend on the number of processes.
 
         Args:
             data: the CSV, and how its images are read.
-            name: of the files, beside the share that they hold.
+            name: of the files.
             versions: of every image, the first unchanged.
 
         Raises:
             ValueError: the autoencoder is broken, or as `load_images`.
         """
-        accelerator, world = run.accelerator, run.accelerator.num_processes
         run.output.mkdir(parents=True, exist_ok=True)
-        may_mirror = mirrored(rows, data.no_mirror)
+        encoding = Encoding(run, vae, data, rows, versions)
         if versions > 1:
-            tell_mirrored(f"{data.train_data} ({name})", rows, may_mirror)
-        digest = hashlib.sha256()
-        for tensor in vae.state_dict().values():
-            digest.update(tensor.cpu().numpy().tobytes())
-        settings = {
-            "versions": versions,
-            "resolution": data.resolution,
-            "seed": run.config.seed,
-            "images": key_of(rows, data.train_data, data.reading),
-            "mirrored": hashlib.sha256(bytes(may_mirror)).hexdigest(),
-            "vae": digest.hexdigest(),
-            "mixed_precision": run.config.mixed_precision,
-        }
-        key = {"key": json.dumps(settings)}
-        files = [run.output / f"latents-{name}-{rank}-of-{world}.safetensors" for rank in range(world)]
-        own = files[run.rank]
-        changes: Counter[str] = Counter()
-        if not (own.is_file() and safe_open(own, "pt").metadata() == key):
-            if own.is_file():
-                print(f"{own.name} is of other images, rows or settings: encoded anew")
-            part = cls._encode_share(run, vae, data, rows, may_mirror, versions, changes)
-            with whole_file(own, count_bytes(part)) as unfinished:
-                save_file(dict(zip(("mean", "std"), part, strict=True)), unfinished, metadata=key)
-        accelerator.wait_for_everyone()
-        changes = sum(gather_object([changes]), Counter())
+            tell_mirrored(f"{data.train_data} ({name})", rows, encoding.may_mirror)
+        at_once, path = max(1, PIXELS_AT_ONCE // data.resolution**2), run.output / f"latents-{name}"
+        moments, other = map_parts(path, encoding.key(), len(rows), at_once, encoding.parts)
+        if other:
+            print(f"{path.name} is of other images, rows or settings: encoded anew")
+        changes: Counter[str] = sum(gather_object([encoding.changes]), Counter())
         if changes and run.is_main:
             tell(changes, len(rows), data.train_data, data.reading)
-        mean, std = (hold_images(tensor, run.device) for tensor in cls._read(files, len(rows)))
-        return cls(mean, std, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+        return cls(moments, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
 
-    @staticmethod
-    def _read(files: list[Path], count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means and standard deviations of `count` rows, of which each file holds every `len(files)`-th."""
-        for rank, file in enumerate(files):
-            part = load_file(file)
-            if rank == 0:
-                shape = (count, *part["mean"].shape[1:])
-                mean, std = torch.empty(shape, dtype=torch.half), torch.empty(shape, dtype=torch.half)
-            mean[rank :: len(files)], std[rank :: len(files)] = part["mean"], part["std"]
-        return mean, std
+    @property
+    def on_disk(self) -> bool:
+        return isinstance(self.moments, MappedTensor)
 
-    @staticmethod
-    @torch.no_grad()
-    def _encode_share(
-        run: Run,
-        vae: AutoencoderKL,
-        data: DataOptions,
-        every: list[dict],
-        may_mirror: list[bool],
-        versions: int,
-        changes: Counter,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        share = slice(run.rank, None, run.accelerator.num_processes)
-        rows = every[share]
-        # Of all rows, so that the shares of all processes are scaled alike.
-        found = check_values([(every, data.train_data)], data.reading)
-        images = load_images(
-            rows, data.train_data, data.resolution, changes=changes, found=found, reading=data.reading
-        )
-        flips = torch.tensor(may_mirror[share], device=run.device)
-        generator = step_generator(run.config.seed, 2**31, run.rank, run.device)
-        means, stds = [], []
-        count = max(1, PIXELS_AT_ONCE // data.resolution**2)
-        parts = tqdm(range(0, len(rows), count), desc="encoding", disable=not run.accelerator.is_local_main_process)
-        for start in parts:
-            x = images[start : start + count].to(run.device).float() / 255
-            mean, std = [], []
-            for version in range(versions):
-                y = augment(x, flips[start : start + count], version, generator) if version else x
-                with run.accelerator.autocast():
-                    posterior = vae.encode(y * 2 - 1).latent_dist
-                if not posterior.mean.isfinite().all():
-                    raise ValueError("The autoencoder's latents are not finite: it is broken, or overflows.")
-                mean.append(posterior.mean.half().cpu())
-                std.append(posterior.std.half().cpu())
-            means.append(torch.stack(mean, 1))
-            stds.append(torch.stack(std, 1))
-        return torch.cat(means).contiguous(), torch.cat(stds).contiguous()
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def __getitem__(self, index) -> torch.Tensor:
+        return (self.moments[index][:, 0, 0].float() - self.shift) * self.scale
 
     def draw(self, index: torch.Tensor, version: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """A sample of the posterior of each: [B, C, h, w], scaled as the U-Net takes it."""
-        where = index.to(self.mean.device), version.to(self.mean.device)
-        mean, std = (t[where].to(generator.device).float() for t in (self.mean, self.std))
+        place = self.moments.device
+        moments = self.moments[index.to(place), version.to(place)]  # [B, 2, C, h, w]
+        if generator.device.type == "cuda":
+            moments = moments.to(generator.device, non_blocking=True)
+        mean, std = moments.float().unbind(1)
         noise = torch.randn(mean.shape, device=generator.device, generator=generator)
         return (mean + std * noise - self.shift) * self.scale
 
     def join(self, other: "Latents") -> "Latents":
-        """These, and behind them those of another data set with as many versions."""
-        # One may have found room on the device where the other did not.
-        device = self.mean.device if self.mean.device == other.mean.device else torch.device("cpu")
-        pairs = (self.mean, other.mean), (self.std, other.std)
-        mean, std = (torch.cat([part.to(device) for part in pair]) for pair in pairs)
-        return Latents(mean, std, self.scale, self.shift)
+        """These, and behind them those of another data set with as many versions; both as `encode` gives them."""
+        moments = cast(MappedTensor, self.moments).join(cast(MappedTensor, other.moments))
+        return Latents(moments, self.scale, self.shift)
 
-    def plain(self) -> torch.Tensor:
-        """The posterior's means of the images themselves, scaled: [N, C, h, w]."""
-        return (self.mean[:, 0].float() - self.shift) * self.scale
+    def hold(self, device: torch.device) -> "Latents":
+        """On the device, if it is another than the CPU and they fit; else where they are."""
+        return Latents(hold(self.moments, device), self.scale, self.shift)
+
+
+class Encoding:
+    """How rows are encoded, and in `changes` what had to be done to their images, in words."""
+
+    def __init__(self, run: Run, vae: AutoencoderKL, data: DataOptions, rows: list[dict], versions: int):
+        self.run, self.vae, self.data, self.rows, self.versions = run, vae, data, rows, versions
+        self.may_mirror = mirrored(rows, data.no_mirror)
+        self.changes: Counter[str] = Counter()
+
+    def key(self) -> dict:
+        """All that the latents depend on."""
+        digest = hashlib.sha256()
+        for tensor in self.vae.state_dict().values():
+            digest.update(tensor.cpu().numpy().tobytes())
+        return {
+            "versions": self.versions,
+            "resolution": self.data.resolution,
+            "seed": self.run.config.seed,
+            "images": key_of(self.rows, self.data.train_data, self.data.reading),
+            "mirrored": hashlib.sha256(bytes(self.may_mirror)).hexdigest(),
+            "vae": digest.hexdigest(),
+            "mixed_precision": self.run.config.mixed_precision,
+        }
+
+    @cached_property
+    def found(self) -> dict[str, Found]:
+        """By which all rows are scaled alike."""
+        return check_values([(self.rows, self.data.train_data)], self.data.reading)
+
+    def load(self, part: slice) -> torch.Tensor:
+        data = self.data
+        read = partial(load_images, changes=self.changes, reading=data.reading, found=self.found, progress=False)
+        return read(self.rows[part], data.train_data, data.resolution)
+
+    @torch.no_grad()
+    def parts(self, parts: list[slice]) -> Iterator[torch.Tensor]:
+        """The moments of parts of the rows, in order: half [n, versions, 2, C, h, w] on the CPU.
+
+        Chance goes on from part to part, so what is drawn for those that are left out is drawn, too.
+        """
+        run, at = self.run, 0
+        flips = torch.tensor(self.may_mirror, device=run.device)
+        generator = step_generator(run.config.seed, 2**31, 0, run.device)
+        bar = tqdm(parts, "encoding", disable=not run.accelerator.is_local_main_process)
+        for part, images in zip(bar, ahead(parts, self.load), strict=True):
+            size = parts[0].stop - parts[0].start
+            while at < part.start:
+                for _ in range(1, self.versions):
+                    draw_changes(size, generator)
+                at += size
+            at = part.stop
+            yield self.encode(images.to(run.device).float() / 255, flips[part], generator)
+
+    def encode(self, x: torch.Tensor, flips: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """The moments of images [n, 3, S, S] in [0, 1]."""
+        versions, finite = [], torch.ones((), dtype=torch.bool, device=x.device)
+        for version in range(self.versions):
+            y = augment(x, flips, version, generator) if version else x
+            with self.run.accelerator.autocast():
+                posterior = self.vae.encode(y * 2 - 1).latent_dist
+            finite &= posterior.mean.isfinite().all()
+            versions.append(torch.stack([posterior.mean, posterior.std], 1).half())  # [n, 2, C, h, w]
+        if not finite:
+            raise ValueError("The autoencoder's latents are not finite: it is broken, or overflows.")
+        return torch.stack(versions, 1).cpu()
+
+
+def draw_changes(batch: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """What `augment` draws for a batch: of each image mirror, turn, zoom, shifts along both sides, and gamma."""
+    ranges = (0, 1), (-0.07, 0.07), (0.9, 1.0), (-1, 1), (-1, 1), (-0.15, 0.15)
+    device = generator.device
+    return [torch.rand(batch, device=device, generator=generator) * (high - low) + low for low, high in ranges]
 
 
 def augment(x: torch.Tensor, may_mirror: torch.Tensor, version: int, generator: torch.Generator) -> torch.Tensor:
@@ -162,14 +182,8 @@ def augment(x: torch.Tensor, may_mirror: torch.Tensor, version: int, generator: 
     images are a little soft. Odd versions are turned by up to 4 degrees and enlarged by up to 10 %.
     """
     batch, device, size = len(x), x.device, x.shape[-1]
-
-    def uniform(low, high):
-        return torch.rand(batch, device=device, generator=generator) * (high - low) + low
-
-    mirror = may_mirror & (uniform(0, 1) < 0.5)
-    x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
-    turn, zoom = uniform(-0.07, 0.07), uniform(0.9, 1.0)
-    dx, dy = uniform(-1, 1), uniform(-1, 1)
+    mirror, turn, zoom, dx, dy, gamma = draw_changes(batch, generator)
+    x = torch.where((may_mirror & (mirror < 0.5))[:, None, None, None], x.flip(-1), x)
     if version % 2:
         margin = 1 - zoom
         rows = (
@@ -186,15 +200,16 @@ def augment(x: torch.Tensor, may_mirror: torch.Tensor, version: int, generator: 
         channels = torch.arange(3, device=device)[None, :, None, None]
         where = torch.arange(batch, device=device)[:, None, None, None]
         x = padded[where, channels, top[:, None, :, None], left[:, None, None, :]]
-    return x.clamp(min=1e-4) ** uniform(-0.15, 0.15).exp()[:, None, None, None]
+    return x.clamp(min=1e-4) ** gamma.exp()[:, None, None, None]
 
 
 def memorised_share(
     samples: dict[str, torch.Tensor],
-    val: torch.Tensor,
+    val: torch.Tensor | Latents,
     val_names: list[str],
     train: Latents,
     train_names: list[str],
+    known: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> float:
     """Share of samples that lie nearer to a training image than the nearest 1 % of val images of their modality do.
 
@@ -204,8 +219,10 @@ def memorised_share(
     Args:
         samples: by modality.
         val_names, train_names: the modality of each val and train image.
+        known: by modality, the mean of the train images and the distances of val images to them, which are found once
+            and kept there.
     """
-    copies, total = 0.0, 0
+    copies, total, known = 0.0, 0, {} if known is None else known
 
     def features(latents: torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(latents.float(), 2).flatten(1)
@@ -214,17 +231,22 @@ def memorised_share(
         learned = torch.tensor([i for i, n in enumerate(train_names) if n == name])
         if not len(learned):
             continue
-        references = train.mean[learned.to(train.mean.device)].flatten(0, 1).to(latents.device)
-        references = features((references.float() - train.shift) * train.scale)
-        real = features(val[[i for i, n in enumerate(val_names) if n == name]].to(latents.device))
-        mean = references.mean(0)
-        drawn, held_out = (nearest_distances(x, references, mean)[0] for x in (features(latents), real))
-        share, _ = copy_share(drawn, held_out)
+        unseen, device = torch.tensor([i for i, n in enumerate(val_names) if n == name]), latents.device
+
+        def reference(part: slice, learned=learned, device=device) -> torch.Tensor:
+            """Of each image all versions, one after the other."""
+            means = train.moments[learned[part].to(train.moments.device)][:, :, 0].flatten(0, 1).to(device)
+            return features((means.float() - train.shift) * train.scale)
+
+        def held_out(part: slice, unseen=unseen, device=device) -> torch.Tensor:
+            return features(val[unseen[part]].to(device))
+
+        references = Computed(len(learned), reference)
+        if name not in known:
+            mean = mean_of(references, IMAGES_AT_ONCE)
+            known[name] = mean, nearest_distances(Computed(len(unseen), held_out), references, mean, IMAGES_AT_ONCE)[0]
+        mean, of_unseen = known[name]
+        share, _ = copy_share(nearest_distances(features(latents), references, mean, IMAGES_AT_ONCE)[0], of_unseen)
         copies += share * len(latents)
         total += len(latents)
     return round(copies / max(1, total), 4)
-
-
-def hold_images(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Keeps the images on the device if they fit, else where they are."""
-    return images.to(device) if fits(images.nbytes, device) else images

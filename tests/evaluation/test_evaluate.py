@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,19 @@ import torch
 from conftest import ROOT
 from PIL import Image, ImageEnhance, ImageOps
 
+from minim_pipeline import EMBEDDED_ENCODER
 from minim_pipeline.cli import main
 from minim_pipeline.data.image_loading import load_images
+from minim_pipeline.data.mapped_images import map_images
+from minim_pipeline.data.sources import read_dataset
+from minim_pipeline.evaluation.extractors import load_extractor
+from minim_pipeline.evaluation.pictures import collect
+from minim_pipeline.evaluation.realism import RealismSettings, realism
+from minim_pipeline.evaluation.report import ImageSet
+from minim_pipeline.evaluation.report import evaluate as measure
+from minim_pipeline.evaluation.two_sample import held_out_scores
 from minim_pipeline.files import read_report
+from minim_pipeline.mapped import Rows, select
 
 
 pytest.importorskip("torchmetrics")
@@ -130,6 +141,34 @@ def test_page_stands_alone(report):
     assert page.count("data:image/webp") == 2 * 4 + 2 * 2 * 6
     without_names = re.sub(r'xmlns[:a-z]*="[^"]*"', "", page)
     assert "http://" not in without_names and "https://" not in without_names
+
+
+def test_images_on_disk_are_measured_as_those_in_memory(sets, make_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("minim_pipeline.data.mapped_images.IMAGES_AT_ONCE", 3)
+    extractor = load_extractor(EMBEDDED_ENCODER)
+    settings = RealismSettings([extractor], make_pipeline().vae.eval())
+
+    def brighter(real: Rows, generated: Rows) -> Callable:
+        """Is asked as a network is that learns from the images."""
+        sign = 1 if generated[:].float().mean() > real[:].float().mean() else -1
+        return lambda items: torch.cat([sign * x.float().mean((1, 2, 3)) for x in items.split(5)])
+
+    def measured(load: Callable) -> tuple:
+        known = {}
+        for name, file in sets.items():
+            rows = [row for row in read_dataset(file) if row["modality"] == "OCT"][:9]
+            known[name] = ImageSet(rows, load(name, rows, file, 64))
+        order = known["real"], known["synthetic"], known["train"]
+        report, copies, _, features = measure(*order, extractor.encoder, [extractor])
+        groups = list(range(9)), list(range(9))
+        scores = held_out_scores(
+            *(select(known[name].images, slice(9)) for name in ("real", "synthetic")), groups, brighter
+        )
+        shown = str(collect(*order[1:], copies, None, 3))
+        return report, realism(known, "oct", features, settings), shown, torch.cat(scores).tolist()
+
+    on_disk = measured(lambda name, *of: map_images(tmp_path / name, *of))
+    assert on_disk == measured(lambda _, *of: load_images(*of))
 
 
 def test_no_path_of_this_machine_is_told(report, sets):

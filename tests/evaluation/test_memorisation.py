@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from minim_pipeline.evaluation.memorisation import (
     copy_share,
     latent_features,
+    mean_of,
     memorisation_report,
     nearest_distances,
     pixel_features,
@@ -59,6 +60,17 @@ def test_distances_and_correlation_agree_with_brute_force():
         r = [torch.corrcoef(torch.stack([a[i, 0].float().flatten(), x[0].float().flatten()]))[0, 1] for x in b]
         assert index[i] == torch.stack(r).argmax()
         assert distance[i] == pytest.approx(1 - max(r).item(), abs=1e-4)
+
+
+def test_nearest_of_many_references_are_found_in_parts():
+    queries, references = (torch.randn(n, 5, generator=torch.Generator().manual_seed(n)) for n in (2100, 70))
+    mean = mean_of(references, at_once=9)
+    torch.testing.assert_close(mean, references.mean(0))
+    unit = [F.normalize(x - mean, dim=1) for x in (queries, references)]
+    distance, index = (unit[0] @ unit[1].T).max(1)
+    found, place = nearest_distances(queries, references, mean, at_once=9)
+    torch.testing.assert_close(found, 1 - distance)
+    assert place.equal(index)
 
 
 def test_copy_share_counts_below_the_quantile():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from minim_pipeline.evaluation import metrics, neighbourhoods
 from minim_pipeline.evaluation.metrics import (
     bootstrap_interval,
     frechet_distance,
@@ -14,11 +15,13 @@ from minim_pipeline.evaluation.metrics import (
     image_text_retrieval,
     inception_score,
     kernel_distance,
+    kernel_distances_of_parts,
     ms_ssim_of_pairs,
     multiscale_ssim,
-    precision_recall_density_coverage,
+    pair_of,
     retrieval,
 )
+from minim_pipeline.evaluation.neighbourhoods import neighbourhoods_of_parts, precision_recall_density_coverage
 
 
 torch.set_num_threads(1)
@@ -379,3 +382,60 @@ def test_too_small_images_are_told_with_the_size_needed():
     small = torch.rand(2, 1, 175, 300)
     with pytest.raises(ValueError, match="175 given, at least 176 needed"):
         multiscale_ssim(small, small)
+
+
+# In parts
+
+
+def test_figures_do_not_depend_on_how_much_is_laid_beside_each_other(monkeypatch):
+    """All pairs at once, and a few rows at a time."""
+    real, synthetic = features(50, 6, 1), features(43, 6, 2, 1.2, 0.3)
+    labels, others = [str(i % 5) for i in range(50)], [str(i % 5) for i in range(43)]
+
+    def figures() -> dict[str, float]:
+        found = image_image_retrieval(synthetic, real, others, labels, 3)
+        alike = {"kernel": kernel_distance(real, synthetic), "rate": found["rate"], "precision": found["precision"]}
+        return alike | precision_recall_density_coverage(real, synthetic)
+
+    whole = figures()
+    monkeypatch.setattr(metrics, "LARGEST", 3 * 50)
+    assert figures() == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.parametrize("most_pairs", [2**23, 100])
+@pytest.mark.parametrize("repeats", [1, 12])
+def test_figures_of_many_halves_are_those_of_each(repeats, most_pairs, monkeypatch):
+    """Also where an image is there again and again, and where one set is crowded within the other."""
+    monkeypatch.setattr(neighbourhoods, "MOST_PAIRS", most_pairs)
+    real, synthetic = features(120, 6, 1).repeat(repeats, 1), features(150, 6, 2, 0.2, 0.1)
+    g = torch.Generator().manual_seed(0)
+    halves = [[torch.randperm(len(x), generator=g)[: len(x) // 2] for x in (real, synthetic)] for _ in range(6)]
+    expected = [precision_recall_density_coverage(real[a], synthetic[b]) for a, b in halves]
+    assert neighbourhoods_of_parts(real, synthetic, halves) == expected
+    each = [kernel_distance(real[a], synthetic[b]) for a, b in halves]
+    assert kernel_distances_of_parts(real, synthetic, halves) == pytest.approx(each)
+    few = [[numbers[:20] for numbers in half] for half in halves]  # whose nearest are not among the nearest of all
+    expected = [precision_recall_density_coverage(real[a], synthetic[b]) for a, b in few]
+    assert neighbourhoods_of_parts(real, synthetic, few) == expected
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 7, 12, 40])
+def test_pairs_are_numbered_as_torch_has_them(count):
+    pairs = torch.combinations(torch.arange(count)).tolist()
+    assert [list(pair_of(i, count)) for i in range(len(pairs))] == pairs
+
+
+def test_the_last_of_very_many_pairs_is_found():
+    count = 10**9
+    assert pair_of(count * (count - 1) // 2 - 1, count) == (count - 2, count - 1)
+    assert pair_of(count - 1, count) == (1, 2)
+
+
+def test_pairs_of_very_many_images_are_all_different(monkeypatch):
+    monkeypatch.setattr(metrics, "MOST_SHUFFLED", 10)
+    asked = []
+    monkeypatch.setattr(metrics, "multiscale_ssim", lambda a, b: asked.extend(zip(a, b, strict=True)) or torch.ones(1))
+    images = torch.arange(30)[:, None]
+    ms_ssim_of_pairs(images, ["a"] * 15 + ["b"] * 15, 100, torch.Generator().manual_seed(0))
+    pairs = {(int(a), int(b)) for a, b in asked}
+    assert len(asked) == len(pairs) == 100 and all(a < b and a // 15 == b // 15 for a, b in pairs)

@@ -32,9 +32,8 @@ def accelerator():
 
 def texts_of(pipe) -> Texts:
     """Two rows with two captions each; those of the second are alike."""
-    captions = tokenize(pipe.tokenizer, CAPTIONS).view(2, 2, -1)
-    tokens, nothing = tokenize(pipe.tokenizer, ["<oct>", "<cxr>"]), tokenize(pipe.tokenizer, [""])
-    return Texts(captions, tokens, nothing, CPU)
+    ids = tokenize(pipe.tokenizer, [*CAPTIONS, "<oct>", "<cxr>", ""])
+    return Texts(ids, torch.arange(4).view(2, 2), torch.tensor([4, 5]), CPU)
 
 
 def test_each_text_lies_in_memory_once_and_rows_get_theirs(shared_pipeline):
@@ -148,3 +147,21 @@ def test_a_step_reads_no_number_that_a_gpu_would_have_to_finish_first(bench, tmp
         with Reads() as reads:
             trainer.step()
     assert not reads.found
+
+
+def test_what_is_read_ahead_is_the_batch_of_the_next_step(bench, tmp_path):
+    """From disk, as from memory; with the source of what else is random in it."""
+    more = ["--output_dir", str(tmp_path / "run"), "--gradient_accumulation_steps", "2"]
+    config = parse(bench.BenchConfig, [*TINY, *more], defaults=bench.DEFAULTS)
+    with Run.open(config, "test", gradient_accumulation_steps=2) as run:
+        trainee = build_pipeline(config, config.resolution, ["cxr"], {"cxr": []})
+        trainer = bench.Trainer(config, run, trainee, bench.random_batches(config, run, trainee))
+        from_memory = trainer.draw(2)
+        trainer.batches = bench.batches_on_disk(config, run, trainer.batches)
+        assert trainer.batches.latents.on_disk
+        ahead = trainer.draw(2)
+        run.schedule.step += 1
+        for generator, latents, text in (from_memory, ahead):
+            own = trainer.next_batch(0)
+            assert latents.equal(own[1]) and text.equal(own[2])
+            assert torch.rand(3, generator=generator).equal(torch.rand(3, generator=own[0]))

@@ -10,6 +10,7 @@ are dropped follows from how well scores at every noise level foretell the final
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,13 +24,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ... import EMBEDDED_CHECKPOINT, FilterHead, MinimPipeline, resolve_modality
-from ...data.image_loading import load_images
+from ...data.mapped_images import IMAGES, map_images
 from ...data.sources import read_dataset
 from ...data.splits import assign_splits
 from ...disk import save_model
 from ...evaluation.judges import claimed_classes, class_of, finds_asked, load_judges
 from ...files import write_report
 from ...locking import locked
+from ...mapped import MappedTensor
 from ...minim_filter.selection import Thresholds
 from ..config import Count, CsvOptions, HubOptions, PrecisionOptions, Range, Share, Whole, option
 from ..hub import check_hub, push_parts
@@ -144,14 +146,15 @@ class Calibration:
             self.known = torch.tensor([class_of(row) in classes for row in planned])
 
     @cached_property
-    def val_images(self) -> torch.Tensor:
+    def val_images(self) -> MappedTensor:
         """uint8 [N, 3, H, W]"""
-        return self.load_images(self.val_rows)
+        return self.map_images("val", self.val_rows)
 
-    def load_images(self, rows: list[dict]) -> torch.Tensor:
+    def map_images(self, name: str, rows: list[dict]) -> MappedTensor:
         """uint8 [N, 3, H, W], of the size that the U-Net has learned."""
         resolution = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
-        return load_images(rows, self.config.train_data, resolution, reading=self.config.reading)
+        path = self.config.output / IMAGES / name
+        return map_images(path, rows, self.config.train_data, resolution, reading=self.config.reading)
 
     def choose_realism(self) -> tuple[dict[str, float], dict[str, dict]]:
         """The least log ratio of each modality, if the head rates it, and what passes of real and drawn images.
@@ -195,7 +198,7 @@ class Calibration:
     def learn_copies(self) -> tuple[dict[str, int], dict]:
         """Gives the head the fingerprints of the train images; limits of copies by modality, and what they miss."""
         config, head, pipe, rows = self.config, self.head, self.pipe, self.train_rows
-        images = self.load_images(rows)
+        images = self.map_images("train", rows)
         several = versions(rows, images, config.code_versions, config.seed, head.device, config.no_mirror)
         features = pooled_features(head, pipe, several, config.bf16).unflatten(0, (len(rows), -1))
         # Part A is what the head has learned from; of the others copies are planted.
@@ -234,6 +237,7 @@ class Calibration:
         report |= {"realism": realism} if realism else {}
         print(json.dumps(report | {"noise": table}, indent=2))
         report = {"arguments": asdict(config)} | report | {"plans": plans, "noise": table}
+        shutil.rmtree(output / IMAGES, ignore_errors=True)  # there are none where nothing is read of them
         write_report(output / "report.json", report)
         return report
 

@@ -1,16 +1,21 @@
 """Fingerprints that tell copies of training images: the code behind them, and how many copies they miss."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from ... import FilterHead, MinimPipeline
+from ...mapped import Rows
 from ...minim_filter.fingerprints import distances, pack
 from .data import encode
 
 
 @torch.no_grad()
-def pooled_features(head: FilterHead, pipe: MinimPipeline, images: torch.Tensor, bf16: bool) -> torch.Tensor:
-    """What the head's code is read from, [N, F] on the CPU, of images uint8 [N, 3, H, W]."""
+def pooled_features(
+    head: FilterHead, pipe: MinimPipeline, images: Rows | Iterable[torch.Tensor], bf16: bool
+) -> torch.Tensor:
+    """What the head's code is read from, [N, F] on the CPU, of images uint8 [N, 3, H, W], or parts."""
     pooled = []
     hook = head.norm.register_forward_hook(lambda norm, given, made: pooled.append(made.cpu()))
     try:

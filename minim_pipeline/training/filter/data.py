@@ -1,6 +1,7 @@
 """What the filter head learns from: latents with grades, real and generated, whole and damaged, and trajectories."""
 
 import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +10,13 @@ from tqdm.auto import tqdm
 
 from ... import MinimPipeline
 from ...cache import cached_tensors
-from ...data.image_loading import key_of, load_images
+from ...data.image_loading import key_of
 from ...data.image_reader import files_key
+from ...data.mapped_images import IMAGES, map_images
 from ...evaluation.judges import Judges, class_of, load_judges
 from ...evaluation.sampling import joined
 from ...loading import model_identity
+from ...mapped import Rows
 from ..latents import augment
 from ..randomness import step_generator
 from ..rows import mirrored, tell_mirrored
@@ -55,34 +58,36 @@ class Drawn:
 
 
 @torch.no_grad()
-def encode(pipe: MinimPipeline, images: torch.Tensor, bf16: bool, batch_size: int = 64) -> torch.Tensor:
-    """Latents, half [N, C, h, w] on the CPU, scaled as the U-Net takes them, of images uint8 [N, 3, H, W]."""
-    parts = tqdm(images.split(batch_size), "encoding", mininterval=2)
-    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
-        latents = [pipe.encode_images(x.to(pipe.device).float() / 127.5 - 1).half().cpu() for x in parts]
+def encode(
+    pipe: MinimPipeline, images: Rows | Iterable[torch.Tensor], bf16: bool, batch_size: int = 64
+) -> torch.Tensor:
+    """Latents, half [N, C, h, w] on the CPU, scaled as the U-Net takes them, of images uint8 [N, 3, H, W] or parts."""
+    given = [images] if isinstance(images, Rows) else images
+    latents = []
+    for x in tqdm((part for some in given for part in some.split(batch_size)), "encoding", mininterval=2):
+        with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):  # and not what gives the parts
+            latents.append(pipe.encode_images(x.to(pipe.device).float() / 127.5 - 1).half().cpu())
     return torch.cat(latents)
 
 
 def versions(
-    rows: list[dict], images: torch.Tensor, count: int, seed: int, device: torch.device, no_mirror: bool = False
-) -> torch.Tensor:
-    """`count` mildly changed versions of images uint8 [N, 3, H, W], the first unchanged: [N * count, 3, H, W]."""
+    rows: list[dict], images: Rows, count: int, seed: int, device: torch.device, no_mirror: bool = False
+) -> Iterator[torch.Tensor]:
+    """`count` mildly changed versions of images uint8 [N, 3, H, W], the first unchanged: in parts [n * count, ...]."""
     may_mirror = torch.tensor(mirrored(rows, no_mirror), device=device)
-    g, result = step_generator(seed, 1, 0, device), []
+    g = step_generator(seed, 1, 0, device)
     for x, mirror in zip(images.split(64), may_mirror.split(64), strict=True):
         x = x.to(device).float() / 255
         made = [x] + [augment(x, mirror, v, g) for v in range(1, count)]
-        result.append((torch.stack(made, 1).flatten(0, 1) * 255).round().to(torch.uint8).cpu())
-    return torch.cat(result)
+        yield (torch.stack(made, 1).flatten(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
-def damaged(images: torch.Tensor, quality: int, seed: int, device: torch.device) -> torch.Tensor:
-    """Images uint8 [N, 3, H, W] damaged down to a quality, by the rubric."""
-    g, result = step_generator(seed, quality, 1, device), []
-    for part in tqdm(images.split(64), f"damaging to quality {quality}", mininterval=2):
+def damaged(images: Rows, quality: int, seed: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Images uint8 [N, 3, H, W] damaged down to a quality, by the rubric, in parts."""
+    g = step_generator(seed, quality, 1, device)
+    for part in images.split(64):
         x, _ = rubric.damage(part.to(device).float() / 255, quality, g)
-        result.append((x * 255).round().to(torch.uint8).cpu())
-    return torch.cat(result)
+        yield (x * 255).round().to(torch.uint8).cpu()
 
 
 def draw(
@@ -120,7 +125,7 @@ def restrict(
 
 def build_pool(
     rows: list[dict],
-    images: torch.Tensor,
+    images: Rows,
     classes: list[tuple[str, str]],
     drawn: Drawn,
     pipe: MinimPipeline,
@@ -177,7 +182,8 @@ def load_materials(
 
     def make() -> dict[str, torch.Tensor]:
         drawn = draw(pipe, load_judges(config.teacher, pipe.device), rows, classes, config)
-        images = load_images(rows, config.train_data, config.resolution, reading=config.reading)
+        path = config.output / IMAGES / "materials"
+        images = map_images(path, rows, config.train_data, config.resolution, reading=config.reading)
         pool = build_pool(rows, images, classes, drawn, pipe, rated, config)
         made = {f"pool.{name}": tensor for name, tensor in vars(pool).items()}
         made |= {f"drawn.{name}": tensor for name, tensor in vars(drawn.trajectories).items() if name != "images"}

@@ -7,17 +7,19 @@ posterior, as the U-Net learns them, is decoded to a picture of 8 bits, and vers
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ... import MinimPipeline
 from ...cache import cached_tensors
-from ...data.image_loading import key_of, load_images
+from ...data.image_loading import key_of
+from ...data.mapped_images import IMAGES, map_images
 from ...evaluation.judges import class_of
 from ...evaluation.sampling import batches, bytes_of, decode_latents, draw_latents
 from ...loading import model_identity
+from ...mapped import Rows
 from ...minim_filter import FilterHead
 from ...tokens import tokenize
 from ..rows import mirrored
@@ -44,27 +46,33 @@ class Counterparts:
         return (count.view(-1, 2) > 0).all(1)[self.modality] / count[side]
 
 
-@torch.no_grad()
+def decoded_parts(
+    pipe: MinimPipeline, latents: torch.Tensor, modalities: Sequence[str], bf16: bool
+) -> Iterator[torch.Tensor]:
+    """Pictures, uint8 [N, 3, H, W] on the CPU, of latents [N, C, h, w], in parts."""
+    for b in batches(len(latents), 64):
+        yield bytes_of(decode_latents(pipe, latents[b].to(pipe.device).float(), modalities[b], bf16))
+
+
 def decode(pipe: MinimPipeline, latents: torch.Tensor, modalities: Sequence[str], bf16: bool) -> torch.Tensor:
-    """Pictures, uint8 [N, 3, H, W] on the CPU, of latents [N, C, h, w]."""
-    pictures = []
-    for b in batches(len(latents), 64, "decoding"):
-        decoded = decode_latents(pipe, latents[b].to(pipe.device).float(), modalities[b], bf16)
-        pictures.append(bytes_of(decoded))
-    return torch.cat(pictures)
+    """`decoded_parts` in one."""
+    return torch.cat(list(decoded_parts(pipe, latents, modalities, bf16)))
 
 
 @torch.no_grad()
-def through_autoencoder(
-    pipe: MinimPipeline, rows: list[dict], images: torch.Tensor, bf16: bool, seed: int
-) -> torch.Tensor:
-    """What the pipeline would deliver for latents of the images, which are those of the rows: uint8 [N, 3, H, W]."""
+def posterior_samples(pipe: MinimPipeline, images: Rows, bf16: bool, seed: int) -> torch.Tensor:
+    """Latents of images uint8 [N, 3, H, W], as the U-Net learns them: half [N, C, h, w] on the CPU."""
     g, latents = torch.Generator(pipe.device).manual_seed(seed), []
     with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
         for x in images.split(64):
             posterior = pipe.vae.encode(x.to(pipe.device).float() / 127.5 - 1).latent_dist
             latents.append((posterior.sample(g) * pipe.vae.config.scaling_factor).half().cpu())
-    return decode(pipe, torch.cat(latents), [row["modality"] for row in rows], bf16)
+    return torch.cat(latents)
+
+
+def through_autoencoder(pipe: MinimPipeline, rows: list[dict], images: Rows, bf16: bool, seed: int) -> torch.Tensor:
+    """What the pipeline would deliver for latents of the images, which are those of the rows: uint8 [N, 3, H, W]."""
+    return decode(pipe, posterior_samples(pipe, images, bf16, seed), [row["modality"] for row in rows], bf16)
 
 
 def load_counterparts(
@@ -85,10 +93,11 @@ def load_counterparts(
     key |= {"rows": [key_of(some, config.train_data, config.reading) for some in (rows, more)]}
     key |= {"mirrored": mirrored(rows + more, config.no_mirror)}
 
-    def side(own: list[dict], pictures: torch.Tensor, real: bool) -> list[torch.Tensor]:
-        n, parts = config.latent_variants, []
-        for b in batches(len(own), 2048):  # all versions of all pictures would fill the memory
-            made = versions(own[b], pictures[b], n, config.seed + b.start, pipe.device, config.no_mirror)
+    def side(own: list[dict], latents: torch.Tensor, real: bool) -> list[torch.Tensor]:
+        n, parts, modalities = config.latent_variants, [], [row["modality"] for row in own]
+        for b in batches(len(own), 2048):  # all pictures would fill the memory
+            pictures = decode(pipe, latents[b], modalities[b], config.bf16)
+            made = versions(own[b], pictures, n, config.seed + b.start, pipe.device, config.no_mirror)
             parts.append(encode(pipe, made, config.bf16))
         label = torch.tensor([classes.index(class_of(row)) for row in own]).repeat_interleave(n)
         modality = torch.tensor([names.index(class_of(row)[0]) for row in own]).repeat_interleave(n)
@@ -96,11 +105,11 @@ def load_counterparts(
 
     def make() -> dict[str, torch.Tensor]:
         every, good = rows + more, (drawn.quality == 3).nonzero()[:, 0].cpu()
-        images = load_images(every, config.train_data, config.resolution, reading=config.reading)
-        real = side(every, through_autoencoder(pipe, every, images, config.bf16, config.seed), True)
+        path = config.output / IMAGES / "realism"
+        images = map_images(path, every, config.train_data, config.resolution, reading=config.reading)
+        real = side(every, posterior_samples(pipe, images, config.bf16, config.seed), True)
         asked = [rows[i] for i in drawn.row[good].tolist()]
-        final = drawn.trajectories.final[good]
-        generated = side(asked, decode(pipe, final, [row["modality"] for row in asked], config.bf16), False)
+        generated = side(asked, drawn.trajectories.final[good], False)
         both = [torch.cat(pair) for pair in zip(real, generated, strict=True)]
         return vars(Counterparts(*both))
 
@@ -109,15 +118,16 @@ def load_counterparts(
 
 
 def val_counterparts(
-    pipe: MinimPipeline, rows: list[dict], images: torch.Tensor, config: FilterConfig
+    pipe: MinimPipeline, rows: list[dict], images: Rows, config: FilterConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents [N, C, h, w] of val images, and of what the pipeline draws for their captions at its own settings."""
     texts, modalities = ([row[column] for row in rows] for column in ("Text", "modality"))
     seeds = [(config.seed + 2) * 10**9 + i for i in range(len(rows))]
     drawn = draw_latents(pipe, texts, modalities, seeds, config.draw_batch_size, bf16=config.bf16)
-    generated = decode(pipe, drawn, modalities, config.bf16)
-    real = through_autoencoder(pipe, rows, images, config.bf16, config.seed)
-    return encode(pipe, real, config.bf16), encode(pipe, generated, config.bf16)
+    real = posterior_samples(pipe, images, config.bf16, config.seed)
+    pictures = (decoded_parts(pipe, latents, modalities, config.bf16) for latents in (real, drawn))
+    of_real, of_drawn = (encode(pipe, parts, config.bf16) for parts in pictures)
+    return of_real, of_drawn
 
 
 def realism_report(
@@ -142,7 +152,7 @@ def realism_report(
 
 
 def realism_thresholds(
-    head: FilterHead, pipe: MinimPipeline, rows: list[dict], images: torch.Tensor, passing: float, bf16: bool
+    head: FilterHead, pipe: MinimPipeline, rows: list[dict], images: Rows, passing: float, bf16: bool
 ) -> tuple[dict[str, float], dict[str, dict]]:
     """By modality the log ratio that a share `passing` of its real images reaches, or more; and what passes.
 
@@ -152,7 +162,8 @@ def realism_thresholds(
         rows: of images that the head has not learned from.
         images: theirs, uint8 [N, 3, H, W].
     """
-    decoded = through_autoencoder(pipe, rows, images, bf16, seed=0)
+    latents = posterior_samples(pipe, images, bf16, seed=0)
+    decoded = decoded_parts(pipe, latents, [row["modality"] for row in rows], bf16)
     through, plain = (rate(head, encode(pipe, x, bf16), "realism") for x in (decoded, images))
     modalities, thresholds, figures = [class_of(row)[0] for row in rows], {}, {}
     for name in dict.fromkeys(modalities):

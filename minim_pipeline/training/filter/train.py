@@ -12,6 +12,7 @@ from part C, too; the judges of part B never meet it.
 
 import copy
 import json
+import shutil
 import warnings
 from dataclasses import asdict
 
@@ -21,6 +22,7 @@ from torch.utils.data import TensorDataset
 
 from ... import MinimPipeline
 from ...data.image_loading import load_images
+from ...data.mapped_images import IMAGES, map_images
 from ...disk import save_model
 from ...evaluation.judges import claimed_classes, class_of
 from ...files import read_report, write_report
@@ -75,10 +77,12 @@ class Trainer:
         run.images_a_step *= 2 + self.rates_realism  # as many of each kind
         run.begin(self.ema)
         if self.val_rows:
-            images = load_images(self.val_rows, config.train_data, config.resolution, reading=config.reading)
+            path = config.output / IMAGES / "val"
+            images = map_images(path, self.val_rows, config.train_data, config.resolution, reading=config.reading)
             self.val_latents = encode(self.pipe, images, config.bf16)
             if self.rates_realism:
                 self.val_counterparts = val_counterparts(self.pipe, self.val_rows, images, config)
+        shutil.rmtree(config.output / IMAGES, ignore_errors=True)  # all are encoded
 
     def read_rows(self) -> None:
         config = self.config

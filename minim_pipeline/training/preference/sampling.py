@@ -17,7 +17,7 @@ from ...evaluation.sampling import batches, draw_batch
 from ...files import write_json
 from ...finite import check_weights
 from ...ratings import image_digest
-from ..captions import load_captions, phrase
+from ..captions import load_captions, phrase_once
 from ..filter.data import encode
 from ..filter.raters import read_ratings
 from ..filter.tune import tune
@@ -158,8 +158,10 @@ class Replay:
         self.text_encoder = pipe.text_encoder
         self.variants = config.latent_variants
         captions = load_captions(config.captions)
-        self.ids = phrase(rows, captions, pipe.tokenizer, config.caption_variants, config.seed).to(run.device)
-        self.latents = Latents.encode(run, pipe.vae, data, rows, "replay", config.latent_variants)
+        phrased = phrase_once(rows, captions, pipe.tokenizer, config.caption_variants, config.seed)
+        self.ids, self.captions = (part.to(run.device) for part in phrased)  # [T, L], and places in it [N, variants]
+        latents = Latents.encode(run, pipe.vae, data, rows, "replay", config.latent_variants)
+        self.latents = latents.hold(run.device)
 
     @torch.no_grad()
     def draw(self, count: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +170,7 @@ class Replay:
         def randint(high: int) -> torch.Tensor:
             return torch.randint(high, (count,), device=g.device, generator=g)
 
-        index = randint(len(self.ids))
+        index = randint(len(self.captions))
         latents = self.latents.draw(index, randint(self.variants), g)
-        text = self.ids[index, randint(self.ids.shape[1])]
+        text = self.ids[self.captions[index, randint(self.captions.shape[1])]]
         return latents, self.text_encoder(text).last_hidden_state

@@ -4,9 +4,7 @@ from collections import Counter
 
 import torch
 
-from ... import resolve_modality
-from ...tokens import tokenize
-from ..captions import load_captions, phrase
+from ..captions import load_captions
 from ..latents import Latents
 from ..pipeline import Trainee
 from ..rows import Rows, modality_of
@@ -32,14 +30,14 @@ class Batches:
     def encode(cls, config: TextToImageConfig, run: Run, rows: Rows, trainee: Trainee) -> "Batches":
         """Encodes the train rows, once for the whole run; the autoencoder has to be on the device."""
         every, tokenizer, vae = rows.train + rows.old_train, trainee.pipe.tokenizer, trainee.pipe.vae
-        captions = phrase(every, load_captions(config.captions), tokenizer, config.caption_variants, config.seed)
-        tokens = tokenize(tokenizer, [resolve_modality(modality_of(row)).token for row in every])
-        texts = Texts(captions, tokens, tokenize(tokenizer, [""]), run.device)
+        phrasing = load_captions(config.captions), tokenizer, config.caption_variants, config.seed
+        texts = Texts.phrase(every, *phrasing, run.device)
         if not (config.train_text_encoder or trainee.new_tokens):
             texts.encode(trainee.pipe.text_encoder, run.accelerator, torch.bfloat16 if config.bf16 else torch.float32)
         latents = Latents.encode(run, vae, config, rows.train, "train", config.latent_variants)
         if old := config.replay_data:
             latents = latents.join(Latents.encode(run, vae, old, rows.old_train, "replay", config.latent_variants))
+        latents = latents.hold(run.device)
         shares = (shares_of(part, config.balance).to(run.device) for part in (rows.train, rows.old_train))
         return cls(config, latents, texts, *shares)
 

@@ -4,8 +4,11 @@ import math
 
 import torch
 from accelerate import Accelerator
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
+from ... import resolve_modality
+from ...tokens import tokenize
+from ..captions import phrase_once
 from ..memory import fits
 
 
@@ -19,13 +22,22 @@ class Texts:
         nothing: of the empty text, a number.
     """
 
-    def __init__(self, captions: torch.Tensor, tokens: torch.Tensor, nothing: torch.Tensor, device: torch.device):
-        """Of token ids: captions [N, variants, L], tokens [N, L], nothing [1, L]."""
-        rows, variants = captions.shape[:2]
-        table, where = torch.cat([captions.flatten(0, 1), tokens, nothing]).unique(dim=0, return_inverse=True)
-        self.table, where = table.to(device), where.to(device)
-        self.captions = where[: rows * variants].view(rows, variants)
-        self.tokens, self.nothing = where[rows * variants : -1], where[-1]
+    def __init__(self, ids: torch.Tensor, captions: torch.Tensor, tokens: torch.Tensor, device: torch.device):
+        """Of token ids [T, L], the last of which are of the empty text, and places in them, as the attributes."""
+        table, where = ids.unique(dim=0, return_inverse=True)
+        self.table = table.to(device)
+        self.captions, self.tokens, self.nothing = (where[place].to(device) for place in (captions, tokens, -1))
+
+    @classmethod
+    def phrase(
+        cls, rows: list[dict], captions: dict, tokenizer: CLIPTokenizer, variants: int, seed: int, device: torch.device
+    ) -> "Texts":
+        """The rows' captions, as of `phrase_once`."""
+        ids, places = phrase_once(rows, captions, tokenizer, variants, seed)
+        tokens = [resolve_modality(row["modality"]).token for row in rows]
+        alone = {token: len(ids) + i for i, token in enumerate(dict.fromkeys(tokens))}
+        ids = torch.cat([ids, tokenize(tokenizer, [*alone, ""])])
+        return cls(ids, places, torch.tensor([alone[token] for token in tokens]), device)
 
     @torch.no_grad()
     def encode(self, text_encoder: CLIPTextModel, accelerator: Accelerator, dtype: torch.dtype) -> None:

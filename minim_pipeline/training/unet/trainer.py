@@ -1,4 +1,4 @@
-"""A step of the U-Net's training. Within one, nothing waits for the device."""
+"""A step of the U-Net's training. Within one, nothing waits for the device, nor the device for what lies on disk."""
 
 import copy
 from collections.abc import Iterator
@@ -43,6 +43,8 @@ class Trainer:
             self.unet.compile(dynamic=False)
             if self.anchor is not None:
                 self.anchor.unet.compile(dynamic=False)
+        self.beside = torch.cuda.Stream() if run.device.type == "cuda" else None  # the next batch is read in it
+        self.ahead: tuple[torch.Generator, torch.Tensor, torch.Tensor] | None = None
         run.begin(self.ema)
         self.set_mode(training=True)
 
@@ -70,8 +72,7 @@ class Trainer:
     def learn_part(self, part: int) -> torch.Tensor:
         """The loss of one of the parts of a step that are accumulated."""
         config, accelerator = self.config, self.run.accelerator
-        generator = self.run.generator(part, config.gradient_accumulation_steps)
-        latents, text = self.batches.draw(generator)  # [B, C, h, w] and [B, L] or [B, L, D]
+        generator, latents, text = self.next_batch(part)  # [B, C, h, w] and [B, L] or [B, L, D]
         timesteps = self.draw_timesteps(generator)  # [B]
         noise = torch.randn(latents.shape, device=latents.device, generator=generator)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
@@ -90,7 +91,25 @@ class Trainer:
                 accelerator.clip_grad_norm_(self.weights, config.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
+        if self.beside is not None and self.batches.latents.on_disk:
+            with torch.cuda.stream(self.beside):
+                self.ahead = self.draw(part + 1)  # after the last part, the first of the next step
         return loss.detach()
+
+    def draw(self, part: int) -> tuple[torch.Generator, torch.Tensor, torch.Tensor]:
+        """The batch of a part of this step, and the source of what else is random in it."""
+        generator = self.run.generator(part, self.config.gradient_accumulation_steps)
+        return generator, *self.batches.draw(generator)
+
+    def next_batch(self, part: int) -> tuple[torch.Generator, torch.Tensor, torch.Tensor]:
+        """As `draw`; a batch from disk has been read while the device was busy with the one before."""
+        if self.ahead is None or self.beside is None:
+            return self.draw(part)
+        batch, self.ahead, stream = self.ahead, None, torch.cuda.current_stream()
+        stream.wait_stream(self.beside)
+        for tensor in batch[1:]:
+            tensor.record_stream(stream)
+        return batch
 
     def draw_timesteps(self, generator: torch.Generator) -> torch.Tensor:
         config, steps = self.config, self.scheduler.config.num_train_timesteps

@@ -38,7 +38,8 @@ class Validation:
             if config.replay_data and rows.old_val:
                 old = Latents.encode(run, self.pipe.vae, config.replay_data, rows.old_val, "replay-val", 1)
                 latents = latents.join(old)
-            self.latents = latents.plain()
+            self.latents = latents
+            self.distances: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # as of `memorised_share`
             captions = load_captions(config.captions)
             self.ids = phrase(self.val_rows, captions, self.pipe.tokenizer, 1, config.seed)[:, 0]  # [N, L]
 
@@ -69,7 +70,8 @@ class Validation:
             samples = self.draw_samples()
         if self.val_rows:
             names = [modality_of(row) for row in self.rows.train + self.rows.old_train]
-            figures["memorised"] = memorised_share(samples, self.latents, self.names, self.learned, names)
+            held_out = self.latents, self.names
+            figures["memorised"] = memorised_share(samples, *held_out, self.learned, names, self.distances)
         run.log.write("val", **figures)
         if self.val_rows:
             check_loss(figures["loss"], run.schedule.step)
