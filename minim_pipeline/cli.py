@@ -1,6 +1,7 @@
 """The command `minim`. Arguments are checked before torch and diffusers, which take seconds, are imported."""
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -14,11 +15,15 @@ from .captions import check_caption
 from .data.sources import image_name, name_digits, read_csv
 from .evaluation.command import run as evaluate
 from .evaluation.options import EvaluateOptions
-from .generate.options import GenerateOptions, ModelOptions
-from .generate.plan import Item, plan_file, plan_prompt
+from .generate.draw import REASONS
+from .generate.options import GenerateOptions, ModelOptions, ShardOptions
+from .generate.plan import Item, Request, count_images, expand, request_file, request_prompt
+from .generate.plan_table import SHARD_SIZE, make_plan, read_plan, write_plan
+from .generate.shards import Progress, generate_shards
 from .generate.shortfall import Shortfall
-from .generate.write import REASONS, generate
-from .loading import register_modalities
+from .generate.storage import Storage, is_url
+from .generate.write import generate
+from .loading import model_identity, register_modalities
 from .modalities import MODALITIES, resolve_modality, split_prefix
 from .options import Count, Options, Range, Whole, add_options, number, option, options_from
 from .ratings import RatingStore, counts, read_ratings
@@ -39,8 +44,10 @@ class Parser(argparse.ArgumentParser):
 
 
 @dataclass(kw_only=True)
-class GenerateCommand(GenerateOptions):
-    """What the images show, how many there are, and where they go."""
+class RequestOptions(Options):
+    """What the images show, and how many there are."""
+
+    separator = "-"
 
     modality: str | None = option(None, "E.g. OCT; minim modalities lists them. With --prompts-file: of all rows.")
     prompt: str | None = option(None, "What the image shows, e.g. 'diabetic macular edema'.")
@@ -49,8 +56,28 @@ class GenerateCommand(GenerateOptions):
     )
     num_images: Count | None = option(None, "Images of the prompt (default 4), or of each row (1).")
     seed: Whole = option(0, "Image i uses seed + i; of a row with a seed of its own, that one + i (default 0).")
-    output_dir: Path | None = option(None, "Their folder.")
     skip_bad_rows: bool = option(False, "Leave bad rows of the CSV out instead of stopping.")
+
+
+@dataclass(kw_only=True)
+class PlanCommand(ModelOptions, RequestOptions):
+    """Where the plan goes."""
+
+    output: str = option(help="A Parquet file.")
+
+
+@dataclass(kw_only=True)
+class GenerateCommand(RequestOptions, ShardOptions, GenerateOptions):
+    """Where the images go."""
+
+    output_dir: str | None = option(None, "Their folder, or a URL such as s3://bucket/set.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("prompt", "prompts_file", "modality", "num_images") if getattr(self, name)]
+        if self.plan and given:
+            names = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"--plan names the images itself: leave {names} out.")
 
 
 @dataclass(kw_only=True)
@@ -106,12 +133,13 @@ def checked(text: str, name: str = "prompt") -> str:
     return text
 
 
-def plan(options: GenerateCommand, trained: list[str] | None) -> tuple[list[Item], Path]:
-    """The images that are asked for, and their folder. What is missing is asked for at the terminal.
+def requested(options: RequestOptions, trained: list[str] | None, **others: str | None) -> list[Request]:
+    """The images that are asked for. What is missing, of what they show, is asked for at the terminal.
 
-    Raises ValueError if something is missing and nobody can be asked, or what is given is not possible.
+    `others`: further options that have to be there, by name. Raises ValueError if something is missing and nobody can
+    be asked, or what is given is not possible.
     """
-    modality, text, folder, file = options.modality, options.prompt, options.output_dir, options.prompts_file
+    modality, text, file = options.modality, options.prompt, options.prompts_file
     if file is not None and text is not None:
         raise ValueError("--prompts-file names the prompts itself: leave --prompt out.")
     if text is not None and modality is None:
@@ -120,38 +148,60 @@ def plan(options: GenerateCommand, trained: list[str] | None) -> tuple[list[Item
     if text is not None and not text.strip():
         raise ValueError(f"--prompt has to say what the image shows, got {text!r}.")
     checked(text or "")
-    checked(options.negative_prompt or "", "negative-prompt")
     needed: dict[str, object] = {"modality": modality, "prompt": text} if file is None else {}
-    needed["output_dir"] = folder
-    missing = ["--" + name.replace("_", "-") for name, value in needed.items() if value is None]
+    missing = ["--" + name.replace("_", "-") for name, value in (needed | others).items() if value is None]
     if missing and not sys.stdin.isatty():
         raise ValueError(f"{', '.join(missing)} missing (they are asked for at a terminal only).")
 
     if file is not None:
         with warnings.catch_warnings(record=True) as caught:
             of_all, count = kind.id if kind else None, options.num_images or 1
-            items = plan_file(file, count, options.seed, trained, options.skip_bad_rows, of_all)
+            requests = request_file(file, count, options.seed, trained, options.skip_bad_rows, of_all)
         for warning in caught:
             say(f"minim generate: warning: {warning.message}")
-    else:
-        if kind is None:
-            names = ", ".join(MODALITIES[id].name for id in trained or MODALITIES)
-            kind = ask(f"Modality ({names})", lambda answer: resolve_modality(answer, trained))
-        text = text or ask("Prompt, e.g. diabetic macular edema", checked)
-        count = options.num_images or (ask("Number of images", number(int, Range(1)), "4") if missing else 4)
-        items = plan_prompt(text.strip(), kind, count, options.seed)
-    return items, folder or ask("Output folder", Path, "out")
+        return requests
+    if kind is None:
+        names = ", ".join(MODALITIES[id].name for id in trained or MODALITIES)
+        kind = ask(f"Modality ({names})", lambda answer: resolve_modality(answer, trained))
+    text = text or ask("Prompt, e.g. diabetic macular edema", checked)
+    count = options.num_images or (ask("Number of images", number(int, Range(1)), "4") if missing else 4)
+    return request_prompt(text.strip(), kind, count, options.seed)
+
+
+def run_plan(options: PlanCommand) -> None:
+    """Writes what minim generate would draw as a table: an id, a prompt, a modality and a seed for each image.
+
+    minim generate --plan draws it, in any number of processes.
+    """
+    trained = register_modalities(options.model).get("modalities") or None
+    plan = make_plan(requested(options, trained))
+    plan.settings.update(zip(("model", "revision"), model_identity(options.model)))
+    folder, _, name = options.output.rpartition("/")
+    file = io.BytesIO()
+    write_plan(plan, file)
+    Storage(folder or ".").write(name, file.getvalue())
+    say(f"{len(plan)} images are planned in {options.output}.")
 
 
 def run_generate(options: GenerateCommand) -> int:
-    """Draws images of one prompt, or of a CSV of prompts, into a folder.
+    """Draws images of one prompt, of a CSV of prompts, or of a plan, into a folder.
 
-    NNNN.png, grid.png, and data.csv in MINIM's format. At a terminal it asks for what is missing. The same command
-    again goes on where it was stopped and repeats nothing; several GPUs: accelerate launch -m minim_pipeline.cli
-    generate ...
+    NNNN.png, grid.png, and data.csv in MINIM's format; or shards of a large set. At a terminal it asks for what is
+    missing. The same command again goes on where it was stopped and repeats nothing; several GPUs: accelerate launch
+    -m minim_pipeline.cli generate ...
     """
     trained = register_modalities(options.model).get("modalities") or None
-    items, folder = plan(options, trained)
+    checked(options.negative_prompt or "", "negative-prompt")
+    if options.plan and options.output_dir is None:
+        raise ValueError("--output-dir is missing.")
+    plan = read_plan(options.plan, trained) if options.plan else None
+    requests = [] if plan else requested(options, trained, output_dir=options.output_dir)
+    output = options.output_dir or ask("Output folder", str, "out")
+    in_shards = options.asks_for_shards or is_url(output) or count_images(requests) > SHARD_SIZE
+    if in_shards and (plan or not (Path(output) / "data.csv").exists()):  # what was begun as one folder goes on so
+        progress = generate_shards(plan or make_plan(requests), output, options, options)
+        return say_shards(progress, output, options.quiet)
+    items, folder = expand(requests), Path(output)
     try:
         generate(items, folder, options)
     except KeyboardInterrupt:
@@ -164,6 +214,24 @@ def run_generate(options: GenerateCommand) -> int:
     if not options.quiet:
         say_drawn(items, folder)
     return 0
+
+
+def say_shards(progress: Progress, output: str, quiet: bool) -> int:
+    """What a run in shards came to; the exit code, 3 if images fell short, which is always said."""
+    if not quiet:
+        others = f", {progress.others} are another process's" if progress.others else ""
+        there = f"{progress.drawn} shards drawn, {progress.there} were there{others}"
+        say(f"{output}: {there}. {progress.images} images written.")
+        counts = progress.counts
+        if counts["candidates"]:
+            left_out = {name: count for name, count in counts.items() if name.startswith("rejected_")}
+            why = ", ".join(f"{name.removeprefix('rejected_')} {count}" for name, count in left_out.items())
+            say(f"The filter accepted {counts['accepted']} of them, and left out candidates: {why}.")
+    if not progress.short:
+        return 0
+    files = progress.short[0] if len(progress.short) == 1 else f"{len(progress.short)} files in fell_short"
+    say(f"minim generate: images fell short ({files}): the same command with a larger --max-rounds goes on.")
+    return 3
 
 
 def say_drawn(items: list[Item], folder: Path) -> None:
@@ -276,6 +344,7 @@ def say(message: str) -> None:
 # What each does and is described as, its options, and how it is listed.
 COMMANDS: dict[str, tuple[Callable, type[Options], str]] = {
     "generate": (run_generate, GenerateCommand, "draw images of one prompt, or of a list of them"),
+    "plan": (run_plan, PlanCommand, "write down which images to draw, for generate --plan in many processes"),
     "score": (run_score, ScoreOptions, "rate images with the filter"),
     "ratings": (run_ratings, RatingsCommand, "people's ratings: out of the rating page's store as a CSV, or into it"),
     "evaluate": (run_evaluate, EvaluateOptions, "measure synthetic images against real ones"),

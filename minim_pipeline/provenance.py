@@ -5,6 +5,7 @@ how image archives and search engines recognise generated pictures, and IPTC's p
 https://iptc.org/std/photometadata/specification/IPTC-PhotoMetadata
 """
 
+import io
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -30,6 +31,30 @@ _XMP = Path(__file__).with_name("provenance.xmp").read_text(encoding="utf-8").rs
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
+def complete(metadata: Mapping[str, object]) -> dict[str, object]:
+    """All that a file says of how it was made: `metadata` without `None`, `synthetic`, `software` and `version`."""
+    given = {name: value for name, value in metadata.items() if value is not None}
+    return {"synthetic": "true"} | given | {"synthetic": "true", "software": SOFTWARE, "version": __version__}
+
+
+def _png_info(metadata: Mapping[str, object]) -> PngInfo:
+    texts = {name: _CONTROL.sub(" ", str(value)) for name, value in complete(metadata).items()}
+    info = PngInfo()
+    for name, value in texts.items():
+        info.add_text(name, value)  # becomes iTXt, UTF-8, where Latin-1 does not do
+    fields = {name: escape(texts.get(name, "")) for name in ("model", "revision", "prompt")}
+    fields |= {"software": escape(f"{SOFTWARE} {texts['version']}"), "source_type": DIGITAL_SOURCE_TYPE}
+    info.add_itxt(_XMP_KEY, _XMP.format(bom="\ufeff", **fields))
+    return info
+
+
+def encode_png(image: Image.Image, metadata: Mapping[str, object]) -> bytes:
+    """`image` as the bytes of what `save_png` would write."""
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=_png_info(metadata))
+    return file.getvalue()
+
+
 def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object]) -> None:
     """Writes `image` as a PNG that says it is synthetic; the file appears whole or not at all.
 
@@ -40,16 +65,8 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object
             and whatever else; each becomes a text chunk, `None` is left out. `synthetic`, `software` and `version`
             are added here.
     """
-    texts = {name: _CONTROL.sub(" ", str(value)) for name, value in metadata.items() if value is not None}
-    texts = {"synthetic": "true"} | texts | {"synthetic": "true", "software": SOFTWARE, "version": __version__}
-    info = PngInfo()
-    for name, value in texts.items():
-        info.add_text(name, value)  # becomes iTXt, UTF-8, where Latin-1 does not do
-    fields = {name: escape(texts.get(name, "")) for name in ("model", "revision", "prompt")}
-    fields |= {"software": escape(f"{SOFTWARE} {texts['version']}"), "source_type": DIGITAL_SOURCE_TYPE}
-    info.add_itxt(_XMP_KEY, _XMP.format(bom="\ufeff", **fields))
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+        image.save(temporary, format="PNG", pnginfo=_png_info(metadata))
 
 
 def read_provenance(path: str | Path) -> dict[str, object]:
