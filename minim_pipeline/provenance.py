@@ -37,8 +37,13 @@ def complete(metadata: Mapping[str, object]) -> dict[str, object]:
     return {"synthetic": "true"} | given | {"synthetic": "true", "software": SOFTWARE, "version": __version__}
 
 
+def printable(value: object) -> str:
+    """`value` as text, with spaces for what neither XML, PNG nor DICOM may hold."""
+    return _CONTROL.sub(" ", str(value))
+
+
 def _png_info(metadata: Mapping[str, object]) -> PngInfo:
-    texts = {name: _CONTROL.sub(" ", str(value)) for name, value in complete(metadata).items()}
+    texts = {name: printable(value) for name, value in complete(metadata).items()}
     info = PngInfo()
     for name, value in texts.items():
         info.add_text(name, value)  # becomes iTXt, UTF-8, where Latin-1 does not do
@@ -70,13 +75,17 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object
 
 
 def read_provenance(path: str | Path) -> dict[str, object]:
-    """What `save_png` wrote into the file at `path`; empty if the file is not one of this package's.
+    """What `save_png` or `dicom.save_dicom` wrote into the file at `path`; empty if it is not one of this package's.
 
     Returns:
         The metadata, with `synthetic` a bool, `seed`, `steps`, `height` and `width` ints, `guidance` and
         `guidance_rescale` floats, `guidance_interval` a list of two floats and all else strings, and
-        `digital_source_type`, IPTC's term.
+        `digital_source_type`, IPTC's term. Of a DICOM file as it was given, without that.
     """
+    if Path(path).suffix == ".dcm":
+        from .dicom import provenance_of
+
+        return provenance_of(path)
     with Image.open(path) as image:
         texts = dict(getattr(image, "text", {}))
     if texts.get("software") != SOFTWARE:

@@ -150,8 +150,8 @@ def _read(file: BinaryIO, name: str) -> Plan:
         found = ", ".join(map(repr, table.column_names))
         raise ValueError(f"{name} lacks the column {', '.join(map(repr, missing))}; found: {found}.")
     for column in ("id", "seed"):
-        if not pa.types.is_integer(table.schema.field(column).type):
-            kind = table.schema.field(column).type
+        kind = schema.field(column).type
+        if not pa.types.is_integer(kind):
             raise ValueError(f"{name}: column {column!r} has to be of whole numbers, got {kind}.")
     text = pa.dictionary(pa.int32(), pa.string())
     types = {part: pa.int64() if part in ("id", "seed") else text for part in table.column_names}

@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..data.sources import check_settings, other_settings
+from ..dicom import encode_dicom
 from ..provenance import complete, encode_png
 from .draw import FILTER_COLUMNS, batch_size, call_arguments, describe, draw_all, load, settings_of, stored
 from .options import GenerateOptions, ShardOptions
@@ -198,11 +199,11 @@ def _drawn(run: Run, items: list[Item], bar: tqdm, short: list[dict]) -> Iterato
         if "accepted" in told:
             told["accepted"] = told["accepted"] == "true"
         row = {name: told[name] for name in run.columns if told.get(name) not in ("", None)}
-        yield item, stored(output.images[i], item), row, metadata
+        yield item, stored(output.images[i], item), row, metadata, run.files["format"] == "dicom"
 
 
-def _encoded(item: Item, image, row: dict, metadata: dict) -> tuple[Item, bytes, dict, dict]:
-    return item, encode_png(image, metadata), row, metadata
+def _encoded(item: Item, image, row: dict, metadata: dict, dicom: bool) -> tuple[Item, bytes, dict, dict]:
+    return item, encode_dicom(image, metadata, item.index + 1) if dicom else encode_png(image, metadata), row, metadata
 
 
 def _columns(pipe, plan: Plan, settings: dict, filtering: bool) -> dict[str, str]:
