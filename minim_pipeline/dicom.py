@@ -112,10 +112,10 @@ def _add_image(data, told: Mapping[str, object], number: int) -> None:
     data.ImageType = ["DERIVED", "SECONDARY"]
     data.InstanceNumber, data.PatientOrientation = number, ""
     data.BurnedInAnnotation, data.LossyImageCompression = "NO", "00"
-    data.ImageComments = printable(told["prompt"])[:10240]
+    data.ImageComments = _cut(printable(told["prompt"]), 10240)
     names = [name for name in ("model", "revision", "seed", "steps", "guidance") if name in told]
     drawn = ", ".join(f"{name} {printable(told[name])}" for name in names)
-    data.DerivationDescription = f"Synthetic: drawn by a text-to-image model ({drawn})"[:1024]
+    data.DerivationDescription = _cut(f"Synthetic: drawn by a text-to-image model ({drawn})", 1024)
     block = data.private_block(PRIVATE_GROUP, SOFTWARE, create=True)
     block.add_new(PROVENANCE, "UT", json.dumps(dict(told)))
 
@@ -146,8 +146,13 @@ def provenance_of(path: str | Path) -> dict[str, object]:
 
 
 def _line(text: object) -> str:
-    """At most 64 characters in a line, without backslashes, which part values: DICOM's long string."""
-    return " ".join(printable(text).replace("\\", " ").split())[:64]
+    """DICOM's long string: a line without backslashes, which part values."""
+    return _cut(" ".join(printable(text).replace("\\", " ").split()), 64)
+
+
+def _cut(text: str, most: int) -> str:
+    """`text` in at most so many bytes: there are readers that count bytes where DICOM counts characters."""
+    return text.encode()[:most].decode(errors="ignore")
 
 
 def _uid(level: str, told: Mapping[str, object]) -> str:
