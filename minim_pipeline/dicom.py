@@ -15,7 +15,7 @@ from PIL import Image
 
 from .files import atomic_path
 from .modalities import resolve_modality
-from .provenance import SOFTWARE, complete, printable
+from .provenance import SOFTWARE, complete, printable, single_channel
 
 
 # Modality and Body Part Examined by our modality; of others it is OT, other.
@@ -45,7 +45,7 @@ def save_dicom(
     the study's from neither seed nor prompt.
 
     Args:
-        image: of mode L or RGB; other modes become RGB.
+        image: of mode L or RGB; other modes become RGB. Of a grey modality one channel is written.
         path: where to; the folder has to exist.
         metadata: how it was made, with `modality` and `prompt` at least, as of `provenance.save_png`;
             `read_provenance` reads it back.
@@ -74,7 +74,8 @@ def encode_dicom(image: Image.Image, metadata: Mapping[str, object], number: int
     data.SpecificCharacterSet = "ISO_IR 192"
     _add_patient_and_study(data, told, number)
     _add_image(data, told, number)
-    _add_pixels(data, image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    _add_pixels(data, single_channel(image) if resolve_modality(str(told["modality"])).grey else image)
     data.SOPClassUID = SecondaryCaptureImageStorage
     data.file_meta = FileMetaDataset()
     data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID

@@ -37,6 +37,15 @@ def complete(metadata: Mapping[str, object]) -> dict[str, object]:
     return {"synthetic": "true"} | given | {"synthetic": "true", "software": SOFTWARE, "version": __version__}
 
 
+def single_channel(image: Image.Image) -> Image.Image:
+    """One channel of an image whose channels are all equal; any other image as it is.
+
+    A grey modality's are equal, unless the model has not learned it.
+    """
+    first, *others = (channel.tobytes() for channel in image.split())
+    return image.getchannel(0) if all(other == first for other in others) else image
+
+
 def printable(value: object) -> str:
     """`value` as text, with spaces for what neither XML, PNG nor DICOM may hold."""
     return _CONTROL.sub(" ", str(value))

@@ -22,13 +22,15 @@ PROJECT = TABLES["project"]
 SCRIPTS = [*(ROOT / "train").glob("*.py"), *(ROOT / "research").glob("*.py")]
 TRAIN = sorted(path for path in SCRIPTS if "__main__" in path.read_text())
 CLI, EVALUATE = ROOT / "minim_pipeline" / "cli.py", ROOT / "minim_pipeline" / "evaluation" / "command.py"
+SHARDS = ROOT / "minim_pipeline" / "generate" / "shards.py"
 # By extra: the files whose imports count, at the top and inside of functions; what is called; and what is left out.
 COMMANDS = {
     "": (
         [CLI],
-        [["minim", "generate"], ["minim", "score"], ["minim", "ratings"], ["minim", "modalities"]],
+        [["minim", "generate"], ["minim", "plan"], ["minim", "score"], ["minim", "ratings"], ["minim", "modalities"]],
         {EVALUATE},
     ),
+    "bulk": ([SHARDS], [["minim", "plan"]], set()),
     "evaluate": ([CLI], [["minim", "evaluate"]], set()),
     "space": ([ROOT / "space" / "app.py"], [[str(ROOT / "space" / "app.py")]], set()),
     "train": (TRAIN, [[str(path)] for path in TRAIN], set()),

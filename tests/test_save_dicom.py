@@ -50,6 +50,13 @@ def test_pydicom_and_our_reader_see_the_same_pixels_and_what_it_is(tmp_path, mod
     assert data.InstanceNumber == 7 and data.BurnedInAnnotation == "NO"
 
 
+def test_a_grey_modality_has_one_channel(tmp_path):
+    save_dicom(noise("L").convert("RGB"), tmp_path / "a.dcm", MADE)
+    assert dcmread(tmp_path / "a.dcm").PhotometricInterpretation == "MONOCHROME2"
+    save_dicom(noise("RGB"), tmp_path / "a.dcm", MADE)  # of a model that has not learned it
+    assert dcmread(tmp_path / "a.dcm").PhotometricInterpretation == "RGB"
+
+
 def test_provenance_is_read_back(tmp_path):
     save_dicom(noise("L"), tmp_path / "a.dcm", MADE)
     found = read_provenance(tmp_path / "a.dcm")

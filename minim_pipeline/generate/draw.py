@@ -9,6 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..loading import load_pipeline, lora_identity, model_identity, unet_identity
+from ..provenance import single_channel
 from .options import GenerateOptions
 from .plan import Item
 
@@ -101,6 +102,39 @@ def draw_all(pipe, items: Sequence[Item], size: int, bar: tqdm, **arguments) -> 
         output = draw(pipe, batch, progress, **arguments)
         for i, item in enumerate(batch):
             yield item, output, i
+
+
+def draw(pipe, batch: Sequence[Item], progress: Callable[[float], object], **arguments):
+    """What the pipeline gives for `batch`, each from a generator of its own; `progress` is told the share of steps.
+
+    Raises ValueError as the pipeline does, and if the images do not fit into memory.
+    """
+    import torch
+
+    def on_step_end(pipe, step, timestep, tensors):
+        progress((step + 1) / pipe.num_timesteps)
+        return tensors
+
+    try:
+        return pipe(
+            [item.text for item in batch],
+            modality=[item.modality.id for item in batch],
+            generator=[torch.Generator("cpu").manual_seed(item.seed) for item in batch],
+            callback_on_step_end=on_step_end,
+            **arguments,
+        )
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        height, width = pipe.learned_size
+        size = f"{arguments.get('width') or width} x {arguments.get('height') or height}"
+        what = f"{len(batch)} images of {size} px at once do not fit into the memory of {str(pipe.device)!r}"
+        raise ValueError(f"{what}: choose a smaller batch size, height or width.") from error
+
+
+def stored(image: Image.Image, item: Item) -> Image.Image:
+    """`image` as files hold it: of a grey modality one channel."""
+    return single_channel(image) if item.modality.grey else image
 
 
 def draw(pipe, batch: Sequence[Item], progress: Callable[[float], object], **arguments):
