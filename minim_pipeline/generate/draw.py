@@ -137,45 +137,6 @@ def stored(image: Image.Image, item: Item) -> Image.Image:
     return single_channel(image) if item.modality.grey else image
 
 
-def draw(pipe, batch: Sequence[Item], progress: Callable[[float], object], **arguments):
-    """What the pipeline gives for `batch`, each from a generator of its own; `progress` is told the share of steps.
-
-    Raises ValueError as the pipeline does, and if the images do not fit into memory.
-    """
-    import torch
-
-    def on_step_end(pipe, step, timestep, tensors):
-        progress((step + 1) / pipe.num_timesteps)
-        return tensors
-
-    try:
-        return pipe(
-            [item.text for item in batch],
-            modality=[item.modality.id for item in batch],
-            generator=[torch.Generator("cpu").manual_seed(item.seed) for item in batch],
-            callback_on_step_end=on_step_end,
-            **arguments,
-        )
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
-            raise
-        height, width = pipe.learned_size
-        size = f"{arguments.get('width') or width} x {arguments.get('height') or height}"
-        what = f"{len(batch)} images of {size} px at once do not fit into the memory of {str(pipe.device)!r}"
-        raise ValueError(f"{what}: choose a smaller batch size, height or width.") from error
-
-
-def stored(image: Image.Image, item: Item) -> Image.Image:
-    """`image` as files hold it: of a grey modality, whose channels are equal, one channel."""
-    return image.getchannel(0) if item.modality.grey and _equal_channels(image) else image
-
-
-def _equal_channels(image: Image.Image) -> bool:
-    """Not so where a model has not learned the modality that it was asked for."""
-    red, *others = (channel.tobytes() for channel in image.split())
-    return all(other == red for other in others)
-
-
 def describe(item: Item, output, i: int, settings: dict[str, object]) -> tuple[dict, dict]:
     """What `data.csv` and the file itself say of image `i` of a `MinimPipelineOutput`: a row, and provenance."""
     # Empty rather than absent: a column of that name in the CSV of prompts speaks of another image.
