@@ -1,8 +1,8 @@
 """Shards: that processes which are killed lose and double nothing, and how many images a second each format takes.
 
-python bench/bench_shards.py kills --images 2000 --kills 5       # SIGKILL at random; 2 processes; bit-equal in the end
+python bench/bench_shards.py kills --images 2000 --kills 5       # SIGKILL at random, 2 processes; bit-equal at the end
 python bench/bench_shards.py formats --images 512 --device cuda --dtype bfloat16 --batch_size 64
-python bench/bench_shards.py processes --images 256              # --shard 0/2 and 1/2 side by side, against one process
+python bench/bench_shards.py processes --images 256              # --shard 0/2 beside 1/2, against one process
 python bench/bench_shards.py plan                                # 1,000,000 rows: seconds and MiB
 """
 
@@ -92,8 +92,8 @@ def formats(args, folder: Path) -> dict:
     from minim_pipeline.generate.plan_table import make_plan
     from minim_pipeline.modalities import MODALITIES
 
-    options = GenerateOptions(model=args.model, no_filter=True, num_inference_steps=args.num_inference_steps,
-                              batch_size=args.batch_size, dtype=args.dtype, device=args.device, quiet=True)  # fmt: skip
+    shared = {name: getattr(args, name) for name in ("model", "num_inference_steps", "batch_size", "dtype", "device")}
+    options = GenerateOptions(no_filter=True, quiet=True, **shared)
     loaded = draw.load(options)
     shards.load = lambda options: loaded
     rates, drawing = {}, []

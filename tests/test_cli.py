@@ -56,7 +56,7 @@ def no_drawing(monkeypatch):
     def generate(items, folder, options):
         calls.append((items, replace(options, output_dir=folder)))
 
-    monkeypatch.setattr("minim_pipeline.cli.generate", generate)
+    monkeypatch.setattr("minim_pipeline.generate.command.generate", generate)
     return calls
 
 
