@@ -3,7 +3,10 @@
 pyarrow, of the extra `bulk`, is imported where there is such a plan.
 """
 
+import errno
+import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +17,7 @@ import numpy as np
 from ..captions import check_caption
 from ..modalities import resolve_modality
 from .plan import Item, Request
+from .storage import Storage
 
 
 SHARD_SIZE = 8192  # images
@@ -120,14 +124,14 @@ def read_plan(source: str | Path | BinaryIO, trained: list[str] | None = None, n
         ValueError: it is no Parquet file, lacks a column, has no rows; an id stands twice; a value is missing, or
             none that is possible. The message is one line, with the first of what is wrong.
     """
-    name = name or str(source)
-    if isinstance(source, str | Path):
-        import fsspec
-
-        with fsspec.open(str(source), "rb") as file:
-            plan = _read(file, name)
+    if not isinstance(source, str | Path):
+        plan, name = _read(source, name or "the plan"), name or "the plan"
     else:
-        plan = _read(source, name)
+        name = name or str(source)
+        folder, file = os.path.split(source)  # of a URL, too
+        if (content := Storage(folder).read(file)) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        plan = _read(io.BytesIO(content), name)
     _check(plan, name, trained)
     return plan
 

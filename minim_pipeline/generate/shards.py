@@ -30,6 +30,7 @@ from .write import in_threads, progress_bar
 
 PLAN = "plan.parquet"
 RUN = "run.json"
+MOST_SHARDS = 99_999  # whose names the Hub's libraries know
 
 
 @dataclass
@@ -120,6 +121,9 @@ def generate_shards(
     # The same images in other batches differ in their last bits.
     files = {"batch_size": batch_size(pipe, options), "format": shards.format, "shard_size": shards.size}
     run = Run(pipe, plan, storage, options, settings, files, _columns(pipe, plan, settings, filtering))
+    if run.count > MOST_SHARDS:
+        least = -(-len(plan) // MOST_SHARDS)
+        raise ValueError(f"--shard-size has to be at least {least} for {len(plan)} images, got {shards.size}.")
     begin(run)
     part, parts = shards.part
     part, parts = part * state.num_processes + state.process_index, parts * state.num_processes
@@ -203,7 +207,10 @@ def _drawn(run: Run, items: list[Item], bar: tqdm, short: list[dict]) -> Iterato
 
 
 def _encoded(item: Item, image, row: dict, metadata: dict, dicom: bool) -> tuple[Item, bytes, dict, dict]:
-    return item, encode_dicom(image, metadata, item.index + 1) if dicom else encode_png(image, metadata), row, metadata
+    if dicom:
+        number = (item.index + 1) % 2**31  # more is none in DICOM
+        return item, encode_dicom(image, metadata, number), row, metadata
+    return item, encode_png(image, metadata), row, metadata
 
 
 def _columns(pipe, plan: Plan, settings: dict, filtering: bool) -> dict[str, str]:

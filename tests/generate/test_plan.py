@@ -85,6 +85,9 @@ def test_a_bad_plan_is_told_in_a_line_before_the_model_is_loaded(pipeline_dir, t
     assert message in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+MANY = ["--prompt", "edema", "--modality", "OCT", "--output-dir", "out", "--num-images", "100000"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -95,6 +98,7 @@ def test_a_bad_plan_is_told_in_a_line_before_the_model_is_loaded(pipeline_dir, t
         (["--shard", "2/2"], "--shard has to be i/n with i from 0 to n - 1, got '2/2'."),
         (["--shard", "half"], "got 'half'"),
         (["--prompt", "edema", "--modality", "OCT", "--output-dir", "nowhere://x/y"], "nowhere"),
+        ([*MANY, "--shard-size", "1"], "--shard-size has to be at least 2 for 100000 images, got 1."),
     ],
 )
 def test_bad_options(requests, pipeline_dir, tmp_path, capsys, monkeypatch, options, message):
