@@ -34,7 +34,12 @@ _SPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://dicom.nema.org/minim-pipeline")
 
 
 def save_dicom(
-    image: Image.Image, path: str | Path, metadata: Mapping[str, object], number: int = 1, deflate: bool = True
+    image: Image.Image,
+    path: str | Path,
+    metadata: Mapping[str, object],
+    number: int = 1,
+    deflate: bool = True,
+    native: bool = False,
 ) -> None:
     """Writes `image` as a DICOM file that says it is synthetic; the file appears whole or not at all.
 
@@ -53,20 +58,29 @@ def save_dicom(
         deflate: compresses the file without loss, to less than half. What reads no Deflated Explicit VR Little Endian,
             such as dciodvfy, wants it off. (RLE, pydicom's other way, makes most of these images no smaller.)
 
+        native: a chest X-ray is no Secondary Capture but a Computed Radiography Image, an ultrasound image an
+            Ultrasound Image. The other modalities' own kinds ask for what a drawn image has not: 16 bits, a plane, a
+            source.
+
     Raises:
         ImportError: pydicom is not there.
         KeyError, ValueError: `metadata` has no `modality` or `prompt`, or an unknown modality.
     """
     with atomic_path(path) as temporary:
-        temporary.write_bytes(encode_dicom(image, metadata, number, deflate))
+        temporary.write_bytes(encode_dicom(image, metadata, number, deflate, native))
 
 
-def encode_dicom(image: Image.Image, metadata: Mapping[str, object], number: int = 1, deflate: bool = True) -> bytes:
+def encode_dicom(
+    image: Image.Image,
+    metadata: Mapping[str, object],
+    number: int = 1,
+    deflate: bool = True,
+    native: bool = False,
+) -> bytes:
     """`image` as the bytes of what `save_dicom` would write."""
     try:
-        from pydicom import Dataset
+        from pydicom import Dataset, uid
         from pydicom.dataset import FileMetaDataset
-        from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
     except ImportError as error:
         raise ImportError("DICOM needs pydicom: pip install 'minim-pipeline[dicom]'.") from error
     told = complete(metadata)
@@ -76,11 +90,21 @@ def encode_dicom(image: Image.Image, metadata: Mapping[str, object], number: int
     _add_image(data, told, number)
     image = image if image.mode in ("L", "RGB") else image.convert("RGB")
     _add_pixels(data, single_channel(image) if resolve_modality(str(told["modality"])).grey else image)
-    data.SOPClassUID = SecondaryCaptureImageStorage
+    kind = data.Modality if native else None
+    if kind == "CR":
+        data.SOPClassUID, data.ViewPosition = uid.ComputedRadiographyImageStorage, ""
+        data.ImageType = ["DERIVED", "PRIMARY"]
+    elif kind == "US":
+        data.SOPClassUID = uid.UltrasoundImageStorage
+        data.ImageType = ["DERIVED", "PRIMARY", data.BodyPartExamined, "0001"]  # 2D
+    else:
+        data.SOPClassUID, data.ConversionType = uid.SecondaryCaptureImageStorage, "SYN"
+        data.ImageType = ["DERIVED", "SECONDARY"]
     data.file_meta = FileMetaDataset()
     data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID
     data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
-    data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian if deflate else ExplicitVRLittleEndian
+    syntax = uid.DeflatedExplicitVRLittleEndian if deflate else uid.ExplicitVRLittleEndian
+    data.file_meta.TransferSyntaxUID = syntax
     file = io.BytesIO()
     data.save_as(file, enforce_file_format=True)
     return file.getvalue()
@@ -109,8 +133,7 @@ def _add_patient_and_study(data, told: Mapping[str, object], number: int) -> Non
 
 
 def _add_image(data, told: Mapping[str, object], number: int) -> None:
-    data.ConversionType, data.SyntheticData = "SYN", "YES"
-    data.ImageType = ["DERIVED", "SECONDARY"]
+    data.SyntheticData = "YES"
     data.InstanceNumber, data.PatientOrientation = number, ""
     data.BurnedInAnnotation, data.LossyImageCompression = "NO", "00"
     data.ImageComments = _cut(printable(told["prompt"]), 10240)

@@ -88,11 +88,25 @@ def test_what_is_missing_is_an_error_and_no_file(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("dciodvfy"), reason="dicom3tools is not installed")
-@pytest.mark.parametrize("modality", KINDS)
-def test_a_validator_finds_nothing_but_the_tag_that_it_does_not_know(tmp_path, modality):
+@pytest.mark.parametrize(
+    ("modality", "kind"), [*((name, "SCImage") for name in KINDS), ("cxr", "CRImage"), ("breast_us", "USImage")]
+)
+def test_a_validator_finds_nothing_but_the_tag_that_it_does_not_know(tmp_path, modality, kind):
     image = noise("RGB" if modality == "fundus" else "L", (32, 32))
-    save_dicom(image, tmp_path / "a.dcm", MADE | {"modality": modality}, deflate=False)  # it reads no deflated files
+    # It reads no deflated files.
+    save_dicom(image, tmp_path / "a.dcm", MADE | {"modality": modality}, deflate=False, native=kind != "SCImage")
     said = subprocess.run(["dciodvfy", tmp_path / "a.dcm"], capture_output=True, text=True).stderr
     errors = [line for line in said.splitlines() if "Error" in line]
     assert len(errors) == 1 and "(0x0008,0x001c)" in errors[0], said  # Synthetic Data, of 2023
-    assert "\nSCImage\n" in said
+    assert f"\n{kind}\n" in said
+
+
+def test_on_request_cr_and_us_are_what_they_are_and_others_stay_secondary_captures(tmp_path):
+    kinds = {}
+    for modality in KINDS:
+        save_dicom(noise("L"), tmp_path / "a.dcm", MADE | {"modality": modality}, native=True)
+        data = dcmread(tmp_path / "a.dcm")
+        kinds[modality] = data.SOPClassUID.keyword.removesuffix("ImageStorage")
+        assert data.SyntheticData == "YES" and data.ImageType[0] == "DERIVED"
+    assert kinds.pop("cxr") == "ComputedRadiography" and kinds.pop("breast_us") == "Ultrasound"
+    assert set(kinds.values()) == {"SecondaryCapture"}

@@ -107,8 +107,12 @@ class ShardOptions(Options):
     shard: str | None = option(None, "Draw only every n-th shard, from i on (from 0).", metavar="i/n")
     shard_size: Count | None = option(None, f"Images a shard, drawn and written as one (default {SHARD_SIZE}).")
 
+    native_dicom: bool = option(False, "Chest X-rays as CR and ultrasound as US images, no Secondary Captures.")
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.native_dicom and self.format != "dicom":
+            raise ValueError(f"--native-dicom is for --format dicom, got --format {self.format}.")
         part, parts = self.part
         if not 0 <= part < parts:
             raise ValueError(f"--shard has to be i/n with i from 0 to n - 1, got {self.shard!r}.")

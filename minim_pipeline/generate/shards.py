@@ -121,6 +121,8 @@ def generate_shards(
     # The same images in other batches differ in their last bits.
     files = {"batch_size": batch_size(pipe, options), "format": shards.format, "shard_size": shards.size}
     run = Run(pipe, plan, storage, options, settings, files, _columns(pipe, plan, settings, filtering))
+    if shards.native_dicom:
+        files["native_dicom"] = True
     if run.count > MOST_SHARDS:
         least = -(-len(plan) // MOST_SHARDS)
         raise ValueError(f"--shard-size has to be at least {least} for {len(plan)} images, got {shards.size}.")
@@ -203,14 +205,16 @@ def _drawn(run: Run, items: list[Item], bar: tqdm, short: list[dict]) -> Iterato
         if "accepted" in told:
             told["accepted"] = told["accepted"] == "true"
         row = {name: told[name] for name in run.columns if told.get(name) not in ("", None)}
-        yield item, stored(output.images[i], item), row, metadata, run.files["format"] == "dicom"
+        yield item, stored(output.images[i], item), row, metadata, run.files
 
 
-def _encoded(item: Item, image, row: dict, metadata: dict, dicom: bool) -> tuple[Item, bytes, dict, dict]:
-    if dicom:
+def _encoded(item: Item, image, row: dict, metadata: dict, files: dict) -> tuple[Item, bytes, dict, dict]:
+    if files["format"] == "dicom":
         number = (item.index + 1) % 2**31  # more is none in DICOM
-        return item, encode_dicom(image, metadata, number), row, metadata
-    return item, encode_png(image, metadata), row, metadata
+        encoded = encode_dicom(image, metadata, number, native="native_dicom" in files)
+    else:
+        encoded = encode_png(image, metadata)
+    return item, encoded, row, metadata
 
 
 def _columns(pipe, plan: Plan, settings: dict, filtering: bool) -> dict[str, str]:

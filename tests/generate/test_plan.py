@@ -97,6 +97,7 @@ MANY = ["--prompt", "edema", "--modality", "OCT", "--output-dir", "out", "--num-
         (["--plan", "prompts.csv"], "--output-dir is missing"),
         (["--shard", "2/2"], "--shard has to be i/n with i from 0 to n - 1, got '2/2'."),
         (["--shard", "half"], "got 'half'"),
+        (["--native-dicom"], "--native-dicom is for --format dicom, got --format png."),
         (["--prompt", "edema", "--modality", "OCT", "--output-dir", "nowhere://x/y"], "nowhere"),
         ([*MANY, "--shard-size", "1"], "--shard-size has to be at least 2 for 100000 images, got 1."),
     ],

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pyarrow import parquet
+from pydicom import dcmread
 
 from minim_pipeline.cli import main
 from minim_pipeline.data.dicom import read_dicom
@@ -119,15 +120,20 @@ def test_a_small_set_is_one_folder_that_the_library_reads_as_it_lies(
     assert not (tmp_path / "out/data").exists()
 
 
+DICOM = ["--format", "dicom", "--native-dicom"]
+
+
 def test_parts_make_the_same_as_one_process_and_are_not_drawn_again(run, tmp_path, capsys, monkeypatch):
-    assert run(tmp_path / "one", "--format", "dicom") == 0
-    assert run(tmp_path / "two", "--format", "dicom", "--shard", "1/2") == 0
+    assert run(tmp_path / "one", *DICOM) == 0
+    assert run(tmp_path / "two", *DICOM, "--shard", "1/2") == 0
     assert contents_of_data(tmp_path / "two") == contents_of_data(tmp_path / "one")[1:2]
-    assert run(tmp_path / "two", "--format", "dicom", "--shard", "0/2") == 0
+    assert run(tmp_path / "two", *DICOM, "--shard", "0/2") == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    kinds = [dcmread(file).SOPClassUID.keyword for file in sorted((tmp_path / "two").rglob("*.dcm"))]
+    assert kinds == ["SecondaryCaptureImageStorage"] * 9 + ["ComputedRadiographyImageStorage"] * 3
     monkeypatch.setattr(draw, "draw", lambda *args, **options: pytest.fail("drawn again"))
     capsys.readouterr()
-    assert run(tmp_path / "two", "--format", "dicom") == 0
+    assert run(tmp_path / "two", *DICOM) == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
