@@ -82,6 +82,8 @@ def test_one_prompt(pipeline_dir, tmp_path, capsys):
         "scheduler": "DPMSolverMultistepScheduler",
     }.items()  # fmt: skip
     assert str(pipeline_dir.parent) not in str(found)
+    with Image.open(tmp_path / "out/0001.png") as image:
+        assert image.mode == "L", "of a grey modality"
     assert read_provenance(tmp_path / "out/grid.png")["seeds"] == "7, 8, 9"
     assert pixels(tmp_path / "out/grid.png").shape == (128, 128, 3)
     assert capsys.readouterr().err == ""  # --quiet
