@@ -182,7 +182,9 @@ def draw_shard(run: Run, index: int, bar: tqdm, result: Progress) -> None:
     """Draws a shard and writes it, whole or not at all."""
     ending, of_shard = FORMATS[run.files["format"]]
     items, short = run.plan.items(run.rows(index).start, run.rows(index).stop), list[dict]()
-    with run.storage.shard(run.name(index), folder=not of_shard) as place:
+    # A grey image takes a third of a byte a pixel: a disk that is too small is told of before they are drawn.
+    size = len(items) * run.settings["height"] * run.settings["width"] // 4
+    with run.storage.shard(run.name(index), folder=not of_shard, size=size) as place:
         with open_sink(run.files["format"], place, run.columns) as sink:
             for item, image, row, metadata in in_threads(_encoded, _drawn(run, items, bar, short)):
                 sink.add(f"{item.index:0{run.plan.digits}d}{ending}", image, row, complete(metadata))

@@ -79,18 +79,18 @@ class Storage:
             self.fs.rm_file(path if self.fs.isfile(path) else f"{path}/{TABLE}")
 
     @contextmanager
-    def shard(self, name: str, folder: bool) -> Iterator[Path]:
+    def shard(self, name: str, folder: bool, size: int = 0) -> Iterator[Path]:
         """A place of this machine to write a shard to, a file or a `folder`, which is then put where it belongs.
 
         What an earlier run has left of it is gone. If anything fails, nothing of it remains. Raises OSError if the
-        disk is full, or the place behind the URL does not take it.
+        disk has no room for `size` bytes, or is full, or the place behind the URL does not take the shard.
         """
         from ..disk import whole_file, whole_folder
 
         here = nullcontext(str(self.folder)) if self.folder else tempfile.TemporaryDirectory(prefix="minim-")
         with here as root:
             place = Path(root) / name
-            with whole_folder(place) if folder else whole_file(place) as unfinished:
+            with whole_folder(place, size) if folder else whole_file(place, size) as unfinished:
                 yield unfinished
             if self.folder is None:
                 self._send(place, name)
