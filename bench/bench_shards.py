@@ -115,13 +115,14 @@ def formats(args, folder: Path) -> dict:
         for images in (args.batch_size, args.images):
             plan = make_plan(request_prompt("normal", MODALITIES["oct"], images, 0))
             drawing.clear()
-            start = time.perf_counter()
+            start, own = time.perf_counter(), time.thread_time()
             chosen = ShardOptions(format=name, shard_size=max(args.shard_size, args.batch_size))
             shards.generate_shards(plan, folder / f"{name}-{images}", options, chosen)
-            seconds = time.perf_counter() - start
+            seconds, own = time.perf_counter() - start, time.thread_time() - own
         rates[name] = {
             "images_per_second": round(args.images / seconds, 2),
             "share_of_time_drawing": round(sum(drawing) / seconds, 3),
+            "own_thread_ms_an_image": round(1000 * own / args.images, 2),  # while a GPU would wait
         }
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
     return {"device": device, "cores": os.cpu_count(), "formats": rates}

@@ -180,16 +180,19 @@ def is_done(run: Run, index: int) -> bool:
 
 def draw_shard(run: Run, index: int, bar: tqdm, result: Progress) -> None:
     """Draws a shard and writes it, whole or not at all."""
-    ending, of_shard = FORMATS[run.files["format"]]
+    (ending, of_shard), digits = FORMATS[run.files["format"]], run.plan.digits
     items, short = run.plan.items(run.rows(index).start, run.rows(index).stop), list[dict]()
     # A grey image takes a third of a byte a pixel: a disk that is too small is told of before they are drawn.
     size = len(items) * run.settings["height"] * run.settings["width"] // 4
     with run.storage.shard(run.name(index), folder=not of_shard, size=size) as place:
         with open_sink(run.files["format"], place, run.columns) as sink:
-            for item, image, row, metadata in in_threads(_encoded, _drawn(run, items, bar, short)):
-                sink.add(f"{item.index:0{run.plan.digits}d}{ending}", image, row, complete(metadata))
+
+            def add(item: Item, image: bytes, row: dict, metadata: dict) -> None:
+                sink.add(f"{item.index:0{digits}d}{ending}", image, row, complete(metadata))
                 result.images += 1
                 result.counts += _counts(row)
+
+            in_threads(_encoded, _drawn(run, items, bar, short), add)
         _write_short(run, index, short)
     for entry in short:
         result.counts["candidates"] += entry["candidates"]
@@ -207,10 +210,11 @@ def _drawn(run: Run, items: list[Item], bar: tqdm, short: list[dict]) -> Iterato
         if "accepted" in told:
             told["accepted"] = told["accepted"] == "true"
         row = {name: told[name] for name in run.columns if told.get(name) not in ("", None)}
-        yield item, stored(output.images[i], item), row, metadata, run.files
+        yield item, output.images[i], row, metadata, run.files
 
 
 def _encoded(item: Item, image, row: dict, metadata: dict, files: dict) -> tuple[Item, bytes, dict, dict]:
+    image = stored(image, item)
     if files["format"] == "dicom":
         number = (item.index + 1) % 2**31  # more is none in DICOM
         encoded = encode_dicom(image, metadata, number, native="native_dicom" in files)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from PIL import Image
 from tqdm import tqdm
@@ -83,11 +82,13 @@ def draw_missing(
                 short.add(item, options.rounds, output.candidates[i], output.rejected[i])
             else:
                 row, metadata = describe(item, output, i, writer.settings)
-                yield item.index, stored(output.images[i], item), row, metadata
+                yield item, output.images[i], row, metadata
+
+    def write(item: Item, image: Image.Image, row: dict, metadata: dict) -> None:
+        writer.add(item.index, stored(image, item), row, metadata)
 
     with progress_bar(len(share), options.quiet or not state.is_local_main_process) as bar:
-        for _ in in_threads(writer.add, drawn(bar)):
-            pass
+        in_threads(write, drawn(bar))
 
     state.wait_for_everyone()
     if state.is_main_process:
@@ -109,24 +110,26 @@ def progress_bar(total: int, disable: bool) -> Iterator[tqdm]:
         yield bar
 
 
-Result = TypeVar("Result")
+def in_threads(work: Callable, jobs: Iterable[tuple], then: Callable[..., None] | None = None) -> None:
+    """Calls `work` with each of `jobs`, and `then` with what that gives, in their order, while the next are drawn.
 
-
-def in_threads(work: Callable[..., Result], jobs: Iterable[tuple]) -> Iterator[Result]:
-    """What `work` makes of each of `jobs`, in their order, while the next ones are drawn.
-
-    Pillow and zlib free the interpreter, so that files are encoded beside a GPU, which they would slow down else. If
-    making `jobs` fails, those that there are already are done all the same.
+    Pillow and zlib free the interpreter, so that files are encoded beside a GPU, which they would slow down else;
+    `then` runs in one more thread. If making `jobs` fails, those that there are already are done all the same.
     """
     threads = min(os.cpu_count() or 1, 16)
     waiting: deque[Future] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(1) as last:
         for job in jobs:
-            waiting.append(pool.submit(work, *job))
+            made = pool.submit(work, *job)
+            waiting.append(last.submit(_pass_on, made, then) if then else made)
             while waiting and (waiting[0].done() or len(waiting) > 8 * threads):
-                yield waiting.popleft().result()
+                waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().result()
+            waiting.popleft().result()
+
+
+def _pass_on(made: Future, then: Callable[..., None]) -> None:
+    then(*made.result())
 
 
 def check_rows(writer: DatasetWriter, items: Sequence[Item]) -> None:
