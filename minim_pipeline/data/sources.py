@@ -219,7 +219,8 @@ def _check_row(row: dict[str, str], require: Sequence[str], check: Callable | No
 class DatasetWriter:
     """Writes images as a folder and a CSV in MINIM's format, and goes on where an earlier run was stopped.
 
-    The folder holds `NNNN.png`, `data.csv` (`path,Text,modality,seed`, then `columns`) and `run.json` (`settings`).
+    The folder holds `NNNN.png`, `data.csv` (`path,Text,modality,seed`, then `columns`), `run.json` (`settings`) and,
+    once it is finished, `metadata.csv`.
     Images appear whole or not at all, and a row only after its image, so that at any moment all rows of the CSV are
     true. Nothing is written, and no folder made, before the first `add`.
 
