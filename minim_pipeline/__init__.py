@@ -31,6 +31,7 @@ _MODULE_OF = {
     "register_modality": "modalities",
     "resolve_modality": "modalities",
     "split_prefix": "modalities",
+    "save_dicom": "dicom",
     "add_modality_tokens": "tokens",
     "negative_text": "tokens",
     "prompt_text": "tokens",

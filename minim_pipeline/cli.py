@@ -1,28 +1,23 @@
 """The command `minim`. Arguments are checked before torch and diffusers, which take seconds, are imported."""
 
 import argparse
-import os
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from . import __version__
-from .captions import check_caption
-from .data.sources import image_name, name_digits, read_dataset
 from .evaluation.command import run as evaluate
 from .evaluation.options import EvaluateOptions
-from .generate.options import GenerateOptions, ModelOptions
-from .generate.plan import Item, plan_file, plan_prompt
-from .generate.shortfall import Shortfall
-from .generate.write import REASONS, generate
+from .generate.command import GenerateCommand, PlanCommand, run_generate, run_plan
+from .generate.draw import REASONS
+from .generate.options import ModelOptions
 from .loading import register_modalities
-from .modalities import MODALITIES, resolve_modality, split_prefix
-from .options import Count, Options, Range, Whole, add_options, number, option, options_from
+from .modalities import MODALITIES, resolve_modality
+from .options import Options, add_options, option, options_from
 from .ratings import RatingStore, counts, read_ratings
 from .scoring import ScoreOptions, score_csv
+from .terminal import say
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,21 +31,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-@dataclass(kw_only=True)
-class GenerateCommand(GenerateOptions):
-    """What the images show, how many there are, and where they go."""
-
-    modality: str | None = option(None, "E.g. OCT; minim modalities lists them. With --prompts-file: of all rows.")
-    prompt: str | None = option(None, "What the image shows, e.g. 'diabetic macular edema'.")
-    prompts_file: Path | None = option(
-        None, "Many prompts: columns Text,modality, optional num_images,seed; others are carried through to data.csv."
-    )
-    num_images: Count | None = option(None, "Images of the prompt (default 4), or of each row (1).")
-    seed: Whole = option(0, "Image i uses seed + i; of a row with a seed of its own, that one + i (default 0).")
-    output_dir: Path | None = option(None, "Their folder.")
-    skip_bad_rows: bool = option(False, "Leave bad rows of the CSV out instead of stopping.")
 
 
 @dataclass(kw_only=True)
@@ -82,126 +62,6 @@ def build_parser() -> argparse.ArgumentParser:
         # An evaluation says all that is wrong with its options in one way, whoever makes them.
         add_options(command, options, strict=options is not EvaluateOptions)
     return parser
-
-
-Answer = TypeVar("Answer")
-
-
-def ask(question: str, parse: Callable[[str], Answer], default: str | None = None) -> Answer:
-    """Asks at the terminal until `parse` takes the answer."""
-    while True:
-        answer = input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
-        try:
-            if answer:
-                return parse(answer)
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            print(error)
-
-
-def checked(text: str, name: str = "prompt") -> str:
-    """`text`; ValueError if it is none, or stands for a caption that is missing; `name`: of the option."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError(f"--{name} is not UTF-8: {text!r}.")
-    check_caption(text)
-    return text
-
-
-def plan(options: GenerateCommand, trained: list[str] | None) -> tuple[list[Item], Path]:
-    """The images that are asked for, and their folder. What is missing is asked for at the terminal.
-
-    Raises ValueError if something is missing and nobody can be asked, or what is given is not possible.
-    """
-    modality, text, folder, file = options.modality, options.prompt, options.output_dir, options.prompts_file
-    if file is not None and text is not None:
-        raise ValueError("--prompts-file names the prompts itself: leave --prompt out.")
-    if text is not None and modality is None:
-        modality, text = split_prefix(text, trained)  # MINIM's own "OCT: macular edema"
-    kind = resolve_modality(modality, trained) if modality is not None else None
-    if text is not None and not text.strip():
-        raise ValueError(f"--prompt has to say what the image shows, got {text!r}.")
-    checked(text or "")
-    checked(options.negative_prompt or "", "negative-prompt")
-    needed: dict[str, object] = {"modality": modality, "prompt": text} if file is None else {}
-    needed["output_dir"] = folder
-    missing = ["--" + name.replace("_", "-") for name, value in needed.items() if value is None]
-    if missing and not sys.stdin.isatty():
-        raise ValueError(f"{', '.join(missing)} missing (they are asked for at a terminal only).")
-
-    if file is not None:
-        with warnings.catch_warnings(record=True) as caught:
-            of_all, count = kind.id if kind else None, options.num_images or 1
-            items = plan_file(file, count, options.seed, trained, options.skip_bad_rows, of_all)
-        for warning in caught:
-            say(f"minim generate: warning: {warning.message}")
-    else:
-        if kind is None:
-            names = ", ".join(MODALITIES[id].name for id in trained or MODALITIES)
-            kind = ask(f"Modality ({names})", lambda answer: resolve_modality(answer, trained))
-        text = text or ask("Prompt, e.g. diabetic macular edema", checked)
-        count = options.num_images or (ask("Number of images", number(int, Range(1)), "4") if missing else 4)
-        items = plan_prompt(text.strip(), kind, count, options.seed)
-    return items, folder or ask("Output folder", Path, "out")
-
-
-def run_generate(options: GenerateCommand) -> int:
-    """Draws images of one prompt, or of a CSV of prompts, into a folder.
-
-    NNNN.png, grid.png, and data.csv in MINIM's format. At a terminal it asks for what is missing. The same command
-    again goes on where it was stopped and repeats nothing; several GPUs: accelerate launch -m minim_pipeline.cli
-    generate ...
-    """
-    trained = register_modalities(options.model).get("modalities") or None
-    items, folder = plan(options, trained)
-    try:
-        generate(items, folder, options)
-    except KeyboardInterrupt:
-        digits = name_digits(folder, len(items))
-        done = sum((folder / image_name(item.index, digits)).exists() for item in items)
-        say(f"\nStopped: {done} of {len(items)} images are in {folder}. The same command goes on from there.")
-        raise
-    if options.accepted_only:
-        return say_accepted(items, folder, options.quiet)
-    if not options.quiet:
-        say_drawn(items, folder)
-    return 0
-
-
-def say_drawn(items: list[Item], folder: Path) -> None:
-    say(f"{len(items)} images in {folder}: {folder / 'grid.png'} shows them, {folder / 'data.csv'} lists them.")
-    rows = [row for row in read_dataset(folder / "data.csv", check_images=False) if row.get("accepted")]
-    if rows:
-        drawn = sum(int(row["candidates"]) for row in rows)
-        accepted = sum(row["accepted"] == "true" for row in rows)
-        why = {reason: sum(int(row.get(f"rejected_{reason}") or 0) for row in rows) for reason in REASONS}
-        unreal = f", {why['realism']} as unlike real images" if "rejected_realism" in rows[0] else ""
-        say(
-            f"The filter accepted {accepted} of {len(rows)} images. Of {drawn} candidates it left out"
-            f" {sum(why.values())}: {why['quality']} for their quality, {why['finding']} for the finding,"
-            f" {why['copy']} as copies of training images{unreal}."
-        )
-
-
-def say_accepted(items: list[Item], folder: Path, quiet: bool) -> int:
-    """What --accepted-only came to and what it cost; the exit code, 3 if images fell short, which is always said."""
-    short = list(Shortfall(folder).entries.values())
-    data, digits = folder / "data.csv", name_digits(folder, len(items))
-    asked = {image_name(item.index, digits) for item in items}  # the folder may hold more, of an earlier run
-    rows = read_dataset(data, check_images=False) if data.exists() else []
-    rows = [row for row in rows if row["path"] in asked]
-    drawn = sum(int(row["candidates"]) for row in rows) + sum(entry["candidates"] for entry in short)
-    if not quiet:
-        each = f", {drawn / len(rows):.1f} for each of them" if rows else ""
-        found = f"{len(rows)} accepted images in {folder}, of {len(items)} asked for."
-        say(f"{found} {drawn} candidates were drawn{each}.")
-    if not short:
-        return 0
-    why = {reason: sum(entry["rejected"].get(reason, 0) for entry in short) for reason in REASONS}
-    reasons, rounds = ", ".join(f"{reason} {count}" for reason, count in why.items()), max(e["rounds"] for e in short)
-    say(
-        f"minim generate: {len(short)} of {len(items)} images fell short in {rounds} round{'s' * (rounds > 1)}"
-        f" ({reasons}; {Shortfall(folder).file} lists them): the same command with a larger --max-rounds goes on."
-    )
-    return 3
 
 
 def run_evaluate(options: EvaluateOptions) -> None:
@@ -267,15 +127,10 @@ def run_modalities(options: ModelOptions) -> None:
             print("  not learned by this model")
 
 
-def say(message: str) -> None:
-    """Prints to stderr, once where several processes run the same command."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
-
-
 # What each does and is described as, its options, and how it is listed.
 COMMANDS: dict[str, tuple[Callable, type[Options], str]] = {
     "generate": (run_generate, GenerateCommand, "draw images of one prompt, or of a list of them"),
+    "plan": (run_plan, PlanCommand, "write down which images to draw, for generate --plan in many processes"),
     "score": (run_score, ScoreOptions, "rate images with the filter"),
     "ratings": (run_ratings, RatingsCommand, "people's ratings: out of the rating page's store as a CSV, or into it"),
     "evaluate": (run_evaluate, EvaluateOptions, "measure synthetic images against real ones"),

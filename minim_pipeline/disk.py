@@ -60,7 +60,8 @@ def enough_room(path: Path, size: int) -> Iterator[None]:
 
     def told(free: int) -> OSError:
         place = str(path.with_name(path.name.removeprefix(".")).absolute())
-        return OSError(errno.ENOSPC, f"No room on the disk: {shown(size)} needed, {shown(free)} free", place)
+        needed = f"{shown(size)} needed, " if size else ""
+        return OSError(errno.ENOSPC, f"No room on the disk: {needed}{shown(free)} free", place)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free

@@ -57,6 +57,25 @@ def locked(folder: str | Path, state=None) -> Iterator[None]:
             lock.release()
 
 
+@contextmanager
+def held(file: Path) -> Iterator[bool]:
+    """Whether the lock `file` was free; if so, this process has it as long as the context lasts.
+
+    As `locked`, for a part of a folder whose other parts other processes may write to.
+    """
+    lock = FileLock(file, timeout=0)
+    try:
+        _acquire(lock, file.parent)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        file.unlink(missing_ok=True)  # while it is held, as above
+        lock.release()
+
+
 def _acquire(lock: FileLock, folder: Path) -> None:
     """Takes the lock, in a folder that another run may take away at any moment; raises Timeout if it is held."""
     while True:

@@ -5,6 +5,7 @@ how image archives and search engines recognise generated pictures, and IPTC's p
 https://iptc.org/std/photometadata/specification/IPTC-PhotoMetadata
 """
 
+import io
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -30,6 +31,44 @@ _XMP = Path(__file__).with_name("provenance.xmp").read_text(encoding="utf-8").rs
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
+def complete(metadata: Mapping[str, object]) -> dict[str, object]:
+    """All that a file says of how it was made: `metadata` without `None`, `synthetic`, `software` and `version`."""
+    given = {name: value for name, value in metadata.items() if value is not None}
+    return {"synthetic": "true"} | given | {"synthetic": "true", "software": SOFTWARE, "version": __version__}
+
+
+def single_channel(image: Image.Image) -> Image.Image:
+    """One channel of an image whose channels are all equal; any other image as it is.
+
+    A grey modality's are equal, unless the model has not learned it.
+    """
+    first, *others = (channel.tobytes() for channel in image.split())
+    return image.getchannel(0) if all(other == first for other in others) else image
+
+
+def printable(value: object) -> str:
+    """`value` as text, with spaces for what neither XML, PNG nor DICOM may hold."""
+    return _CONTROL.sub(" ", str(value))
+
+
+def _png_info(metadata: Mapping[str, object]) -> PngInfo:
+    texts = {name: printable(value) for name, value in complete(metadata).items()}
+    info = PngInfo()
+    for name, value in texts.items():
+        info.add_text(name, value)  # becomes iTXt, UTF-8, where Latin-1 does not do
+    fields = {name: escape(texts.get(name, "")) for name in ("model", "revision", "prompt")}
+    fields |= {"software": escape(f"{SOFTWARE} {texts['version']}"), "source_type": DIGITAL_SOURCE_TYPE}
+    info.add_itxt(_XMP_KEY, _XMP.format(bom="\ufeff", **fields))
+    return info
+
+
+def encode_png(image: Image.Image, metadata: Mapping[str, object]) -> bytes:
+    """`image` as the bytes of what `save_png` would write."""
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=_png_info(metadata))
+    return file.getvalue()
+
+
 def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object]) -> None:
     """Writes `image` as a PNG that says it is synthetic; the file appears whole or not at all.
 
@@ -40,26 +79,22 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object
             and whatever else; each becomes a text chunk, `None` is left out. `synthetic`, `software` and `version`
             are added here.
     """
-    texts = {name: _CONTROL.sub(" ", str(value)) for name, value in metadata.items() if value is not None}
-    texts = {"synthetic": "true"} | texts | {"synthetic": "true", "software": SOFTWARE, "version": __version__}
-    info = PngInfo()
-    for name, value in texts.items():
-        info.add_text(name, value)  # becomes iTXt, UTF-8, where Latin-1 does not do
-    fields = {name: escape(texts.get(name, "")) for name in ("model", "revision", "prompt")}
-    fields |= {"software": escape(f"{SOFTWARE} {texts['version']}"), "source_type": DIGITAL_SOURCE_TYPE}
-    info.add_itxt(_XMP_KEY, _XMP.format(bom="\ufeff", **fields))
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+        image.save(temporary, format="PNG", pnginfo=_png_info(metadata))
 
 
 def read_provenance(path: str | Path) -> dict[str, object]:
-    """What `save_png` wrote into the file at `path`; empty if the file is not one of this package's.
+    """What `save_png` or `dicom.save_dicom` wrote into the file at `path`; empty if it is not one of this package's.
 
     Returns:
         The metadata, with `synthetic` a bool, `seed`, `steps`, `height` and `width` ints, `guidance` and
         `guidance_rescale` floats, `guidance_interval` a list of two floats and all else strings, and
-        `digital_source_type`, IPTC's term.
+        `digital_source_type`, IPTC's term. Of a DICOM file as it was given, without that.
     """
+    if Path(path).suffix == ".dcm":
+        from .dicom import provenance_of
+
+        return provenance_of(path)
     with Image.open(path) as image:
         texts = dict(getattr(image, "text", {}))
     if texts.get("software") != SOFTWARE:

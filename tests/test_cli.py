@@ -35,7 +35,7 @@ def filtered_dir(make_pipeline, tmp_path_factory):
 
 def pixels(path):
     with Image.open(path) as image:
-        return np.asarray(image).astype(float) / 255
+        return np.asarray(image.convert("RGB")).astype(float) / 255
 
 
 def names(folder):
@@ -56,13 +56,14 @@ def no_drawing(monkeypatch):
     def generate(items, folder, options):
         calls.append((items, replace(options, output_dir=folder)))
 
-    monkeypatch.setattr("minim_pipeline.cli.generate", generate)
+    monkeypatch.setattr("minim_pipeline.generate.command.generate", generate)
     return calls
 
 
 def test_one_prompt(pipeline_dir, tmp_path, capsys):
     assert run(pipeline_dir, tmp_path / "out", *ONE_PROMPT) == 0
-    assert names(tmp_path / "out") == ["0000.png", "0001.png", "0002.png", "data.csv", "grid.png", "run.json"]
+    listed = ["data.csv", "grid.png", "metadata.csv", "run.json"]
+    assert names(tmp_path / "out") == ["0000.png", "0001.png", "0002.png", *listed]
     rows = read_dataset(tmp_path / "out/data.csv")
     assert [row["seed"] for row in rows] == ["7", "8", "9"]
     assert {(row["Text"], row["modality"], row["synthetic"]) for row in rows} == {
@@ -81,6 +82,8 @@ def test_one_prompt(pipeline_dir, tmp_path, capsys):
         "scheduler": "DPMSolverMultistepScheduler",
     }.items()  # fmt: skip
     assert str(pipeline_dir.parent) not in str(found)
+    with Image.open(tmp_path / "out/0001.png") as image:
+        assert image.mode == "L", "of a grey modality"
     assert read_provenance(tmp_path / "out/grid.png")["seeds"] == "7, 8, 9"
     assert pixels(tmp_path / "out/grid.png").shape == (128, 128, 3)
     assert capsys.readouterr().err == ""  # --quiet
@@ -120,7 +123,7 @@ def test_every_row_has_seeds_of_its_own(tmp_path):
 
 
 def test_goes_on_after_ctrl_c_and_repeats_nothing(pipeline_dir, tmp_path, monkeypatch, capsys):
-    from minim_pipeline.generate import write as generate
+    from minim_pipeline.generate import draw as generate
 
     drawn = []
     draw = generate.draw
@@ -141,7 +144,7 @@ def test_goes_on_after_ctrl_c_and_repeats_nothing(pipeline_dir, tmp_path, monkey
     assert run(pipeline_dir, tmp_path / "out", *options) == 0
     assert drawn == [0, 1, 2, 2]
     run(pipeline_dir, tmp_path / "at_once", *options)
-    for name in ("0000.png", "0001.png", "0002.png", "grid.png", "data.csv", "run.json"):
+    for name in ("0000.png", "0001.png", "0002.png", "grid.png", "data.csv", "metadata.csv", "run.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes()
 
     drawn.clear()

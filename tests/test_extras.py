@@ -22,13 +22,15 @@ PROJECT = TABLES["project"]
 SCRIPTS = [*(ROOT / "train").glob("*.py"), *(ROOT / "research").glob("*.py")]
 TRAIN = sorted(path for path in SCRIPTS if "__main__" in path.read_text())
 CLI, EVALUATE = ROOT / "minim_pipeline" / "cli.py", ROOT / "minim_pipeline" / "evaluation" / "command.py"
+SHARDS = ROOT / "minim_pipeline" / "generate" / "shards.py"
 # By extra: the files whose imports count, at the top and inside of functions; what is called; and what is left out.
 COMMANDS = {
     "": (
         [CLI],
-        [["minim", "generate"], ["minim", "score"], ["minim", "ratings"], ["minim", "modalities"]],
+        [["minim", "generate"], ["minim", "plan"], ["minim", "score"], ["minim", "ratings"], ["minim", "modalities"]],
         {EVALUATE},
     ),
+    "bulk": ([SHARDS], [["minim", "plan"]], set()),
     "evaluate": ([CLI], [["minim", "evaluate"]], set()),
     "space": ([ROOT / "space" / "app.py"], [[str(ROOT / "space" / "app.py")]], set()),
     "train": (TRAIN, [[str(path)] for path in TRAIN], set()),
@@ -157,7 +159,7 @@ def test_an_extra_installs_all_that_its_commands_need(extra, tmp_path):
     # What is declared and not installed here, or of an extra that is for some files only, is known by its name.
     declared = {name for name in required(extra) if not is_here(name)}
     for other, lines in PROJECT["optional-dependencies"].items():
-        if other not in (*COMMANDS, "test"):
+        if other not in (*COMMANDS, "test") or (other == "bulk" and extra != "bulk"):
             declared |= {canonicalize_name(Requirement(line).name) for line in lines}
     modules = sorted(imported(files, left_out) - {name.replace("-", "_") for name in declared})
     assert "torch" in modules and "minim_pipeline" not in modules

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 
 from PIL import Image
 
@@ -254,7 +255,8 @@ def _check_row(row: dict[str, str], require: Sequence[str], check: Callable | No
 class DatasetWriter:
     """Writes images as a folder and a CSV in MINIM's format, and goes on where an earlier run was stopped.
 
-    The folder holds `NNNN.png`, `data.csv` (`path,Text,modality,seed`, then `columns`) and `run.json` (`settings`).
+    The folder holds `NNNN.png`, `data.csv` (`path,Text,modality,seed`, then `columns`), `run.json` (`settings`) and,
+    once it is finished, `metadata.csv`.
     Images appear whole or not at all, and a row only after its image, so that at any moment all rows of the CSV are
     true. Nothing is written, and no folder made, before the first `add`.
 
@@ -289,7 +291,7 @@ class DatasetWriter:
         self._check_settings()
         self.digits = name_digits(self.output_dir, count)
         self._csv = self.output_dir / ("data.csv" if part is None else f"data-{part:05d}.csv")
-        self._opened = False
+        self._opened, self._opening = False, Lock()
         self.rows: dict[str, dict[str, str]] = {}
         for file in self._csv_files():
             for row in _whole_rows(file):
@@ -304,10 +306,12 @@ class DatasetWriter:
     def add(self, index: int, image: Image.Image, row: Mapping[str, object], metadata: Mapping[str, object]) -> Path:
         """Writes image `index` with its provenance `metadata`, then its row, and returns the image's path.
 
-        `row` has values for `Text`, `modality`, `seed` and any of `columns`; `path` is set here.
+        `row` has values for `Text`, `modality`, `seed` and any of `columns`; `path` is set here. Threads may do so at
+        once; `finish` puts the rows in order.
         """
-        if not self._opened:
-            self._open()
+        with self._opening:
+            if not self._opened:
+                self._open()
         path = self.output_dir / self.name(index)
         save_png(image, path, metadata)
         line = {name: str(row.get(name, "")) for name in self.columns} | {"path": path.name}
@@ -318,12 +322,18 @@ class DatasetWriter:
         return path
 
     def finish(self) -> None:
-        """Merges the parts of all processes into `data.csv`, in the order of the images. For one process only."""
+        """Merges the parts of all processes into `data.csv`, in the order of the images. For one process only.
+
+        `metadata.csv` beside it says the same in the words of Hugging Face's `imagefolder`.
+        """
         parts = [file for file in self._csv_files() if file.name != "data.csv"]
         rows = {row["path"]: row for file in self._csv_files() for row in _whole_rows(file)}
         if rows:
             ordered = sorted(rows.values(), key=lambda row: (len(row["path"]), row["path"]))  # 9999.png before 10000
             write_csv(self.output_dir / "data.csv", ordered, self.columns, end="\n")
+            names = {"path": "file_name", "Text": "caption"}
+            renamed = [{names.get(name, name): row.get(name, "") for name in self.columns} for row in ordered]
+            write_csv(self.output_dir / "metadata.csv", renamed, end="\n")
         for file in parts:
             file.unlink()
 
@@ -350,14 +360,18 @@ class DatasetWriter:
                 strange = f"files that no run has written ({own[0].name})"
                 raise ValueError(f"{self.output_dir} holds {strange}: choose another folder.")
             return
-        earlier = read_json(file)
-        names = [name for name in {**earlier, **self.settings} if earlier.get(name) != self.settings.get(name)]
-        if names:
-            differing = [f"{name}: {earlier.get(name)!r} there, {self.settings.get(name)!r} now" for name in names]
-            raise other_settings(self.output_dir, "; ".join(differing))
+        check_settings(self.output_dir, read_json(file), self.settings)
 
 
-def other_settings(folder: Path, differing: str) -> ValueError:
+def check_settings(place: str | Path, earlier: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """Raises ValueError, which names those that differ, if the settings of the run in `place` are other ones now."""
+    names = [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
+    if names:
+        differing = [f"{name}: {earlier.get(name)!r} there, {now.get(name)!r} now" for name in names]
+        raise other_settings(place, "; ".join(differing))
+
+
+def other_settings(folder: str | Path, differing: str) -> ValueError:
     """The error for a folder that another run has begun."""
     same = "choose another folder, or the same settings"
     return ValueError(f"{folder} holds a run of other settings ({differing}): {same}.")

@@ -7,7 +7,9 @@ from typing import Annotated
 from .. import EMBEDDED_CHECKPOINT
 from ..loading import DTYPES, SCHEDULERS
 from ..options import Count, Options, Range, Weight, option
+from .plan_table import SHARD_SIZE
 from .shortfall import MAX_ROUNDS
+from .sinks import FORMATS
 
 
 Side = Annotated[int, Range(8, multiple=8)]
@@ -89,3 +91,44 @@ class GenerateOptions(DrawingOptions):
         given |= {"filter_threshold": self.filter_threshold is not None, "max_rounds": self.rounds > 1}
         given |= {"keep_copies": self.keep_copies}
         return [name for name, there in given.items() if there]
+
+
+@dataclass(kw_only=True)
+class ShardOptions(Options):
+    """The files of large sets, which are written in shards.
+
+    So is whatever has one of these options, a URL as its folder, or more than `SHARD_SIZE` images.
+    """
+
+    separator = "-"
+
+    plan: str | None = option(None, "Draw this plan, a Parquet file of minim plan: columns id,prompt,modality,seed.")
+    format: str = option("png", "Of the images, or of their shards.", choices=tuple(FORMATS))
+    shard: str | None = option(None, "Draw only every n-th shard, from i on (from 0).", metavar="i/n")
+    shard_size: Count | None = option(None, f"Images a shard, drawn and written as one (default {SHARD_SIZE}).")
+
+    native_dicom: bool = option(False, "Chest X-rays as CR and ultrasound as US images, no Secondary Captures.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.native_dicom and self.format != "dicom":
+            raise ValueError(f"--native-dicom is for --format dicom, got --format {self.format}.")
+        part, parts = self.part
+        if not 0 <= part < parts:
+            raise ValueError(f"--shard has to be i/n with i from 0 to n - 1, got {self.shard!r}.")
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which part of how many is drawn."""
+        if self.shard is None:
+            return 0, 1
+        part, _, parts = self.shard.partition("/")
+        return (int(part), int(parts)) if part.isdecimal() and parts.isdecimal() else (-1, 0)
+
+    @property
+    def size(self) -> int:
+        return self.shard_size or SHARD_SIZE
+
+    @property
+    def asks_for_shards(self) -> bool:
+        return bool(self.plan or self.shard or self.shard_size or self.format != "png")

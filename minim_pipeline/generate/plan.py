@@ -1,5 +1,6 @@
 """Which images to draw: of one prompt, or of a CSV of them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,41 @@ class Item:
     extra: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Images of one prompt: `count` of them, of which image i has seed `seed + i`, and columns to carry through."""
+
+    text: str
+    modality: Modality
+    count: int
+    seed: int
+    extra: dict[str, str] = field(default_factory=dict)
+
+
 def plan_prompt(text: str, modality: Modality, num_images: int, seed: int) -> list[Item]:
     """`num_images` images of one prompt; image i has seed `seed + i`."""
+    return expand(request_prompt(text, modality, num_images, seed))
+
+
+def plan_file(path: str | Path, num_images: int, seed: int, **options: Any) -> list[Item]:
+    """The images that `request_file` asks for, one by one."""
+    return expand(request_file(path, num_images, seed, **options))
+
+
+def request_prompt(text: str, modality: Modality, num_images: int, seed: int) -> list[Request]:
+    """As `plan_prompt`, in one; ValueError if the last image's seed is out of range."""
     _check_seeds(seed, num_images)
-    return [Item(i, text, modality, seed + i) for i in range(num_images)]
+    return [Request(text, modality, num_images, seed)]
 
 
-def plan_file(
+def request_file(
     path: str | Path,
     num_images: int,
     seed: int,
     trained: list[str] | None = None,
     skip_bad_rows: bool = False,
     modality: str | None = None,
-) -> list[Item]:
+) -> list[Request]:
     """The images that a CSV of prompts asks for, in the order of its rows.
 
     Columns: `Text,modality`; optional `num_images` (default: the argument) and `seed`. Image i of a row has the row's
@@ -55,18 +77,34 @@ def plan_file(
         resolve_modality(row["modality"], trained)
         _check_seeds(_whole_number("seed", row.get("seed") or seed, 0), number_of(row))
 
-    items: list[Item] = []
+    requests: list[Request] = []
+    total = 0
+    shared: dict[tuple, dict[str, str]] = {}  # many rows carry the same through
     options: dict[str, Any] = {"skip_bad_rows": skip_bad_rows, "check": check, "modality": modality}
-    for row in read_dataset(path, require=("Text", "modality"), check_images=False, **options):
-        count = number_of(row)
-        first = int(row.get("seed") or seed + len(items))
+    rows = read_dataset(path, require=("Text", "modality"), check_images=False, **options)[::-1]
+    while rows:  # a million rows and their requests at once would not fit into a gigabyte
+        row = rows.pop()
         known = ("Text", "modality", "num_images", "seed", "path")
         extra = {name: value for name, value in row.items() if name not in known}
         if row.get("path"):
             extra["source_path"] = row["path"]
-        kind = resolve_modality(row["modality"], trained)
-        items += [Item(len(items) + i, row["Text"], kind, first + i, extra) for i in range(count)]
-    _check_seeds(seed, len(items))
+        kind, first = resolve_modality(row["modality"], trained), int(row.get("seed") or seed + total)
+        extra = shared.setdefault(tuple(extra.items()), extra)
+        requests.append(Request(row["Text"], kind, number_of(row), first, extra))
+        total += requests[-1].count
+    _check_seeds(seed, total)
+    return requests
+
+
+def count_images(requests: Iterable[Request]) -> int:
+    return sum(request.count for request in requests)
+
+
+def expand(requests: Iterable[Request]) -> list[Item]:
+    """The images of `requests` one by one, numbered from 0."""
+    items: list[Item] = []
+    for r in requests:
+        items += [Item(len(items) + i, r.text, r.modality, r.seed + i, r.extra) for i in range(r.count)]
     return items
 
 

@@ -36,7 +36,7 @@ class Shortfall:
         return entry is not None and entry["rounds"] >= rounds and entry | _told(item) == entry
 
     def add(self, item, rounds: int, candidates: int, rejected: Mapping[str, int]) -> None:
-        entry = _told(item) | {"rounds": rounds, "candidates": candidates, "rejected": dict(rejected)}
+        entry = entry_of(item, rounds, candidates, rejected)
         self.entries[item.index] = entry
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -51,6 +51,11 @@ class Shortfall:
             temporary.write_text("".join(lines), encoding="utf-8")
         if not short:
             self.file.unlink()
+
+
+def entry_of(item, rounds: int, candidates: int, rejected: Mapping[str, int]) -> dict[str, object]:
+    """What is noted of an image that fell short, as `Shortfall.entries` has it."""
+    return _told(item) | {"rounds": rounds, "candidates": candidates, "rejected": dict(rejected)}
 
 
 def _told(item) -> dict[str, object]:

@@ -134,7 +134,7 @@ def test_what_is_written_can_be_read(tmp_path):
         {"path": "0001.png", "Text": "text, 1", "modality": "OCT", "seed": "1", "finding": "edema"},
     ]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
-        "0000.png", "0001.png", "data.csv", "run.json"
+        "0000.png", "0001.png", "data.csv", "metadata.csv", "run.json"
     ]  # fmt: skip
 
 

@@ -55,7 +55,7 @@ SMALL = {
     "minim evaluate": "--sheet-images 2 --device cpu --resolution 64 --extraction-images 1",
 }
 # Which option names the model, where the page leaves that to the default.
-MODEL = {"minim generate": "--model", "minim score": "--model", "push_to_hub": "--model"}
+MODEL = {"minim generate": "--model", "minim plan": "--model", "minim score": "--model", "push_to_hub": "--model"}
 MODEL |= dict.fromkeys(("self_improve", "add_modality"), "--pretrained_model_name_or_path")
 # Options that a miniature does without.
 LEFT_OUT = {"--compile", "--gradient_checkpointing"}

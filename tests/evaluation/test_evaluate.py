@@ -243,7 +243,7 @@ def test_pipeline_draws_what_is_measured_and_goes_on(sets, pipeline_dir, tmp_pat
     low = (tmp_path / "out" / "low_data.csv").read_text().splitlines()
     assert len(low) == 1 + 4 * 4 and str(tmp_path) not in low[1], "half of four findings' seven images, relative paths"
 
-    monkeypatch.setattr("minim_pipeline.generate.write.draw", None)  # nothing is drawn again
+    monkeypatch.setattr("minim_pipeline.generate.draw.draw", None)  # nothing is drawn again
     few.write_text("\n".join(lines[:4]).replace("diabetic macular edema,sheet", "something else,sheet") + "\n")
     report = evaluate({"real": few}, tmp_path / "out", *options)
     assert report["sets"]["synthetic"]["n"] == 3

@@ -12,7 +12,7 @@ from PIL import Image
 
 from minim_pipeline.cli import main
 from minim_pipeline.data.sources import DatasetWriter, read_dataset
-from minim_pipeline.generate import write as generate_module
+from minim_pipeline.generate import draw as generate_module
 from minim_pipeline.generate.shortfall import Shortfall
 from minim_pipeline.locking import locked
 
