@@ -24,8 +24,9 @@ except ImportError:
 import gradio as gr
 from about_page import build as build_about
 from agreement_page import routes as agreement_routes
-from generate_page import Drawer, Limits
+from drawing import Drawer
 from generate_page import build as build_generate
+from generate_settings import Limits
 from huggingface_hub.utils import httpx
 from rating_images import read_folder
 from rating_log import RatingLog
@@ -99,7 +100,7 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
     on_gpu = spaces.GPU if spaces is not None else lambda function: function
     model, revision = model_identity(args.model)
 
-    with gr.Blocks(title="minim", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
+    with gr.Blocks(title="minim", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True) as demo:
         gr.HTML(NAVIGATION.format(' aria-current="page"', ""))
         gr.Markdown("# Synthetic medical images")
         build_generate(Drawer(pipe, model, revision), Limits(images=args.max_images), on_gpu)

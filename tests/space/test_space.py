@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from generate_page import Drawer, Limits, Settings, build, check
+from drawing import Drawer
+from generate_page import build
+from generate_settings import Limits, Settings, check
 from PIL import Image
 from rating_images import queue, read_folder
 from rating_page import Answer, RatingDesk
@@ -151,6 +153,7 @@ def test_a_model_without_a_filter_and_a_single_image_can_be_served(make_pipeline
     events, values = page(make_pipeline(filtered=filtered), images=images)
     values[1] = "cyst"
     shown, told = events["on_draw"].fn(*values, progress=lambda *progress, **told: None)[:2]
+    shown = shown["value"]
     assert len(shown) == min(4, images) and f"{len(shown)} images" in told
 
 

@@ -4,17 +4,20 @@ import csv
 import io
 import re
 import shutil
+import time
 import zipfile
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 from space_server import Server
 
+from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline, resolve_modality
 from minim_pipeline.ratings import RatingStore
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium, which is not installed here")
+READY = "[...document.querySelectorAll('button')].some(b => b.innerText == 'Generate' && !b.disabled)"
 LINK = "/?modality=cxr&prompt=bacterial+pneumonia&images=2&steps=3&candidates=2&seed=5&guidance=2.5"
 
 
@@ -103,9 +106,99 @@ def test_a_link_fills_the_page_and_its_images_come_with_scores_and_as_a_zip(visi
             assert image.size == (256, 256) and image.text["synthetic"] == "true"
             assert image.text["seed"] == rows[0]["drawn_seed"]
 
-    page.get_by_text("What the filter left out").click()
-    page.get_by_role("button", name="Draw what was left out").click()
+    page.get_by_text("Candidates that were outranked").click()
+    page.get_by_role("button", name="Draw them").click()
     page.wait_for_function("document.querySelectorAll('.grid-container img').length == 4")
+
+
+def generate(page) -> str:
+    """Presses the button, and returns what is told of the images once they are there."""
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.wait_for_function("!document.getElementById('told')?.innerText.trim()")
+    page.wait_for_selector("#told:has-text('The filter accepted')")
+    return page.inner_text("#told")
+
+
+def test_the_page_follows_what_is_chosen(visit):
+    page = visit("/?images=1&steps=2&candidates=1&modality=fundus&prompt=cataract")
+    page.wait_for_selector("#examples button:has-text('Healthy retina')")
+    page.get_by_label("Modality").click()
+    page.get_by_role("option", name="BrainMRI").click()
+    page.wait_for_selector("#examples button:has-text('meningioma')")
+    asked = page.get_by_label("What it shows")
+    assert asked.input_value() == "meningioma compressing the adjacent brain", "an example is replaced by another"
+    asked.fill("glaucoma")
+    page.wait_for_selector("#remark:has-text('This sounds like Fundus, but BrainMRI is chosen.')")
+    page.locator("#examples button", has_text="no tumor").click()
+    page.wait_for_function("document.getElementById('remark').innerText.trim() == ''")
+
+    page.locator("#settings").get_by_text("Settings").click()
+    meaning = page.get_by_text("How closely the sentence is followed")
+    assert meaning.evaluate("e => getComputedStyle(e).opacity") == "0"
+    page.get_by_label("range slider for Guidance").hover()
+    assert meaning.evaluate("e => getComputedStyle(e).opacity") == "1"
+
+    seed = page.get_by_label("Seed", exact=True)
+    generate(page)
+    drawn = seed.input_value()
+    page.get_by_label("Keep this seed").check()
+    page.get_by_label("Compare with").fill("glioma")
+    generate(page)
+    assert drawn == seed.input_value() != "0", "a new one at the first press, and kept at the second"
+    page.wait_for_function("document.querySelectorAll('.pictures img').length == 2")
+    assert page.locator(".pictures").all_inner_texts()[1].startswith("glioma")
+    box = page.locator(".pictures img").first.bounding_box()
+    assert box["height"] > 250, "larger than it is"
+
+
+def test_stop_ends_a_call_at_its_next_step(visit):
+    page = visit("/?modality=oct&images=1&steps=50&candidates=1&prompt=cyst")
+    page.wait_for_function("[...document.querySelectorAll('textarea')].some(t => t.value == 'cyst')")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.wait_for_selector("text=/Drawing, about \\d+ s left/")
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_selector("#told:has-text('Stopped.')")
+    page.wait_for_selector("text=/Drawing, about/", state="detached")
+    assert page.locator(".pictures img").count() == 0
+    page.wait_for_function(READY)
+
+
+def press_everything(pages, seconds: float) -> list[zipfile.ZipFile]:
+    """Each of the visitors draws, and draws what was outranked, for so long; the archives that they downloaded."""
+    archives, end = [], time.monotonic() + seconds
+    while time.monotonic() < end:
+        for page in pages:
+            page.get_by_role("button", name="Generate", exact=True).click()
+            page.wait_for_function("!document.getElementById('told')?.innerText.trim()")
+        for page in pages:
+            page.wait_for_selector("#told:has-text('The filter accepted')")
+            page.get_by_role("button", name="Draw them").click()
+        for page in pages:
+            with page.expect_download() as caught:
+                page.get_by_text("Download ZIP").click()
+            archives.append(zipfile.ZipFile(caught.value.path()))
+            page.wait_for_function(READY)
+    return archives
+
+
+@pytest.mark.slow
+def test_two_visitors_at_once_get_their_own_images(visit):
+    asked = {"oct": "cyst", "cxr": "normal"}
+    pages = [visit(f"/?modality={m}&prompt={text}&images=1&steps=2&candidates=2") for m, text in asked.items()]
+    for page in pages:
+        page.get_by_text("Candidates that were outranked").click()
+    archives = press_everything(pages, 1)
+    pipe = MinimPipeline.from_pretrained(EMBEDDED_CHECKPOINT)
+    for archive in archives:
+        for row in csv.DictReader(io.StringIO(archive.read("data.csv").decode())):
+            assert asked[resolve_modality(row["modality"]).id] == row["Text"]
+            options = {"num_inference_steps": 2, "guidance_scale": float(row["guidance"])}
+            again = pipe(row["Text"], row["modality"], seeds=[int(row["drawn_seed"])], **options).images[0]
+            with Image.open(io.BytesIO(archive.read(row["path"]))) as image:
+                difference = ImageChops.difference(again, image.convert("RGB")).getextrema()
+            assert max(most for _, most in difference) <= 2
+    for page in pages:
+        assert page.locator(".toast-body").count() == 0
 
 
 def test_what_cannot_be_drawn_is_said_in_words(visit):
