@@ -28,9 +28,11 @@ from drawing import Drawer
 from generate_page import build as build_generate
 from generate_settings import Limits
 from huggingface_hub.utils import httpx
+from rating_desk import RatingDesk
 from rating_images import read_folder
 from rating_log import RatingLog
-from rating_page import PAGES, RatingDesk
+from rating_page import PAGES
+from rating_page import routes as rating_routes
 from starlette.responses import FileResponse, JSONResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -113,7 +115,7 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
     routes = [
         Route("/healthz", lambda request: JSONResponse(health)),
         Mount("/pages", StaticFiles(directory=PAGES)),
-        *desk.routes(),
+        *rating_routes(desk),
         *agreement_routes(store, bool(args.show_names)),
     ]
     if report is not None:

@@ -63,6 +63,9 @@ def add_choosing(drawer: Drawer, limits: Limits, controls: Controls) -> None:
             text = own[0]  # nobody's own sentence
         return dataset(modality), text, remark(modality, text, second)
 
+    def on_example(sample, modality, text, second):
+        return sample[0], remark(modality, sample[0], second)
+
     def on_load(request: gr.Request):
         """Settings from a link; what is not possible is left as it is, and told."""
         given = {name: value for name, value in request.query_params.items() if name in asked}
@@ -81,7 +84,7 @@ def add_choosing(drawer: Drawer, limits: Limits, controls: Controls) -> None:
     what = [asked["modality"], prompt, second]
     asked["modality"].input(on_modality, what, [controls.examples, prompt, controls.remark], **QUICK)
     gr.on([prompt.change, second.change], remark, what, controls.remark, trigger_mode="always_last", **QUICK)
-    controls.examples.click(lambda sample: sample[0], controls.examples, prompt, **QUICK)
+    controls.examples.click(on_example, [controls.examples, *what], [prompt, controls.remark], **QUICK)
     filled = [*asked.values(), controls.keep, controls.examples, controls.remark]
     gr.context.Context.root_block.load(on_load, None, filled, api_visibility="private")
 

@@ -30,6 +30,7 @@ class RatedImage:
         id: what the browser calls it: says nothing of where it lies, nor whether it is real.
         path, digest: relative to its folder, and of the file; as the store has them.
         kind: `"generated"` or `"real"`.
+        seed, revision: of a generated image, what draws it again, as far as its data.csv says.
         found, reading: what lies in its data set, and how it is read, as for training.
     """
 
@@ -40,6 +41,8 @@ class RatedImage:
     modality: str
     kind: str
     digest: str
+    seed: int | None = None
+    revision: str = ""
     found: Found = Found()
     reading: Reading = WHOLE
 
@@ -67,7 +70,8 @@ def read_folder(folder: str | Path, kind: str, reading: Reading = WHOLE) -> list
 
     def check(row: dict[str, str]) -> None:
         # What the store would refuse is told now, and not to a rater.
-        Rating(rater="nobody", path=Path(row["path"]).as_posix(), rating=1, text=row["Text"], modality=row["modality"])
+        said = {"path": Path(row["path"]).as_posix(), "text": row["Text"], "modality": row["modality"], **drawn(row)}
+        Rating(rater="nobody", rating=1, **said)
 
     rows = read_csv(csv, check=check)
     found = check_values([(rows, csv)], reading)
@@ -76,13 +80,22 @@ def read_folder(folder: str | Path, kind: str, reading: Reading = WHOLE) -> list
         name = hashlib.sha256(f"{kind}/{path}".encode()).hexdigest()[:16]
         modality, file = resolve_modality(row["modality"]).id, resolve_path(row, csv)
         digest = image_digest(file)
-        images.append(RatedImage(name, path, file, row["Text"], modality, kind, digest, found[modality], reading))
+        read = {"found": found[modality], "reading": reading}
+        images.append(RatedImage(name, path, file, row["Text"], modality, kind, digest, **drawn(row), **read))
     changes = Counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for image, notes in zip(images, pool.map(_notes, images)):
             changes.update(named(notes, image.path))
     tell(changes, len(images), csv, reading)
     return images
+
+
+def drawn(row: dict[str, str]) -> dict:
+    """The `seed` and the `revision` of the model of a row of data.csv; None and empty where it has none."""
+    seed = row.get("drawn_seed") or row.get("seed")
+    if seed and not seed.removeprefix("-").isdecimal():
+        raise ValueError(f"seed has to be a whole number, got {seed!r}")
+    return {"seed": int(seed) if seed else None, "revision": row.get("revision") or ""}
 
 
 def _notes(image: RatedImage) -> list[str]:

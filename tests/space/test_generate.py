@@ -11,7 +11,7 @@ from drawing import Drawer, Stopped
 from generate_page import build
 from generate_settings import Limits, Settings
 from generate_words import captions, summarise
-from PIL import Image
+from PIL import Image, ImageChops
 from vocabulary import Vocabulary
 
 from minim_pipeline import CAPTIONS, EMBEDDED_CHECKPOINT, MODALITIES
@@ -51,7 +51,8 @@ def test_two_prompts_are_drawn_from_one_noise_and_every_file_again_by_its_seed(d
         options = {"num_inference_steps": 3, "guidance_scale": 2.0, "seeds": [int(row["drawn_seed"])]}
         with Image.open(tmp_path / row["path"]) as image:
             again = drawer.pipe(row["Text"], "oct", **options).images[0]
-            assert again.tobytes() == image.convert("RGB").tobytes()
+            difference = ImageChops.difference(again, image.convert("RGB")).getextrema()
+        assert max(most for _, most in difference) <= 2, "but for rounding, which differs with the batch"
 
 
 def test_who_stops_gets_nothing_and_the_next_call_is_as_ever(drawer):

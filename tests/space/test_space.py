@@ -17,8 +17,8 @@ from drawing import Drawer
 from generate_page import build
 from generate_settings import Limits, Settings, check
 from PIL import Image
+from rating_desk import Answer, RatingDesk
 from rating_images import queue, read_folder
-from rating_page import Answer, RatingDesk
 from space_server import APP, Server
 
 from minim_pipeline.ratings import Rating, RatingStore
@@ -178,6 +178,29 @@ def test_a_rating_is_stored_and_the_next_images_are_told(server):
         assert image.headers["Content-Type"] == "image/png"
 
 
+def test_what_cannot_be_judged_is_stored_and_what_is_skipped_comes_last(server):
+    status, told = server.post("/rate/next", {"rater": "Zed", "modalities": ["oct", "cxr"]})
+    assert status == 200 and {item["modality"] for item in told["next"]} <= {"OCT", "CXR"} and told["total"] < 20
+    first, second = told["next"][:2]
+    shown = {"rater": "Zed", "modalities": ["oct", "cxr"], "image": first["image"], "turn": first["turn"]}
+    status, told = server.post("/rate/skip", shown)
+    assert status == 200 and told["done"] == 0 and told["next"][0] == second
+    rows = {row["path"]: row for row in csv.DictReader((APP.parent / "images" / "data.csv").open())}
+    while told["next"]:
+        item = told["next"][0]
+        said = {"rating": 0, "seconds": 1, "remark": "too dark"} if item == second else {"rating": 2, "seconds": 2}
+        status, told = server.post("/rate/rating", shown | {"image": item["image"], "turn": item["turn"]} | said)
+        assert status == 200
+    assert item == first and told["done"] == told["total"]
+    judged, every = (RatingStore(server.store).ratings("Zed"), RatingStore(server.store).answers("Zed"))
+    assert [(r.text, r.remark, r.question) for r in every if r not in judged] == [
+        (second["text"], "too dark", "overall"),
+    ]
+    assert {(r.seed, r.revision) for r in every} <= {(int(row["seed"]), row["revision"]) for row in rows.values()}
+    page = urllib.request.urlopen(server.url + "/agreement").read().decode()
+    assert "Could not judge" in page
+
+
 GOOD = {"rater": "eve", "image": "0" * 16, "turn": 0, "rating": 2, "seconds": 1}
 
 
@@ -191,6 +214,10 @@ GOOD = {"rater": "eve", "image": "0" * 16, "turn": 0, "rating": 2, "seconds": 1}
         ("/rate/rating", GOOD | {"rating": 4}, 422, "rating: Input should be less than or equal to 3"),
         ("/rate/rating", GOOD | {"image": "../../etc/passwd"}, 422, "not among those to rate"),
         ("/rate/rating", GOOD | {"seconds": -1}, 422, "seconds"),
+        ("/rate/rating", GOOD | {"remark": "x" * 501}, 422, "remark: String should have at most 500"),
+        ("/rate/skip", {"rater": "eve", "image": "0" * 16, "turn": 0}, 422, "not among those to rate"),
+        ("/rate/next", {"rater": "eve", "modalities": ["sonar"]}, 422, "modalities have to be among oct, fundus, "),
+        ("/rate/next", {"rater": "eve", "modalities": ["oct"] * 51}, 422, "modalities: List should have at most 50"),
         ("/rate/rating", b" " * 5000, 413, "4000 bytes"),
     ],
 )

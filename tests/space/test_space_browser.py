@@ -230,6 +230,83 @@ def test_two_raters_at_once_and_the_way_back(visit, server):
     assert sorted(r.rating for r in store.ratings("ann")) == [1, 2], "the last rating counts"
 
 
+def shown_pixels(page) -> Image.Image:
+    """What is seen of the picture, without the frame's round corners."""
+    image = Image.open(io.BytesIO(page.locator("#picture").screenshot())).convert("L")
+    return image.crop((10, 10, image.width - 10, image.height - 10))
+
+
+def test_zoom_and_window_change_what_is_seen_and_nothing_else(visit):
+    page = visit("/rate", viewport={"width": 1000, "height": 700})
+    page.get_by_label("Your name").fill("viewer")
+    for name in ("Fundus", "CXR", "ChestCT", "BrainMRI", "BreastUS"):
+        page.get_by_label(name, exact=True).uncheck()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#picture img")
+    assert page.inner_text("#modality") == "OCT" and page.locator("#picture").bounding_box()["height"] > 550
+    plain = shown_pixels(page)
+    for key in "ccc":
+        page.keyboard.press(key)
+    page.keyboard.press("ArrowUp")
+    assert page.inner_text("#seen") == "window 131, level 120"
+    width, level = 255 / 1.25**3, 127.5 - 8
+    table = [min(255, max(0, round((value - level + width / 2) * 255 / width))) for value in range(256)]
+    windowed, wanted = shown_pixels(page), plain.point(table)
+    assert windowed != plain and max(ImageChops.difference(windowed, wanted).getextrema()) <= 4
+
+    page.keyboard.press("Escape")
+    box = page.locator("#picture").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.wheel(0, -400)
+    page.wait_for_function("document.getElementById('seen').textContent == 'zoom 2.7'")
+    zoomed = shown_pixels(page)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2 - 60, box["y"] + box["height"] / 2)
+    page.mouse.up()
+    moved = shown_pixels(page)
+    right, left = zoomed.crop((200, 100, 400, 400)), moved.crop((140, 100, 340, 400))
+    assert max(ImageChops.difference(right, left).getextrema()) <= 4
+    page.mouse.down(button="right")
+    page.mouse.move(box["x"] + box["width"] / 2 - 100, box["y"] + box["height"] / 2 + 20)
+    page.mouse.up(button="right")
+    assert re.fullmatch(r"zoom 2.7, window 215, level 13\d", page.inner_text("#seen"))
+    rate(page, "2")
+    assert page.inner_text("#seen") == "", "the next image is seen as it is"
+    page.keyboard.press("b")
+    assert shown_pixels(page) == plain, "and so is this one"
+
+
+def test_skip_remark_cannot_judge_and_the_way_forward(visit, server):
+    page = visit("/rate")
+    begin(page, "words")
+    source = "() => document.querySelector('#picture img').getAttribute('src')"
+    first = page.evaluate(source)
+    page.keyboard.press("n")
+    page.wait_for_function(f"document.querySelector('#picture img').getAttribute('src') != '{first}'")
+    second = page.evaluate(source)
+    page.keyboard.press("r")
+    page.keyboard.type("0 1 2 3 motion n b")
+    page.keyboard.press("Escape")
+    assert page.locator("#count").inner_text() == "0 of 40", "what is written is no rating"
+    rate(page, "0")
+    third = page.evaluate(source)
+    rate(page, "3")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("b")
+    assert page.evaluate(source) == second and page.get_by_label("Remark").input_value() == "0 1 2 3 motion n b"
+    assert page.get_by_role("button", name="Cannot judge").get_attribute("aria-pressed") == "true"
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(source) == third and page.get_by_label("Remark").input_value() == ""
+    page.keyboard.press("f")
+    assert page.locator("[aria-pressed=true]").count() == 0 and page.locator("#forward").is_disabled()
+    answers = RatingStore(server.store).answers("words")
+    assert [(r.rating, r.remark) for r in answers] == [(0, "0 1 2 3 motion n b"), (3, "")]
+    assert all(r.seconds > 0 for r in answers)
+    page.reload()
+    page.wait_for_selector("#picture img")
+    assert page.evaluate(source) not in (first, second, third), "skipped ones come at the end"
+
+
 def test_the_pages_work_by_keyboard_and_every_control_has_a_name(visit):
     page = visit("/rate")
     page.keyboard.type("keys only")  # the name has the focus
