@@ -123,6 +123,15 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
     return demo, routes
 
 
+def theme() -> gr.themes.Default:
+    """Gradio's own, without fonts from elsewhere, and with enough contrast to be read."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    button = {"button_primary_background_fill": "*primary_700", "button_primary_background_fill_hover": "*primary_800"}
+    button |= {f"{name}_dark": shade for name, shade in button.items()}
+    quiet = {"body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_400"}
+    return gr.themes.Default(primary_hue="blue", **fonts).set(**button, **quiet)
+
+
 def launch(demo: gr.Blocks, routes: list, args: argparse.Namespace) -> None:
     """Starts to serve, in threads of its own."""
     demo.launch(
@@ -133,7 +142,7 @@ def launch(demo: gr.Blocks, routes: list, args: argparse.Namespace) -> None:
         quiet=True,
         prevent_thread_lock=True,
         app_kwargs={"routes": routes},
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=theme(),
         css_paths=PAGES / "gradio.css",
         footer_links=[],
         ssr_mode=False,

@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
@@ -330,6 +331,48 @@ def test_the_pages_work_by_keyboard_and_every_control_has_a_name(visit):
             || e.closest('label')?.innerText)).map(e => e.outerHTML)"""
         )
         assert nameless == [], place
+
+
+# What axe-core finds that is not of our making: Gradio's empty gallery, its colours of code, and a card's table.
+OF_OTHERS = {("aria-prohibited-attr", "empty"), ("color-contrast", "token"), ("empty-table-header", "<th>")}
+VIOLATIONS = """axe.run().then((found) => found.violations.flatMap((one) =>
+    one.nodes.map((node) => [one.id, node.html.slice(0, 200)])))"""
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
+def test_nothing_keeps_anybody_out(visit, server, scheme, width):
+    """axe-core (WCAG 2 A and AA, and best practice) on every page, in both colours, and as narrow as a telephone."""
+    axe = pytest.importorskip("axe_playwright_python", reason="needs axe-core")
+    script = Path(axe.__file__).with_name("axe.min.js").read_text(encoding="utf-8")
+    page = visit("/rate", color_scheme=scheme, viewport={"width": width, "height": 740}, reduced_motion="reduce")
+    found = []
+    for place in ("form", "/rate", "/agreement", "/about", "/"):
+        if place == "/rate":
+            begin(page, f"axe {scheme}")
+            rate(page, "2")
+            page.locator("summary").click()
+        elif place != "form":
+            page.goto(server.url + place)
+            page.wait_for_selector("main h1, #about h1, #examples button")
+        if place == "/":
+            page.locator("#settings").get_by_text("Settings").click()
+            page.wait_for_selector("text=Compare with")
+        page.evaluate(script)
+        found += [(place, *one) for one in page.evaluate(VIOLATIONS)]
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert wide <= 0, f"{place} scrolls sideways"
+    ours = [one for one in found if not any(one[1] == rule and part in one[2] for rule, part in OF_OTHERS)]
+    assert ours == []
+
+
+def test_who_wants_no_motion_sees_none(visit):
+    page = visit("/?modality=oct&images=1&steps=50&candidates=1&prompt=cyst", reduced_motion="reduce")
+    page.wait_for_function("[...document.querySelectorAll('textarea')].some(t => t.value == 'cyst')")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.wait_for_selector("text=/Drawing, about/")
+    assert page.evaluate("document.getAnimations().map((one) => one.effect.target.className)") == []
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_selector("#told:has-text('Stopped.')")
 
 
 @pytest.mark.slow
