@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from threading import Thread
 
 
 # Before Gradio is imported: it would look for a newer version, and count its users.
@@ -29,7 +30,7 @@ from generate_page import build as build_generate
 from generate_settings import Limits
 from huggingface_hub.utils import httpx
 from rating_desk import RatingDesk
-from rating_images import read_folder
+from rating_images import AT_ONCE, read_folder
 from rating_log import RatingLog
 from rating_page import PAGES
 from rating_page import routes as rating_routes
@@ -88,15 +89,18 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
     """The pages, and the addresses beside them; the model is loaded, and everything that is named is read."""
     register_modalities(args.model)  # before any row: it may be of a modality that only the model knows
     reading = options_from(ReadingOptions, args).reading_elsewhere()
-    images = read_folder(args.images, "generated", reading)
-    if args.real:
-        images += read_folder(args.real, "real", reading)
+    folders = {"generated": args.images} | ({"real": args.real} if args.real else {})
+    by_kind = {kind: read_folder(folder, kind, reading) for kind, folder in folders.items()}
+    images = [image for kind in by_kind for image in by_kind[kind]]
     store = RatingStore(args.store)
     keep = None
     if args.ratings_repo:
         folder = Path(args.store).absolute().parent / "log"
         keep = RatingLog(store, folder, args.ratings_repo, os.environ["HF_TOKEN"]).keep
     desk = RatingDesk(store, images, args.real_share, args.repeat_share, keep)
+    for kind, own in by_kind.items():
+        if len(own) > AT_ONCE:
+            Thread(target=desk.check, args=(own, folders[kind]), daemon=True).start()
     pipe = load_pipeline(args.model)
     # ZeroGPU lends a GPU for a call; everywhere else nothing changes.
     on_gpu = spaces.GPU if spaces is not None else lambda function: function

@@ -1,16 +1,17 @@
 """Who rates what next, and where a rating goes."""
 
+import itertools
 from functools import lru_cache
 
 from pydantic import BaseModel, ConfigDict, Field
-from rating_images import RatedImage, queue
+from rating_images import RatedImage, check_images, queue
 
 from minim_pipeline import resolve_modality
 from minim_pipeline.ratings import CANNOT_JUDGE, LONGEST, Rating, RatingStore
 
 
 AHEAD = 6  # images that a browser is told of before they are needed
-MOST_RATERS = 1000  # whose queues are remembered: names are anybody's to invent
+MOST_SHOWN = 1_000_000  # images in all queues that are remembered: names are anybody's to invent
 
 
 class Ask(BaseModel):
@@ -47,6 +48,7 @@ class Queue:
         place: by image id and turn, where it stands in `shown`.
         given: by place, rating and remark.
         skipped: places, to be shown after all others.
+        chosen, places: what `choose` was asked last, and what it found.
     """
 
     def __init__(self, shown: list[tuple[RatedImage, int]], answers: list[Rating]):
@@ -58,6 +60,16 @@ class Queue:
             if answer := stored.get((image.kind, image.path, turn)):
                 self.given[i] = answer.rating, answer.remark
         self.skipped: dict[int, None] = {}
+        self.chosen: tuple[frozenset, int] | None = None
+        self.places: dict[int, None] = {}
+
+    def choose(self, modalities: frozenset[str], broken: set[str]) -> dict[int, None]:
+        """The places of images of these modalities, without broken ones, in order; kept for the next time."""
+        if self.chosen != (modalities, len(broken)):
+            shown = enumerate(self.shown)
+            wanted = [i for i, (image, _) in shown if image.modality in modalities and image.id not in broken]
+            self.chosen, self.places = (modalities, len(broken)), dict.fromkeys(wanted)
+        return self.places
 
     def tell(self, i: int) -> dict:
         """What a browser is told of an image: neither where it lies, nor whether it is real, nor its score."""
@@ -76,14 +88,16 @@ class RatingDesk:
     """
 
     def __init__(self, store: RatingStore, images: list[RatedImage], real_share=0.1, repeat_share=0.1, keep=None):
-        digests = {(image.kind, image.path): image.digest for image in images}
+        by_path = {(image.kind, image.path): image for image in images}
         for rating in store.answers():
-            if rating.digest and digests.get((rating.kind, rating.path), rating.digest) != rating.digest:
+            image = by_path.get((rating.kind, rating.path))
+            if image is not None and rating.digest and image.digest != rating.digest:
                 another = "choose another --store (and --ratings_repo)"
                 raise ValueError(f"{store.path} holds ratings of another {rating.path}: {another}.")
         self.store, self.images = store, {image.id: image for image in images}
         self.real_share, self.repeat_share, self.keep = real_share, repeat_share, keep
         self.queues: dict[str, Queue] = {}
+        self.broken: set[str] = set()  # ids of images that cannot be shown
         self.read = lru_cache(maxsize=256)(RatedImage.read)
         self.modalities = list(dict.fromkeys(image.modality for image in images))
 
@@ -94,8 +108,8 @@ class RatingDesk:
 
     def queue_of(self, rater: str) -> Queue:
         if rater not in self.queues:
-            if len(self.queues) >= MOST_RATERS:
-                self.queues.clear()
+            while self.queues and (len(self.queues) + 1) * len(self.images) > MOST_SHOWN:
+                del self.queues[next(iter(self.queues))]
             shown = queue(list(self.images.values()), rater, self.real_share, self.repeat_share)
             self.queues[rater] = Queue(shown, self.store.answers(rater))
         return self.queues[rater]
@@ -108,13 +122,19 @@ class RatingDesk:
         unknown = [name for name in modalities if name not in self.modalities]
         if unknown:
             raise ValueError(f"modalities have to be among {', '.join(self.modalities)}, got {unknown[0][:40]!r}.")
-        own, chosen = self.queue_of(rater), set(modalities or self.modalities)
-        places = [i for i, (image, _) in enumerate(own.shown) if image.modality in chosen]
-        done = [i for i in places if i in own.given]
-        left = [i for i in places if i not in own.given and i not in own.skipped]
-        left += [i for i in list(own.skipped) if i not in own.given and own.shown[i][0].modality in chosen]
-        told = {"next": [own.tell(i) for i in left[:AHEAD]], "last": [own.tell(i) for i in done[-20:]]}
+        own = self.queue_of(rater)
+        places = own.choose(frozenset(modalities or self.modalities), self.broken)
+        done = [i for i in sorted(own.given) if i in places]
+        fresh = (i for i in places if i not in own.given and i not in own.skipped)
+        skipped = (i for i in list(own.skipped) if i in places and i not in own.given)
+        left = itertools.islice(itertools.chain(fresh, skipped), AHEAD)
+        told = {"next": [own.tell(i) for i in left], "last": [own.tell(i) for i in done[-20:]]}
         return told | {"done": len(done), "total": len(places)}
+
+    def check(self, images: list[RatedImage], source: str) -> None:
+        """Takes what turns out to be broken out of all queues, told as `check_images` does."""
+        good = {image.id for image in check_images(images, source)}
+        self.broken |= {image.id for image in images if image.id not in good}
 
     def place_of(self, shown: Shown) -> int:
         """Where it stands in its rater's queue; ValueError if there is no such image, or it is not this rater's."""

@@ -42,8 +42,12 @@ def routes(desk: RatingDesk) -> list[Route]:
         found = desk.images.get(request.path_params["id"])
         if found is None:
             return JSONResponse({"error": "There is no such image."}, 404)
+        try:
+            picture = desk.read(found)
+        except (ValueError, OSError):  # it may be that nobody has looked at it yet; the path is not for visitors
+            return JSONResponse({"error": "This image cannot be shown."}, 404)
         headers = {"Cache-Control": "private, max-age=3600"}
-        return Response(desk.read(found), media_type="image/png", headers=headers)
+        return Response(picture, media_type="image/png", headers=headers)
 
     return [
         Route("/rate", lambda request: FileResponse(PAGES / "rate.html")),

@@ -19,7 +19,10 @@ from generate_settings import Limits, Settings, check
 from PIL import Image
 from rating_desk import Answer, RatingDesk
 from rating_images import queue, read_folder
+from rating_page import routes
 from space_server import APP, Server
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from minim_pipeline.ratings import Rating, RatingStore
 
@@ -102,6 +105,28 @@ def test_ratings_of_other_images_of_the_same_names_are_not_taken_for_these(tmp_p
     Image.new("RGB", (16, 12), "green").save(tmp_path / "a" / store.ratings()[0].path)
     with pytest.raises(ValueError, match="ratings of another 000.*choose another --store"):
         RatingDesk(store, read_folder(tmp_path / "a", "generated"))
+
+
+def test_of_many_images_the_broken_ones_are_found_after_the_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("rating_images.AT_ONCE", 3)
+    folder = write_folder(tmp_path / "many", 4)
+    (folder / "0001.png").write_text("no image")
+    images = read_folder(folder, "generated")
+    assert len(images) == 4 and capsys.readouterr().err == ""
+    desk = RatingDesk(RatingStore(tmp_path / "r.sqlite"), images)
+    broken = next(image for image in images if image.path == "0001.png")
+    with TestClient(Starlette(routes=routes(desk))) as client:
+        answer = client.get(f"/rate/image/{broken.id}")
+        assert answer.status_code == 404 and answer.json() == {"error": "This image cannot be shown."}
+        assert client.post("/rate/next", json={"rater": "ann"}).json()["total"] == 4
+        desk.check(images, "many")
+        told = client.post("/rate/next", json={"rater": "ann"}).json()
+    assert told["total"] == 3 and broken.id not in {item["image"] for item in told["next"]}
+    said = capsys.readouterr().err
+    assert "many: broken image" in said and "0001.png" in said and "it is not shown" in said
+    (folder / "0002.png").unlink()
+    with pytest.raises(ValueError, match="row 3.*no image .*0002.png"):
+        read_folder(folder, "generated")
 
 
 def test_every_rater_has_an_order_of_their_own_which_stays(tmp_path):
