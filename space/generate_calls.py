@@ -2,6 +2,7 @@
 
 import html
 import secrets
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -50,6 +51,10 @@ class Calls:
         needed = Thresholds.of(head.config, settings.modality).score if head is not None else 0
         return list(zip(paths, captions(output, needed, accepted)))
 
+    def label(self, settings: Settings, prompt: str) -> str:
+        """What images were asked for: what the page's fields say may be another thing by then."""
+        return f"{self.drawer.modalities[settings.modality].name}: {textwrap.shorten(prompt, 80, placeholder='…')}"
+
     def on_press(self, seed, keep):
         seed = seed if keep else secrets.randbelow(self.limits.seed + 1)
         return seed, secrets.token_hex(8), *buttons(busy=True), ""
@@ -69,14 +74,14 @@ class Calls:
         first = self.pictures(paths[:count], settings, output)
         compared = self.pictures(paths[count:], settings, second) if second is not None else []
         return (
-            gr.update(value=first, columns=columns, label=settings.prompt if beside else "Generated images"),
+            gr.update(value=first, columns=columns, label=self.label(settings, settings.prompt)),
             summarise(output, time.monotonic() - start),
             gr.update(value=archive, interactive=True),
             (settings, others),
             settings.query,
             gr.update(interactive=bool(others)),
             [],
-            gr.update(value=compared, columns=columns, label=settings.second, visible=beside),
+            gr.update(value=compared, columns=columns, label=self.label(settings, settings.second), visible=beside),
             name,
         )
 
