@@ -21,14 +21,18 @@ from .modalities import resolve_modality
 
 
 # How much of an image's name, its sentence or a rater's name is kept: nobody needs more, and nobody fills the disk.
-LONGEST = {"rater": 80, "path": 500, "text": 1000}
+LONGEST = {"rater": 80, "path": 500, "text": 1000, "remark": 1000, "revision": 100, "question": 40}
+OPTIONAL = ("remark", "revision")
+CANNOT_JUDGE = 0  # in the place of a rating
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS ratings (
     rater TEXT NOT NULL, path TEXT NOT NULL, turn INTEGER NOT NULL,
-    rating INTEGER NOT NULL CHECK (rating IN (1, 2, 3)), text TEXT NOT NULL, modality TEXT NOT NULL,
+    rating INTEGER NOT NULL CHECK (rating IN (0, 1, 2, 3)), text TEXT NOT NULL, modality TEXT NOT NULL,
     kind TEXT NOT NULL, seconds REAL, time TEXT NOT NULL, digest TEXT NOT NULL,
-    PRIMARY KEY (rater, kind, path, turn)
+    remark TEXT NOT NULL DEFAULT '', seed INTEGER, revision TEXT NOT NULL DEFAULT '',
+    question TEXT NOT NULL DEFAULT 'overall',
+    PRIMARY KEY (rater, kind, path, turn, question)
 )
 """
 
@@ -40,7 +44,7 @@ class Rating:
     Args:
         rater: the person's name.
         path: of the image, with slashes, relative to the folder of its kind.
-        rating: 1 (bad), 2 or 3 (good).
+        rating: 1 (bad), 2 or 3 (good); `CANNOT_JUDGE` where the person could not say.
         text: what the image is to show.
         modality: its id.
         turn: 0, or 1 and more where the same person is shown the same image again.
@@ -48,6 +52,9 @@ class Rating:
         seconds: from seeing the image to the rating.
         time: of the rating, ISO 8601 in UTC; now, if left empty.
         digest: `image_digest` of the file, so that no other file of that name is taken for it; empty if not known.
+        remark: what the person added in words.
+        seed, revision: of a generated image, the seed that draws it and the model's revision, as far as known.
+        question: what was asked; `"overall"` is how good an image is as one of what it is to show.
 
     Raises:
         ValueError: a field is not possible; the message has the value given and those allowed.
@@ -63,14 +70,20 @@ class Rating:
     seconds: float | None = None
     time: str = ""
     digest: str = ""
+    remark: str = ""
+    seed: int | None = None
+    revision: str = ""
+    question: str = "overall"
 
     def __post_init__(self):
         for name, most in LONGEST.items():
-            value = getattr(self, name)
-            if not isinstance(value, str) or len(value) > most or not value.strip():
-                raise ValueError(f"{name} has to be a text of 1 to {most} characters, got {str(value)[:80]!r}.")
-        if type(self.rating) is not int or self.rating not in (1, 2, 3):
-            raise ValueError(f"rating has to be 1, 2 or 3, got {self.rating!r}.")
+            value, least = getattr(self, name), 0 if name in OPTIONAL else 1
+            if not isinstance(value, str) or len(value) > most or (least and not value.strip()):
+                raise ValueError(f"{name} has to be a text of {least} to {most} characters, got {str(value)[:80]!r}.")
+        if type(self.rating) is not int or self.rating not in (CANNOT_JUDGE, 1, 2, 3):
+            raise ValueError(f"rating has to be 1, 2 or 3, got {self.rating!r} ({CANNOT_JUDGE} is 'cannot judge').")
+        if self.seed is not None and (type(self.seed) is not int or not -(2**63) <= self.seed < 2**63):
+            raise ValueError(f"seed has to be a whole number of 64 bits, got {self.seed!r}.")
         if type(self.turn) is not int or not 0 <= self.turn < 100:
             raise ValueError(f"turn has to be a whole number from 0 to 99, got {self.turn!r}.")
         if self.kind not in ("generated", "real"):
@@ -83,13 +96,25 @@ class Rating:
 
 
 COLUMNS = tuple(field.name for field in fields(Rating))
-KEY = ("rater", "kind", "path", "turn")  # a real image may have the name of a generated one
-CSV_COLUMNS = ("path", "Text", "modality", "rating", "rater", "turn", "kind", "seconds", "time", "digest")
+KEY = ("rater", "kind", "path", "turn", "question")  # a real image may have the name of a generated one
+CSV_COLUMNS = ("path", "Text", *(name for name in COLUMNS if name not in ("path", "text")))
 
 
 def image_digest(path: str | Path) -> str:
     """The first 16 hexadecimal digits of a file's SHA-256."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def _add_columns(connection: sqlite3.Connection) -> None:
+    """Makes the table of a store of before `question` one of today's; its ratings stay."""
+    connection.execute("BEGIN IMMEDIATE")  # another process may be at it
+    there = {row["name"] for row in connection.execute("PRAGMA table_info(ratings)")}
+    if "question" not in there:
+        names = ", ".join(name for name in COLUMNS if name in there)
+        connection.execute("ALTER TABLE ratings RENAME TO earlier")
+        connection.execute(_TABLE)
+        connection.execute(f"INSERT INTO ratings ({names}) SELECT {names} FROM earlier")
+        connection.execute("DROP TABLE earlier")
 
 
 class RatingStore:
@@ -105,6 +130,7 @@ class RatingStore:
         try:
             with self._connection() as connection:
                 connection.execute(_TABLE)
+                _add_columns(connection)
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{self.path} is no store of ratings: {error}.") from error
 
@@ -131,7 +157,11 @@ class RatingStore:
             connection.executemany(command, [asdict(rating) for rating in ratings])
 
     def ratings(self, rater: str | None = None) -> list[Rating]:
-        """All ratings, or those of one rater, in the order of their times."""
+        """All ratings from 1 to 3, or those of one rater, in the order of their times."""
+        return [answer for answer in self.answers(rater) if answer.rating != CANNOT_JUDGE]
+
+    def answers(self, rater: str | None = None) -> list[Rating]:
+        """As `ratings`, with what could not be judged."""
         where = "" if rater is None else "WHERE rater = ?"
         rows = self._connection().execute(
             f"SELECT * FROM ratings {where} ORDER BY time, {', '.join(KEY)}", () if rater is None else (rater,)
@@ -139,7 +169,7 @@ class RatingStore:
         return [Rating(**{name: row[name] for name in COLUMNS}) for row in rows]
 
     def write_csv(self, path: str | Path, folders: Mapping[str, str | Path]) -> int:
-        """Writes all ratings as a CSV of `CSV_COLUMNS`, whole or not at all, and returns how many.
+        """Writes all ratings from 1 to 3 as a CSV of `CSV_COLUMNS`, whole or not at all, and returns how many.
 
         Args:
             folders: by kind, `"generated"` and `"real"`, what the images' paths are relative to; in the CSV they are
@@ -194,7 +224,7 @@ def read_ratings(path: str | Path, folders: Mapping[str, str | Path], earlier: I
             which only one could be kept, or one of a rater without a name that differs from an earlier one.
     """
     home, found = Path(path).absolute().parent, []
-    kinds: dict[str, Callable[[str], Any]] = {"turn": _whole, "seconds": float, "rating": _whole}
+    kinds: dict[str, Callable[[str], Any]] = {"turn": _whole, "seconds": float, "rating": _whole, "seed": int}
     taken, stored = set(), {_key(rating): rating.rating for rating in earlier}
 
     def check(row: Mapping[str, str]) -> None:
@@ -204,6 +234,8 @@ def read_ratings(path: str | Path, folders: Mapping[str, str | Path], earlier: I
                 given[name] = kinds[name](given[name])
             except ValueError:
                 raise ValueError(f"{name} has to be a number, got {given[name]!r}") from None
+        if given["rating"] == CANNOT_JUDGE:
+            raise ValueError(f"rating has to be 1, 2 or 3, got {row['rating']!r}")
         kind = given.get("kind", "generated")
         if kind not in folders:
             raise ValueError(f"kind has to be one of {', '.join(folders)}, got {kind!r}")
@@ -264,9 +296,9 @@ def counts(ratings: Iterable[Rating]) -> dict[str, dict[str, int]]:
 
 def consistency(ratings: Iterable[Rating]) -> dict[str, dict[str, float | None]]:
     """By rater, of images shown again: how many (`n`), and the share that got the same rating again (`same`)."""
-    given: dict[str, dict[tuple[str, str], dict[int, int]]] = {}
+    given: dict[str, dict[tuple[str, str, str], dict[int, int]]] = {}
     for r in ratings:
-        given.setdefault(r.rater, {}).setdefault((r.kind, r.path), {})[r.turn] = r.rating
+        given.setdefault(r.rater, {}).setdefault((r.kind, r.path, r.question), {})[r.turn] = r.rating
     table: dict[str, dict[str, float | None]] = {}
     for rater, images in given.items():
         same = [again == turns[0] for turns in images.values() for t, again in turns.items() if t and 0 in turns]

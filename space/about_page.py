@@ -38,5 +38,5 @@ def build(model: str) -> Path | None:
     else:
         # Without the front matter, which is for the Hub; links to files of the repository lead nowhere here.
         text = re.sub(r"\A---\n.*?\n---\n", "", card.read_text(encoding="utf-8"), flags=re.DOTALL)
-        gr.Markdown(re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", text))
+        gr.Markdown(re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", text), elem_id="about")
     return report

@@ -1,5 +1,6 @@
 """The page that tells how far raters agree, with each other and with themselves, and what has been rated."""
 
+from collections import Counter
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
@@ -8,19 +9,22 @@ from starlette.routing import Route
 
 from minim_pipeline import MODALITIES
 from minim_pipeline.evaluation.agreement import rater_agreement
-from minim_pipeline.ratings import Rating, RatingStore, consistency, counts
+from minim_pipeline.ratings import CANNOT_JUDGE, Rating, RatingStore, consistency, counts
 
 
-def summary(ratings: list[Rating], show_names: bool) -> dict:
+def summary(answers: list[Rating], show_names: bool) -> dict:
     """What the page shows; raters are numbered in the order in which they began, unless the host shows names."""
-    names = list(dict.fromkeys(rating.rater for rating in ratings))
+    ratings = [answer for answer in answers if answer.rating != CANNOT_JUDGE]
+    unjudged = Counter(answer.rater for answer in answers if answer.rating == CANNOT_JUDGE)
+    names = list(dict.fromkeys(answer.rater for answer in answers))
     called = {name: name if show_names else f"Rater {i}" for i, name in enumerate(names, 1)}
     again, raters = consistency(ratings), []
     for name in names:
         own = [rating for rating in ratings if rating.rater == name]
         given = {kind: [rating.rating for rating in own if rating.kind == kind] for kind in ("generated", "real")}
         means = {kind: sum(values) / len(values) if values else None for kind, values in given.items()}
-        raters.append({"name": called[name], "n": len(own), "again": again[name], "means": means})
+        told = {"name": called[name], "n": len(own), "means": means, "unjudged": unjudged[name]}
+        raters.append(told | {"again": again.get(name, {"n": 0, "same": None})})
     # Of an image shown twice the first rating counts; real and generated images may have one path.
     shown_first = [rating for rating in ratings if rating.turn == 0]
     first = [{"path": f"{r.kind}/{r.path}", "rater": r.rater, "rating": r.rating} for r in shown_first]
@@ -37,6 +41,6 @@ def routes(store: RatingStore, show_names: bool = False) -> list[Route]:
     template = environment.get_template("agreement.html.jinja")
 
     def page(request) -> HTMLResponse:
-        return HTMLResponse(template.render(summary(store.ratings(), show_names)))
+        return HTMLResponse(template.render(summary(store.answers(), show_names)))
 
     return [Route("/agreement", page)]

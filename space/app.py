@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from threading import Thread
 
 
 # Before Gradio is imported: it would look for a newer version, and count its users.
@@ -24,12 +25,15 @@ except ImportError:
 import gradio as gr
 from about_page import build as build_about
 from agreement_page import routes as agreement_routes
-from generate_page import Drawer, Limits
+from drawing import Drawer
 from generate_page import build as build_generate
+from generate_settings import Limits
 from huggingface_hub.utils import httpx
-from rating_images import read_folder
+from rating_desk import RatingDesk
+from rating_images import AT_ONCE, read_folder
 from rating_log import RatingLog
-from rating_page import PAGES, RatingDesk
+from rating_page import PAGES
+from rating_page import routes as rating_routes
 from starlette.responses import FileResponse, JSONResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -85,21 +89,24 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
     """The pages, and the addresses beside them; the model is loaded, and everything that is named is read."""
     register_modalities(args.model)  # before any row: it may be of a modality that only the model knows
     reading = options_from(ReadingOptions, args).reading_elsewhere()
-    images = read_folder(args.images, "generated", reading)
-    if args.real:
-        images += read_folder(args.real, "real", reading)
+    folders = {"generated": args.images} | ({"real": args.real} if args.real else {})
+    by_kind = {kind: read_folder(folder, kind, reading) for kind, folder in folders.items()}
+    images = [image for kind in by_kind for image in by_kind[kind]]
     store = RatingStore(args.store)
     keep = None
     if args.ratings_repo:
         folder = Path(args.store).absolute().parent / "log"
         keep = RatingLog(store, folder, args.ratings_repo, os.environ["HF_TOKEN"]).keep
     desk = RatingDesk(store, images, args.real_share, args.repeat_share, keep)
+    for kind, own in by_kind.items():
+        if len(own) > AT_ONCE:
+            Thread(target=desk.check, args=(own, folders[kind]), daemon=True).start()
     pipe = load_pipeline(args.model)
     # ZeroGPU lends a GPU for a call; everywhere else nothing changes.
     on_gpu = spaces.GPU if spaces is not None else lambda function: function
     model, revision = model_identity(args.model)
 
-    with gr.Blocks(title="minim", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
+    with gr.Blocks(title="minim", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True) as demo:
         gr.HTML(NAVIGATION.format(' aria-current="page"', ""))
         gr.Markdown("# Synthetic medical images")
         build_generate(Drawer(pipe, model, revision), Limits(images=args.max_images), on_gpu)
@@ -112,12 +119,21 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
     routes = [
         Route("/healthz", lambda request: JSONResponse(health)),
         Mount("/pages", StaticFiles(directory=PAGES)),
-        *desk.routes(),
+        *rating_routes(desk),
         *agreement_routes(store, bool(args.show_names)),
     ]
     if report is not None:
         routes.append(Route("/report", lambda request: FileResponse(report)))
     return demo, routes
+
+
+def theme() -> gr.themes.Default:
+    """Gradio's own, without fonts from elsewhere, and with enough contrast to be read."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    button = {"button_primary_background_fill": "*primary_700", "button_primary_background_fill_hover": "*primary_800"}
+    button |= {f"{name}_dark": shade for name, shade in button.items()}
+    quiet = {"body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_400"}
+    return gr.themes.Default(primary_hue="blue", **fonts).set(**button, **quiet)
 
 
 def launch(demo: gr.Blocks, routes: list, args: argparse.Namespace) -> None:
@@ -130,7 +146,7 @@ def launch(demo: gr.Blocks, routes: list, args: argparse.Namespace) -> None:
         quiet=True,
         prevent_thread_lock=True,
         app_kwargs={"routes": routes},
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=theme(),
         css_paths=PAGES / "gradio.css",
         footer_links=[],
         ssr_mode=False,

@@ -4,11 +4,14 @@ import hashlib
 import io
 import os
 import random
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from minim_pipeline import resolve_modality
@@ -20,6 +23,7 @@ from minim_pipeline.ratings import Rating, image_digest
 
 
 WHOLE = Reading(fit="pad")
+AT_ONCE = 2000  # so many images are decoded before the start, which takes some 5 s; more would keep raters waiting
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,9 @@ class RatedImage:
 
     Args:
         id: what the browser calls it: says nothing of where it lies, nor whether it is real.
-        path, digest: relative to its folder, and of the file; as the store has them.
+        path: relative to its folder, as the store has it.
         kind: `"generated"` or `"real"`.
+        seed, revision: of a generated image, what draws it again, as far as its data.csv says.
         found, reading: what lies in its data set, and how it is read, as for training.
     """
 
@@ -39,9 +44,15 @@ class RatedImage:
     text: str
     modality: str
     kind: str
-    digest: str
+    seed: int | None = None
+    revision: str = ""
     found: Found = Found()
     reading: Reading = WHOLE
+
+    @cached_property
+    def digest(self) -> str:
+        """`image_digest` of the file, as the store has it."""
+        return image_digest(self.file)
 
     def pixels(self) -> tuple[Image.Image, list[str]]:
         """The image with the values that training sees, at its own size, and what was done to it."""
@@ -59,34 +70,63 @@ class RatedImage:
 def read_folder(folder: str | Path, kind: str, reading: Reading = WHOLE) -> list[RatedImage]:
     """The images of a folder with `data.csv` (`path,Text,modality`), as `minim generate` writes it.
 
-    What was done to them is told on stderr. Raises as `read_dataset`, and ValueError if what the values of its images
-    mean cannot be known.
+    Up to `AT_ONCE` images are decoded, and what was done to them is told on stderr; of more, `check_images` does so.
+    Raises as `read_dataset`, and ValueError if what the values of its images mean cannot be known.
     """
     csv = Path(folder) / "data.csv"
-    images = []
 
     def check(row: dict[str, str]) -> None:
         # What the store would refuse is told now, and not to a rater.
-        Rating(rater="nobody", path=Path(row["path"]).as_posix(), rating=1, text=row["Text"], modality=row["modality"])
+        said = {"path": Path(row["path"]).as_posix(), "text": row["Text"], "modality": row["modality"], **drawn(row)}
+        Rating(rater="nobody", rating=1, **said)
+        file = resolve_path(row, csv)
+        if not file.is_file():
+            raise ValueError(f"no image {file}")
 
-    rows = read_dataset(csv, check=check)
+    rows = read_dataset(csv, check=check, check_images=False)
+    if len(rows) <= AT_ONCE:
+        rows = read_dataset(csv)
     found = check_values([(rows, csv)], reading)
+    images = []
     for row in rows:
         path = Path(row["path"]).as_posix()
         name = hashlib.sha256(f"{kind}/{path}".encode()).hexdigest()[:16]
         modality, file = resolve_modality(row["modality"]).id, resolve_path(row, csv)
-        digest = image_digest(file)
-        images.append(RatedImage(name, path, file, row["Text"], modality, kind, digest, found[modality], reading))
-    changes = Counter()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for image, notes in zip(images, pool.map(_notes, images)):
-            changes.update(named(notes, image.path))
-    tell(changes, len(images), csv, reading)
+        read = {"found": found[modality], "reading": reading}
+        images.append(RatedImage(name, path, file, row["Text"], modality, kind, **drawn(row), **read))
+    if len(rows) <= AT_ONCE:
+        check_images(images, csv, os.cpu_count())
     return images
 
 
-def _notes(image: RatedImage) -> list[str]:
-    picture, notes = image.pixels()
+def check_images(images: list[RatedImage], source: str | Path, threads: int | None = 1) -> list[RatedImage]:
+    """Decodes images, tells on stderr what was done to them and which are broken, and returns those that are not."""
+    changes, good = Counter[str](), []
+    with ThreadPoolExecutor(threads) as pool:
+        for image, notes in zip(images, pool.map(_notes, images)):
+            if isinstance(notes, ValueError):
+                print(f"{source}: {notes}; it is not shown", file=sys.stderr)
+                continue
+            changes.update(named(notes, image.path))
+            good.append(image)
+    if images:
+        tell(changes, len(images), source, images[0].reading)
+    return good
+
+
+def drawn(row: dict[str, str]) -> dict:
+    """The `seed` and the `revision` of the model of a row of data.csv; None and empty where it has none."""
+    seed = row.get("drawn_seed") or row.get("seed")
+    if seed and not seed.removeprefix("-").isdecimal():
+        raise ValueError(f"seed has to be a whole number, got {seed!r}")
+    return {"seed": int(seed) if seed else None, "revision": row.get("revision") or ""}
+
+
+def _notes(image: RatedImage) -> list[str] | ValueError:
+    try:
+        picture, notes = image.pixels()
+    except (ValueError, OSError) as error:
+        return ValueError(str(error))
     return notes + [note for note in fit_to(picture, (8, 8), image.reading.fit)[1] if not note.startswith(RESIZED)]
 
 
@@ -111,7 +151,10 @@ def queue(
     shown = [(image, 0) for image in generated + real]
     chance.shuffle(shown)
     early = shown[: max(0, len(shown) - distance)]
+    first = {image.id: i for i, (image, _) in enumerate(shown)}
+    places = np.arange(len(shown))  # of the first showings, among all
     for image, _ in chance.sample(early, min(len(early), round(repeat_share * len(shown)))):
-        first = next(i for i, (other, _) in enumerate(shown) if other is image)
-        shown.insert(chance.randint(first + 1 + distance, len(shown)), (image, 1))
+        again = chance.randint(int(places[first[image.id]]) + 1 + distance, len(shown))
+        shown.insert(again, (image, 1))
+        places[places >= again] += 1
     return shown

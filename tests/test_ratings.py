@@ -1,12 +1,13 @@
 """The store of ratings: nothing is lost, nothing is there twice, and train_filter.py reads what comes out."""
 
+import sqlite3
 import threading
 
 import pytest
 from PIL import Image
 
 from minim_pipeline.cli import main
-from minim_pipeline.ratings import Rating, RatingStore, consistency, counts, image_digest
+from minim_pipeline.ratings import CANNOT_JUDGE, Rating, RatingStore, consistency, counts, image_digest
 from minim_pipeline.training.filter.raters import read_ratings
 
 
@@ -46,6 +47,30 @@ def test_a_real_image_may_have_the_name_of_a_generated_one(tmp_path):
     assert consistency(store.ratings()) == {"ann": {"n": 1, "same": 1.0}}
 
 
+BEFORE = """
+CREATE TABLE ratings (
+    rater TEXT NOT NULL, path TEXT NOT NULL, turn INTEGER NOT NULL,
+    rating INTEGER NOT NULL CHECK (rating IN (1, 2, 3)), text TEXT NOT NULL, modality TEXT NOT NULL,
+    kind TEXT NOT NULL, seconds REAL, time TEXT NOT NULL, digest TEXT NOT NULL,
+    PRIMARY KEY (rater, kind, path, turn)
+);
+INSERT INTO ratings VALUES
+    ('ann', '0.png', 0, 3, 'cyst', 'oct', 'generated', 1.5, '2026-01-01T00:00:00.000+00:00', 'd');
+"""
+
+
+def test_a_store_of_before_keeps_its_ratings_and_takes_all_that_is_new(tmp_path):
+    with sqlite3.connect(tmp_path / "r.sqlite") as connection:
+        connection.executescript(BEFORE)
+    store = RatingStore(tmp_path / "r.sqlite")
+    assert store.ratings() == [rating(rating=3, seconds=1.5, time="2026-01-01T00:00:00.000+00:00", digest="d")]
+    new = rating(path="1.png", rating=CANNOT_JUDGE, remark="blurred", seed=-(2**63), revision="sha256-1", question="x")
+    store.add(new, rating(rating=1, question="x"))
+    found = RatingStore(tmp_path / "r.sqlite")
+    assert new in found.answers() and new not in found.ratings(), "what nobody could judge is no rating"
+    assert [r.rating for r in found.ratings()] == [3, 1], "another question is another rating"
+
+
 def test_many_threads_write_at_once(tmp_path):
     store = RatingStore(tmp_path / "r.sqlite")
 
@@ -74,6 +99,9 @@ def test_many_threads_write_at_once(tmp_path):
         ({"kind": "fake"}, "'generated' or 'real', got 'fake'"),
         ({"turn": -1}, "turn has to be"),
         ({"modality": "sonar"}, "sonar"),
+        ({"remark": "x" * 1001}, "remark has to be a text of 0 to 1000"),
+        ({"question": ""}, "question has to be a text of 1 to 40"),
+        ({"seed": 2**63}, "seed has to be a whole number of 64 bits"),
     ],
 )
 def test_what_no_rating_can_be_is_told(changes, message):
@@ -95,8 +123,12 @@ def test_train_filter_reads_what_the_command_writes(tmp_path, capsys):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / place)
     store = RatingStore(tmp_path / "r.sqlite")
-    store.add(rating(), rating(path="1.png", text='with "quotes", and commas'), rating(path="1.png", turn=1, rating=3))
-    store.add(rating(path="x/0.png", kind="real", rater="bob", rating=3))
+    store.add(
+        rating(seed=5, revision="r", remark="a, b"),
+        rating(path="1.png", text='with "quotes", and commas'),
+        rating(path="1.png", turn=1, rating=3),
+    )
+    store.add(rating(path="x/0.png", kind="real", rater="bob", rating=3), rating(path="gone.png", rating=CANNOT_JUDGE))
     folders = ["--images", str(tmp_path / "made"), "--real", str(tmp_path / "real")]
     out = tmp_path / "out" / "ratings.csv"
     out.parent.mkdir()
@@ -125,11 +157,20 @@ def test_ratings_of_one_image_never_become_those_of_another(tmp_path, capsys):
 
 
 def test_bad_ratings_of_a_csv_are_told_with_their_rows_and_none_is_taken(tmp_path, capsys):
-    (tmp_path / "in.csv").write_text("path,Text,modality,rating\na.png,x,OCT,2\nb.png,x,OCT,5\n../c.png,x,OCT,1\n")
+    (tmp_path / "in.csv").write_text(
+        "path,Text,modality,rating\na.png,x,OCT,2\nb.png,x,OCT,5\nd.png,x,OCT,0\n../c.png,x,OCT,1\n"
+    )
     store, folders = str(tmp_path / "r.sqlite"), ["--images", str(tmp_path)]
     assert main(["ratings", "--store", store, "--input", str(tmp_path / "in.csv"), *folders]) == 2
     told = capsys.readouterr().err
-    assert "row 2" in told and "got 5" in told and "row 3" in told and "no image '../c.png'" in told
+    assert (
+        "row 2" in told
+        and "got 5" in told
+        and "row 3" in told
+        and "got '0'" in told
+        and "row 4" in told
+        and "no image '../c.png'" in told
+    )
     assert RatingStore(store).ratings() == []
     assert main(["ratings", "--store", str(tmp_path / "none"), "--output", str(tmp_path / "o.csv"), *folders]) == 2
     assert "no store of ratings" in capsys.readouterr().err and not (tmp_path / "none").exists()

@@ -1,7 +1,6 @@
 """Ratings outlive a Space's disk: huggingface_hub's real client, against a Hub on loopback."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,8 +73,11 @@ def test_a_broken_line_is_told_and_the_others_are_read(tmp_path):
     assert len(store.ratings()) == 1
 
 
-def test_a_repository_without_a_token_is_told_at_once(tmp_path):
-    variables = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
-    command = [sys.executable, str(SPACE / "app.py"), "--ratings_repo", "clinic/ratings"]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 2 and "HF_TOKEN" in done.stderr and list(tmp_path.iterdir()) == []
+def test_a_repository_without_a_token_is_told_at_once(tmp_path, monkeypatch, capsys):
+    from app import main
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--ratings_repo", "clinic/ratings"])
+    assert stopped.value.code == 2 and "HF_TOKEN" in capsys.readouterr().err and list(tmp_path.iterdir()) == []

@@ -13,11 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from generate_page import Drawer, Limits, Settings, build, check
+from drawing import Drawer
+from generate_page import build
+from generate_settings import Limits, Settings, check
 from PIL import Image
+from rating_desk import Answer, RatingDesk
 from rating_images import queue, read_folder
-from rating_page import Answer, RatingDesk
+from rating_page import routes
 from space_server import APP, Server
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from minim_pipeline.ratings import Rating, RatingStore
 
@@ -102,6 +107,28 @@ def test_ratings_of_other_images_of_the_same_names_are_not_taken_for_these(tmp_p
         RatingDesk(store, read_folder(tmp_path / "a", "generated"))
 
 
+def test_of_many_images_the_broken_ones_are_found_after_the_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("rating_images.AT_ONCE", 3)
+    folder = write_folder(tmp_path / "many", 4)
+    (folder / "0001.png").write_text("no image")
+    images = read_folder(folder, "generated")
+    assert len(images) == 4 and capsys.readouterr().err == ""
+    desk = RatingDesk(RatingStore(tmp_path / "r.sqlite"), images)
+    broken = next(image for image in images if image.path == "0001.png")
+    with TestClient(Starlette(routes=routes(desk))) as client:
+        answer = client.get(f"/rate/image/{broken.id}")
+        assert answer.status_code == 404 and answer.json() == {"error": "This image cannot be shown."}
+        assert client.post("/rate/next", json={"rater": "ann"}).json()["total"] == 4
+        desk.check(images, "many")
+        told = client.post("/rate/next", json={"rater": "ann"}).json()
+    assert told["total"] == 3 and broken.id not in {item["image"] for item in told["next"]}
+    said = capsys.readouterr().err
+    assert "many: broken image" in said and "0001.png" in said and "it is not shown" in said
+    (folder / "0002.png").unlink()
+    with pytest.raises(ValueError, match="row 3.*no image .*0002.png"):
+        read_folder(folder, "generated")
+
+
 def test_every_rater_has_an_order_of_their_own_which_stays(tmp_path):
     images = read_folder(write_folder(tmp_path / "made", 40), "generated")
     images += read_folder(write_folder(tmp_path / "real", 40), "real")
@@ -151,6 +178,7 @@ def test_a_model_without_a_filter_and_a_single_image_can_be_served(make_pipeline
     events, values = page(make_pipeline(filtered=filtered), images=images)
     values[1] = "cyst"
     shown, told = events["on_draw"].fn(*values, progress=lambda *progress, **told: None)[:2]
+    shown = shown["value"]
     assert len(shown) == min(4, images) and f"{len(shown)} images" in told
 
 
@@ -175,6 +203,29 @@ def test_a_rating_is_stored_and_the_next_images_are_told(server):
         assert image.headers["Content-Type"] == "image/png"
 
 
+def test_what_cannot_be_judged_is_stored_and_what_is_skipped_comes_last(server):
+    status, told = server.post("/rate/next", {"rater": "Zed", "modalities": ["oct", "cxr"]})
+    assert status == 200 and {item["modality"] for item in told["next"]} <= {"OCT", "CXR"} and told["total"] < 20
+    first, second = told["next"][:2]
+    shown = {"rater": "Zed", "modalities": ["oct", "cxr"], "image": first["image"], "turn": first["turn"]}
+    status, told = server.post("/rate/skip", shown)
+    assert status == 200 and told["done"] == 0 and told["next"][0] == second
+    rows = {row["path"]: row for row in csv.DictReader((APP.parent / "images" / "data.csv").open())}
+    while told["next"]:
+        item = told["next"][0]
+        said = {"rating": 0, "seconds": 1, "remark": "too dark"} if item == second else {"rating": 2, "seconds": 2}
+        status, told = server.post("/rate/rating", shown | {"image": item["image"], "turn": item["turn"]} | said)
+        assert status == 200
+    assert item == first and told["done"] == told["total"]
+    judged, every = (RatingStore(server.store).ratings("Zed"), RatingStore(server.store).answers("Zed"))
+    assert [(r.text, r.remark, r.question) for r in every if r not in judged] == [
+        (second["text"], "too dark", "overall"),
+    ]
+    assert {(r.seed, r.revision) for r in every} <= {(int(row["seed"]), row["revision"]) for row in rows.values()}
+    page = urllib.request.urlopen(server.url + "/agreement").read().decode()
+    assert "Could not judge" in page
+
+
 GOOD = {"rater": "eve", "image": "0" * 16, "turn": 0, "rating": 2, "seconds": 1}
 
 
@@ -188,6 +239,10 @@ GOOD = {"rater": "eve", "image": "0" * 16, "turn": 0, "rating": 2, "seconds": 1}
         ("/rate/rating", GOOD | {"rating": 4}, 422, "rating: Input should be less than or equal to 3"),
         ("/rate/rating", GOOD | {"image": "../../etc/passwd"}, 422, "not among those to rate"),
         ("/rate/rating", GOOD | {"seconds": -1}, 422, "seconds"),
+        ("/rate/rating", GOOD | {"remark": "x" * 501}, 422, "remark: String should have at most 500"),
+        ("/rate/skip", {"rater": "eve", "image": "0" * 16, "turn": 0}, 422, "not among those to rate"),
+        ("/rate/next", {"rater": "eve", "modalities": ["sonar"]}, 422, "modalities have to be among oct, fundus, "),
+        ("/rate/next", {"rater": "eve", "modalities": ["oct"] * 51}, 422, "modalities: List should have at most 50"),
         ("/rate/rating", b" " * 5000, 413, "4000 bytes"),
     ],
 )
