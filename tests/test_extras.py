@@ -31,6 +31,7 @@ COMMANDS = {
         {EVALUATE},
     ),
     "bulk": ([SHARDS], [["minim", "plan"]], set()),
+    "ray": ([SHARDS.with_name("ray_actors.py")], [["minim", "generate"]], set()),
     "evaluate": ([CLI], [["minim", "evaluate"]], set()),
     "space": ([ROOT / "space" / "app.py"], [[str(ROOT / "space" / "app.py")]], set()),
     "train": (TRAIN, [[str(path)] for path in TRAIN], set()),
@@ -158,8 +159,9 @@ def test_an_extra_installs_all_that_its_commands_need(extra, tmp_path):
     files, calls, left_out = COMMANDS[extra]
     # What is declared and not installed here, or of an extra that is for some files only, is known by its name.
     declared = {name for name in required(extra) if not is_here(name)}
+    with_extra = {extra, *["bulk"] * (extra == "ray")}
     for other, lines in PROJECT["optional-dependencies"].items():
-        if other not in (*COMMANDS, "test") or (other == "bulk" and extra != "bulk"):
+        if other not in (*COMMANDS, "test") or other in {"bulk", "ray"} - with_extra:
             declared |= {canonicalize_name(Requirement(line).name) for line in lines}
     modules = sorted(imported(files, left_out) - {name.replace("-", "_") for name in declared})
     assert "torch" in modules and "minim_pipeline" not in modules

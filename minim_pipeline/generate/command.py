@@ -20,6 +20,7 @@ from .draw import REASONS
 from .options import GenerateOptions, ModelOptions, ShardOptions
 from .plan import Item, Request, count_images, expand, request_file, request_prompt
 from .plan_table import SHARD_SIZE, make_plan, read_plan, write_plan
+from .ray_actors import generate_on_ray
 from .shards import Progress, generate_shards
 from .shortfall import Shortfall
 from .storage import Storage, is_url
@@ -61,6 +62,8 @@ class GenerateCommand(RequestOptions, ShardOptions, GenerateOptions):
         if self.plan and given:
             names = ", ".join("--" + name.replace("_", "-") for name in given)
             raise ValueError(f"--plan names the images itself: leave {names} out.")
+        if self.ray is not None and self.device not in (None, "cpu", "cuda"):
+            raise ValueError(f"--ray gives each actor its GPU: --device has to be cpu or cuda, got {self.device}.")
 
 
 def checked(text: str, name: str = "prompt") -> str:
@@ -138,7 +141,8 @@ def run_generate(options: GenerateCommand) -> int:
     in_shards = options.asks_for_shards or is_url(output) or count_images(requests) > SHARD_SIZE
     if in_shards and (plan or not (Path(output) / "data.csv").exists()):  # what was begun as one folder goes on so
         try:
-            progress = generate_shards(plan or make_plan(requests), output, options, options)
+            draw = generate_shards if options.ray is None else generate_on_ray
+            progress = draw(plan or make_plan(requests), output, options, options)
         except KeyboardInterrupt:
             say(f"\nStopped. Whole shards are in {output}. The same command goes on from there.")
             raise

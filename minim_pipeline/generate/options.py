@@ -1,5 +1,6 @@
 """What `minim generate` can be told of how to draw and to choose."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -106,13 +107,22 @@ class ShardOptions(Options):
     format: str = option("png", "Of the images, or of their shards.", choices=tuple(FORMATS))
     shard: str | None = option(None, "Draw only every n-th shard, from i on (from 0).", metavar="i/n")
     shard_size: Count | None = option(None, f"Images a shard, drawn and written as one (default {SHARD_SIZE}).")
-
+    ray: str | None = option(
+        None,
+        "Draw with Ray, an actor a GPU, or a CPU where there is none: of the cluster at this address, host:port; by "
+        "default of the one that this machine is of, or of this machine.",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+    )
     native_dicom: bool = option(False, "Chest X-rays as CR and ultrasound as US images, no Secondary Captures.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.native_dicom and self.format != "dicom":
             raise ValueError(f"--native-dicom is for --format dicom, got --format {self.format}.")
+        if self.ray and not re.fullmatch(r"(ray://)?[^/\s]+:\d+", self.ray):
+            raise ValueError(f"--ray has to be an address such as host:6379 or ray://host:10001, got {self.ray!r}.")
         part, parts = self.part
         if not 0 <= part < parts:
             raise ValueError(f"--shard has to be i/n with i from 0 to n - 1, got {self.shard!r}.")
@@ -131,4 +141,5 @@ class ShardOptions(Options):
 
     @property
     def asks_for_shards(self) -> bool:
-        return bool(self.plan or self.shard or self.shard_size or self.format != "png")
+        ray = self.ray is not None
+        return bool(self.plan or self.shard or self.shard_size or self.format != "png" or ray)

@@ -9,7 +9,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,11 @@ class Progress:
     images: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     short: list[str] = field(default_factory=list)
+
+    def add(self, other: "Progress") -> None:
+        """Counts what came of another part of the run, too."""
+        for part in fields(self):
+            setattr(self, part.name, getattr(self, part.name) + getattr(other, part.name))
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,15 @@ def generate_shards(
         OSError: the disk is full, or the storage does not take what is sent there.
     """
     options, shards = options or GenerateOptions(), shards or ShardOptions()
+    run, state = prepare(plan, output, options, shards)
+    begin(run)
+    part, parts = shards.part
+    part, parts = part * state.num_processes + state.process_index, parts * state.num_processes
+    return draw_shards(run, range(part, run.count, parts), options.quiet or not state.is_local_main_process)
+
+
+def prepare(plan: Plan, output: str | Path, options: GenerateOptions, shards: ShardOptions) -> tuple[Run, Any]:
+    """Loads the pipeline for a run, which is still to begin; also accelerate's `PartialState`. Raises as above."""
     storage = Storage(output)
     pipe, state, filtering = load(options)
     prompts, modalities = plan.distinct()
@@ -126,10 +140,7 @@ def generate_shards(
     if run.count > MOST_SHARDS:
         least = -(-len(plan) // MOST_SHARDS)
         raise ValueError(f"--shard-size has to be at least {least} for {len(plan)} images, got {shards.size}.")
-    begin(run)
-    part, parts = shards.part
-    part, parts = part * state.num_processes + state.process_index, parts * state.num_processes
-    return draw_shards(run, range(part, run.count, parts), options.quiet or not state.is_local_main_process)
+    return run, state
 
 
 def begin(run: Run) -> None:
