@@ -52,6 +52,25 @@ class RatingsCommand(Options):
             raise ValueError("give either --output, to write the ratings, or --input, to add to them.")
 
 
+@dataclass(kw_only=True)
+class PushDatasetCommand(Options):
+    """The set, and where it goes."""
+
+    separator = "-"
+
+    data: Path = option(help="Folder that minim generate has written, flat or in shards.")
+    repo_id: str = option(help="Where to: owner/name.")
+    license: str = option(help="For the images, as the Hub calls it, e.g. cc-by-4.0, or other.")
+    license_name: str | None = option(None, "Of the license other.")
+    private: bool = option(False, "A new repository becomes private.")
+    dry_run: bool = option(False, "List the files and print the card; nothing is asked of the Hub, or sent.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.license == "other") != bool(self.license_name):
+            raise ValueError("--license other needs --license-name, and no other license has one.")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="minim", description="Synthetic medical images from a modality and a sentence.")
     parser.add_argument("--version", action="version", version=f"minim {__version__}")
@@ -127,6 +146,24 @@ def run_modalities(options: ModelOptions) -> None:
             print("  not learned by this model")
 
 
+def run_push_dataset(options: PushDatasetCommand) -> None:
+    """Puts a generated set on the Hugging Face Hub, with a card: generator, settings, acceptance, counts, samples.
+
+    Every image has to say that it is synthetic; files with paths of this machine are refused. The token is what `hf
+    auth login` stored, or HF_TOKEN.
+    """
+    from .publishing import publish_dataset, staged_dataset
+
+    fields = {name: value for name, value in options.values("license", "license_name").items() if value}
+    if options.dry_run:
+        with staged_dataset(options.data, options.repo_id, fields) as folder:
+            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+                print(f"{path.stat().st_size:>14,}  {path.relative_to(folder).as_posix()}")
+            print((folder / "README.md").read_text(encoding="utf-8"))
+        return
+    say(f"dataset: {publish_dataset(options.data, options.repo_id, fields, options.private or None)}")
+
+
 # What each does and is described as, its options, and how it is listed.
 COMMANDS: dict[str, tuple[Callable, type[Options], str]] = {
     "generate": (run_generate, GenerateCommand, "draw images of one prompt, or of a list of them"),
@@ -134,6 +171,7 @@ COMMANDS: dict[str, tuple[Callable, type[Options], str]] = {
     "score": (run_score, ScoreOptions, "rate images with the filter"),
     "ratings": (run_ratings, RatingsCommand, "people's ratings: out of the rating page's store as a CSV, or into it"),
     "evaluate": (run_evaluate, EvaluateOptions, "measure synthetic images against real ones"),
+    "push-dataset": (run_push_dataset, PushDatasetCommand, "put a generated set on the Hugging Face Hub"),
     "modalities": (run_modalities, ModelOptions, "list modalities, their aliases, and a model's findings"),
 }
 

@@ -17,6 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from . import __version__
+from .data.image_files import opened
 from .files import atomic_path
 
 
@@ -84,7 +85,7 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object
 
 
 def read_provenance(path: str | Path) -> dict[str, object]:
-    """What `save_png` or `dicom.save_dicom` wrote into the file at `path`; empty if it is not one of this package's.
+    """What `save_png` or `dicom.save_dicom` wrote into a file, or a part of a larger one; empty if it is not of here.
 
     Returns:
         The metadata, with `synthetic` a bool, `seed`, `steps`, `height` and `width` ints, `guidance` and
@@ -95,7 +96,7 @@ def read_provenance(path: str | Path) -> dict[str, object]:
         from .dicom import provenance_of
 
         return provenance_of(path)
-    with Image.open(path) as image:
+    with Image.open(opened(path)) as image:
         texts = dict(getattr(image, "text", {}))
     if texts.get("software") != SOFTWARE:
         return {}

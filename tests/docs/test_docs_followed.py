@@ -66,7 +66,7 @@ def needs_more(program: str, arguments: list[str]) -> bool:
     """Whether a command is parsed only: it needs a GPU, a network, or what only a release has."""
     if program.startswith(("bench/", "research/")):
         return True
-    if program == "push_to_hub":
+    if program in ("push_to_hub", "minim push-dataset"):
         return "--dry-run" not in arguments
     return bool({"--downstream", "--extractor"} & set(arguments))
 
