@@ -117,6 +117,19 @@ def test_prompts_file_carries_columns_through(pipeline_dir, tmp_path):
     ]
 
 
+def test_prompts_may_stand_in_columns_of_other_names(pipeline_dir, tmp_path, capsys):
+    path = table(tmp_path / "p.csv", ["report", "kind", "dx"], ["edema", "OCT", "dme"], ["drusen", "OCT", "amd"])
+    names = ["--caption-column", "report", "--modality-column", "kind", "--finding-column", "dx"]
+    assert run(pipeline_dir, tmp_path / "out", "--prompts-file", path, *names) == 0
+    rows = read_dataset(tmp_path / "out/data.csv")
+    assert [(row["Text"], row["modality"], row["finding"]) for row in rows] == [
+        ("edema", "OCT", "dme"),
+        ("drusen", "OCT", "amd"),
+    ]
+    assert run(pipeline_dir, tmp_path / "no", *ONE_PROMPT, "--caption-column", "report") == 2
+    assert "--caption-column belong to --prompts-file" in capsys.readouterr().err
+
+
 def test_every_row_has_seeds_of_its_own(tmp_path):
     path = table(tmp_path / "prompts.csv", ["Text", "modality"], ["edema", "OCT"], ["drusen", "OCT"])
     assert [item.seed for item in plan_file(path, num_images=3, seed=10)] == [10, 11, 12, 13, 14, 15]

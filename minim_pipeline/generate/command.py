@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..captions import check_caption
 from ..data.sources import image_name, name_digits, read_dataset
+from ..data.table import Columns
 from ..loading import model_identity, register_modalities
 from ..modalities import MODALITIES, resolve_modality, split_prefix
 from ..options import Count, Options, Range, Whole, number, option
@@ -38,6 +39,9 @@ class RequestOptions(Options):
     prompts_file: Path | None = option(
         None, "Many prompts: columns Text,modality, optional num_images,seed; others are carried through to data.csv."
     )
+    caption_column: str | None = option(None, "Of --prompts-file, where its name is not usual: the column of prompts.")
+    modality_column: str | None = option(None, "The same of the modalities.")
+    finding_column: str | None = option(None, "The same of the findings, which are carried through.")
     num_images: Count | None = option(None, "Images of the prompt (default 4), or of each row (1).")
     seed: Whole = option(0, "Image i uses seed + i; of a row with a seed of its own, that one + i (default 0).")
     skip_bad_rows: bool = option(False, "Leave bad rows of the CSV out instead of stopping.")
@@ -83,6 +87,9 @@ def requested(options: RequestOptions, trained: list[str] | None, **others: str 
     modality, text, file = options.modality, options.prompt, options.prompts_file
     if file is not None and text is not None:
         raise ValueError("--prompts-file names the prompts itself: leave --prompt out.")
+    columns = [f"--{name}-column" for name in ("caption", "modality", "finding") if getattr(options, f"{name}_column")]
+    if file is None and columns:
+        raise ValueError(f"{', '.join(columns)} belong to --prompts-file, and there is none.")
     if text is not None and modality is None:
         modality, text = split_prefix(text, trained)  # MINIM's own "OCT: macular edema"
     kind = resolve_modality(modality, trained) if modality is not None else None
@@ -97,7 +104,8 @@ def requested(options: RequestOptions, trained: list[str] | None, **others: str 
     if file is not None:
         with warnings.catch_warnings(record=True) as caught:
             of_all, count = kind.id if kind else None, options.num_images or 1
-            requests = request_file(file, count, options.seed, trained, options.skip_bad_rows, of_all)
+            called = Columns(None, options.caption_column, options.modality_column, options.finding_column)
+            requests = request_file(file, count, options.seed, trained, options.skip_bad_rows, of_all, called)
         for warning in caught:
             say(f"minim generate: warning: {warning.message}")
         return requests

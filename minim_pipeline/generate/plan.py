@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.sources import read_dataset
+from ..data.table import AS_USUAL, Columns
 from ..modalities import Modality, resolve_modality
 
 
@@ -57,13 +58,14 @@ def request_file(
     trained: list[str] | None = None,
     skip_bad_rows: bool = False,
     modality: str | None = None,
+    columns: Columns = AS_USUAL,
 ) -> list[Request]:
-    """The images that a CSV of prompts asks for, in the order of its rows.
+    """The images that a table of prompts asks for, in the order of its rows.
 
     Columns: `Text,modality`; optional `num_images` (default: the argument) and `seed`. Image i of a row has the row's
     seed + i; without one, `seed` + the image's number in the whole run, so that no two rows share seeds. Other columns
     are carried through; `path`, which names the generated image there, as `source_path`. `modality` is that of all
-    rows, where there is no such column.
+    rows, where there is no such column, and `columns` how columns are called whose names are not usual.
 
     Raises:
         ValueError: as `read_dataset`; for it a row is bad, too, if its modality is not among `trained`, or
@@ -81,6 +83,7 @@ def request_file(
     total = 0
     shared: dict[tuple, dict[str, str]] = {}  # many rows carry the same through
     options: dict[str, Any] = {"skip_bad_rows": skip_bad_rows, "check": check, "modality": modality}
+    options["columns"] = columns
     rows = read_dataset(path, require=("Text", "modality"), check_images=False, **options)[::-1]
     while rows:  # a million rows and their requests at once would not fit into a gigabyte
         row = rows.pop()

@@ -19,6 +19,8 @@ from pydicom import dcmread
 
 from minim_pipeline.cli import main
 from minim_pipeline.data.dicom import read_dicom
+from minim_pipeline.data.image_loading import load_images
+from minim_pipeline.data.sources import read_dataset
 from minim_pipeline.generate import draw
 from minim_pipeline.locking import held
 from minim_pipeline.provenance import read_provenance
@@ -102,6 +104,13 @@ def test_all_formats_hold_the_same_images_captions_and_provenance(run, tmp_path,
     assert stored == [file.read_bytes() for file in files]
     with tarfile.open(tars[1]) as tar:
         assert tar.extractfile("0005.png").read() == files[5].read_bytes()
+    # Our own commands read all of them alike.
+    read = {name: read_dataset(tmp_path / name) for name in ("png", "parquet", "webdataset", "dicom")}
+    seen = {name: load_images(rows, tmp_path / name, 64) for name, rows in read.items()}
+    for name, rows in read.items():
+        asked = [(row["Text"], row["modality"], row.get("finding") or None, row["seed"]) for row in rows]
+        assert asked == [(*WANTED[(i > 4) + (i > 8)], str(i)) for i in range(12)], name
+        assert seen[name].equal(seen["png"]), name
 
 
 def test_a_small_set_is_one_folder_that_the_library_reads_as_it_lies(

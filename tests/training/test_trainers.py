@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -194,18 +195,22 @@ def test_a_run_goes_on_only_with_its_own_arguments(unet, unet_arguments, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes_train_together(unet, unet_arguments, tmp_path):
-    """As `accelerate launch` starts them; what they encode is what one process encodes."""
-    script = Path(train_text_to_image.__file__)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    done = subprocess.run(
-        [*launch, script, *map(str, unet_arguments), "--output_dir", tmp_path / "two", "--max_train_steps", "3"],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_two_machines_train_together(unet, unet_arguments, tmp_path):
+    """As `accelerate launch --num_machines 2` starts them; what they encode is what one process encodes."""
+    arguments = [train_text_to_image.__file__, *map(str, unet_arguments), "--max_train_steps", "3"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = []
+    for rank in range(2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank)]
+        launch += ["--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+        command = [*launch, *arguments, "--output_dir", str(tmp_path / "two")]
+        machines.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for machine in machines:
+        _, told = machine.communicate(timeout=300)
+        assert machine.returncode == 0, told[-2000:]
     name = "latents-train-0-of-1.safetensors"  # so few images are one file
     assert same_weights(tmp_path / "two" / name, unet / name)
     assert (tmp_path / "two" / "pipeline" / "model_index.json").is_file()
