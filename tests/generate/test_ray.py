@@ -20,8 +20,9 @@ ray = pytest.importorskip("ray")
 SHARDS = 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_cpus():
+@pytest.fixture
+def two_cpus(monkeypatch):
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # by default others' tests would come first
     ray.init(num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False)
     yield
     ray.shutdown()
@@ -57,7 +58,7 @@ def kill_one_that_draws(data: Path, killed: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_actors_of_which_one_is_killed_make_what_one_process_makes(run, tmp_path, capfd):
+def test_actors_of_which_one_is_killed_make_what_one_process_makes(two_cpus, run, tmp_path, capfd):
     assert run(tmp_path / "one", "--quiet") == 0
     killed = list[int]()
     killer = threading.Thread(target=kill_one_that_draws, args=[tmp_path / "out/data", killed], daemon=True)
@@ -68,16 +69,18 @@ def test_actors_of_which_one_is_killed_make_what_one_process_makes(run, tmp_path
     assert f"{SHARDS} shards drawn, 0 were there. {3 * SHARDS - 1} images written." in said(capfd)
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
     assert parquet.read_table(tmp_path / "out/data")["id"].to_pylist() == list(range(3 * SHARDS - 1))
+    # What an actor finds wrong is one line, too.
+    assert run("nowhere://set", "--ray", "--quiet") == 2
+    assert "minim generate: error: Protocol not known: nowhere\n" in said(capfd).replace("\r", "")
 
 
 def test_what_is_wrong_is_one_line(run, tmp_path, capfd):
-    for out, options, message in [
-        (tmp_path, ["--ray", "here"], "--ray has to be an address such as host:6379 or ray://host:10001, got 'here'"),
-        (tmp_path, ["--ray", "--device", "cuda:1"], "--device has to be cpu or cuda, got cuda:1"),
-        ("nowhere://set", ["--ray"], "Protocol not known: nowhere"),  # by an actor
+    for options, message in [
+        (["--ray", "here"], "--ray has to be an address such as host:6379 or ray://host:10001, got 'here'"),
+        (["--ray", "--device", "cuda:1"], "--device has to be cpu or cuda, got cuda:1"),
     ]:
         capfd.readouterr()
-        assert run(out, *options, "--quiet") == 2
+        assert run(tmp_path, *options) == 2
         lines = [line for line in said(capfd).splitlines() if line.startswith("minim generate: error")]
         assert len(lines) == 1 and message in lines[0]
     assert not list(tmp_path.iterdir())
