@@ -49,8 +49,9 @@ class Drawer:
 def generate_on_ray(
     plan: Plan, output: str | Path, options: GenerateOptions | None = None, shards: ShardOptions | None = None
 ) -> Progress:
-    """As `generate_shards`, and to the same bits, by the actors of a Ray cluster, that of `shards.ray`.
+    """As `generate_shards`, by the actors of a Ray cluster, that of `shards.ray`.
 
+    The bits are the same on devices of one class; on a CPU an actor has one thread, and more add up in another order.
     An actor that dies is replaced, and its shard drawn by whichever is free first. Where Ray runs already in this
     process, that is used and stays.
 
