@@ -9,6 +9,7 @@ What the host decides is given on the command line or, as on Spaces, by variable
 
 import argparse
 import os
+import secrets
 import sys
 from pathlib import Path
 from threading import Thread
@@ -37,6 +38,8 @@ from rating_page import routes as rating_routes
 from starlette.responses import FileResponse, JSONResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from studies import Studies
+from study_page import host_routes, reader_routes
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, __version__
 from minim_pipeline.loading import load_pipeline, model_identity, register_modalities
@@ -71,6 +74,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("store", "ratings/ratings.sqlite", help="Where ratings go.")
     add("ratings_repo", None, help="Dataset repository on the Hub that ratings are pushed to; needs HF_TOKEN.")
     add("show_names", 0, int, help="1: the page on agreement shows raters' names.")
+    add("studies", "ratings/studies", help="Folder of the studies.")
+    add("study_images", None, help="Folder of folders with data.csv, of which the host chooses for studies.")
+    add("host_token", None, help="Opens the pages of studies; a new one with each start, if left out.")
     add("max_images", 8, int, help="The most images of one call.")
     add("max_queue", 16, int, help="Calls that may wait.")
     add("host", "127.0.0.1" if "SPACE_ID" not in os.environ else "0.0.0.0", help="Address to listen on.")
@@ -82,7 +88,20 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error(f"--max_queue has to be at least 1, got {args.max_queue}")
     if args.ratings_repo and not os.environ.get("HF_TOKEN"):
         parser.error("--ratings_repo needs a token with the right to write to it, in the variable HF_TOKEN")
+    args.host_token = args.host_token or secrets.token_urlsafe(16)
+    if len(args.host_token) < 12:
+        parser.error(f"--host_token has to have at least 12 characters, got {len(args.host_token)}")
     return args
+
+
+def study_sources(args: argparse.Namespace) -> dict[str, Path]:
+    """By the names that a host sees, the folders of images for studies: the rating page's, and those of one folder."""
+    named = {"images": args.images, "real": args.real}
+    sources = {name: Path(folder) for name, folder in named.items() if folder}
+    found = sorted(Path(args.study_images).glob("*/data.csv")) if args.study_images else []
+    if args.study_images and not found:
+        raise ValueError(f"--study_images: no folder in {args.study_images} has a data.csv.")
+    return sources | {f"{csv.parent.name}/": csv.parent for csv in found}
 
 
 def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
@@ -101,6 +120,7 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
     for kind, own in by_kind.items():
         if len(own) > AT_ONCE:
             Thread(target=desk.check, args=(own, folders[kind]), daemon=True).start()
+    studies = Studies(args.studies, study_sources(args), reading)
     pipe = load_pipeline(args.model)
     # ZeroGPU lends a GPU for a call; everywhere else nothing changes.
     on_gpu = spaces.GPU if spaces is not None else lambda function: function
@@ -121,6 +141,8 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
         Mount("/pages", StaticFiles(directory=PAGES)),
         *rating_routes(desk),
         *agreement_routes(store, bool(args.show_names)),
+        *reader_routes(studies),
+        *host_routes(studies, args.host_token),
     ]
     if report is not None:
         routes.append(Route("/report", lambda request: FileResponse(report)))
@@ -161,7 +183,8 @@ def main(argv=None) -> None:
         launch(demo, routes, args)
     except (ValueError, OSError, ImportError, httpx.HTTPError) as error:
         sys.exit(f"space/app.py: error: {error}")
-    print(f"minim is ready: http://{args.host}:{args.port}", flush=True)
+    home = f"http://{args.host}:{args.port}"
+    print(f"minim is ready: {home}\nFor the host alone: {home}/studies?token={args.host_token}", flush=True)
     demo.block_thread()
 
 
