@@ -16,6 +16,7 @@ from .metrics import interval_of
 
 
 DRAWS = 1000
+FEWEST = 5  # images; draws of fewer say nothing
 SEED = 0
 Array = np.ndarray
 
@@ -77,7 +78,7 @@ def _figure(of: Callable[[Array], Array], draws: Array, n: int) -> dict:
     """What `of` gives for all images once, as `value`, and for draws of them, as `interval`."""
     value, drawn = float(of(np.ones((1, draws.shape[1])))[0]), of(draws)
     drawn = drawn[np.isfinite(drawn)]
-    if not math.isfinite(value) or n < 2:
+    if not math.isfinite(value) or n < FEWEST:
         return {"value": None, "interval": None, "n": n}
     return {"value": round(value, 4), "interval": interval_of(drawn), "n": n}
 

@@ -117,6 +117,7 @@ def test_readers_share_as_many_images_as_was_asked_for(images):
 def test_a_host_is_told_what_is_wrong_with_a_plan(open_space, changes, message):
     answer = post_form(open_space(), **changes)
     assert answer.status_code == 422 and message in answer.text and "/tmp" not in answer.text
+    assert ('value="0.25"' in answer.text) and "<option" in answer.text, "what was filled in is still there"
 
 
 def test_a_folder_that_cannot_be_read_says_nothing_of_the_machine(tmp_path, capsys):
