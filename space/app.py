@@ -39,6 +39,7 @@ from starlette.responses import FileResponse, JSONResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from studies import Studies
+from study_drawing import Prompts
 from study_page import host_routes, reader_routes
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, __version__
@@ -75,7 +76,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("ratings_repo", None, help="Dataset repository on the Hub that ratings are pushed to; needs HF_TOKEN.")
     add("show_names", 0, int, help="1: the page on agreement shows raters' names.")
     add("studies", "ratings/studies", help="Folder of the studies.")
-    add("study_images", None, help="Folder of folders with data.csv, of which the host chooses for studies.")
+    add(
+        "study_images",
+        None,
+        help="Folder of what the host may choose for studies: folders with data.csv, CSVs of prompts.",
+    )
     add("host_token", None, help="Opens the pages of studies; a new one with each start, if left out.")
     add("max_images", 8, int, help="The most images of one call.")
     add("max_queue", 16, int, help="Calls that may wait.")
@@ -98,9 +103,9 @@ def study_sources(args: argparse.Namespace) -> dict[str, Path]:
     """By the names that a host sees, the folders of images for studies: the rating page's, and those of one folder."""
     named = {"images": args.images, "real": args.real}
     sources = {name: Path(folder) for name, folder in named.items() if folder}
+    if args.study_images and not Path(args.study_images).is_dir():
+        raise ValueError(f"--study_images: {args.study_images} is no folder.")
     found = sorted(Path(args.study_images).glob("*/data.csv")) if args.study_images else []
-    if args.study_images and not found:
-        raise ValueError(f"--study_images: no folder in {args.study_images} has a data.csv.")
     return sources | {f"{csv.parent.name}/": csv.parent for csv in found}
 
 
@@ -120,7 +125,8 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
     for kind, own in by_kind.items():
         if len(own) > AT_ONCE:
             Thread(target=desk.check, args=(own, folders[kind]), daemon=True).start()
-    studies = Studies(args.studies, study_sources(args), reading)
+    prompts = {file.name: file for file in sorted(Path(args.study_images).glob("*.csv"))} if args.study_images else {}
+    studies = Studies(args.studies, study_sources(args), reading, Prompts(prompts, args.model))
     pipe = load_pipeline(args.model)
     # ZeroGPU lends a GPU for a call; everywhere else nothing changes.
     on_gpu = spaces.GPU if spaces is not None else lambda function: function

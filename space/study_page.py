@@ -4,7 +4,7 @@ import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 from jinja2 import Environment, FileSystemLoader
 from rating_desk import RatingDesk
@@ -13,7 +13,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
-from studies import MOST_IMAGES, MOST_READERS, ORDERS, QUESTIONS, Plan, Studies, Study
+from studies import Studies, Study
+from study_plan import MOST_IMAGES, MOST_READERS, ORDERS, QUESTIONS, Plan
 
 from minim_pipeline import resolve_modality
 from minim_pipeline.evaluation.reader_study import study_results
@@ -77,11 +78,8 @@ def progress(study: Study) -> list[dict]:
 
 def ratings_csv(study: Study, studies: Studies) -> bytes:
     """The answers as `RatingStore.write_csv` has them, with paths as seen from the folder of studies."""
-    folders = {"generated": studies.sources[study.plan.images]}
-    if study.plan.real:
-        folders["real"] = studies.sources[study.plan.real]
     with tempfile.NamedTemporaryFile(dir=studies.folder, suffix=".csv") as file:
-        study.store.write_csv(file.name, folders)
+        study.store.write_csv(file.name, studies.folders(study.plan, study.id))
         return Path(file.name).read_bytes()
 
 
@@ -104,6 +102,8 @@ def host_routes(studies: Studies, host_token: str) -> list[Route]:
             "problem": problem,
             "form": form or {},
             "sources": [(name, name) for name in studies.sources],
+            "prompts": [(name, f"to be drawn: {name}") for name in studies.prompts.files],
+            "pending": [(plan, identity in studies.failed) for identity, plan in studies.pending.items()],
         }
         return render("studies.html.jinja", status, **shown, **choices)
 
@@ -153,7 +153,8 @@ def host_routes(studies: Studies, host_token: str) -> list[Route]:
             study = await run_in_threadpool(lambda: studies.make(plan_of(form)))
         except ValueError as error:
             return await run_in_threadpool(listing, 422, str(error), form)
-        return RedirectResponse(f"studies/{study.id}?token={host_token}", 303)
+        place = f"studies/{study.id}" if study else "studies"  # its images are being drawn
+        return RedirectResponse(f"{place}?token={quote(host_token)}", 303)
 
     return [
         Route("/studies", for_host(lambda request: listing())),

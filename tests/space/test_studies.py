@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import time
 from collections import Counter
 from urllib.parse import urlencode
 
@@ -11,8 +12,10 @@ import pytest
 from rating_images import WHOLE, read_folder
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
-from studies import Plan, Studies, assign
+from studies import Studies
+from study_drawing import Prompts
 from study_page import host_routes, reader_routes
+from study_plan import Plan, assign
 from test_space import write_folder
 
 from minim_pipeline.ratings import RatingStore
@@ -221,6 +224,39 @@ def test_what_is_too_long_or_not_there_is_refused(open_space):
     about = client.get(f"/study/{tokens['Ann']}/about").json()
     assert about["question"] == "Is this image real or synthetic?" and about["rater"] == "Ann"
     assert len(about["answers"]) == 3 and "real" not in client.get(f"/study/{tokens['Ann']}/modalities").text
+
+
+def test_images_of_prompts_are_drawn_before_the_study_opens(pipeline_dir, tmp_path):
+    prompts = tmp_path / "asked.csv"
+    prompts.write_text("Text,modality,num_images\ncyst,OCT,2\neffusion,CXR,2\n")
+
+    def start() -> tuple[Studies, TestClient]:
+        studies = Studies(tmp_path / "studies", {}, WHOLE, Prompts({"asked.csv": prompts}, str(pipeline_dir)))
+        return studies, TestClient(Starlette(routes=[*reader_routes(studies), *host_routes(studies, HOST)]))
+
+    studies, client = start()
+    asked = {"images": "asked.csv", "real": "", "real_share": "0", "question": "congruence"}
+    assert "5 generated images are needed, there are 4" in post_form(client, **asked, each="5").text
+    answer = post_form(client, **asked, each="4")
+    assert answer.headers["location"].startswith("studies?token=")
+    assert "being drawn" in client.get("/studies", params={"token": HOST}).text or studies.open
+    for _ in range(600):
+        if studies.open or studies.failed:
+            break
+        time.sleep(0.1)
+    assert list(studies.open) and not studies.pending and not studies.failed
+    (token,) = (token for token, (_, rater) in studies.readers.items() if rater == "Ann")
+    assert answer_all(client, token, lambda item: 2) == 4
+    # Killed before it was all there, and started again: the same images, the study as it was.
+    (identity,) = studies.open
+    (tmp_path / "studies" / f"{identity}.json").write_text("{}")
+    studies, client = start()
+    assert list(studies.open) == [identity] and not list((tmp_path / "studies").glob("*.json"))
+    page = client.get(f"/studies/{identity}/ratings.csv", params={"token": HOST}).text
+    assert {row["path"].split("/")[0] for row in csv.DictReader(io.StringIO(page))} == {identity}
+    prompts.write_text("Text,modality\ncyst,sonar\n")
+    answer = post_form(client, **asked, each="1")
+    assert "asked.csv cannot be read" in answer.text and str(tmp_path) not in answer.text
 
 
 def test_a_study_whose_images_are_gone_is_told_and_left_out(open_space, folders, tmp_path, capsys):
