@@ -26,6 +26,7 @@ except ImportError:
 import gradio as gr
 from about_page import build as build_about
 from agreement_page import routes as agreement_routes
+from doors import doors
 from drawing import Drawer
 from generate_page import build as build_generate
 from generate_settings import Limits
@@ -82,6 +83,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="Folder of what the host may choose for studies: folders with data.csv, CSVs of prompts.",
     )
     add("host_token", None, help="Opens the pages of studies; a new one with each start, if left out.")
+    add("password", None, help="Opens the other pages, too, if given.")
+    add("max_requests", 3000, int, help="Requests a minute from one address.")
     add("max_images", 8, int, help="The most images of one call.")
     add("max_queue", 16, int, help="Calls that may wait.")
     add("host", "127.0.0.1" if "SPACE_ID" not in os.environ else "0.0.0.0", help="Address to listen on.")
@@ -89,13 +92,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.real_share < 1 or not 0 <= args.repeat_share <= 1:
         parser.error(f"shares have to be in [0, 1) and [0, 1], got {args.real_share} and {args.repeat_share}")
-    if args.max_queue < 1:
-        parser.error(f"--max_queue has to be at least 1, got {args.max_queue}")
+    for name in ("max_queue", "max_requests"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} has to be at least 1, got {getattr(args, name)}")
     if args.ratings_repo and not os.environ.get("HF_TOKEN"):
         parser.error("--ratings_repo needs a token with the right to write to it, in the variable HF_TOKEN")
     args.host_token = args.host_token or secrets.token_urlsafe(16)
-    if len(args.host_token) < 12:
-        parser.error(f"--host_token has to have at least 12 characters, got {len(args.host_token)}")
+    for name in ("host_token", "password"):
+        given = getattr(args, name)
+        if given is not None and len(given) < 12:
+            parser.error(f"--{name} has to have at least 12 characters, got {len(given)}")
     return args
 
 
@@ -173,7 +179,7 @@ def launch(demo: gr.Blocks, routes: list, args: argparse.Namespace) -> None:
         show_error=True,
         quiet=True,
         prevent_thread_lock=True,
-        app_kwargs={"routes": routes},
+        app_kwargs={"routes": routes, "middleware": doors(args.max_requests, args.password)},
         theme=theme(),
         css_paths=PAGES / "gradio.css",
         footer_links=[],

@@ -63,6 +63,10 @@ def test_a_host_is_told_in_a_line_what_is_wrong(tmp_path):
         "nowhere": ["--images", "nowhere"],
         "shares have to be in": ["--real_share", "1"],
         "--max_queue has to be at least 1, got 0": ["--max_queue", "0"],
+        "--max_requests has to be at least 1, got 0": ["--max_requests", "0"],
+        "--password has to have at least 12 characters, got 5": ["--password", "hello"],
+        "--host_token has to have at least 12 characters, got 1": ["--host_token", "x"],
+        "--study_images: nowhere is no folder": ["--study_images", "nowhere"],
         "Limits have to be at least 1": ["--max_images", "0"],
         "notes.txt is no store of ratings": ["--store", "notes.txt"],
         # Images of a modality that only the model knows are read; then comes the store.
