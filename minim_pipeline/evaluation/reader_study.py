@@ -6,7 +6,7 @@ Answers are 1, 2 or 3. Intervals are of 95 %: those of agreement and AUROC draw 
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from .metrics import interval_of
 DRAWS = 1000
 FEWEST = 5  # images; draws of fewer say nothing
 SEED = 0
+NOTHING = {"value": None, "interval": None, "n": 0}
 Array = np.ndarray
 
 
@@ -37,7 +38,7 @@ def krippendorff_alpha(counts: Array, draws: Array | None = None) -> Array:
     answers = counts.sum(1)
     pairs = counts[:, :, None] * counts[:, None, :] - counts[:, :, None] * np.eye(counts.shape[1])
     pairs = np.where(answers > 1, 1 / np.maximum(answers - 1, 1), 0)[:, None, None] * pairs
-    coincidences = np.einsum("...i,ijk->...jk", np.ones(len(counts)) if draws is None else draws, pairs)
+    coincidences = _weighted(np.ones(len(counts)) if draws is None else draws, pairs)
     n = coincidences.sum(-1)  # [..., levels]
     upto = n.cumsum(-1) - n / 2
     distance = (upto[..., :, None] - upto[..., None, :]) ** 2
@@ -47,6 +48,11 @@ def krippendorff_alpha(counts: Array, draws: Array | None = None) -> Array:
     )
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(expected > 0, 1 - (n.sum(-1) - 1) * seen / expected, np.nan)
+
+
+def _weighted(draws: Array, tables: Array) -> Array:
+    """The sum of each image's table [images, levels, levels], as often as each is drawn [..., images]."""
+    return (draws @ tables.reshape(len(tables), -1)).reshape(*draws.shape[:-1], *tables.shape[1:])
 
 
 def counts_auroc(synthetic: Array, real: Array) -> Array:
@@ -67,19 +73,18 @@ def counts_auroc(synthetic: Array, real: Array) -> Array:
 def share(part: int, whole: int) -> dict:
     """A share as `value`, with Wilson's 95 % `interval`, and `n`; None where there is nothing."""
     if not whole:
-        return {"value": None, "interval": None, "n": 0}
+        return NOTHING
     p, z = part / whole, 1.959964
     middle, half = p + z * z / (2 * whole), z * math.sqrt(p * (1 - p) / whole + (z / whole) ** 2 / 4)
     ends = [(middle - half) / (1 + z * z / whole), (middle + half) / (1 + z * z / whole)]
     return {"value": round(p, 4), "interval": [round(min(max(end, 0), 1), 4) for end in ends], "n": whole}
 
 
-def _figure(of: Callable[[Array], Array], draws: Array, n: int) -> dict:
-    """What `of` gives for all images once, as `value`, and for draws of them, as `interval`."""
-    value, drawn = float(of(np.ones((1, draws.shape[1])))[0]), of(draws)
-    drawn = drawn[np.isfinite(drawn)]
+def _figure(drawn: Array, n: int) -> dict:
+    """Of what came out for all n images once and then for draws of them: the `value`, and the `interval`."""
+    value, drawn = float(drawn[0]), drawn[1:][np.isfinite(drawn[1:])]
     if not math.isfinite(value) or n < FEWEST:
-        return {"value": None, "interval": None, "n": n}
+        return NOTHING | {"n": n}
     return {"value": round(value, 4), "interval": interval_of(drawn), "n": n}
 
 
@@ -90,61 +95,52 @@ def _nan_mean(values: Array, weights: Array) -> Array:
         return (np.nan_to_num(values) * weights).sum(0) / weights.sum(0)
 
 
+def _draws(real: Array) -> Array:
+    """How often each image counts [1 + DRAWS, images]: each once, and then drawn anew, real and generated apart."""
+    generator, draws = np.random.default_rng(SEED), np.ones((1 + DRAWS, len(real)))
+    for kind in (real, ~real):
+        if kind.any():
+            draws[1:, kind] = generator.multinomial(kind.sum(), np.full(kind.sum(), 1 / kind.sum()), DRAWS)
+    return draws
+
+
 def _results(ratings: list[Rating]) -> dict:
     """`study_results` of some modality's, or all, ratings."""
     readers = list(dict.fromkeys(rating.rater for rating in ratings))
     images = list(dict.fromkeys((rating.kind, rating.path) for rating in ratings))
-    place = {image: i for i, image in enumerate(images)}
+    index, place = ({one: i for i, one in enumerate(found)} for found in (readers, images))
     given = np.zeros((len(readers), len(images), LEVELS))  # 1 where a reader gave this answer
     for rating in ratings:
         if rating.turn == 0:
-            given[readers.index(rating.rater), place[rating.kind, rating.path], rating.rating - 1] = 1
+            given[index[rating.rater], place[rating.kind, rating.path], rating.rating - 1] = 1
     real = np.array([kind == "real" for kind, _ in images], bool)
-    # Real and generated images are drawn apart: no draw is without one of them.
-    generator = np.random.default_rng(SEED)
-    draws = np.zeros((DRAWS, len(images)))
-    for kind in (real, ~real):
-        if kind.any():
-            draws[:, kind] = generator.multinomial(kind.sum(), np.full(kind.sum(), 1 / kind.sum()), DRAWS)
+    draws = _draws(real)
 
-    pairs = []
+    pairs, kappas = [], []
     for a, b in itertools.combinations(range(len(readers)), 2):
-        n = int((given[a].any(1) & given[b].any(1)).sum())
-        if n:
-            pairs.append((a, b, n, np.einsum("ij,ik->ijk", given[a], given[b])))
-
-    def kappa(one: Array) -> Callable[[Array], Array]:
-        return lambda w: quadratic_kappa(np.einsum("di,ijk->djk", w, one))
-
-    def mean_kappa(w: Array) -> Array:
-        found = np.stack([kappa(one)(w) for *_, one in pairs])
-        return _nan_mean(found, np.array([[float(n)] for *_, n, _ in pairs]))
-
-    def auroc(reader: int) -> Callable[[Array], Array]:
-        return lambda w: counts_auroc(w[:, ~real] @ given[reader][~real], w[:, real] @ given[reader][real])
-
-    def mean_auroc(w: Array) -> Array:
-        found = np.stack([auroc(reader)(w) for reader in range(len(readers))])
-        return _nan_mean(found, np.ones((len(readers), 1)))
-
-    counts = given.sum(0)
+        common = given[a].any(1) & given[b].any(1)
+        if common.any():
+            told = given[a][common][:, :, None] * given[b][common][:, None, :]
+            kappas.append(quadratic_kappa(_weighted(draws[:, common], told)))
+            figure = _figure(kappas[-1], int(common.sum()))
+            pairs.append({"raters": [readers[a], readers[b]], **figure})
+    counts, sizes = given.sum(0), np.array([[float(pair["n"])] for pair in pairs])
     shared = int((counts.sum(1) > 1).sum())
-    nothing = {"value": None, "interval": None, "n": 0}
+    aurocs = [counts_auroc(draws[:, ~real] @ one[~real], draws[:, real] @ one[real]) for one in given]
     again = {name: _same_again([r for r in ratings if r.rater == name]) for name in readers}
-    kinds = real.any() and (~real).any()
     return {
         "images": len(images),
         "ratings": len(ratings),
-        "kappa": _figure(mean_kappa, draws, shared) if pairs else nothing,
-        "alpha": _figure(lambda w: krippendorff_alpha(counts, w), draws, shared) if shared else nothing,
-        "auroc": _figure(mean_auroc, draws, len(images)) if kinds else nothing,
-        "consistency": share(*map(sum, zip(*again.values(), strict=True))) if again else nothing,
-        "pairs": [{"raters": [readers[a], readers[b]], **_figure(kappa(one), draws, n)} for a, b, n, one in pairs],
+        "kappa": _figure(_nan_mean(np.stack(kappas), sizes), shared) if pairs else NOTHING,
+        "alpha": _figure(krippendorff_alpha(counts, draws), shared) if shared else NOTHING,
+        "auroc": _figure(_nan_mean(np.stack(aurocs), np.ones((len(aurocs), 1))), len(images)) if aurocs else NOTHING,
+        "consistency": share(*map(sum, zip(*again.values(), strict=True))) if again else NOTHING,
+        "pairs": pairs,
         "raters": {
             name: {
                 "ratings": sum(rating.rater == name for rating in ratings),
                 "consistency": share(*again[name]),
-                "auroc": _figure(auroc(i), draws, int(given[i].sum())) if kinds else nothing,
+                "auroc": _figure(aurocs[i], int(given[i].sum())),
             }
             for i, name in enumerate(readers)
         },
