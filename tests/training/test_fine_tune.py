@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
 from minim_pipeline.cli import main
+from minim_pipeline.data.table import Columns
 from minim_pipeline.licenses import license_of
 from minim_pipeline.publishing.card import license_note, read_card, write_card
 from minim_pipeline.publishing.upload import staged
@@ -106,10 +107,12 @@ def test_a_filter_that_does_not_fit_any_more_is_left_out_and_told(base, tmp_path
 
 def test_images_that_generate_wrote_are_replayed_by_preference_training_too(base, drawn, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "minim_pipeline.training.preference.sampling.Latents.encode",
-        lambda run, vae, data, rows, *more: seen.extend(rows),
-    )
+
+    def encode(run, vae, data, rows, *more):
+        seen.extend(rows)
+        return SimpleNamespace(hold=lambda device: None)
+
+    monkeypatch.setattr("minim_pipeline.training.preference.sampling.Latents.encode", encode)
     config = PreferenceConfig(
         pretrained_model_name_or_path=str(base), prompts="p.csv", replay=str(drawn), output_dir=str(tmp_path)
     )
@@ -118,13 +121,13 @@ def test_images_that_generate_wrote_are_replayed_by_preference_training_too(base
 
 
 def test_where_train_data_lies_says_nothing_of_the_replay(base):
-    elsewhere = {"modality": "CXR", "image_root": "images", "fit": "crop"}
+    elsewhere = {"modality": "CXR", "image_root": "images", "fit": "crop", "caption_column": "report"}
     config = TextToImageConfig(
         pretrained_model_name_or_path=str(base), train_data="new.csv", replay="old.csv", output_dir="x", **elsewhere
     )
     data = config.replay_data
     assert data.train_data == "old.csv" and data.reading == config.reading_elsewhere() and data.reading.fit == "crop"
-    assert data.csv_options == {"modality": None, "image_root": None} != config.csv_options
+    assert data.csv_options == {"modality": None, "image_root": None, "columns": Columns()} != config.csv_options
 
 
 def test_the_embedded_weights_take_their_license_along():
