@@ -214,6 +214,18 @@ def test_without_or_with_a_foreign_token_every_address_is_closed(open_space, tmp
     assert told["done"] == 0 and told["last"] == [], "nobody sees what another has said"
 
 
+def test_no_address_is_left_open(open_space):
+    client = open_space()
+    identity = make(client)[0].split("/")[2].split("?")[0]
+    refused = set()
+    for route in client.app.routes:
+        for method in route.methods - {"HEAD"}:
+            answer = client.request(method, route.path.format(token="x", id=identity), params={"token": "x"}, json={})
+            assert answer.status_code == 403, route.path
+            refused.add((method, route.path))
+    assert len(refused) == 12
+
+
 def test_what_is_too_long_or_not_there_is_refused(open_space):
     client = open_space()
     assert post_form(client, title="x" * 20_000).status_code == 413
