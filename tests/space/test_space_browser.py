@@ -249,6 +249,7 @@ def test_zoom_and_window_change_what_is_seen_and_nothing_else(visit):
     page.keyboard.press("Enter")
     page.wait_for_selector("#picture img")
     assert page.inner_text("#modality") == "OCT" and page.locator("#picture").bounding_box()["height"] > 550
+    page.evaluate("document.querySelector('#picture img').decode()")
     plain = shown_pixels(page)
     for key in "ccc":
         page.keyboard.press(key)
