@@ -236,7 +236,7 @@ async function loadStudy() {
     });
     $("name").value = study.rater;
     $("name").readOnly = true;
-    $("leave").hidden = $("more").hidden = true;
+    $("leave").hidden = $("more").hidden = document.querySelector("nav").hidden = true;
   } catch (error) {
     $("who").hidden = true;
     $("problem").textContent = `${error.message}.`;

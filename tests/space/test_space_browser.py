@@ -329,6 +329,7 @@ def test_a_host_makes_a_study_and_a_reader_answers_by_its_link(visit, server):
     with page.expect_navigation():
         page.goto(host.get_by_text("link for Ann").evaluate("a => a.href"))
     page.wait_for_function("document.getElementById('name').value == 'Ann'")
+    assert not page.get_by_role("navigation").is_visible(), "a reader has this study alone"
     assert page.inner_text("h1") == "Pilot" and "How good is this image" in page.inner_text("#question")
     page.get_by_role("button", name="Start").click()
     page.wait_for_selector("#picture img")
