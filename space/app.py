@@ -9,6 +9,7 @@ What the host decides is given on the command line or, as on Spaces, by variable
 
 import argparse
 import os
+import secrets
 import sys
 from pathlib import Path
 from threading import Thread
@@ -25,6 +26,7 @@ except ImportError:
 import gradio as gr
 from about_page import build as build_about
 from agreement_page import routes as agreement_routes
+from doors import doors
 from drawing import Drawer
 from generate_page import build as build_generate
 from generate_settings import Limits
@@ -37,6 +39,9 @@ from rating_page import routes as rating_routes
 from starlette.responses import FileResponse, JSONResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from studies import Studies
+from study_drawing import Prompts
+from study_page import host_routes, reader_routes
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, __version__
 from minim_pipeline.loading import load_pipeline, model_identity, register_modalities
@@ -71,6 +76,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("store", "ratings/ratings.sqlite", help="Where ratings go.")
     add("ratings_repo", None, help="Dataset repository on the Hub that ratings are pushed to; needs HF_TOKEN.")
     add("show_names", 0, int, help="1: the page on agreement shows raters' names.")
+    add("studies", "ratings/studies", help="Folder of the studies.")
+    add(
+        "study_images",
+        None,
+        help="Folder of what the host may choose for studies: folders with data.csv, CSVs of prompts.",
+    )
+    add("host_token", None, help="Opens the pages of studies; a new one with each start, if left out.")
+    add("password", None, help="Opens the other pages, too, if given.")
+    add("max_requests", 3000, int, help="Requests a minute from one address.")
     add("max_images", 8, int, help="The most images of one call.")
     add("max_queue", 16, int, help="Calls that may wait.")
     add("host", "127.0.0.1" if "SPACE_ID" not in os.environ else "0.0.0.0", help="Address to listen on.")
@@ -78,11 +92,27 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.real_share < 1 or not 0 <= args.repeat_share <= 1:
         parser.error(f"shares have to be in [0, 1) and [0, 1], got {args.real_share} and {args.repeat_share}")
-    if args.max_queue < 1:
-        parser.error(f"--max_queue has to be at least 1, got {args.max_queue}")
+    for name in ("max_queue", "max_requests"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} has to be at least 1, got {getattr(args, name)}")
     if args.ratings_repo and not os.environ.get("HF_TOKEN"):
         parser.error("--ratings_repo needs a token with the right to write to it, in the variable HF_TOKEN")
+    args.host_token = args.host_token or secrets.token_urlsafe(16)
+    for name in ("host_token", "password"):
+        given = getattr(args, name)
+        if given is not None and len(given) < 12:
+            parser.error(f"--{name} has to have at least 12 characters, got {len(given)}")
     return args
+
+
+def study_sources(args: argparse.Namespace) -> dict[str, Path]:
+    """By the names that a host sees, the folders of images for studies: the rating page's, and those of one folder."""
+    named = {"images": args.images, "real": args.real}
+    sources = {name: Path(folder) for name, folder in named.items() if folder}
+    if args.study_images and not Path(args.study_images).is_dir():
+        raise ValueError(f"--study_images: {args.study_images} is no folder.")
+    found = sorted(Path(args.study_images).glob("*/data.csv")) if args.study_images else []
+    return sources | {f"{csv.parent.name}/": csv.parent for csv in found}
 
 
 def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
@@ -101,6 +131,8 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
     for kind, own in by_kind.items():
         if len(own) > AT_ONCE:
             Thread(target=desk.check, args=(own, folders[kind]), daemon=True).start()
+    prompts = {file.name: file for file in sorted(Path(args.study_images).glob("*.csv"))} if args.study_images else {}
+    studies = Studies(args.studies, study_sources(args), reading, Prompts(prompts, args.model))
     pipe = load_pipeline(args.model)
     # ZeroGPU lends a GPU for a call; everywhere else nothing changes.
     on_gpu = spaces.GPU if spaces is not None else lambda function: function
@@ -121,6 +153,8 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, list]:
         Mount("/pages", StaticFiles(directory=PAGES)),
         *rating_routes(desk),
         *agreement_routes(store, bool(args.show_names)),
+        *reader_routes(studies),
+        *host_routes(studies, args.host_token),
     ]
     if report is not None:
         routes.append(Route("/report", lambda request: FileResponse(report)))
@@ -145,7 +179,7 @@ def launch(demo: gr.Blocks, routes: list, args: argparse.Namespace) -> None:
         show_error=True,
         quiet=True,
         prevent_thread_lock=True,
-        app_kwargs={"routes": routes},
+        app_kwargs={"routes": routes, "middleware": doors(args.max_requests, args.password)},
         theme=theme(),
         css_paths=PAGES / "gradio.css",
         footer_links=[],
@@ -161,7 +195,8 @@ def main(argv=None) -> None:
         launch(demo, routes, args)
     except (ValueError, OSError, ImportError, httpx.HTTPError) as error:
         sys.exit(f"space/app.py: error: {error}")
-    print(f"minim is ready: http://{args.host}:{args.port}", flush=True)
+    home = f"http://{args.host}:{args.port}"
+    print(f"minim is ready: {home}\nFor the host alone: {home}/studies?token={args.host_token}", flush=True)
     demo.block_thread()
 
 

@@ -1,6 +1,7 @@
 """Who rates what next, and where a rating goes."""
 
 import itertools
+from collections.abc import Callable
 from functools import lru_cache
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -85,9 +86,21 @@ class RatingDesk:
     Args:
         real_share, repeat_share: see `rating_images.queue`.
         keep: called with each rating stored, before it is acknowledged.
+        order: gives what a rater is shown, as `rating_images.queue`, which it is by default.
+        question: what is asked, as the store has it.
     """
 
-    def __init__(self, store: RatingStore, images: list[RatedImage], real_share=0.1, repeat_share=0.1, keep=None):
+    def __init__(
+        self,
+        store: RatingStore,
+        images: list[RatedImage],
+        real_share: float = 0.1,
+        repeat_share: float = 0.1,
+        keep: Callable[[Rating], None] | None = None,
+        *,
+        order: Callable[[str], list[tuple[RatedImage, int]]] | None = None,
+        question: str = "overall",
+    ):
         by_path = {(image.kind, image.path): image for image in images}
         for rating in store.answers():
             image = by_path.get((rating.kind, rating.path))
@@ -95,7 +108,8 @@ class RatingDesk:
                 another = "choose another --store (and --ratings_repo)"
                 raise ValueError(f"{store.path} holds ratings of another {rating.path}: {another}.")
         self.store, self.images = store, {image.id: image for image in images}
-        self.real_share, self.repeat_share, self.keep = real_share, repeat_share, keep
+        self.order = order or (lambda rater: queue(images, rater, real_share, repeat_share))
+        self.question, self.keep = question, keep
         self.queues: dict[str, Queue] = {}
         self.broken: set[str] = set()  # ids of images that cannot be shown
         self.read = lru_cache(maxsize=256)(RatedImage.read)
@@ -110,8 +124,7 @@ class RatingDesk:
         if rater not in self.queues:
             while self.queues and (len(self.queues) + 1) * len(self.images) > MOST_SHOWN:
                 del self.queues[next(iter(self.queues))]
-            shown = queue(list(self.images.values()), rater, self.real_share, self.repeat_share)
-            self.queues[rater] = Queue(shown, self.store.answers(rater))
+            self.queues[rater] = Queue(self.order(rater), self.store.answers(rater))
         return self.queues[rater]
 
     def upcoming(self, rater: str, modalities: list[str] | tuple[str, ...] = ()) -> dict:
@@ -157,7 +170,7 @@ class RatingDesk:
         names = ("path", "text", "modality", "kind", "digest", "seed", "revision")
         shown = {name: getattr(image, name) for name in names}
         said = {"rating": answer.rating, "turn": answer.turn, "seconds": round(answer.seconds, 3)}
-        rating = Rating(rater=answer.rater, **shown, **said, remark=answer.remark)
+        rating = Rating(rater=answer.rater, question=self.question, **shown, **said, remark=answer.remark)
         self.store.add(rating)
         if self.keep is not None:
             self.keep(rating)

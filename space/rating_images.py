@@ -148,12 +148,20 @@ def queue(
     chance.shuffle(real)
     if generated:
         real = real[: round(len(generated) * real_share / (1 - real_share))]
-    shown = [(image, 0) for image in generated + real]
+    shown = generated + real
     chance.shuffle(shown)
+    return with_repeats(shown, repeat_share, chance, distance)
+
+
+def with_repeats(
+    images: list[RatedImage], share: float, chance: random.Random, distance: int = 10
+) -> list[tuple[RatedImage, int]]:
+    """Images in their order, turn 0, and a share of them once more, turn 1; arguments as of `queue`."""
+    shown = [(image, 0) for image in images]
     early = shown[: max(0, len(shown) - distance)]
     first = {image.id: i for i, (image, _) in enumerate(shown)}
     places = np.arange(len(shown))  # of the first showings, among all
-    for image, _ in chance.sample(early, min(len(early), round(repeat_share * len(shown)))):
+    for image, _ in chance.sample(early, min(len(early), round(share * len(shown)))):
         again = chance.randint(int(places[first[image.id]]) + 1 + distance, len(shown))
         shown.insert(again, (image, 1))
         places[places >= again] += 1

@@ -19,44 +19,74 @@ PAGES = Path(__file__).parent / "pages"
 LONGEST_BODY = 4000  # bytes
 
 
+# Of a request the desk that it is for, and the rater whose link it is (None: whom it names); None for a foreign link.
+Door = Callable[[Request], tuple[RatingDesk, str | None] | None]
+
+
 def routes(desk: RatingDesk) -> list[Route]:
-    """The page's addresses, for the web server."""
+    """The open page's addresses, for the web server: whoever comes gives a name."""
+    return [
+        Route("/rate", lambda request: FileResponse(PAGES / "rate.html")),
+        *desk_routes("/rate", lambda request: (desk, None)),
+    ]
+
+
+def desk_routes(prefix: str, door: Door) -> list[Route]:
+    """What a rating page asks of the server."""
 
     def post(place: str, model: type[Ask], act: Callable) -> Route:
         """An address that does something with what is sent, and answers with what is left for the rater."""
 
-        def answer(asked: Ask) -> JSONResponse:
+        def answer(desk: RatingDesk, asked: Ask) -> JSONResponse:
             try:
-                act(asked)
+                act(desk, asked)
                 return JSONResponse(desk.upcoming(asked.rater, asked.modalities))
             except ValueError as error:
                 return JSONResponse({"error": str(error)}, 422)
 
         async def endpoint(request: Request) -> JSONResponse:
+            found = door(request)
+            if found is None:
+                return refused()
             asked, problem = await read_body(request, model)
-            return problem or await run_in_threadpool(answer, asked)
+            if asked is None:
+                return problem
+            desk, rater = found
+            return await run_in_threadpool(answer, desk, asked.model_copy(update={"rater": rater or asked.rater}))
 
-        return Route(place, endpoint, methods=["POST"])
+        return Route(prefix + place, endpoint, methods=["POST"])
 
     def image(request: Request) -> Response:
-        found = desk.images.get(request.path_params["id"])
+        found = door(request)
         if found is None:
+            return refused()
+        desk, rater = found
+        name = request.path_params["id"]
+        asked = desk.images.get(name)
+        if asked is None or (rater is not None and (name, 0) not in desk.queue_of(rater).place):
             return JSONResponse({"error": "There is no such image."}, 404)
         try:
-            picture = desk.read(found)
+            picture = desk.read(asked)
         except (ValueError, OSError):  # it may be that nobody has looked at it yet; the path is not for visitors
             return JSONResponse({"error": "This image cannot be shown."}, 404)
         headers = {"Cache-Control": "private, max-age=3600"}
         return Response(picture, media_type="image/png", headers=headers)
 
+    def modalities(request: Request) -> JSONResponse:
+        found = door(request)
+        return refused() if found is None else JSONResponse(found[0].choices())
+
     return [
-        Route("/rate", lambda request: FileResponse(PAGES / "rate.html")),
-        Route("/rate/modalities", lambda request: JSONResponse(desk.choices())),
-        post("/rate/next", Ask, lambda asked: None),
-        post("/rate/rating", Answer, desk.take),
-        post("/rate/skip", Shown, desk.skip),
-        Route("/rate/image/{id}", image),
+        Route(prefix + "/modalities", modalities),
+        post("/next", Ask, lambda desk, asked: None),
+        post("/rating", Answer, RatingDesk.take),
+        post("/skip", Shown, RatingDesk.skip),
+        Route(prefix + "/image/{id}", image),
     ]
+
+
+def refused() -> JSONResponse:
+    return JSONResponse({"error": "This link is not known. Ask whoever sent it for another."}, 403)
 
 
 async def read_body(request: Request, model: type[BaseModel]) -> tuple[BaseModel | None, JSONResponse | None]:

@@ -1,10 +1,23 @@
-"""How far people agree in their ratings from 1 to 3, and a filter with them. Needs torchmetrics."""
+"""How far people agree in their ratings from 1 to 3, and a filter with them."""
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
+import numpy as np
+
+
+LEVELS = 3
+
+
+def quadratic_kappa(confusion: np.ndarray) -> np.ndarray:
+    """Cohen's kappa with quadratic weights (Cohen, 1968) of counts [..., levels, levels]; NaN where it has none."""
+    level = np.arange(confusion.shape[-1])
+    distance = (level[:, None] - level) ** 2
+    total, by_chance = confusion.sum((-1, -2)), confusion.sum(-1)[..., :, None] * confusion.sum(-2)[..., None, :]
+    expected = (by_chance * distance).sum((-1, -2))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(expected > 0, 1 - total * (confusion * distance).sum((-1, -2)) / expected, np.nan)
 
 
 def weighted_kappa(a: Sequence[int], b: Sequence[int]) -> float | None:
@@ -16,14 +29,13 @@ def weighted_kappa(a: Sequence[int], b: Sequence[int]) -> float | None:
     Returns:
         `None` where there are fewer than two images, or all ratings are one and the same.
     """
-    from torchmetrics.functional.classification import multiclass_cohen_kappa
-
     if len(a) != len(b):
         raise ValueError(f"Ratings of the same images are needed, got {len(a)} and {len(b)}.")
     if len(a) < 2:
         return None
-    first, second = (torch.tensor([int(rating) for rating in ratings]) - 1 for ratings in (a, b))
-    kappa = multiclass_cohen_kappa(first, second, num_classes=3, weights="quadratic").item()
+    confusion = np.zeros((LEVELS, LEVELS))
+    np.add.at(confusion, (np.array(a, int) - 1, np.array(b, int) - 1), 1)
+    kappa = float(quadratic_kappa(confusion))
     return round(kappa, 4) if math.isfinite(kappa) else None
 
 

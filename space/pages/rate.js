@@ -5,6 +5,8 @@ const $ = (id) => document.getElementById(id);
 const pictures = new Map(); // image id -> decoded <img>
 const viewer = new Viewer($("picture"), (told) => { $("seen").textContent = told; });
 const same = (a, b) => a.image === b.image && a.turn === b.turn;
+// A reader of a study comes by a link with a token, which says who it is.
+const token = new URLSearchParams(location.search).get("token"), home = token ? `study/${encodeURIComponent(token)}` : "rate";
 let who = { rater: "", modalities: [] }, grey = new Set();
 // Images rated before `current`, those after it that were seen already, and those that the server has told of.
 let past = [], current = null, ahead = [], upcoming = [];
@@ -35,7 +37,7 @@ async function ask(address, body) {
 function picture(item) {
   if (!pictures.has(item.image)) {
     const image = new Image();
-    image.src = `rate/image/${item.image}`;
+    image.src = `${home}/image/${item.image}`;
     image.decode().catch(() => { /* told when it is shown */ });
     image.addEventListener("error", () => {
       pictures.delete(item.image);
@@ -88,9 +90,11 @@ function take(told) {
 async function begin() {
   $("problem").textContent = "";
   try {
-    const told = await ask("rate/next", {});
-    remember("rater", who.rater);
-    remember("modalities", who.modalities.join(" "));
+    const told = await ask(`${home}/next`, {});
+    if (!token) {
+      remember("rater", who.rater);
+      remember("modalities", who.modalities.join(" "));
+    }
     $("rater").textContent = who.rater;
     $("who").hidden = true;
     [past, ahead] = [told.last, []];
@@ -121,7 +125,7 @@ async function decide(address, about, after, failed) {
 
 function rate(rating) {
   const remark = $("remark").value.trim(), seconds = (looked + lookedSince()) / 1000;
-  decide("rate/rating", { rating, seconds, remark }, (item) => {
+  decide(`${home}/rating`, { rating, seconds, remark }, (item) => {
     Object.assign(item, { rating, remark });
     past.push(item);
   }, "this rating is not stored, press it again.");
@@ -129,7 +133,7 @@ function rate(rating) {
 
 function skip() {
   if (current && current.rating !== null) forward();
-  else decide("rate/skip", {}, () => {}, "this image is not skipped, press it again.");
+  else decide(`${home}/skip`, {}, () => {}, "this image is not skipped, press it again.");
 }
 
 function back() {
@@ -201,12 +205,12 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-// The modalities to choose from; those chosen before are chosen again.
+// The modalities to choose from, but in a study; those chosen before are chosen again.
 async function load() {
-  const modalities = await ask("rate/modalities").catch(() => []), before = remembered("modalities").split(" ");
+  const modalities = await ask(`${home}/modalities`).catch(() => []), before = remembered("modalities").split(" ");
   grey = new Set(modalities.filter((one) => one.grey).map((one) => one.name));
   const chosen = modalities.filter((one) => before.includes(one.id));
-  for (const { id, name } of modalities.length > 1 ? modalities : []) {
+  for (const { id, name } of modalities.length > 1 && !token ? modalities : []) {
     const box = Object.assign(document.createElement("input"), { type: "checkbox", value: id });
     box.checked = !chosen.length || chosen.some((one) => one.id === id);
     const label = document.createElement("label");
@@ -216,8 +220,31 @@ async function load() {
   }
 }
 
-const loaded = load();
-if (remembered("rater")) {
+// What a study asks, in the place of the page's own words.
+async function loadStudy() {
+  try {
+    const study = await ask(`${home}/about`);
+    document.title = `${study.title} - minim`;
+    $("title").textContent = study.title;
+    $("question").textContent = `${study.question} Some images may come twice.`;
+    $("answers").setAttribute("aria-label", study.question);
+    $("asks").textContent = study.question;
+    study.answers.forEach(([word, help], i) => {
+      const button = document.querySelector(`[data-rating="${i + 1}"]`), small = document.createElement("small");
+      small.textContent = help;
+      button.replaceChildren(button.querySelector("b"), ` ${word}`, small);
+    });
+    $("name").value = study.rater;
+    $("name").readOnly = true;
+    $("leave").hidden = $("more").hidden = document.querySelector("nav").hidden = true;
+  } catch (error) {
+    $("who").hidden = true;
+    $("problem").textContent = `${error.message}.`;
+  }
+}
+
+const loaded = Promise.all([load(), token && loadStudy()]);
+if (!token && remembered("rater")) {
   $("name").value = remembered("rater");
   enter();
 } else leave();

@@ -18,11 +18,13 @@ from generate_page import build
 from generate_settings import Limits, Settings, check
 from PIL import Image
 from rating_desk import Answer, RatingDesk
-from rating_images import queue, read_folder
+from rating_images import WHOLE, queue, read_folder
 from rating_page import routes
 from space_server import APP, Server
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
+from studies import Studies
+from study_plan import Plan
 
 from minim_pipeline.ratings import Rating, RatingStore
 
@@ -63,6 +65,10 @@ def test_a_host_is_told_in_a_line_what_is_wrong(tmp_path):
         "nowhere": ["--images", "nowhere"],
         "shares have to be in": ["--real_share", "1"],
         "--max_queue has to be at least 1, got 0": ["--max_queue", "0"],
+        "--max_requests has to be at least 1, got 0": ["--max_requests", "0"],
+        "--password has to have at least 12 characters, got 5": ["--password", "hello"],
+        "--host_token has to have at least 12 characters, got 1": ["--host_token", "x"],
+        "--study_images: nowhere is no folder": ["--study_images", "nowhere"],
         "Limits have to be at least 1": ["--max_images", "0"],
         "notes.txt is no store of ratings": ["--store", "notes.txt"],
         # Images of a modality that only the model knows are read; then comes the store.
@@ -303,17 +309,23 @@ def test_the_server_itself_bounds_what_is_asked_of_it(changes, message):
 def test_eight_raters_at_once_lose_nothing_when_the_server_is_killed(tmp_path):
     images = write_folder(tmp_path / "made", 60)
     options = ["--images", str(images), "--repeat_share", "0"]
-    server = Server(tmp_path, *options)
     acknowledged: dict[str, dict[str, int]] = {f"rater {i}": {} for i in range(8)}
+    plan = Plan("half of them", "quality", "images", tuple(acknowledged)[4:], 60, repeat_share=0)
+    study = Studies(tmp_path / "ratings" / "studies", {"images": images}, WHOLE).make(plan)
+    homes = {rater: f"/study/{study.tokens[rater]}" if rater in study.tokens else "/rate" for rater in acknowledged}
+    server = Server(tmp_path, *options)
+
+    def ratings() -> list[Rating]:
+        return RatingStore(server.store).ratings() + study.store.ratings()
 
     def work(rater: str) -> None:
         try:
-            told = server.post("/rate/next", {"rater": rater})[1]
+            told = server.post(f"{homes[rater]}/next", {"rater": rater})[1]
             while told["next"]:
                 item = told["next"][0]
                 rating = 1 + hash((rater, item["image"])) % 3
                 answer = {"rater": rater, "image": item["image"], "turn": item["turn"], "rating": rating, "seconds": 1}
-                status, told = server.post("/rate/rating", answer)
+                status, told = server.post(f"{homes[rater]}/rating", answer)
                 assert status == 200
                 acknowledged[rater][item["image"]] = rating
                 if sum(map(len, acknowledged.values())) == 240:
@@ -333,14 +345,13 @@ def test_eight_raters_at_once_lose_nothing_when_the_server_is_killed(tmp_path):
     ids = {image.path: image.id for image in read_folder(images, "generated")}
     server = Server(tmp_path, *options)
     try:
-        stored = {(r.rater, ids[r.path]): r.rating for r in RatingStore(server.store).ratings()}
+        stored = {(r.rater, ids[r.path]): r.rating for r in ratings()}
         for rater, given in acknowledged.items():
             assert all(stored[rater, image] == rating for image, rating in given.items()), "every acknowledged one"
         all_rate()  # and each goes on with what is left
     finally:
         server.kill()
-    ratings = RatingStore(server.store).ratings()
-    assert len(ratings) == len({(r.rater, r.path, r.turn) for r in ratings}) == 480
+    assert len(ratings()) == len({(r.rater, r.path, r.turn) for r in ratings()}) == 480
 
 
 def test_the_page_on_agreement_counts_and_hides_names(server):

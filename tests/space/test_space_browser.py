@@ -19,6 +19,7 @@ from minim_pipeline.ratings import RatingStore
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium, which is not installed here")
 READY = "[...document.querySelectorAll('button')].some(b => b.innerText == 'Generate' && !b.disabled)"
+HOST = "the-host-of-this-test"
 LINK = "/?modality=cxr&prompt=bacterial+pneumonia&images=2&steps=3&candidates=2&seed=5&guidance=2.5"
 
 
@@ -39,7 +40,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    started = Server(folder)
+    started = Server(folder, "--host_token", HOST)
     yield started
     started.kill()
 
@@ -248,6 +249,7 @@ def test_zoom_and_window_change_what_is_seen_and_nothing_else(visit):
     page.keyboard.press("Enter")
     page.wait_for_selector("#picture img")
     assert page.inner_text("#modality") == "OCT" and page.locator("#picture").bounding_box()["height"] > 550
+    page.evaluate("document.querySelector('#picture img').decode()")
     plain = shown_pixels(page)
     for key in "ccc":
         page.keyboard.press(key)
@@ -311,6 +313,34 @@ def test_skip_remark_cannot_judge_and_the_way_forward(visit, server):
     assert page.evaluate(source) not in (first, second, third), "skipped ones come at the end"
 
 
+def make_study(page, server, **fields: str) -> None:
+    """Fills the host's form in, and waits for the study's page."""
+    page.goto(f"{server.url}/studies?token={HOST}")
+    for label, value in {"Title": "Pilot", "Readers, a name": "Ann\nBob", "Images for each": "3", **fields}.items():
+        page.get_by_label(label).fill(value)
+    page.get_by_role("button", name="Make the study").click()
+    page.wait_for_selector("text=link for Ann")
+
+
+def test_a_host_makes_a_study_and_a_reader_answers_by_its_link(visit, server):
+    page, host = visit("/rate"), visit("/agreement")
+    begin(page, "somebody")  # a reader's link knows nothing of that name
+    make_study(host, server)
+    with page.expect_navigation():
+        page.goto(host.get_by_text("link for Ann").evaluate("a => a.href"))
+    page.wait_for_function("document.getElementById('name').value == 'Ann'")
+    assert not page.get_by_role("navigation").is_visible(), "a reader has this study alone"
+    assert page.inner_text("h1") == "Pilot" and "How good is this image" in page.inner_text("#question")
+    page.get_by_role("button", name="Start").click()
+    page.wait_for_selector("#picture img")
+    assert "As a real image could be" in page.inner_text("[data-rating='3']")
+    for key in "132":
+        rate(page, key)
+    page.wait_for_selector("#thanks:has-text('last image')")
+    host.reload()
+    assert "3 of 3" in host.inner_text("main")
+
+
 def test_the_pages_work_by_keyboard_and_every_control_has_a_name(visit):
     page = visit("/rate")
     page.keyboard.type("keys only")  # the name has the focus
@@ -349,11 +379,16 @@ def test_nothing_keeps_anybody_out(visit, server, scheme, width):
     script = Path(axe.__file__).with_name("axe.min.js").read_text(encoding="utf-8")
     page = visit("/rate", color_scheme=scheme, viewport={"width": width, "height": 740}, reduced_motion="reduce")
     found = []
-    for place in ("form", "/rate", "/agreement", "/about", "/"):
+    for place in ("form", "/rate", "/agreement", "/about", f"/studies?token={HOST}", "study", "reader", "/"):
         if place == "/rate":
             begin(page, f"axe {scheme}")
             rate(page, "2")
             page.locator("summary").click()
+        elif place == "study":
+            make_study(page, server)
+        elif place == "reader":
+            page.get_by_text("link for Ann").click()
+            page.wait_for_function("document.getElementById('name').value == 'Ann'")
         elif place != "form":
             page.goto(server.url + place)
             page.wait_for_selector("main h1, #about h1, #examples button")
