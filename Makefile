@@ -22,14 +22,15 @@ demo: $(VENV)/.installed
 space: $(VENV)/.installed-space
 	$(BIN)/python space/app.py
 
-# One thread a worker: on two cores, tests that share them are slower than tests side by side.
+# One thread a worker: on two cores, tests that share them are slower than tests side by side. And one worker more than
+# cores, since tests of servers and browsers wait.
 test: lint
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 test-diffusers: $(VENV)/.installed-test
 	@set -e; for version in 0.40.0 0.41.0; do \
 		$(PIP) install --no-deps --upgrade --target build/diffusers-$$version diffusers==$$version; \
-		PYTHONPATH=build/diffusers-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal \
+		PYTHONPATH=build/diffusers-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal \
 			tests/test_hub_loading.py tests/publishing/test_push_to_hub.py tests/test_pipeline_loading.py; \
 	done
 

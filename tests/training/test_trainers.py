@@ -196,17 +196,17 @@ def test_a_run_goes_on_only_with_its_own_arguments(unet, unet_arguments, tmp_pat
 
 @pytest.mark.slow
 def test_two_machines_train_together(unet, unet_arguments, tmp_path):
-    """As `accelerate launch --num_machines 2` starts them; what they encode is what one process encodes."""
+    """In the environment that `accelerate launch --num_machines 2` gives; they encode what one process encodes."""
     arguments = [train_text_to_image.__file__, *map(str, unet_arguments), "--max_train_steps", "3"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     machines = []
     for rank in range(2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank)]
-        launch += ["--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port)]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-        command = [*launch, *arguments, "--output_dir", str(tmp_path / "two")]
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+        environment |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        command = [sys.executable, *arguments, "--output_dir", str(tmp_path / "two")]
         machines.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     for machine in machines:
         _, told = machine.communicate(timeout=300)
