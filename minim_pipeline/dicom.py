@@ -45,9 +45,8 @@ def save_dicom(
 
     Secondary Capture with the true Modality, Synthetic Data YES, Conversion Type SYN, Image Type DERIVED, Patient
     Identity Removed YES and a patient that is called synthetic. The prompt stands in Image Comments and is the
-    series' description. All UIDs follow from `metadata`, so that the
-    same image has the same anywhere: the instance's from all of it, the series' from what is no matter of the seed,
-    the study's from neither seed nor prompt.
+    series' description. All UIDs follow from `metadata`, so that the same image has the same anywhere: the instance's
+    from all of it, the series' from what is no matter of the seed, the study's from neither seed nor prompt.
 
     Args:
         image: of mode L or RGB; other modes become RGB. Of a grey modality one channel is written.
@@ -57,7 +56,6 @@ def save_dicom(
         number: of the image in its series.
         deflate: compresses the file without loss, to less than half. What reads no Deflated Explicit VR Little Endian,
             such as dciodvfy, wants it off. (RLE, pydicom's other way, makes most of these images no smaller.)
-
         native: a chest X-ray is no Secondary Capture but a Computed Radiography Image, an ultrasound image an
             Ultrasound Image. The other modalities' own kinds ask for what a drawn image has not: 16 bits, a plane, a
             source.

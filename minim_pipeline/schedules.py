@@ -93,8 +93,11 @@ def model_timesteps(scheduler, own: list[int] | None, count: int) -> list[int] |
         places = np.linspace(1, len(own) - 1, max(count - 1, 1))
         own = [own[0], *np.interp(places, range(len(own)), own).round().astype(int).tolist()][:count]
     spread = list(own)
-    for i in reversed(range(len(spread) - 1)):  # many low ones may be rounded to the same
+    # Where they are close, some may be rounded to the same: each has to be lower than the one before.
+    for i in reversed(range(1, len(spread) - 1)):
         spread[i] = max(spread[i], spread[i + 1] + 1)
+    for i in range(1, len(spread)):
+        spread[i] = min(spread[i], spread[i - 1] - 1)
     return spread
 
 
@@ -103,9 +106,14 @@ def karras_timesteps(scheduler, count: int, sigma_max: float, rho: float = 7.0) 
 
     The others are at Karras's noise levels (arXiv 2206.00364, equation 5) from `sigma_max` (sigma/alpha) down to the
     least of training. His start at the highest level would spend half of the steps where there is only noise.
+
+    Raises:
+        ValueError: `sigma_max` is not among the levels below pure noise.
     """
     alphas_cumprod = scheduler.alphas_cumprod.double().clamp(min=1e-8)
     sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().numpy()
+    if not sigmas[0] < sigma_max <= sigmas[-2]:
+        raise ValueError(f"sigma_max has to be above {sigmas[0]:.3g} and at most {sigmas[-2]:.3g}, got {sigma_max}.")
     first, last = np.array([sigma_max, sigmas[0]]) ** (1 / rho)
     levels = np.linspace(first, last, count - 1) ** rho
     timesteps = np.interp(np.log(levels), np.log(sigmas), np.arange(len(sigmas))).round().astype(int)

@@ -8,7 +8,7 @@ import pytest
 
 from minim_pipeline import EMBEDDED_CHECKPOINT, MinimPipeline
 from minim_pipeline.notices import warn_once
-from minim_pipeline.schedules import karras_timesteps
+from minim_pipeline.schedules import karras_timesteps, model_timesteps
 
 
 CALL = {"prompt": "edema", "modality": "oct", "seeds": [0], "output_type": "np"}
@@ -136,11 +136,20 @@ def test_a_model_is_sampled_at_its_own_timesteps_and_keeps_them(pipeline, tmp_pa
     assert timesteps_of(loaded, num_inference_steps=None, timesteps=[last, 20, 3]) == [last, 20, 3], (
         "the caller's first"
     )
-    for count in (1, 2, 4, 9, 40):
-        spread = timesteps_of(loaded, num_inference_steps=count)
+    for count in (1, 2, 4, 9, 40, 500, last + 1):
+        spread = model_timesteps(loaded.scheduler, own, count)
+        if count < 10:
+            assert timesteps_of(loaded, num_inference_steps=count) == spread
         assert len(spread) == count and spread[0] == last and spread == sorted(set(spread), reverse=True)
-        assert count == 1 or spread[1] == own[1]
+        assert not 1 < count < 10 or spread[1] == own[1]
         assert count < 3 or spread[-1] == 0
+    assert model_timesteps(loaded.scheduler, own, last + 2) is None, "the scheduler says what is wrong"
+
+
+@pytest.mark.parametrize("sigma_max", [0.001, 1e9])
+def test_a_level_that_training_has_not_is_refused(pipeline, sigma_max):
+    with pytest.raises(ValueError, match=f"sigma_max has to be above 0.01 and at most .*, got {sigma_max}"):
+        karras_timesteps(pipeline.scheduler, 6, sigma_max)
 
 
 def test_a_scheduler_with_a_spacing_of_its_own_is_left_alone(pipeline):

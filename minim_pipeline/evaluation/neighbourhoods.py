@@ -60,9 +60,8 @@ def neighbourhoods_of_parts(
     """
     need("Precision, recall, density and coverage", min(len(x) for part in parts for x in part), k + 1)
     real, synthetic = real.double(), synthetic.double()
-    nearest = [
-        _nearest(x, min(len(x), 8 * k + 1)) for x in (real, synthetic)
-    ]  # of 40, fewer than 5: one in 10 million
+    # Of an image's 40 nearest, fewer than 5 lie in a half once in 10 million times.
+    nearest = [_nearest(x, min(len(x), 8 * k + 1)) for x in (real, synthetic)]
     near = _pairs(real, synthetic, *(distance[:, -1] for distance, _ in nearest))
     found = []
     for part in parts:
