@@ -8,6 +8,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from minim_pipeline import EMBEDDED_CHECKPOINT
+from minim_pipeline.publishing.reports import find_page
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +26,7 @@ def build(model: str) -> Path | None:
     """Adds the page to the `gr.Blocks` that is open; returns the evaluation report, if there is one."""
     card, report = Path(model) / "README.md", Path(model) / "evaluation" / "report.html"
     if model == str(EMBEDDED_CHECKPOINT):
-        card, report = ROOT / "pipeline_card.md", ROOT / "docs" / "evaluation" / "report.html"
+        card, report = ROOT / "pipeline_card.md", find_page(ROOT / "docs")
     elif not Path(model).is_dir():
         card, report = (from_hub(model, name) for name in ("README.md", "evaluation/report.html"))
     card, report = (path if path is not None and path.is_file() else None for path in (card, report))

@@ -14,9 +14,11 @@ from minim_pipeline.training.captions import load_captions
 REPORTS = sorted(
     [*ROOT.glob("docs/**/*.json"), *ROOT.glob("research/**/report.json"), *ROOT.glob("minim_pipeline/**/report.json")]
 )
-# Keys that are names from the data: findings, an extractor, raters, noise levels.
+# Keys that are names from the data: findings, networks, raters, noise levels.
 NAMES = {finding for findings in load_captions().values() for finding in findings}
 NAMES |= {"minim-encoder", "stand-in", "", "0.0", "1.0", "2.6", "4.0"}
+NETWORKS = {"resnet", "convnextv2", *(f"efficientnet-lite{i}" for i in range(3))}
+NAMES |= NETWORKS | {f"judge {name}" for name in NETWORKS}
 
 
 def keys(part: object) -> Iterator[str]:

@@ -11,13 +11,22 @@ from safetensors import safe_open
 from ..files import read_report
 
 
-# Reports that make up report.json, as `train/` and `minim evaluate` write them into a project's docs/.
+# Reports that make up report.json, as `train/`, `research/` and `minim evaluate` write them into a project's docs/;
+# each may be missing. An evaluation is of images for captions of val, or for the phrasings that it is named by.
 SECTIONS = {
+    "data": "data.json",
     "generation": "report.json",
     "filter": "filter/report.json",
     "evaluation": "evaluation/report.json",
+    "evaluation_train": "evaluation/train/report.json",
+    "evaluation_new": "evaluation/new/report.json",
+    "evaluation_test": "evaluation/test/report.json",
+    "evaluation_curve": "evaluation/curve/report.json",
+    "anatomy": "anatomy.json",
     "rounds": "rounds/both-rounds.json",
 }
+# The evaluations of which one is shown, where there is one: the first found.
+SHOWN = ("evaluation_new", "evaluation")
 
 
 def gather_reports(docs: str | Path, model: str | Path) -> dict:
@@ -25,6 +34,12 @@ def gather_reports(docs: str | Path, model: str | Path) -> dict:
     found = {name: Path(docs) / file for name, file in SECTIONS.items()}
     report = {name: read_report(path) for name, path in found.items() if path.is_file()}
     return {"parts": count_parts(model)} | report
+
+
+def find_page(docs: str | Path) -> Path | None:
+    """The page of the evaluation in `docs` that is shown beside a model."""
+    pages = [(Path(docs) / SECTIONS[name]).with_suffix(".html") for name in SHOWN]
+    return next((page for page in pages if page.is_file()), None)
 
 
 def count_parts(model: str | Path) -> dict[str, dict[str, int]]:
@@ -65,7 +80,8 @@ def eval_results(report: dict) -> Iterator[EvalResult]:
         yield result("all", "balanced_accuracy", name, part["balanced_accuracy"])
         for modality, figures in part["modalities"].items():
             yield result(modality, "balanced_accuracy", name, figures["balanced_accuracy"])
-    for modality, part in report.get("evaluation", {}).get("modalities", {}).items():
+    evaluation: dict = next((report[name] for name in SHOWN if name in report), {})
+    for modality, part in evaluation.get("modalities", {}).items():
         for extractor, figures in part.get("fidelity", {}).items():
             name = f"Fréchet distance to real val images, features of {extractor}"
             yield result(modality, "frechet_distance", name, figures["frechet_distance"]["value"])

@@ -16,7 +16,7 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from .. import EMBEDDED_CHECKPOINT
 from .card import license_name, read_card, write_card
 from .leaks import check_folder
-from .reports import gather_reports, read_sections
+from .reports import find_page, gather_reports, read_sections
 from .staging import stage
 
 
@@ -112,7 +112,7 @@ def find_papers(pipe) -> tuple[Path | None, dict, Path | None]:
         return None, {}, None
     if source.resolve() == EMBEDDED_CHECKPOINT.resolve() and (CHECKOUT / "pipeline_card.md").is_file():
         docs = CHECKOUT / "docs"
-        return CHECKOUT / "pipeline_card.md", gather_reports(docs, source), docs / "evaluation" / "report.html"
+        return CHECKOUT / "pipeline_card.md", gather_reports(docs, source), find_page(docs)
     card, report, page = source / "README.md", source / "report.json", source / "evaluation" / "report.html"
     figures = read_sections(report) if report.is_file() else {}
     return card if card.is_file() else None, figures, page if page.is_file() else None
