@@ -104,10 +104,9 @@ class Reference:
         config = self.config
         index = torch.randint(len(self.latents), (count,), device=generator.device, generator=generator)
         chance = torch.rand(count, device=generator.device, generator=generator)
-        drop = config.drop_text, config.drop_all
-        return self.latents[index].float(), self.batches.texts.draw(
-            self.rows[index], self.variants[index], chance, *drop
-        )
+        rows, variants = self.rows[index], self.variants[index]
+        text = self.batches.texts.draw(rows, variants, chance, config.drop_text, config.drop_all)
+        return self.latents[index].float(), text
 
 
 class DdoTrainer(Trainer):
