@@ -16,7 +16,7 @@ OUT=${OUT:-runs/out/embedded}
 JUDGES=${JUDGES:-$OUT/judges}    # research/judges holds those that were published
 LAUNCH=${LAUNCH:-accelerate launch --multi_gpu --mixed_precision bf16 --num_processes}
 
-# Autoencoder, text encoder, U-Net
+# Autoencoder, text encoder, U-Net, and that against its own images
 $LAUNCH 2 train/train_autoencoder.py runs/embedded/autoencoder.yaml --train_data "$FIRST" \
     --output_dir "$OUT/autoencoder"
 $LAUNCH 2 train/train_autoencoder.py runs/embedded/decoder.yaml --train_data "$FIRST" --output_dir "$OUT/decoder" \
@@ -27,9 +27,9 @@ python train/train_text_encoder.py --train_data "$ALL" --output_dir "$OUT/text_e
     --num_layers 6 --vocab_size 4096 --corpus_size 32000 --max_train_steps 2400
 $LAUNCH 4 train/train_text_to_image.py runs/embedded/unet.yaml --train_data "$ALL" --output_dir "$OUT/unet" \
     --vae "$OUT/sharpness/vae" --text_encoder "$OUT/text_encoder"
-
-# Direct Discriminative Optimization comes here: train/train_ddo.py runs/embedded/ddo.yaml, from $OUT/unet/pipeline
-generator=$OUT/unet/pipeline
+python train/train_ddo.py runs/embedded/ddo.yaml --pretrained_model_name_or_path "$OUT/unet/pipeline" \
+    --train_data "$ALL" --output_dir "$OUT/ddo"
+generator=$OUT/ddo/pipeline
 
 # The judges, of part B, the filter's teacher, of part A, and the encoder that reports look through, of part A
 python train/train_classifier.py --train_data "$ALL" --output_dir "$JUDGES" --mixed_precision bf16 --seed 0 \

@@ -93,7 +93,7 @@ def in_the_repository(monkeypatch):
 
 
 SCRIPTS = [
-    ("embedded/run.sh", {}, 29),
+    ("embedded/run.sh", {}, 30),
     ("round.sh", {}, 1),
     ("round.sh", {"RATINGS": "given.csv"}, 1),
     ("round.sh", {"STAND_IN": "1"}, 2),
@@ -141,6 +141,8 @@ TINY = {
     "train_text_encoder": "--corpus_size 20 --vocab_size 700 --hidden_size 32 --num_layers 1 --max_train_steps 1",
     "train_text_to_image": "--preset tiny --resolution 64 --train_batch_size 4 --max_train_steps 1 "
     "--caption_variants 2 --latent_variants 1 --validation_samples 1 --num_inference_steps 2",
+    "train_ddo": "--resolution 64 --train_batch_size 4 --max_train_steps 1 --own_images 4 --caption_variants 2 "
+    "--latent_variants 1 --validation_samples 1 --num_inference_steps 2",
     "train_classifier": "--architectures resnet --width 16 --resolution 32 --train_batch_size 4 --max_train_steps 1 "
     "--min_train 1 --min_val 1",
     "train_encoder": "--width 8 --text_width 16 --projection 12 --resolution 32 --train_batch_size 4 "
