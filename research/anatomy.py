@@ -24,7 +24,7 @@ from minim_pipeline.modalities import resolve_modality
 from minim_pipeline.training.config import Count, Options, option, parse
 
 
-PARTS = ("score", "quality", "realism")  # `finding` is also the name of a column of findings
+PARTS = ("score", "quality_rating", "finding_rating", "realism")
 
 
 @dataclass(kw_only=True)
@@ -80,7 +80,7 @@ def figures(rows: list[dict]) -> dict:
     """Of rated rows: how many of each rating, what of the accepted ones is rated 1, and the AUROC of the score.
 
     The AUROC is that with which the score tells what is rated 2 or 3 from what is rated 1; where `minim score` has
-    told quality and realism, also those of them.
+    told the others, also those of them.
     """
     wrong = torch.tensor([row["rating"] == 1 for row in rows])
     accepted = torch.tensor([row["accepted"] == "true" for row in rows])
