@@ -83,7 +83,8 @@ done
 python research/gather_filter.py --training "$OUT/head/report.json" --calibration "$OUT/calibrated/report.json" \
     --comparisons "$OUT/filter-300000" "$OUT/filter-400000" --output "$OUT/docs/filter/report.json"
 draw "$ANATOMY" "$OUT/drawn/anatomy"
-python research/anatomy.py --images "$OUT/drawn/anatomy/data.csv" --sheets "$OUT/anatomy" --ratings "$ANATOMY" \
+minim score --model "$OUT/model" --data "$OUT/drawn/anatomy/data.csv"
+python research/anatomy.py --images "$OUT/drawn/anatomy/data-scored.csv" --sheets "$OUT/anatomy" --ratings "$ANATOMY" \
     --output "$OUT/docs/anatomy.json"
 
 # The card, which claims nothing else

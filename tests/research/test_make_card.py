@@ -88,7 +88,7 @@ def whole(report) -> dict:
         }
         parts["oct"]["findings"]["normal"] = {"value": 0.0625}
         figures["acceptance"] = {"value": 0.55, "modalities": parts}
-    rows = [{"rating": 1 + i % 3, "accepted": "true", "score": 2 + i / 10} for i in range(6)]
+    rows = [{"rating": 1 + i % 3, "accepted": "true", "score": 2 + i / 10, "realism": i % 3} for i in range(6)]
     rated = anatomy.figures(rows)
     whole["anatomy"] = {"rater": "not a clinician", **rated, "modalities": {"oct": rated}}
     return whole
@@ -192,6 +192,7 @@ def test_what_only_some_reports_have_is_told(whole):
     )
     assert "| 1.5 | 4 | 0.98 | – | 1.54 | 0.86 |" in card
     assert "rated by somebody who is not a clinician" in card and "| all | 6 | 33.3 % | 6 | 33.3 % [" in card
+    assert "\n\nAUROC of the parts of the score: realism 1.00.\n" in card
 
 
 def test_the_card_says_of_which_model_the_downstream_part_was_measured(whole):

@@ -93,7 +93,7 @@ def in_the_repository(monkeypatch):
 
 
 SCRIPTS = [
-    ("embedded/run.sh", {}, 30),
+    ("embedded/run.sh", {}, 31),
     ("round.sh", {}, 1),
     ("round.sh", {"RATINGS": "given.csv"}, 1),
     ("round.sh", {"STAND_IN": "1"}, 2),
@@ -154,6 +154,7 @@ TINY = {
     "--min_val 1 --finding_floor 1 --most_cost 2 --copy_false_alarms 0.5 --batch_size 8",
     "plan_prompts": "--images_per_finding 2",
     "generate": "--batch-size 16 --dtype float32 --device cpu --quiet",
+    "score": "--device cpu --quiet",
     "evaluate": "--resolution 32 --sheet-images 0 --device cpu",
     "curve": "--batch-size 16 --dtype float32 --curve-guidance 1 --curve-candidates 1",
     "report_model": "--dtype float32 --threads 1",
