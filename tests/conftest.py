@@ -59,6 +59,16 @@ def _tokenizer(folder: Path, max_length: int):
 
 
 @pytest.fixture(scope="session")
+def nursery(tmp_path_factory):
+    """Starts fresh processes, offline and with a cache of their own."""
+    from fresh import Nursery
+
+    started = Nursery(os.environ | {"HF_HOME": str(tmp_path_factory.mktemp("cache"))})
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
 def make_pipeline(tmp_path_factory) -> Callable:
     """Builds tiny pipelines: `make_pipeline(kind="minim" | "sd1", **arguments of MinimPipeline)`.
 
