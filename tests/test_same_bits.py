@@ -49,8 +49,9 @@ def draw(pipe) -> dict[str, dict]:
             "output_type": "latent",
         },
         "filtered": {
-            "generator": torch.Generator().manual_seed(7),
-            "num_candidates": 3,
+            "generator": torch.Generator().manual_seed(5),
+            "num_inference_steps": 3,
+            "num_candidates": 2,
             "max_rounds": 2,
             "filter_threshold": 2.0,
             "output_type": "pt",
@@ -58,7 +59,7 @@ def draw(pipe) -> dict[str, dict]:
     }
     drawn = {}
     for name, options in ways.items():
-        output = pipe(PROMPTS, modality=MODALITIES, num_inference_steps=4, **options)
+        output = pipe(PROMPTS, modality=MODALITIES, **{"num_inference_steps": 4} | options)
         drawn[name] = dict(output)
     return drawn
 
@@ -119,7 +120,7 @@ def test_it_draws_what_it_has_always_drawn(drawn, way):
 def test_the_filter_has_had_something_to_do(drawn):
     """Or the second round, and the choice, would not be of what is compared."""
     output = drawn["filtered"]
-    assert {3, 6} == set(output["candidates"]) and any(output["accepted"])
+    assert {2, 4} == set(output["candidates"]) and any(output["accepted"])
     assert any(sum(counts.values()) for counts in output["rejected"])
 
 

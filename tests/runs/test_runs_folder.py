@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script, write_csv
+from conftest import ROOT, run_script, small_classifiers, write_csv
 from PIL import Image
 
 from minim_pipeline import resolve_modality
@@ -215,7 +215,8 @@ def test_the_embedded_model_is_made_from_images_to_its_report(tmp_path, teacher,
         arguments += [*TINY[name].split(), *special.get(name, ["--mixed_precision", "no"])]
         if "--compile" in arguments:
             arguments += ["--compile", "False"]
-        run_script(module, *arguments)
+        with small_classifiers():
+            run_script(module, *arguments)
     filtered = json.loads((out / "docs" / "filter" / "report.json").read_text())
     compared = json.loads((out / "comparison" / "report.json").read_text())
     assert filtered["comparisons"] and compared["n"] == 36 and "rated_3_by_stand_in" in compared
