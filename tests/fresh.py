@@ -71,7 +71,7 @@ class Nursery:
         return subprocess.CompletedProcess(command, code, child.said("stdout"), child.said())
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.process.kill()
         self.process.wait()
         self.home.cleanup()
 
