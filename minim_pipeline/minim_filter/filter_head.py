@@ -97,7 +97,7 @@ class FilterHead(ModelMixin, ConfigMixin):
         code_size: bits of a fingerprint, a multiple of 8.
         norm_num_groups: of the group norms.
         dropout: in training.
-        num_fingerprints: training images whose fingerprints are saved along, so that copies of them are known.
+        num_fingerprints: of training images, and of these mirrored and shifted, by which copies of them are known.
         calibration: by modality id the fields of `selection.Thresholds`, from which on an image is accepted.
         enough: ratings of quality and of the finding from which on more does not count when candidates are chosen.
             Always to take the best rated would give back the most typical images, and lose diversity.

@@ -289,6 +289,7 @@ class Addition:
             max_train_steps=self.config.teacher_steps,
             width=self.config.teacher_width,
             resolution=self.config.teacher_resolution,
+            autoencoder=str(self.output / "unet" / "pipeline"),  # what it says of generated images has gone through it
             **self.shared("teacher", "min_val"),
         )
 

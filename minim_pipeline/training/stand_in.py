@@ -47,6 +47,7 @@ class StandInConfig(CsvOptions, HubOptions, PrecisionOptions):
         shared = ["train_data", *OF_THE_TABLE, "modalities_from", "no_mirror", "fit", "window", "width"]
         shared += ["min_train", "min_val", "mixed_precision", "seed"]
         options = self.values(*shared) | {"part": [self.part], "max_train_steps": self.classifier_steps}
+        options["autoencoder"] = self.pretrained_model_name_or_path  # through which all that it judges has gone
         output_dir = str(self.output / "findings")
         return classifier.ClassifierConfig(output_dir=output_dir, architectures=[self.architecture], **options)
 

@@ -37,6 +37,7 @@ SMALL = {
     " --hidden_size 32 --num_layers 1 --num_heads 2 --max_train_steps 2 --train_batch_size 8",
     "train_autoencoder": f"{VALIDATED} --preset tiny --resolution 64 --crop 32",
     "train_text_to_image": f"{UNET} --resolution 64 --num_inference_steps 2",
+    "train_ddo": f"{UNET} --resolution 64 --num_inference_steps 2 --own_images 4",
     "train_classifier": f"{RUN} {COUNTED} --width 16 --resolution 32 --train_batch_size 4",
     "train_encoder": f"{RUN} --width 8 --text_width 16 --projection 12 --resolution 32 --train_batch_size 4"
     " --caption_variants 2",

@@ -158,7 +158,7 @@ def test_a_modality_of_the_table_is_taken_up_in_stages_that_are_done_once(base, 
     assert torch.equal(was, now[: len(was)]) and len(now) == len(was) + 1
     head = pipe.filter_head.config
     assert set(head.calibration) == {"oct", "cxr", "breast_us"} and head.enough == [2.5, 2.75]
-    assert head.num_fingerprints == 18 and head.vocab_size == len(pipe.tokenizer)
+    assert head.num_fingerprints == 6 * 18 and head.vocab_size == len(pipe.tokenizer)
     out = pipe("benign mass", modality="breast ultrasound", generator=torch.Generator().manual_seed(0))
     assert out.images[0].size == (64, 64) and out.scores[0] is not None
 

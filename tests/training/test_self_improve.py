@@ -3,6 +3,8 @@
 import copy
 import csv
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import stand_in
@@ -14,13 +16,15 @@ from minim_pipeline import FilterHead, MinimPipeline, prompt_text, resolve_modal
 from minim_pipeline.evaluation import classifier
 from minim_pipeline.evaluation.classifier import make_resnet
 from minim_pipeline.evaluation.judges import Judges
+from minim_pipeline.evaluation.sampling import draw_latents
 from minim_pipeline.evaluation.stand_in import StandIn
 from minim_pipeline.minim_filter import FilterHeadOutput
+from minim_pipeline.minim_filter.selection import Thresholds
 from minim_pipeline.ratings import Rating, RatingStore, image_digest
 from minim_pipeline.tokens import tokenize
 from minim_pipeline.training.config import parse
 from minim_pipeline.training.filter.tune import TuningOptions, tune
-from minim_pipeline.training.preference.rewards import overall
+from minim_pipeline.training.preference.rewards import overall, rate
 from minim_pipeline.training.self_improvement import rounds
 from minim_pipeline.training.self_improvement.config import SelfImproveConfig
 
@@ -165,6 +169,23 @@ def test_killed_at_any_point_a_round_goes_on_to_the_same_end(arguments, rater, t
     assert again["comparison"]["accuracy"] == whole["comparison"]["accuracy"]
     # A finished round is not done again.
     assert improve(arguments_of("cut")) == again
+
+
+def test_a_new_threshold_counts_what_does_not_look_real(make_pipeline):
+    pipe = make_pipeline(realism=True, findings={"oct": FINDINGS}, num_inference_steps=2)
+    prompts = [{"Text": text, "finding": text} for text in FINDINGS]
+    config = SimpleNamespace(calibration_images=16, first_seed=0, batch_size=8, acceptance=0.9)
+    seeds = [5 * 10**8 + i for i in range(16)]
+    asked = [prompts[i % len(prompts)]["Text"] for i in range(16)]
+    drawn = draw_latents(pipe, asked, ["oct"] * 16, seeds, 8)
+    realism = rate(pipe, drawn, asked, ["oct"] * 16).realism
+    before = Thresholds(finding=1.0, realism=realism.median().item())
+    least, accepted = rounds.find_threshold(config, pipe, "oct", prompts, before)
+    assert 0.3 <= accepted <= 0.6, "half of them look too little real, whatever their score"
+    pipe.filter_head.register_to_config(calibration={"oct": replace(before, score=least).entry()})
+    output = pipe(asked, modality="oct", seeds=seeds, num_candidates=1)
+    # Two images lie on the thresholds.
+    assert sum(output.accepted) / 16 == pytest.approx(accepted, abs=2 / 16)
 
 
 def test_overall_is_the_worse_of_both_grades():

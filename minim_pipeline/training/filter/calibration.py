@@ -5,7 +5,7 @@ learned from: for each modality those at which an asked-for share is accepted (-
 share of the accepted ones shows what it should, as read by classifiers (--precision, --teacher). The finding has a
 floor of its own, and so has realism: what a share of the real val images reaches (--real_acceptance). When candidates
 are dropped follows from how well scores at every noise level foretell the final one, within the cost allowed
-(--most_cost). Fingerprints are made of all images of the train split.
+(--most_cost). Fingerprints are made of all images of the train split, and of these mirrored and shifted.
 """
 
 import itertools
@@ -37,7 +37,7 @@ from ..config import Count, CsvOptions, HubOptions, PrecisionOptions, Range, Sha
 from ..hub import check_hub, push_parts
 from ..rows import FINDINGS, know_modalities, of_part, tell_repeats
 from .candidates import choose_stages, draw_candidates, foretelling, threshold
-from .copies import fingerprints, fit_code, plant, pooled_features, share, veto_report
+from .copies import POSES, fingerprints, fit_code, plant, pooled_features, poses, share, veto_report
 from .data import versions
 from .raters import learned_from
 from .realism import realism_thresholds
@@ -66,7 +66,7 @@ class CalibrationConfig(CsvOptions, HubOptions, PrecisionOptions):
     )
     copy_false_alarms: Share = option(0.05, "Share of val images that may pass for copies: data sets repeat patients.")
     code_bits: Count = option(224, "Of a fingerprint, a multiple of 8.")
-    code_versions: Count = option(6, "Of each image, for the code to learn from.")
+    code_versions: Whole = option(3, "Of each image, for the code to learn from, beside its poses.")
     batch_size: Count = 64
 
     def __post_init__(self) -> None:
@@ -199,13 +199,18 @@ class Calibration:
         """Gives the head the fingerprints of the train images; limits of copies by modality, and what they miss."""
         config, head, pipe, rows = self.config, self.head, self.pipe, self.train_rows
         images = self.map_images("train", rows)
-        several = versions(rows, images, config.code_versions, config.seed, head.device, config.no_mirror)
-        features = pooled_features(head, pipe, several, config.bf16).unflatten(0, (len(rows), -1))
+        posed = (poses(part).flatten(0, 1) for part in images.split(64))
+        features = pooled_features(head, pipe, posed, config.bf16).unflatten(0, (-1, POSES))
+        known = features.flatten(0, 1)
+        if config.code_versions:
+            several = versions(rows, images, config.code_versions + 1, config.seed, head.device, config.no_mirror)
+            others = pooled_features(head, pipe, several, config.bf16).unflatten(0, (len(rows), -1))
+            features = torch.cat([features, others[:, 1:]], 1)  # the first is the image as it is
         # Part A is what the head has learned from; of the others copies are planted.
         unseen = [i for i, row in enumerate(rows) if row.get("part") != "A"]
         learned = [i for i, row in enumerate(rows) if row.get("part") == "A"] or unseen
         code = fit_code(features[learned], config.code_bits)
-        known = fingerprints(code, features[:, 0])
+        known = fingerprints(code, known)
         head.set_fingerprints(code, known)
         if not (self.val_rows and unseen):
             return {}, {}

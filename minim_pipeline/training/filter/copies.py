@@ -11,6 +11,9 @@ from ...minim_filter.fingerprints import distances, pack
 from .data import encode
 
 
+SHIFT, POSES = 4, 6
+
+
 @torch.no_grad()
 def pooled_features(
     head: FilterHead, pipe: MinimPipeline, images: Rows | Iterable[torch.Tensor], bf16: bool
@@ -60,6 +63,21 @@ def fit_code(features: torch.Tensor, bits: int, directions: int = 160, ridge: fl
     return code.half().float()  # as it will be saved
 
 
+def poses(images: torch.Tensor) -> torch.Tensor:
+    """Ways in which an image may be copied that its code tells from it: uint8 [N, POSES, 3, H, W] of [N, 3, H, W].
+
+    As it is, mirrored, and shifted by four pixels along both diagonals, half of what a latent's place stands for.
+    """
+    rows, columns = (torch.arange(side) for side in images.shape[-2:])
+
+    def shifted(down: int, right: int) -> torch.Tensor:  # what comes in repeats the edge
+        y, x = ((places - by).clamp(0, len(places) - 1) for places, by in ((rows, down), (columns, right)))
+        return images[:, :, y][..., x]
+
+    shifts = [shifted(down, right) for down in (-SHIFT, SHIFT) for right in (-SHIFT, SHIFT)]
+    return torch.stack([images, images.flip(-1), *shifts], 1)
+
+
 def plant(images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Copies as a generator might make them, by name: uint8 [N, 3, H, W]."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * 255 * 0.02
@@ -67,6 +85,7 @@ def plant(images: torch.Tensor) -> dict[str, torch.Tensor]:
         "brighter_by_12_percent": (images.float() * 1.12).clamp(0, 255).to(torch.uint8),
         "noise_of_2_percent": (images.float() + noise).clamp(0, 255).to(torch.uint8),
         "shifted_by_4_px": images.roll((4, 4), (2, 3)),
+        "shifted_by_3_and_6_px": images.roll((3, -6), (2, 3)),
         "mirrored": images.flip(-1),
     }
 

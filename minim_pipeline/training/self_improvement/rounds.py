@@ -32,7 +32,7 @@ from ...generate.write import generate
 from ...loading import model_identity, register_modalities
 from ...locking import locked
 from ...minim_filter.funnel import combine
-from ...minim_filter.selection import Thresholds
+from ...minim_filter.selection import Thresholds, look_real
 from ...ratings import image_digest
 from ..captions import load_captions
 from ..filter.candidates import threshold
@@ -203,7 +203,7 @@ def write_pipeline(config: SelfImproveConfig) -> None:
     thresholds, figures = Thresholds.read(pipe.filter_head.config.calibration), {}
     for name, rows in by_modality.items():
         before = thresholds.get(name, Thresholds())
-        least, accepted = find_threshold(config, pipe, name, spread_over(rows), before.finding)
+        least, accepted = find_threshold(config, pipe, name, spread_over(rows), before)
         thresholds[name] = replace(before, score=round(least, 4), ratings=before.ratings + people[name])
         figures[name] = {"threshold": round(least, 4), "accepted": accepted, "n": config.calibration_images}
     made = MinimPipeline.from_pretrained(folder / "preference" / "pipeline")
@@ -213,14 +213,18 @@ def write_pipeline(config: SelfImproveConfig) -> None:
 
 
 def find_threshold(
-    config: SelfImproveConfig, pipe: MinimPipeline, modality: str, prompts: list[dict], floor: float
+    config: SelfImproveConfig, pipe: MinimPipeline, modality: str, prompts: list[dict], before: Thresholds
 ) -> tuple[float, float]:
-    """The least score of a modality's images, whose finding has to reach `floor`; and the share that is accepted."""
+    """The least score of a modality's images, and the share of them that is accepted.
+
+    Finding and realism have to reach what they had to `before`.
+    """
     count = config.calibration_images
     asked, names = [prompts[i % len(prompts)]["Text"] for i in range(count)], [modality] * count
     seeds = [config.first_seed + 5 * 10**8 + i for i in range(count)]
     rated = rate(pipe, draw_latents(pipe, asked, names, seeds, config.batch_size), asked, names)
-    score, finding = combine(rated.quality, rated.finding).cpu(), rated.finding.cpu()
+    score, floor = combine(rated.quality, rated.finding).cpu(), before.finding
+    finding = rated.finding.masked_fill(~look_real(rated, [before] * count), 0).cpu()  # no score saves those
     least = min(threshold(score, finding, floor, config.acceptance), pipe.filter_head.config.enough[1])
     accepted = ((score >= least) & (finding >= floor)).double().mean().item()
     return least, round(accepted, 4)

@@ -45,8 +45,13 @@ class Trainer:
                 self.anchor.unet.compile(dynamic=False)
         self.beside = torch.cuda.Stream() if run.device.type == "cuda" else None  # the next batch is read in it
         self.ahead: tuple[torch.Generator, torch.Tensor, torch.Tensor] | None = None
-        run.begin(self.ema)
+        run.begin(*self.stateful)
         self.set_mode(training=True)
+
+    @property
+    def stateful(self) -> list[object]:
+        """What a checkpoint holds beside the networks and the optimizer."""
+        return [self.ema]
 
     def set_mode(self, training: bool) -> None:
         self.unet.train(training)
@@ -71,30 +76,35 @@ class Trainer:
 
     def learn_part(self, part: int) -> torch.Tensor:
         """The loss of one of the parts of a step that are accumulated."""
-        config, accelerator = self.config, self.run.accelerator
+        accelerator = self.run.accelerator
         generator, latents, text = self.next_batch(part)  # [B, C, h, w] and [B, L] or [B, L, D]
-        timesteps = self.draw_timesteps(generator)  # [B]
-        noise = torch.randn(latents.shape, device=latents.device, generator=generator)
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
         with accelerator.accumulate(self.model):
-            prediction = self.model(noisy, timesteps, text).float()
-            error = squared_error(self.scheduler, prediction, latents, noise, timesteps)  # [B]
-            if self.anchor is not None:
-                new = config.train_batch_size - config.replayed
-                with torch.no_grad(), accelerator.autocast():
-                    before = self.anchor(noisy[new:], timesteps[new:], text[new:]).float()
-                distance = (prediction[new:] - before).square().mean((1, 2, 3))
-                error = torch.cat([error[:new], error[new:] + config.anchor_weight * distance])
-            loss = (error * loss_weights(self.scheduler, timesteps, config.snr_gamma)).mean()
+            loss = self.objective(generator, latents, text)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(self.weights, config.max_grad_norm)
+                accelerator.clip_grad_norm_(self.weights, self.config.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
         if self.beside is not None and self.batches.latents.on_disk:
             with torch.cuda.stream(self.beside):
                 self.ahead = self.draw(part + 1)  # after the last part, the first of the next step
         return loss.detach()
+
+    def objective(self, generator: torch.Generator, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch: latents [B, C, h, w], and token ids [B, L] or their states [B, L, D]."""
+        config = self.config
+        timesteps = self.draw_timesteps(generator)  # [B]
+        noise = torch.randn(latents.shape, device=latents.device, generator=generator)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        prediction = self.model(noisy, timesteps, text).float()
+        error = squared_error(self.scheduler, prediction, latents, noise, timesteps)  # [B]
+        if self.anchor is not None:
+            new = config.train_batch_size - config.replayed
+            with torch.no_grad(), self.run.accelerator.autocast():
+                before = self.anchor(noisy[new:], timesteps[new:], text[new:]).float()
+            distance = (prediction[new:] - before).square().mean((1, 2, 3))
+            error = torch.cat([error[:new], error[new:] + config.anchor_weight * distance])
+        return (error * loss_weights(self.scheduler, timesteps, config.snr_gamma)).mean()
 
     def draw(self, part: int) -> tuple[torch.Generator, torch.Tensor, torch.Tensor]:
         """The batch of a part of this step, and the source of what else is random in it."""

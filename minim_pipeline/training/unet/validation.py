@@ -27,9 +27,19 @@ class Validation:
 
     Args:
         learned: latents of the train rows, to find copies of.
+        keep_last: the last weights are the best, whatever their loss.
     """
 
-    def __init__(self, config: TextToImageConfig, run: Run, rows: Rows, trainee: Trainee, learned: Latents):
+    def __init__(
+        self,
+        config: TextToImageConfig,
+        run: Run,
+        rows: Rows,
+        trainee: Trainee,
+        learned: Latents,
+        keep_last: bool = False,
+    ):
+        self.keep_last = keep_last
         self.config, self.run, self.rows, self.trainee, self.learned = config, run, rows, trainee, learned
         self.pipe, self.val_rows = trainee.pipe, rows.val + rows.old_val
         self.names = [modality_of(row) for row in self.val_rows]
@@ -78,7 +88,8 @@ class Validation:
         if not best.is_dir():  # a run that goes on in another folder
             run.best.score = float("-inf")
         # Where nothing is measured, the last weights are kept.
-        if run.best.take(-figures["loss"] if figures else float("inf"), run.schedule.step):
+        score = -figures["loss"] if figures and not self.keep_last else float("inf")
+        if run.best.take(score, run.schedule.step):
             self.trainee.save_weights(best)
 
     def losses(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ from minim_pipeline.evaluation.judges import Judges
 from minim_pipeline.minim_filter.funnel import plan_stages
 from minim_pipeline.training.filter.calibration import plan_prompts
 from minim_pipeline.training.filter.candidates import Candidates, choose_stages, draw_candidates, follow, threshold
-from minim_pipeline.training.filter.copies import copy_limit, fingerprints, fit_code, veto_report
+from minim_pipeline.training.filter.copies import copy_limit, fingerprints, fit_code, poses, veto_report
 
 
 torch.set_num_threads(1)
@@ -127,6 +127,16 @@ def test_the_code_knows_versions_of_an_image_again_though_they_differ_much():
     assert report["bytes"] == 200 * 8
 
 
+def test_poses_are_the_image_mirrored_and_shifted_along_the_diagonals():
+    image = (torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 255).byte()
+    whole, mirrored, *shifted = poses(image)[0]
+    assert torch.equal(whole, image[0]) and torch.equal(mirrored, image[0].flip(-1))
+    for pose, (down, right) in zip(shifted, ((-4, -4), (-4, 4), (4, -4), (4, 4)), strict=True):
+        inside = pose.roll((-down, -right), (1, 2))[:, 4:-4, 4:-4]
+        assert torch.equal(inside, image[0, :, 4:-4, 4:-4])
+        assert pose.shape == image.shape[1:]
+
+
 def test_every_finding_is_asked_for_alike_and_every_candidate_has_a_seed():
     rows = [{"modality": "OCT", "finding": f, "Text": f"{f} {i}"} for f, n in (("a", 5), ("b", 1)) for i in range(n)]
     planned = plan_prompts(rows, count=6, candidates=2, seed=3)
@@ -181,7 +191,8 @@ def test_a_calibrated_head_knows_thresholds_and_training_images(make_pipeline, d
     for figures in report["generated"].values():
         assert figures["accepted"] >= 0.65, "what has the same score is accepted together"
     head = FilterHead.from_pretrained(tmp_path / "out/filter_head")
-    assert len(head.fingerprints) == 12 and head.config.code_size == 16
+    assert len(head.fingerprints) == 12 * 6 and head.config.code_size == 16
+    assert report["copies"]["missed"]["mirrored"] == 0
     assert set(head.config.calibration) == set(report["generated"])
     assert all(set(entry) == {"score", "finding", "copy", "ratings"} for entry in head.config.calibration.values())
     assert json.loads((tmp_path / "out/report.json").read_text())["stages"]
