@@ -37,8 +37,9 @@ def score_csv(options: ScoreOptions) -> tuple[Path, list[dict[str, str]]]:
     """Rates every image of a table for its caption; what was done to the images on reading is told on stderr.
 
     Returns:
-        The path written, and its rows: those of the data, `score`, `quality` and `finding`, ratings from 1 to 3, if
-        the filter rates it `realism`, a log ratio, `accepted`, and `reason`, why not: quality, finding, copy, realism.
+        The path written, and its rows: those of the data with `score`, `quality_rating` and `finding_rating`, from 1
+        to 3, if the filter rates it `realism`, a log ratio, `accepted`, and `reason`, why not: quality, finding, copy,
+        realism. What an earlier rating has left in columns of these names is replaced.
     """
     data, reading = options.data, options.reading
     if options.output is None and data.suffix != ".csv" and not data.exists():
@@ -69,7 +70,7 @@ def score_csv(options: ScoreOptions) -> tuple[Path, list[dict[str, str]]]:
             rated = pipe.score(images, prompts, modalities, reject_copies=not options.keep_copies)
             for i, row in enumerate(batch):
                 place = os.path.relpath(resolve_path(row, data).resolve(), output.parent.resolve())
-                parts = {"score": rated.scores, "quality": rated.quality, "finding": rated.finding}
+                parts = {"score": rated.scores, "quality_rating": rated.quality, "finding_rating": rated.finding}
                 parts |= {"realism": rated.realism} if rated.realism else {}
                 columns = {name: f"{values[i]:.4f}" for name, values in parts.items()}
                 columns |= {"accepted": str(rated.accepted[i]).lower(), "reason": rated.reasons[i] or ""}

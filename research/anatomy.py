@@ -24,11 +24,16 @@ from minim_pipeline.modalities import resolve_modality
 from minim_pipeline.training.config import Count, Options, option, parse
 
 
+PARTS = ("score", "quality_rating", "finding_rating", "realism")
+
+
 @dataclass(kw_only=True)
 class AnatomyConfig(Options):
     """Options of sheets and figures."""
 
-    images: str = option(help="data.csv of the folder that `minim generate` drew, with the filter.")
+    images: str = option(
+        help="data.csv of the folder that `minim generate` drew, with the filter, or what `minim score` made of it."
+    )
     ratings: str | None = option(None, "CSV with Text,modality,seed,rating, the rating 1 to 3.")
     output: str | None = option(None, "The figures, JSON; needs --ratings.")
     sheets: str | None = option(None, "Folder for sheets of the images, numbered as the rows of --images.")
@@ -74,21 +79,23 @@ def rated(rows: list[dict], ratings: list[dict]) -> list[dict]:
 def figures(rows: list[dict]) -> dict:
     """Of rated rows: how many of each rating, what of the accepted ones is rated 1, and the AUROC of the score.
 
-    The AUROC is that with which the score tells what is rated 2 or 3 from what is rated 1.
+    The AUROC is that with which the score tells what is rated 2 or 3 from what is rated 1; where `minim score` has
+    told the others, also those of them.
     """
     wrong = torch.tensor([row["rating"] == 1 for row in rows])
     accepted = torch.tensor([row["accepted"] == "true" for row in rows])
-    scores = torch.tensor([float(row["score"]) for row in rows])
     report: dict = {"n": len(rows), "ratings": {str(r): sum(row["rating"] == r for row in rows) for r in (1, 2, 3)}}
     report["accepted"] = int(accepted.sum())
     report["rated_1"] = share(wrong)
     report["rated_1_of_accepted"] = share(wrong[accepted])
     if wrong.any() and not wrong.all():
-        sides = scores[wrong], scores[~wrong]
-        report["auroc_of_score"] = {"value": round(auroc(*sides), 4)}
-        if min(map(len, sides)) > 1:
-            interval = bootstrap_interval(auroc, *sides, draws=1000, bounds=(0.0, 1.0))
-            report["auroc_of_score"]["interval"] = [round(end, 4) for end in interval]
+        for part in filter(rows[0].__contains__, PARTS):
+            scores = torch.tensor([float(row[part]) for row in rows])
+            sides = scores[wrong], scores[~wrong]
+            report[f"auroc_of_{part}"] = {"value": round(auroc(*sides), 4)}
+            if min(map(len, sides)) > 1:
+                interval = bootstrap_interval(auroc, *sides, draws=1000, bounds=(0.0, 1.0))
+                report[f"auroc_of_{part}"]["interval"] = [round(end, 4) for end in interval]
     return report
 
 

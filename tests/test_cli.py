@@ -614,13 +614,13 @@ def test_any_images_can_be_scored(filtered_dir, pipeline_dir, tmp_path, capsys):
     for i in range(3):
         Image.fromarray(np.full((50, 70, 3), 60 * i, dtype=np.uint8)).save(tmp_path / f"images/{i}.png")
     rows = [[f"images/{i}.png", "normal", ("OCT", "CXR")[i // 2], i] for i in range(3)]
-    data = table(tmp_path / "data.csv", ["path", "Text", "modality", "patient"], *rows)
+    data = table(tmp_path / "data.csv", ["path", "Text", "modality", "finding"], *rows)
     command = ["score", "--data", str(data), "--device", "cpu", "--batch-size", "2", "--model"]
     assert main([*command, str(filtered_dir)]) == 0
     scored = read_dataset(tmp_path / "data-scored.csv")  # checks that the paths lead to the images
-    assert [row["patient"] for row in scored] == ["0", "1", "2"]
+    assert [row["finding"] for row in scored] == ["0", "1", "2"], "a column of the data, and no rating"
     for row in scored:
-        score, quality, finding = (float(row[name]) for name in ("score", "quality", "finding"))
+        score, quality, finding = (float(row[name]) for name in ("score", "quality_rating", "finding_rating"))
         assert score == pytest.approx(1 + (quality - 1) * (finding - 1) / 2, abs=1e-3)
     said = capsys.readouterr().err
     assert "OCT: 2 of 2 accepted, mean score" in said and "CXR: 1 of 1" in said and "data-scored.csv" in said

@@ -25,7 +25,7 @@ from .plan_table import TAKEN, Plan, difference, read_plan, setting_differences,
 from .shortfall import entry_of
 from .sinks import FORMATS, open_sink
 from .storage import Storage
-from .write import in_threads, progress_bar
+from .write import progress_bar, work_beside
 
 
 PLAN = "plan.parquet"
@@ -203,7 +203,7 @@ def draw_shard(run: Run, index: int, bar: tqdm, result: Progress) -> None:
                 result.images += 1
                 result.counts += _counts(row)
 
-            in_threads(_encoded, _drawn(run, items, bar, short), add)
+            work_beside(_encoded, _drawn(run, items, bar, short), add)
         _write_short(run, index, short)
     for entry in short:
         result.counts["candidates"] += entry["candidates"]

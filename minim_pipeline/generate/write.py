@@ -88,7 +88,7 @@ def draw_missing(
         writer.add(item.index, stored(image, item), row, metadata)
 
     with progress_bar(len(share), options.quiet or not state.is_local_main_process) as bar:
-        in_threads(write, drawn(bar))
+        work_beside(write, drawn(bar))
 
     state.wait_for_everyone()
     if state.is_main_process:
@@ -110,7 +110,7 @@ def progress_bar(total: int, disable: bool) -> Iterator[tqdm]:
         yield bar
 
 
-def in_threads(work: Callable, jobs: Iterable[tuple], then: Callable[..., None] | None = None) -> None:
+def work_beside(work: Callable, jobs: Iterable[tuple], then: Callable[..., None] | None = None) -> None:
     """Calls `work` with each of `jobs`, and `then` with what that gives, in their order, while the next are drawn.
 
     Pillow and zlib free the interpreter, so that files are encoded beside a GPU, which they would slow down else;

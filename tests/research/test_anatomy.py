@@ -93,6 +93,8 @@ def test_figures_by_hand():
     low, high = report["rated_1_of_accepted"]["interval"]
     assert 0.05 < low < 1 / 3 < high < 0.8
     assert "auroc_of_score" not in anatomy.figures(rows[1:]), "nothing is wrong"
+    scored = [row | {"realism": value} for row, value in zip(rows, ("-1.5", "0.1", "0.2", "-0.3"), strict=True)]
+    assert anatomy.figures(scored)["auroc_of_realism"]["value"] == 1, "a part that `minim score` has told"
 
 
 def test_the_report_of_a_model_takes_what_was_drawn(drawn, tmp_path):
