@@ -4,10 +4,12 @@ diffusers is imported where it is needed, so that tests of the rest do not wait 
 """
 
 import csv
+import gc
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,21 @@ def run_script(module, *arguments):
     return module.main([str(argument) for argument in arguments])
 
 
+@contextmanager
+def small_classifiers() -> Iterator[None]:
+    """What a stand-in is made of is trained in batches of eight, on 32 px."""
+    from minim_pipeline.training import classifier, stand_in
+
+    def recipe_of(architecture, **given):
+        return original(architecture, **given | {"train_batch_size": 8, "resolution": 32})
+
+    original = classifier.recipe_of
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (classifier, stand_in):
+            patch.setattr(module, "recipe_of", recipe_of)
+        yield
+
+
 def _tokenizer(folder: Path, max_length: int):
     """CLIP's tokenizer over single bytes, without merges of its own: a token a letter."""
     from tokenizers.pre_tokenizers import ByteLevel
@@ -56,6 +73,16 @@ def _tokenizer(folder: Path, max_length: int):
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=max_length)
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory):
+    """Starts fresh processes, offline and with a cache of their own."""
+    from fresh import Nursery
+
+    started = Nursery(os.environ | {"HF_HOME": str(tmp_path_factory.mktemp("cache"))})
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +100,7 @@ def make_pipeline(tmp_path_factory) -> Callable:
     from minim_pipeline import MinimPipeline, add_modality_tokens
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays: the trainers' collections of garbage need not go through it each time
 
     def make(kind: str = "minim", filtered: bool = False, realism: bool = False, **kwargs) -> MinimPipeline:
         torch.manual_seed(0)

@@ -65,6 +65,12 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
+    def forget(self) -> None:
+        """As if nobody had ever written or asked anything."""
+        with self.lock:
+            for held in (self.repositories, self.large, self.uploads, self.requests):
+                held.clear()
+
     def files(self, key: str, revision: str = "main") -> dict[str, bytes]:
         """What a repository holds, e.g. `models/org/name`."""
         with self.lock:

@@ -1,7 +1,7 @@
 import csv
 import io
-import os
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -525,17 +525,19 @@ def test_help_and_lists_do_without_torch(pipeline_dir):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(pipeline_dir, tmp_path):
+def test_two_processes_share_the_work(nursery, pipeline_dir, tmp_path):
     options = ["--model", pipeline_dir, *ONE_PROMPT, "--num-images", "5", "--batch-size", "1", "--device", "cpu"]
-    # accelerate launch starts a single process on a CPU, whatever --num_processes says.
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launch, "-m", "minim_pipeline.cli", "generate", *options]
-    command += ["--output-dir", tmp_path / "two"]
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    )
-    assert done.returncode == 0, done.stderr
-    assert "/3 images" in done.stderr, "the first draws three of five"
+    command = ["-m", "minim_pipeline.cli", "generate", *options, "--output-dir", tmp_path / "two"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "CUDA_VISIBLE_DEVICES": ""}
+    # What torchrun sets.
+    both = [
+        nursery.start(*command, **place, WORLD_SIZE="2", RANK=rank, LOCAL_WORLD_SIZE="2", LOCAL_RANK=rank)
+        for rank in "01"
+    ]
+    assert [process.wait() for process in both] == [0, 0], [process.said() for process in both]
+    assert "/3 images" in both[0].said(), "the first draws three of five"
     assert run(pipeline_dir, tmp_path / "one", *ONE_PROMPT, "--num-images", 5, "--batch-size", 1) == 0
     assert names(tmp_path / "two") == names(tmp_path / "one")
     for name in names(tmp_path / "one"):

@@ -1,11 +1,10 @@
 """A published pipeline in all ways of loading, each in a fresh process, with the package and without it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fresh import Nursery
 from hub_server import Hub, Repository, environment
 
 
@@ -77,14 +76,9 @@ def hub(saved):
     started.close()
 
 
-def run(
-    hub: Hub, home: Path, code: str, package: bool, folder: Path | str = "", other: Path | str = "", **variables: str
-) -> dict:
+def run(nursery: Nursery, code: str, package: bool, folder: Path | str = "", other: Path | str = "") -> dict:
     """What a fresh process that runs `code` put into `told`."""
-    command = [sys.executable, "-c", HEAD + code + "\nprint(json.dumps(told))"]
-    command += [json.dumps(package), str(folder), str(other)]
-    env = environment(hub, home) | variables
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = nursery.run("-c", HEAD + code + "\nprint(json.dumps(told))", json.dumps(package), folder, other)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     return told | {"stderr": done.stderr}
@@ -108,8 +102,24 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def packaged(hub, saved, stable_diffusion, home) -> dict:
-    """What the package draws, loaded in its ways; leaves the repository in the cache of `home`."""
+def online(hub, home):
+    """Starts processes that reach the Hub."""
+    started = Nursery(environment(hub, home))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def offline(hub, home):
+    """Starts processes that know where the Hub is, and are to do without it."""
+    started = Nursery(environment(hub, home) | {"HF_HUB_OFFLINE": "1"})
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def packaged(online, saved, stable_diffusion) -> dict:
+    """What the package draws, loaded in its ways; leaves the repository in the cache."""
     code = """
 from minim_pipeline import FilterHead, MinimPipeline
 told["folder"] = draw(MinimPipeline.from_pretrained(FOLDER))
@@ -134,7 +144,7 @@ base = MinimPipeline.from_pretrained(f"{OTHER}/sd1")
 told["base"] = draw(base)
 base.save_pretrained(f"{OTHER}/ours")
 """
-    return run(hub, home, code, True, saved, stable_diffusion.parent)
+    return run(online, code, True, saved, stable_diffusion.parent)
 
 
 def test_all_ways_of_the_package_draw_the_same(packaged):
@@ -148,7 +158,7 @@ def test_all_ways_of_the_package_draw_the_same(packaged):
     assert "trust_remote_code" not in packaged["stderr"]
 
 
-def test_the_package_loads_offline_from_the_cache(hub, home, packaged):
+def test_the_package_loads_offline_from_the_cache(hub, offline, packaged):
     code = """
 from minim_pipeline import MinimPipeline
 told["class"] = draw(MinimPipeline.from_pretrained("org/minim"))
@@ -156,14 +166,14 @@ told["local_files_only"] = draw(DiffusionPipeline.from_pretrained("org/minim", l
 told["first version"] = draw(MinimPipeline.from_pretrained("org/minim", revision="v1"))
 """
     before = len(hub.requests)
-    told = run(hub, home, code, True, HF_HUB_OFFLINE="1")
+    told = run(offline, code, True)
     assert told["class"] == told["local_files_only"] == packaged["class"]
     assert told["first version"] == packaged["first version"]
     assert len(hub.requests) == before
 
 
 @pytest.fixture(scope="module")
-def unpackaged(hub, home, saved, stable_diffusion, packaged) -> dict:
+def unpackaged(online, saved, stable_diffusion, packaged) -> dict:
     """What the repository's own code draws; saves the pipeline again, beside the folder it was saved in first."""
     code = f"""
 try:
@@ -184,7 +194,7 @@ base = f"{{OTHER}}/ours"
 told["base"] = draw(DiffusionPipeline.from_pretrained(base, custom_pipeline=base, trust_remote_code=True))
 pipe.save_pretrained(f"{{FOLDER}}/../again")
 """
-    return run(hub, home, code, False, saved, stable_diffusion.parent)
+    return run(online, code, False, saved, stable_diffusion.parent)
 
 
 def test_without_the_package_the_repository_draws_the_same(unpackaged, packaged):
@@ -198,7 +208,7 @@ def test_without_the_package_the_repository_draws_the_same(unpackaged, packaged)
         assert complaint not in unpackaged["stderr"]
 
 
-def test_saved_without_the_package_it_loads_again_also_offline(hub, home, saved, unpackaged, packaged):
+def test_saved_without_the_package_it_loads_again_also_offline(offline, saved, unpackaged, packaged):
     again = saved.parent / "again"
     for name in ("model_index.json", "pipeline.py", "filter_head/minim_filter.py", "filter_head/config.json"):
         assert (again / name).read_bytes() == (saved / name).read_bytes(), name
@@ -208,20 +218,20 @@ from huggingface_hub import snapshot_download
 kept = snapshot_download("org/minim", local_files_only=True)
 told["cached"] = draw(DiffusionPipeline.from_pretrained(kept, custom_pipeline=kept, trust_remote_code=True))
 """
-    told = run(hub, home, code, False, again, HF_HUB_OFFLINE="1")
+    told = run(offline, code, False, again)
     assert told["again"] == told["cached"] == packaged["class"]
 
 
 @pytest.fixture(scope="module")
-def other(hub, home) -> list:
+def other(online) -> list:
     """What `org/other` draws in a process that knows nothing else."""
-    return run(hub, home, f'told["other"] = draw(DiffusionPipeline.from_pretrained("org/other", {OTHER}))', False)[
+    return run(online, f'told["other"] = draw(DiffusionPipeline.from_pretrained("org/other", {OTHER}))', False)[
         "other"
     ]
 
 
 @pytest.mark.parametrize("package", [False, True])
-def test_two_repositories_of_different_versions_do_not_mix(hub, home, packaged, other, package, tmp_path):
+def test_two_repositories_of_different_versions_do_not_mix(online, packaged, other, package, tmp_path):
     assert other != packaged["class"]
     code = f"""
 first = DiffusionPipeline.from_pretrained("org/minim", {"" if package else REMOTE})
@@ -236,7 +246,7 @@ for name, pipe in (("first", first), ("second", second)):
         folder, custom_pipeline=folder, trust_remote_code=True))
 told["first afterwards"] = draw(first)
 """
-    told = run(hub, home, ("import minim_pipeline.pipeline_minim\n" if package else "") + code, package)
+    told = run(online, ("import minim_pipeline.pipeline_minim\n" if package else "") + code, package)
     assert told["first"] == told["first again"] == told["first afterwards"] == packaged["class"]
     assert told["second"] == told["second again"] == other
     assert told["heads"] == ["minim_pipeline" if package else "diffusers_modules", "diffusers_modules"]

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -148,7 +145,7 @@ print(json.dumps([image.shape, float(abs(image[..., 0] - image[..., 1]).max())])
 
 
 @pytest.mark.parametrize("package", [True, False])
-def test_a_pipeline_brings_its_own_modalities_along(make_pipeline, table, tmp_path, package):
+def test_a_pipeline_brings_its_own_modalities_along(make_pipeline, nursery, table, tmp_path, package):
     from minim_pipeline import add_modality_tokens
 
     register_modality(SKIN)
@@ -158,9 +155,7 @@ def test_a_pipeline_brings_its_own_modalities_along(make_pipeline, table, tmp_pa
     index = json.loads((tmp_path / "model" / "model_index.json").read_text())
     definition = {"name": "Dermoscopy", "words": SKIN.words, "aliases": ["skin lesion"], "grey": False, "flip": True}
     assert index["custom_modalities"] == {"skin": definition}
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "model"), json.dumps(package)]
-    env = os.environ | {"HF_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = nursery.run("-c", LOAD, tmp_path / "model", json.dumps(package))
     assert done.returncode == 0, done.stderr
     shape, colour = json.loads(done.stdout.splitlines()[-1])
     assert shape == [64, 64, 3] and colour > 0

@@ -3,8 +3,6 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -63,17 +61,15 @@ def test_what_is_locked_in_vain_leaves_no_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_processes_at_once_in_a_new_folder_one_draws_all_that_it_was_asked_for(pipeline_dir, tmp_path):
+def test_of_two_processes_at_once_in_a_new_folder_one_draws_all_that_it_was_asked_for(nursery, pipeline_dir, tmp_path):
     def start(prompt):
         options = ["--model", pipeline_dir, "--output-dir", tmp_path / "out", "--device", "cpu", "--num-images", 6]
         options += ["--batch-size", 1, "--modality", "OCT", "--prompt", prompt]
-        command = [sys.executable, "-m", "minim_pipeline.cli", "generate", *map(str, options)]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        return nursery.start("-m", "minim_pipeline.cli", "generate", *options)
 
     both = {prompt: start(prompt) for prompt in ("normal", "edema")}
-    errors = {prompt: process.communicate()[1] for prompt, process in both.items()}
-    codes = {prompt: process.returncode for prompt, process in both.items()}
-    assert sorted(codes.values()) == [0, 2], errors
+    codes = {prompt: process.wait() for prompt, process in both.items()}
+    assert sorted(codes.values()) == [0, 2], [process.said() for process in both.values()]
     winner = min(codes, key=codes.get)
     assert [row["Text"] for row in read_dataset(tmp_path / "out/data.csv")] == [winner] * 6
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from fresh import Child, Nursery
 from hub_server import Hub, environment
 
 from minim_pipeline.files import write_report
@@ -62,18 +63,32 @@ def models(make_pipeline, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def hub():
+@pytest.fixture(scope="module")
+def server():
     started = Hub(writers={"hf_good": {"me", "org"}, "poor": {"me"}})
     yield started
     started.close()
 
 
-def push(hub: Hub, home: Path, *cases: tuple) -> list[tuple[str, str]]:
+@pytest.fixture(scope="module")
+def clients(server, tmp_path_factory):
+    """Starts processes that reach the Hub, without a token."""
+    started = Nursery(environment(server, tmp_path_factory.mktemp("hf"), None))
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def hub(server):
+    """The Hub, empty."""
+    server.forget()
+    return server
+
+
+def push(clients: Nursery, *cases: tuple) -> list[tuple[str, str]]:
     """What came of each (token, arguments)."""
     told = json.dumps([(token, [str(a) for a in arguments]) for token, arguments in cases])
-    command = [sys.executable, "-c", DRIVER, str(TRAIN), told]
-    done = subprocess.run(command, env=environment(hub, home, None), capture_output=True, text=True, timeout=300)
+    done = clients.run("-c", DRIVER, TRAIN, told)
     assert done.returncode == 0, done.stderr
     return [tuple(result) for result in json.loads(done.stdout.splitlines()[-1])]
 
@@ -82,13 +97,11 @@ def front_matter(readme: bytes) -> dict:
     return yaml.safe_load(readme.decode().split("---\n")[1])
 
 
-def test_what_lies_in_a_published_repository(hub, models, tmp_path):
+def test_what_lies_in_a_published_repository(hub, clients, models):
     full, bare = ["--model", models / "full"], ["--model", models / "bare"]
     into = ["--repo-id", "org/minim", "--samples", "1"]
-    hub.repositories.clear()
     results = push(
-        hub,
-        tmp_path,
+        clients,
         ("hf_good", [*full, *into, "--private"]),
         ("hf_good", [*bare, *into, "--revision", "v2"]),
         ("hf_good", [*bare, *into, "--create-pr"]),
@@ -128,7 +141,7 @@ def test_what_lies_in_a_published_repository(hub, models, tmp_path):
     assert ".gitattributes" in last
 
 
-def test_whoever_may_not_is_told_in_a_line_and_nothing_is_uploaded(hub, models, tmp_path):
+def test_whoever_may_not_is_told_in_a_line_and_nothing_is_uploaded(hub, clients, models, tmp_path):
     from hub_server import Repository
 
     for key, files in {
@@ -165,7 +178,7 @@ def test_whoever_may_not_is_told_in_a_line_and_nothing_is_uploaded(hub, models, 
         ),
         "it holds no model_index.json": ("hf_good", ["--model", tmp_path, "--repo-id", "org/new"]),
     }
-    results = push(hub, tmp_path / "hf", *cases.values())
+    results = push(clients, *cases.values())
     for expected, (what, told) in zip(cases, results, strict=True):
         assert what == "refused" and expected in told and "\n" not in told, (expected, told)
     assert not hub.uploads and set(hub.repositories) == {"datasets/org/data", "models/org/other", "models/org/ours"}
@@ -176,17 +189,16 @@ def test_whoever_may_not_is_told_in_a_line_and_nothing_is_uploaded(hub, models, 
     assert done.returncode == 1 and "Could not reach the Hub: the connection failed" in done.stderr.splitlines()[-1]
 
 
-def test_an_upload_that_was_killed_is_completed_by_the_next(hub, models, tmp_path):
-    def start(model: str) -> subprocess.Popen:
-        command = [sys.executable, str(TRAIN / "push_to_hub.py"), "--model", str(models / model)]
-        command += ["--repo-id", "org/minim", "--samples", "0"]
-        return subprocess.Popen(command, env=environment(hub, tmp_path, "hf_good"), stderr=subprocess.PIPE)
+def test_an_upload_that_was_killed_is_completed_by_the_next(hub, clients, models):
+    def start(model: str) -> Child:
+        command = [TRAIN / "push_to_hub.py", "--model", models / model, "--repo-id", "org/minim", "--samples", 0]
+        return clients.start(*command, HF_TOKEN="hf_good")
 
     def kill_in_the_middle(model: str, after: int) -> None:
         hub.hold_after = len(hub.uploads) + after
         process = start(model)
         while len(hub.uploads) < hub.hold_after:
-            assert process.poll() is None, process.stderr.read().decode()
+            assert process.poll() is None, process.said()
             time.sleep(0.05)
         process.kill()
         process.wait()
@@ -202,10 +214,10 @@ def test_an_upload_that_was_killed_is_completed_by_the_next(hub, models, tmp_pat
     assert hub.files("models/org/minim") == before, "the old version stays whole"
 
 
-def test_a_space_and_a_place_for_ratings(hub, models, tmp_path):
+def test_a_space_and_a_place_for_ratings(hub, clients, models):
     arguments = ["--model", models / "full", "--repo-id", "org/minim", "--samples", "0"]
     arguments += ["--space-id", "org/pages", "--ratings-dataset-id", "org/ratings"]
-    results = push(hub, tmp_path, ("hf_good", arguments), ("hf_good", arguments))
+    results = push(clients, ("hf_good", arguments), ("hf_good", arguments))
     assert [what for what, _ in results] == ["done", "done"], results
     space = hub.files("spaces/org/pages")
     assert {"app.py", "README.md", "requirements.txt", "minim_pipeline/pipeline_minim.py"} <= set(space)
@@ -229,7 +241,7 @@ def test_a_dry_run_lists_every_file_and_asks_nothing(models, capsys):
     assert {"README.md", "pipeline.py", "app.py"} <= set(listed)
 
 
-def test_push_to_hub_of_the_pipeline_does_the_same(hub, models, tmp_path):
+def test_push_to_hub_of_the_pipeline_does_the_same(hub, clients, models):
     code = """
 import sys
 import torch
@@ -254,9 +266,7 @@ sys.path.insert(0, sys.argv[2])
 import push_to_hub
 push_to_hub.main(["--model", sys.argv[1], "--repo-id", "org/script"])
 """
-    command = [sys.executable, "-c", code, str(models / "full"), str(TRAIN)]
-    env = environment(hub, tmp_path, "hf_good")
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = clients.run("-c", code, models / "full", TRAIN, HF_TOKEN="hf_good")
     assert done.returncode == 0, done.stderr
     assert "/models/org/direct/commit/" in done.stdout and "pickles" in done.stdout
     ours, theirs = hub.files("models/org/direct"), hub.files("models/org/script")
@@ -274,7 +284,7 @@ push_to_hub.main(["--model", sys.argv[1], "--repo-id", "org/script"])
     assert "report.json" not in changed and front_matter(changed["README.md"])["license_name"] == "house"
 
 
-def test_a_training_script_publishes_what_it_made(hub, tmp_path):
+def test_a_training_script_publishes_what_it_made(hub, clients, tmp_path):
     from PIL import Image
 
     rows = ["path,Text,modality,split"]
@@ -301,9 +311,7 @@ os.environ["HF_TOKEN"] = "hf_good"
 train_autoencoder.main([*options, "--push_to_hub", "--hub_model_id", "org/eyes"])
 print(json.dumps(told))
 """
-    command = [sys.executable, "-c", code, str(TRAIN), json.dumps(options)]
-    env = environment(hub, tmp_path / "hf", None)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    done = clients.run("-c", code, TRAIN, json.dumps(options))
     assert done.returncode == 0, done.stderr
     (useless, _), (forged, trained) = json.loads(done.stdout.splitlines()[-1])
     assert "without --push_to_hub" in useless

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script, write_csv
+from conftest import ROOT, run_script, small_classifiers, write_csv
 from PIL import Image
 
 from minim_pipeline import resolve_modality
@@ -199,7 +199,8 @@ def in_miniature(call: list[str], special: dict[str, list[str]]) -> None:
         if arguments[0].endswith(".yaml"):
             arguments = [*yaml_arguments(ROOT / arguments[0]), *arguments[1:]]
         compiled = ["--compile", "False"] if "--compile" in arguments else []
-        run_script(importlib.import_module(name), *arguments, *small, *special.get(name, []), *compiled)
+        with small_classifiers():
+            run_script(importlib.import_module(name), *arguments, *small, *special.get(name, []), *compiled)
 
 
 @pytest.mark.slow

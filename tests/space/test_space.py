@@ -4,8 +4,6 @@ import csv
 import http.client
 import json
 import re
-import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -44,8 +42,8 @@ def write_folder(folder: Path, count: int, text: str = "cyst", modality: str = "
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    started = Server(tmp_path_factory.mktemp("space"))
+def server(nursery, tmp_path_factory):
+    started = Server(nursery, tmp_path_factory.mktemp("space"))
     yield started
     started.kill()
 
@@ -60,7 +58,7 @@ def test_the_images_that_come_along_are_synthetic_and_say_so():
             assert opened.text["synthetic"] == "true" and opened.text["prompt"] == image.text
 
 
-def test_a_host_is_told_in_a_line_what_is_wrong(tmp_path):
+def test_a_host_is_told_in_a_line_what_is_wrong(nursery, tmp_path):
     wrong = {
         "nowhere": ["--images", "nowhere"],
         "shares have to be in": ["--real_share", "1"],
@@ -96,8 +94,7 @@ for options in json.loads(sys.argv[2]):
         told.append(errors.getvalue() + str(stop.code))
 print(json.dumps(told))
 """
-    command = [sys.executable, "-c", code, str(APP.parent), json.dumps(list(wrong.values()))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    done = nursery.run("-c", code, APP.parent, json.dumps(list(wrong.values())), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for message, told in zip(wrong, json.loads(done.stdout.splitlines()[-1]), strict=True):
         assert message in told and "Traceback" not in told
@@ -306,14 +303,14 @@ def test_the_server_itself_bounds_what_is_asked_of_it(changes, message):
 
 
 @pytest.mark.slow
-def test_eight_raters_at_once_lose_nothing_when_the_server_is_killed(tmp_path):
+def test_eight_raters_at_once_lose_nothing_when_the_server_is_killed(nursery, tmp_path):
     images = write_folder(tmp_path / "made", 60)
     options = ["--images", str(images), "--repeat_share", "0"]
     acknowledged: dict[str, dict[str, int]] = {f"rater {i}": {} for i in range(8)}
     plan = Plan("half of them", "quality", "images", tuple(acknowledged)[4:], 60, repeat_share=0)
     study = Studies(tmp_path / "ratings" / "studies", {"images": images}, WHOLE).make(plan)
     homes = {rater: f"/study/{study.tokens[rater]}" if rater in study.tokens else "/rate" for rater in acknowledged}
-    server = Server(tmp_path, *options)
+    server = Server(nursery, tmp_path, *options)
 
     def ratings() -> list[Rating]:
         return RatingStore(server.store).ratings() + study.store.ratings()
@@ -343,7 +340,7 @@ def test_eight_raters_at_once_lose_nothing_when_the_server_is_killed(tmp_path):
     all_rate()
     assert 240 <= sum(map(len, acknowledged.values())) < 480
     ids = {image.path: image.id for image in read_folder(images, "generated")}
-    server = Server(tmp_path, *options)
+    server = Server(nursery, tmp_path, *options)
     try:
         stored = {(r.rater, ids[r.path]): r.rating for r in ratings()}
         for rater, given in acknowledged.items():

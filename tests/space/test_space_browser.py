@@ -39,8 +39,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(folder):
-    started = Server(folder, "--host_token", HOST)
+def server(nursery, folder):
+    started = Server(nursery, folder, "--host_token", HOST)
     yield started
     started.kill()
 
@@ -404,8 +404,8 @@ def test_nothing_keeps_anybody_out(visit, server, scheme, width):
 
 
 @pytest.mark.slow
-def test_ten_ratings_by_keys_survive_a_kill(browser, tmp_path):
-    server = Server(tmp_path)
+def test_ten_ratings_by_keys_survive_a_kill(browser, nursery, tmp_path):
+    server = Server(nursery, tmp_path)
     context = browser.new_context()
     page = context.new_page()
     try:
@@ -418,7 +418,7 @@ def test_ten_ratings_by_keys_survive_a_kill(browser, tmp_path):
         page.keyboard.press("2")
         page.wait_for_selector("text=this rating is not stored, press it again")
         assert sorted(r.rating for r in RatingStore(server.store).ratings("Dr Ten")) == sorted(map(int, keys))
-        server = Server(tmp_path)
+        server = Server(nursery, tmp_path)
         page.goto(server.url + "/rate")  # another port, so the name is asked for again
         begin(page, "Dr Ten")
         assert page.locator("#count").inner_text() == "10 of 40"

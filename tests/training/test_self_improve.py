@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import stand_in
 import torch
-from conftest import write_csv
+from conftest import small_classifiers, write_csv
 from PIL import Image
 
 from minim_pipeline import FilterHead, MinimPipeline, prompt_text, resolve_modality
@@ -65,7 +65,8 @@ def rater(world):
     """A stand-in, trained for some steps."""
     few = "--classifier_steps 2 --realism_steps 2 --width 16 --min_train 1 --min_val 1 --images_per_caption 1"
     where = ["--train_data", str(world / "data.csv"), "--pretrained_model_name_or_path", str(world / "model")]
-    report = stand_in.main([*where, *few.split(), "--output_dir", str(world / "stand_in")])
+    with small_classifiers():
+        report = stand_in.main([*where, *few.split(), "--output_dir", str(world / "stand_in")])
     assert 0 <= report["realism_unseen_halves"]["oct"]["auroc"] <= 1
     return world / "stand_in"
 
@@ -199,7 +200,7 @@ def test_a_head_learns_what_raters_say_of_the_picture_and_keeps_the_finding(make
     torch.manual_seed(0)
     same = {name: pipe.filter_head.config[name] for name in names}
     pipe.filter_head = FilterHead(**same, block_out_channels=(16, 16), norm_num_groups=4, text_width=32)
-    options = TuningOptions(tuning_steps=40, tuning_learning_rate=5e-3, tuning_batch_size=32)
+    options = TuningOptions(tuning_steps=25, tuning_learning_rate=5e-3, tuning_batch_size=32)
     usual = options.tuning_anchor
     latents = torch.randn(60, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     latents[::2] *= 0.3  # what the raters like

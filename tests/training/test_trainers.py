@@ -2,11 +2,8 @@
 
 import csv
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -195,22 +192,20 @@ def test_a_run_goes_on_only_with_its_own_arguments(unet, unet_arguments, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_machines_train_together(unet, unet_arguments, tmp_path):
+def test_two_machines_train_together(nursery, unet, unet_arguments, tmp_path):
     """In the environment that `accelerate launch --num_machines 2` gives; they encode what one process encodes."""
-    arguments = [train_text_to_image.__file__, *map(str, unet_arguments), "--max_train_steps", "3"]
+    arguments = [train_text_to_image.__file__, *unet_arguments, "--max_train_steps", 3]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     machines = []
     for rank in range(2):
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
         environment |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        command = [sys.executable, *arguments, "--output_dir", str(tmp_path / "two")]
-        machines.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        machines.append(nursery.start(*arguments, "--output_dir", tmp_path / "two", **environment))
     for machine in machines:
-        _, told = machine.communicate(timeout=300)
-        assert machine.returncode == 0, told[-2000:]
+        assert machine.wait() == 0, machine.said()[-2000:]
     name = "latents-train-0-of-1.safetensors"  # so few images are one file
     assert same_weights(tmp_path / "two" / name, unet / name)
     assert (tmp_path / "two" / "pipeline" / "model_index.json").is_file()
