@@ -138,7 +138,8 @@ def test_every_run_is_listed():
 # The embedded model in miniature: what each script is given beside.
 TINY = {
     "train_autoencoder": "--preset tiny --resolution 64 --crop 32 --train_batch_size 2 --max_train_steps 1",
-    "train_text_encoder": "--corpus_size 20 --vocab_size 700 --hidden_size 32 --num_layers 1 --max_train_steps 1",
+    "train_text_encoder": "--corpus_size 20 --vocab_size 700 --hidden_size 32 --num_layers 1 --max_train_steps 1 "
+    "--threads 1",
     "train_text_to_image": "--preset tiny --layers_per_block 1 --resolution 64 --train_batch_size 4 "
     "--max_train_steps 1 --caption_variants 2 --latent_variants 1 --validation_samples 1 --num_inference_steps 2",
     "train_ddo": "--resolution 64 --train_batch_size 4 --max_train_steps 1 --own_images 4 --caption_variants 2 "
