@@ -10,8 +10,8 @@ high for real images and low for those that the reference draws,
 
 and where it tells them apart perfectly, the model's own distribution is that of the data. Images of its own are drawn
 without guidance, for captions and findings as they are trained on. A further round begins with the model so far as its
-reference. There is no dropout, whose noise would be larger than the differences. The last averaged weights are kept:
-the validation loss is what likelihood asks for, and rises a little.
+reference. There is no dropout, whose noise would be larger than the differences. The last averaged weights are kept,
+whatever the validation loss, which is what likelihood asks for.
 """
 
 import copy
@@ -175,11 +175,13 @@ def learn(config: DdoConfig, run: Run) -> None:
     rows = Rows.read(config, None, config.pretrained_model_name_or_path)
     trainee = build_pipeline(config, config.resolution, list(rows.learned), rows.learned)
     if trainee.new_tokens:
-        known = ", ".join(m for m in trainee.pipe.config.modalities if m not in rows.learned) or "none"
-        unknown = trainee.pipe.tokenizer.convert_ids_to_tokens(trainee.new_tokens)
+        tokens = trainee.pipe.tokenizer.convert_ids_to_tokens(trainee.new_tokens)
+        unknown = [name for name in rows.learned if f"<{name}>" in tokens]
+        known = [name for name in trainee.pipe.config.modalities if name not in unknown]
+        model, able = config.pretrained_model_name_or_path, ", ".join(known) or "nothing"
         raise ValueError(
-            f"{config.train_data} has {' '.join(unknown)}, which {config.pretrained_model_name_or_path} cannot draw:"
-            f" train it with add_modality.py first; known: {known}."
+            f"{config.train_data} has images of {', '.join(unknown)}, which {model} cannot draw, but {able};"
+            " add_modality.py teaches it others."
         )
     pipe = trainee.pipe
     pipe.vae.requires_grad_(False).eval().to(run.device)
